@@ -1,0 +1,52 @@
+"""Takes lengths, validity or segment numbers and leaves additive masks for `attention.dot_product_attention`.
+
+A mask holds exactly 0 where a query may see a key and -inf where it may not; it is added to the logits before the
+softmax (section 3.2.3). Glossary: B batch, H heads, Q query positions, M memory positions.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def _additive(allowed: Bool[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.where(allowed, 0.0, -jnp.inf).astype(jnp.float32)
+
+
+def causal_mask(length: int) -> Float[Array, "1 1 Q Q"]:
+    """Lets position i see the positions up to and including i (section 3.1).
+
+    Args:
+        length: number of positions, Q.
+    """
+    return _additive(jnp.tril(jnp.ones((length, length), bool)))[None, None]
+
+
+def padding_mask(valid: Bool[Array, "B M"]) -> Float[Array, "B 1 1 M"]:
+    """Hides padding from every query.
+
+    Args:
+        valid: true where a memory position holds a token, false where it is padding.
+    """
+    return _additive(valid)[:, None, None, :]
+
+
+def segment_mask(
+    query_segments: Int[Array, "B Q"], memory_segments: Int[Array, "B M"]
+) -> Float[Array, "B 1 Q M"]:
+    """Lets a query see the positions of its own segment, where several sentences are packed into one row.
+
+    Segment 0 is padding: it sees nothing and is seen by nothing.
+
+    Args:
+        query_segments: for each query the number of its sentence within the row.
+        memory_segments: the same for each memory position.
+    """
+    queries, memory = query_segments[:, :, None], memory_segments[:, None, :]
+    return _additive((queries == memory) & (queries > 0))[:, None]
+
+
+def combine_masks(*masks: Float[Array, "#B #H #Q #M"] | None) -> Float[Array, "B H Q M"] | None:
+    """Adds masks: a query sees a key only where all of them allow it. `None` is passed over; all `None` gives `None`."""
+    present = [mask for mask in masks if mask is not None]
+    return jax.tree.reduce(jnp.add, present) if present else None

@@ -1,0 +1,416 @@
+"""Takes source and target token ids and leaves the logits of every target token: the whole Transformer (section 3).
+
+Glossary: B batch, S source, T target, Q target positions decoded at once, L longest target, D d_model, H heads,
+V target vocabulary, N hypotheses (B of them, or a multiple: several for each sentence).
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flax_transformer.attention import KVCache
+from flax_transformer.config import TransformerConfig
+from flax_transformer.layers import DecoderLayer, EncoderLayer, layer_norm
+from flax_transformer.masks import causal_mask, combine_masks, padding_mask, segment_mask
+from flax_transformer.positions import LearnedPositions, check_length, sinusoidal_positions
+
+
+class AttentionWeights(flax.struct.PyTreeNode):
+    """What looked at what, one array a layer; padding rows are zero.
+
+    Attributes:
+        encoder: source looking at source.
+        decoder: target looking at target.
+        cross: target looking at source.
+    """
+
+    encoder: tuple[Float[Array, "B H S S"], ...]
+    decoder: tuple[Float[Array, "B H T T"], ...]
+    cross: tuple[Float[Array, "B H T S"], ...]
+
+
+class DecodingState(flax.struct.PyTreeNode):
+    """All that step-by-step decoding remembers: a plain pytree that goes in and comes out.
+
+    Attributes:
+        position: number of target positions decoded so far.
+        target: for each layer the keys and values of those positions; the one part that differs among hypotheses.
+        memory: for each layer the keys and values of the encoder's memory, projected once.
+        memory_mask: hides the source's padding.
+    """
+
+    position: Int[Array, ""]
+    target: tuple[KVCache, ...]
+    memory: tuple[KVCache, ...]
+    memory_mask: Float[Array, "B 1 1 S"]
+
+
+def shift_right(
+    target: Int[Array, "B T"], positions: Int[Array, "B T"], start_id: int
+) -> Int[Array, "B T"]:
+    """The decoder's input: each target token one position later, `start_id` where a sentence begins (section 3.1)."""
+    return jnp.where(positions == 0, start_id, jnp.roll(target, 1, axis=1))
+
+
+class _Stack(nn.Module):
+    """Embeddings with positions, and dropout on their sum (sections 3.4, 3.5, 5.4); the layers come in subclasses."""
+
+    config: TransformerConfig
+
+    def _embed_setup(self) -> None:
+        if self.config.positions == "learned":
+            self.learned_positions = LearnedPositions(self.config.max_length, self.config.d_model)
+        self.dropout = nn.Dropout(self.config.dropout_rate)
+        if self.config.norm == "pre":
+            self.norm = layer_norm(self.config)
+
+    def _embed(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "*B S"],
+        deterministic: bool,
+    ) -> Float[Array, "B S D"]:
+        config = self.config
+        if config.scale_embeddings:
+            embeddings = embeddings * config.d_model**0.5
+        if config.positions == "learned":
+            vectors = self.learned_positions(positions)
+        else:
+            interleaved = config.positions == "sinusoidal"
+            vectors = sinusoidal_positions(positions, config.d_model, interleaved=interleaved)
+        return self.dropout((embeddings + vectors).astype(config.dtype), deterministic=deterministic)
+
+    def _finish(self, inputs: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.norm(inputs) if self.config.norm == "pre" else inputs
+
+    def _call_layer(self, layer: nn.Module, *arrays: jax.Array | KVCache | None, **options: bool):
+        """Calls one layer, under `remat` keeping only its inputs for the backward pass."""
+
+        def call(layer, *arrays):
+            return layer(*arrays, **options)
+
+        return nn.remat(call)(layer, *arrays) if self.config.remat else call(layer, *arrays)
+
+
+class Encoder(_Stack):
+    """The stack on the left of figure 1.
+
+    Attributes:
+        config: the model's.
+    """
+
+    def setup(self):
+        """Layers `layers_0`, `layers_1` and so on."""
+        self._embed_setup()
+        self.layers = [EncoderLayer(self.config) for _ in range(self.config.num_encoder_layers)]
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        mask: Float[Array, "..."],
+        *,
+        deterministic: bool,
+        return_weights: bool = False,
+    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B H S S"] | None, ...]]:
+        """Turns embedded source tokens into memory; the second result is each layer's weights, or `None`s."""
+        outputs, all_weights = self._embed(embeddings, positions, deterministic), []
+        for layer in self.layers:
+            outputs, weights = self._call_layer(
+                layer, outputs, mask, deterministic=deterministic, return_weights=return_weights
+            )
+            all_weights.append(weights)
+        return self._finish(outputs), tuple(all_weights)
+
+
+class Decoder(_Stack):
+    """The stack on the right of figure 1.
+
+    Attributes:
+        config: the model's.
+    """
+
+    def setup(self):
+        """Layers `layers_0`, `layers_1` and so on."""
+        self._embed_setup()
+        self.layers = [DecoderLayer(self.config) for _ in range(self.config.num_decoder_layers)]
+
+    def project_memory(self, memory: Float[Array, "B S D"]) -> tuple[KVCache, ...]:
+        """Each layer's keys and values of the encoder's memory."""
+        return tuple(layer.project_memory(memory) for layer in self.layers)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        memory: tuple[KVCache, ...],
+        self_mask: Float[Array, "..."],
+        memory_mask: Float[Array, "..."],
+        *,
+        deterministic: bool,
+        return_weights: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array | None, Array | None], ...]]:
+        """Decodes a whole target at once; the second result is each layer's pair of weights, or `None`s."""
+        outputs, all_weights = self._embed(embeddings, positions, deterministic), []
+        for layer, layer_memory in zip(self.layers, memory, strict=True):
+            outputs, _, weights = self._call_layer(
+                layer,
+                outputs,
+                layer_memory,
+                self_mask,
+                memory_mask,
+                deterministic=deterministic,
+                return_weights=return_weights,
+            )
+            all_weights.append(weights)
+        return self._finish(outputs), tuple(all_weights)
+
+    def step(
+        self, embeddings: Float[Array, "N Q D"], state: DecodingState
+    ) -> tuple[DecodingState, Float[Array, "N Q D"]]:
+        """Decodes the next Q positions, without dropout."""
+        steps = jnp.arange(embeddings.shape[1])
+        outputs = self._embed(embeddings, state.position + steps[None], deterministic=True)
+        slots = jnp.arange(state.target[0].key.shape[1])
+        # Position i of the cache is there to see from step i on; what comes later in the cache is not written yet.
+        self_mask = jnp.where(slots <= state.position + steps[:, None], 0.0, -jnp.inf)[None, None]
+        caches = []
+        for layer, memory, cache in zip(self.layers, state.memory, state.target, strict=True):
+            outputs, cache, _ = layer(
+                outputs,
+                memory,
+                self_mask,
+                state.memory_mask,
+                deterministic=True,
+                cache=cache,
+                position=state.position,
+            )
+            caches.append(cache)
+        # The last write past the cache's end would land on earlier positions: NaN tells, at no cost.
+        fits = state.position + len(steps) <= len(slots)
+        outputs = jnp.where(fits, self._finish(outputs), jnp.nan)
+        return state.replace(position=state.position + len(steps), target=tuple(caches)), outputs
+
+
+class Transformer(nn.Module):
+    """The Transformer: `model.apply(variables, source, target, deterministic=True)` gives logits.
+
+    Token ids are int32. Where segments are not given, every token that is not `pad_id` belongs to segment 1; where
+    positions are not given, they count from 0 along the row.
+
+    Attributes:
+        config: what the model is.
+    """
+
+    config: TransformerConfig
+
+    def setup(self):
+        """One embedding matrix, two or three, by `tie_embeddings`; raises ValueError for an unknown vocabulary size."""
+        config = self.config
+        if min(config.source_vocab_size, config.target_vocab_size) < 1:
+            raise ValueError(
+                f"model.source_vocab_size is {config.source_vocab_size}, model.target_vocab_size "
+                f"{config.target_vocab_size}: set both to the numbers of token ids"
+            )
+        if config.tie_embeddings == "three_way":
+            self.shared_embedding = self._embedding(config.source_vocab_size)
+        else:
+            self.source_embedding = self._embedding(config.source_vocab_size)
+            self.target_embedding = self._embedding(config.target_vocab_size)
+        if config.tie_embeddings == "none":
+            self.output_kernel = self.param(
+                "output_kernel", nn.initializers.xavier_uniform(), (config.d_model, config.target_vocab_size)
+            )
+        if config.output_bias:
+            self.output_bias = self.param("output_bias", nn.initializers.zeros, (config.target_vocab_size,))
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def _embedding(self, size: int) -> nn.Embed:
+        # Multiplied by sqrt(d_model), such vectors have unit variance, like the positions added to them.
+        init = nn.initializers.normal(self.config.d_model**-0.5)
+        return nn.Embed(size, self.config.d_model, embedding_init=init)
+
+    def _embed_source(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        return (self.shared_embedding if self.config.tie_embeddings == "three_way" else self.source_embedding)(tokens)
+
+    def _embed_target(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return (self.shared_embedding if self.config.tie_embeddings == "three_way" else self.target_embedding)(tokens)
+
+    def _logits(self, outputs: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        if self.config.tie_embeddings == "none":
+            kernel = self.output_kernel
+        else:
+            tied = "shared_embedding" if self.config.tie_embeddings == "three_way" else "target_embedding"
+            kernel = getattr(self, tied).embedding.T
+        logits = jnp.einsum(
+            "btd,dv->btv", outputs, kernel.astype(outputs.dtype), preferred_element_type=jnp.float32
+        )
+        return logits + self.output_bias if self.config.output_bias else logits
+
+    def _segments(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
+        return (tokens != self.config.pad_id).astype(jnp.int32)
+
+    def _positions(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
+        if self.config.positions == "learned":
+            check_length(tokens.shape[1], self.config.max_length)
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    def __call__(
+        self,
+        source: Int[Array, "B S"],
+        target: Int[Array, "B T"],
+        *,
+        source_segments: Int[Array, "B S"] | None = None,
+        target_segments: Int[Array, "B T"] | None = None,
+        source_positions: Int[Array, "B S"] | None = None,
+        target_positions: Int[Array, "B T"] | None = None,
+        deterministic: bool,
+        return_weights: bool = False,
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], AttentionWeights]:
+        """The logits of each target token, given the source and the target tokens before it.
+
+        Args:
+            source: source token ids.
+            target: target token ids, unshifted: the model itself puts `start_id` in front.
+            source_segments: the number of each token's sentence within its row, 0 for padding.
+            target_segments: the same for the target; segment i of the target translates segment i of the source.
+            source_positions: the position of each token within its sentence.
+            target_positions: the same for the target.
+            deterministic: true switches dropout off; false needs `rngs={"dropout": ...}`.
+            return_weights: whether the attention weights come too.
+
+        Returns:
+            Logits, float32; with `return_weights` a pair of them and `AttentionWeights`.
+        """
+        source_segments = self._segments(source) if source_segments is None else source_segments
+        target_segments = self._segments(target) if target_segments is None else target_segments
+        target_positions = self._positions(target) if target_positions is None else target_positions
+        memory, encoder_weights = self._encode(source, source_segments, source_positions, deterministic, return_weights)
+        logits, decoder_weights = self._decode(
+            memory,
+            shift_right(target, target_positions, self.config.start_id),
+            source_segments,
+            target_segments,
+            target_positions,
+            deterministic,
+            return_weights,
+        )
+        if not return_weights:
+            return logits
+        self_weights, cross_weights = zip(*decoder_weights, strict=True)
+        return logits, AttentionWeights(encoder=encoder_weights, decoder=self_weights, cross=cross_weights)
+
+    def encode(
+        self,
+        source: Int[Array, "B S"],
+        *,
+        segments: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        deterministic: bool,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's memory: one vector a source token; arguments as in `__call__`."""
+        segments = self._segments(source) if segments is None else segments
+        return self._encode(source, segments, positions, deterministic, return_weights=False)[0]
+
+    def decode(
+        self,
+        memory: Float[Array, "B S D"],
+        decoder_input: Int[Array, "B T"],
+        *,
+        source_segments: Int[Array, "B S"] | None = None,
+        target_segments: Int[Array, "B T"] | None = None,
+        target_positions: Int[Array, "B T"] | None = None,
+        deterministic: bool,
+    ) -> Float[Array, "B T V"]:
+        """The logits of the token that follows each token of `decoder_input`, given the encoder's memory.
+
+        Args:
+            memory: from `encode`.
+            decoder_input: target token ids behind `start_id`, as `shift_right` makes them.
+            source_segments: segments of the memory; all 1 if not given, so give them where the source has padding.
+            target_segments: segments of the decoder's input; all 1 if not given.
+            target_positions: positions of the decoder's input.
+            deterministic: true switches dropout off.
+        """
+        if source_segments is None:
+            source_segments = jnp.ones(memory.shape[:2], jnp.int32)
+        if target_segments is None:
+            target_segments = jnp.ones_like(decoder_input)
+        return self._decode(
+            memory,
+            decoder_input,
+            source_segments,
+            target_segments,
+            target_positions,
+            deterministic,
+            return_weights=False,
+        )[0]
+
+    def _encode(self, source, segments, positions, deterministic, return_weights):
+        positions = self._positions(source) if positions is None else positions
+        return self.encoder(
+            self._embed_source(source),
+            positions,
+            segment_mask(segments, segments),
+            deterministic=deterministic,
+            return_weights=return_weights,
+        )
+
+    def _decode(
+        self, memory, decoder_input, source_segments, target_segments, positions, deterministic, return_weights
+    ):
+        outputs, weights = self.decoder(
+            self._embed_target(decoder_input),
+            self._positions(decoder_input) if positions is None else positions,
+            self.decoder.project_memory(memory),
+            combine_masks(causal_mask(decoder_input.shape[1]), segment_mask(target_segments, target_segments)),
+            segment_mask(target_segments, source_segments),
+            deterministic=deterministic,
+            return_weights=return_weights,
+        )
+        return self._logits(outputs), weights
+
+    def start_decoding(
+        self, source: Int[Array, "B S"], *, max_length: int, hypotheses: int = 1
+    ) -> DecodingState:
+        """Encodes the source and makes room for its translations.
+
+        Args:
+            source: source token ids, padded with `pad_id`.
+            max_length: the most target tokens that will be decoded, L.
+            hypotheses: how many translations of each sentence are decoded side by side.
+
+        Raises:
+            ValueError: positions are learned and `max_length` is more than there are.
+        """
+        config = self.config
+        if config.positions == "learned":
+            check_length(max_length, config.max_length)
+        segments = self._segments(source)
+        memory = self.encode(source, segments=segments, deterministic=True)
+        shape = (source.shape[0] * hypotheses, max_length, config.num_heads, config.d_model // config.num_heads)
+        empty = KVCache(key=jnp.zeros(shape, config.dtype), value=jnp.zeros(shape, config.dtype))
+        return DecodingState(
+            position=jnp.zeros((), jnp.int32),
+            target=(empty,) * config.num_decoder_layers,
+            memory=self.decoder.project_memory(memory),
+            memory_mask=padding_mask(segments > 0),
+        )
+
+    def decode_step(
+        self, state: DecodingState, tokens: Int[Array, "N Q"]
+    ) -> tuple[DecodingState, Float[Array, "N Q V"]]:
+        """The logits after each of the next Q tokens; equal to those of one parallel pass.
+
+        Args:
+            state: from `start_decoding` or the step before.
+            tokens: the tokens last chosen, the first time `start_id`; one for each hypothesis, or several at once.
+
+        Returns:
+            The next state, and logits; NaN where more tokens came than `start_decoding` made room for.
+        """
+        state, outputs = self.decoder.step(self._embed_target(tokens), state)
+        return state, self._logits(outputs)

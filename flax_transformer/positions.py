@@ -1,0 +1,59 @@
+"""Takes positions, counted from 0 within each sentence, and leaves one vector for each (section 3.5).
+
+Glossary: B batch, S positions in a row, D d_model.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def sinusoidal_positions(
+    positions: Int[Array, "*B S"], d_model: int, *, interleaved: bool = True
+) -> Float[Array, "*B S {d_model}"]:
+    """Sines and cosines of geometrically spaced frequencies (section 3.5), at any position, seen in training or not.
+
+    Args:
+        positions: counted from 0.
+        d_model: even number of features.
+        interleaved: true puts sines at even and cosines at odd features, as the paper does; false puts sines in the
+            first half and cosines in the second, as Marian does.
+    """
+    frequencies = jnp.exp(jnp.arange(0, d_model, 2) * (-jnp.log(10000.0) / d_model))
+    angles = positions[..., None] * frequencies
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1 if interleaved else -2)
+    return waves.reshape(*positions.shape, d_model)
+
+
+class LearnedPositions(nn.Module):
+    """One trained vector for each position, the alternative of section 3.5 and row (E) of table 3.
+
+    Attributes:
+        max_length: number of positions.
+        d_model: features of each.
+    """
+
+    max_length: int
+    d_model: int
+
+    @nn.compact
+    def __call__(self, positions: Int[Array, "*B S"]) -> Float[Array, "*B S D"]:
+        """Looks positions up; one that the table lacks gives NaN, never another position's vector.
+
+        Raises:
+            ValueError: the positions' values are known, and one is past the table.
+        """
+        if not isinstance(positions, jax.core.Tracer):
+            check_length(int(positions.max(initial=0)) + 1, self.max_length)
+        table = self.param("embedding", nn.initializers.normal(self.d_model**-0.5), (self.max_length, self.d_model))
+        return jnp.take(table, positions, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def check_length(length: int, max_length: int) -> None:
+    """Raises ValueError where `length` positions do not fit into a learned table of `max_length`."""
+    if length > max_length:
+        raise ValueError(
+            f"a sentence has {length} positions, model.max_length is {max_length}: "
+            "raise it before training, filter the data, or choose sinusoidal positions"
+        )
