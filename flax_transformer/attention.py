@@ -7,7 +7,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from flax_transformer.dropout import dropout
 
 
 def dot_product_attention(
@@ -52,8 +55,7 @@ def dot_product_attention(
         weights = jnp.where(sees_something, weights, 0.0)
     kept = weights
     if dropout_rng is not None and dropout_rate > 0:
-        keep = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
-        kept = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
+        kept = dropout(weights, dropout_rate, dropout_rng)
     gathered = jnp.einsum("bhqm,bmhk->bqhk", kept.astype(value.dtype), value)
     return (gathered, weights) if return_weights else gathered
 
@@ -87,7 +89,7 @@ class MultiHeadAttention(nn.Module):
     d_model: int
     num_heads: int
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = "float32"
 
     def setup(self):
         """Four projections; [D, D] each."""

@@ -86,7 +86,7 @@ class TrainingConfig:
     Attributes:
         steps: number of updates.
         seed: of the parameters and of dropout.
-        rng_impl: random bits for dropout, a name that `jax.random.key` takes; "rbg" is faster than "threefry2x32".
+        rng_impl: random bits for dropout, a name that `jax.random.key` takes; "rbg" is meant for TPUs.
         schedule: "paper" (section 5.3), "inverse_sqrt", "cosine", "linear" or "constant", all after a linear warm-up.
         learning_rate: the peak; with "paper" a factor on the paper's own rate.
         warmup_steps: updates until the peak.
@@ -102,7 +102,7 @@ class TrainingConfig:
         checkpoint_every: updates between two checkpoints; one is written at each evaluation and at the end too.
         keep_latest: how many of the newest checkpoints are kept.
         keep_best: how many of the best checkpoints are kept.
-        best_metric: "bleu", "chrf" (more is better) or "loss" (less is better), of the validation corpus.
+        best_metric: "bleu", "chrf", "exact_match" (more is better) or "loss" (less is better), of the validation corpus.
         evaluate_sentences: how many validation sentences are translated; 0 is all.
         beam_size: beam of the translations that are scored; 1 is greedy.
         alpha: exponent of the length penalty (section 6.1).
@@ -111,7 +111,7 @@ class TrainingConfig:
 
     steps: int = 100_000
     seed: int = 0
-    rng_impl: str = "rbg"
+    rng_impl: str = "threefry2x32"
     schedule: str = "paper"
     learning_rate: float = 1.0
     warmup_steps: int = 4000
@@ -139,7 +139,7 @@ class TrainingConfig:
             "training", "schedule", self.schedule, ("paper", "inverse_sqrt", "cosine", "linear", "constant")
         )
         _check_choice("training", "parallelism", self.parallelism, ("auto", "jit", "pmap"))
-        _check_choice("training", "best_metric", self.best_metric, ("bleu", "chrf", "loss"))
+        _check_choice("training", "best_metric", self.best_metric, ("bleu", "chrf", "exact_match", "loss"))
         _check_choice("training", "rng_impl", self.rng_impl, ("rbg", "threefry2x32", "unsafe_rbg"))
         _check_at_least(
             "training", self, 1, "steps", "log_every", "checkpoint_every", "keep_latest", "keep_best", "beam_size"
@@ -168,10 +168,8 @@ class Experiment:
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Experiment":
         """The inverse of `to_mapping`; raises ValueError for an unknown key, naming the nearest one."""
         sections = {field.name: field.type for field in dataclasses.fields(cls)}
-        shallow = from_mapping(cls, mapping, "config")
-        return cls(
-            **{
-                name: from_mapping(settings, getattr(shallow, name), name) if name in mapping else settings()
-                for name, settings in sections.items()
-            }
-        )
+        built = {
+            name: from_mapping(sections[name], settings, name) if name in sections else settings
+            for name, settings in mapping.items()
+        }
+        return from_mapping(cls, built, "config")

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flax_transformer.attention import KVCache, MultiHeadAttention
 from flax_transformer.config import TransformerConfig
+from flax_transformer.dropout import Dropout
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -35,7 +37,7 @@ class FeedForward(nn.Module):
     d_ff: int
     activation: str = "relu"
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = "float32"
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B S D"], *, deterministic: bool) -> Float[Array, "B S D"]:
@@ -43,7 +45,7 @@ class FeedForward(nn.Module):
         kernel_init = nn.initializers.xavier_uniform()
         inner = nn.Dense(self.d_ff, dtype=self.dtype, kernel_init=kernel_init, name="inner")(inputs)
         inner = ACTIVATIONS[self.activation](inner)
-        inner = nn.Dropout(self.dropout_rate)(inner, deterministic=deterministic)
+        inner = Dropout(self.dropout_rate)(inner, deterministic=deterministic)
         return nn.Dense(self.d_model, dtype=self.dtype, kernel_init=kernel_init, name="outer")(inner)
 
 
@@ -89,7 +91,7 @@ class EncoderLayer(_Layer):
         self.self_attention_norm = layer_norm(self.config)
         self.feed_forward = _feed_forward(self.config)
         self.feed_forward_norm = layer_norm(self.config)
-        self.dropout = nn.Dropout(self.config.dropout_rate)
+        self.dropout = Dropout(self.config.dropout_rate)
 
     def __call__(
         self,
@@ -133,7 +135,7 @@ class DecoderLayer(_Layer):
         self.cross_attention_norm = layer_norm(self.config)
         self.feed_forward = _feed_forward(self.config)
         self.feed_forward_norm = layer_norm(self.config)
-        self.dropout = nn.Dropout(self.config.dropout_rate)
+        self.dropout = Dropout(self.config.dropout_rate)
 
     def project_memory(self, memory: Float[Array, "B S D"]) -> KVCache:
         """The keys and values of the encoder's memory, computed once a sentence."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
+from flax_transformer.dropout import Dropout
 from flax_transformer.layers import DecoderLayer, EncoderLayer, layer_norm
 from flax_transformer.masks import causal_mask, combine_masks, padding_mask, segment_mask
 from flax_transformer.positions import LearnedPositions, check_length, sinusoidal_positions
@@ -62,7 +63,7 @@ class _Stack(nn.Module):
     def _embed_setup(self) -> None:
         if self.config.positions == "learned":
             self.learned_positions = LearnedPositions(self.config.max_length, self.config.d_model)
-        self.dropout = nn.Dropout(self.config.dropout_rate)
+        self.dropout = Dropout(self.config.dropout_rate)
         if self.config.norm == "pre":
             self.norm = layer_norm(self.config)
 

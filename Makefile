@@ -1,0 +1,54 @@
+# Takes a fresh checkout and leaves an environment in .venv, a trained model, or a verdict on the code.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test check peers clean
+
+help:
+	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
+	@echo "make venv        installs the library, editable, with everything that tests need, into .venv"
+	@echo "make test        runs the tests (WORKERS=$(WORKERS) processes)"
+	@echo "make check       ruff and mypy"
+	@echo "make peers       installs the libraries that some tests compare with"
+	@echo "make clean       removes .venv, caches and build products; runs/ stays"
+
+# Stamps: each is made again only when what it was made from has changed.
+$(VENV)/library.stamp: pyproject.toml
+	@echo "Installing flax_transformer and what it needs into $(VENV): some 70 packages, a few minutes the first time ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/tools.stamp: $(VENV)/library.stamp
+	@echo "Installing what tests and checks need ..."
+	@$(PIP) --editable ".[test,dev]"
+	@touch $@
+
+$(VENV)/peers.stamp: $(VENV)/library.stamp
+	@echo "Installing the peers that tests compare with: PyTorch is large ..."
+	@$(PIP) --editable ".[peers]"
+	@touch $@
+
+venv: $(VENV)/tools.stamp
+	@echo "$(VENV) is ready: . $(BIN)/activate"
+
+quickstart: $(VENV)/library.stamp
+	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/tools.stamp
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
+
+check: $(VENV)/tools.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+peers: $(VENV)/peers.stamp
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist

@@ -1,0 +1,39 @@
+"""Kannada to English phrases, made on the spot from Unicode's locale data: the first run, with nothing to download.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    return ConfigDict(
+        Experiment(
+            model=TransformerConfig(
+                d_model=128, num_heads=4, d_ff=512, num_encoder_layers=2, num_decoder_layers=2, max_length=64
+            ),
+            vocabulary=VocabularyConfig(size=1500, split_digits=True),
+            data=DataConfig(
+                train="locale_phrases:kn:en:train?pairs=60000&parts=2",
+                valid="locale_phrases:kn:en:valid?pairs=200&parts=2",
+                test="locale_phrases:kn:en:test?pairs=500&parts=2",
+                rows=16,
+                source_slots=64,
+                target_slots=64,
+            ),
+            training=TrainingConfig(
+                steps=2600,
+                schedule="cosine",
+                learning_rate=3e-3,
+                warmup_steps=200,
+                label_smoothing=0.05,
+                evaluate_every=650,
+                checkpoint_every=650,
+                best_metric="exact_match",
+            ),
+        ).to_mapping()
+    )

@@ -1,0 +1,243 @@
+"""Takes the name of a corpus, one string, and leaves `ParallelText`: sentence pairs and how often an epoch has each.
+
+The name is one or more sources joined by " + ". A source may begin with a whole weight, `3*`: its pairs then appear
+three times an epoch. The sources are
+
+    files:SOURCE,TARGET                                    two UTF-8 files, line i of one translates line i of the other
+    tsv:PATH                                               a UTF-8 file, source TAB target, further columns ignored
+    tfds:NAME:SPLIT?source=de&target=en&data_dir=FOLDER    a translation set of TensorFlow Datasets
+    locale_phrases:SOURCE:TARGET:SPLIT?pairs=60000&parts=2&seed=0    the built-in corpus
+
+for example `files:bible.kn,bible.en + 3*tsv:stories.tsv` or `tfds:wmt14_translate/de-en:train[:1%]`. A TFDS set gives
+its supervised keys where `source` and `target` are not named, and lies in `data_dir`, else in the folder that the
+environment variable TFDS_DATA_DIR names, else in ~/tensorflow_datasets.
+"""
+
+import codecs
+import dataclasses
+import difflib
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from flax_transformer.data.locale_phrases import locale_phrases
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelText:
+    """Sentence pairs, as written; pair i is `source[i]`, `target[i]`, `repeats[i]`.
+
+    Attributes:
+        source: sentences of the source language.
+        target: their translations.
+        repeats: how many times an epoch each pair appears.
+    """
+
+    source: list[str]
+    target: list[str]
+    repeats: list[int]
+
+    def __post_init__(self):
+        """Raises ValueError unless the three lists are equally long."""
+        lengths = len(self.source), len(self.target), len(self.repeats)
+        if len(set(lengths)) != 1:
+            raise ValueError(f"source, target and repeats have {lengths} entries: give one of each per pair")
+
+    def __len__(self) -> int:
+        """The number of pairs, each counted once."""
+        return len(self.source)
+
+
+def load_corpus(spec: str) -> ParallelText:
+    """Reads every source that `spec` names (see the top of this file) into memory, one after the other.
+
+    Raises:
+        ValueError: an unknown kind or option, a file or set that is missing or damaged, or one without pairs; the
+            message names the file and the line.
+    """
+    whole = ParallelText([], [], [])
+    for part in spec.split(" + "):
+        weighted = re.fullmatch(r"(\d+)\*(.*)", part.strip())
+        weight, name = (int(weighted[1]), weighted[2]) if weighted else (1, part.strip())
+        if weight < 1:
+            raise ValueError(f"corpus {part!r} has weight {weight}: give 1 or more, or leave the source out")
+        source, target = _load_pairs(name)
+        whole.source.extend(source)
+        whole.target.extend(target)
+        whole.repeats.extend([weight] * len(source))
+    return whole
+
+
+def _load_pairs(name: str) -> tuple[list[str], list[str]]:
+    loaders = {"files": _load_files, "tsv": _load_tsv, "tfds": _load_tfds, "locale_phrases": _load_locale_phrases}
+    kind, _, rest = name.partition(":")
+    if kind not in loaders:
+        raise ValueError(f"corpus {name!r} is of no known kind: {_choose(kind, loaders)}, e.g. files:SOURCE,TARGET")
+    source, target = loaders[kind](rest)
+    if not source:
+        raise ValueError(f"corpus {name!r} holds no sentence pairs: check its path or split")
+    return source, target
+
+
+def _load_files(rest: str) -> tuple[list[str], list[str]]:
+    paths = rest.split(",")
+    if len(paths) != 2:
+        raise ValueError(f"corpus 'files:{rest}' names {len(paths)} files: write files:SOURCE,TARGET")
+    source, target = map(_read_lines, paths)
+    if len(source) != len(target):
+        raise ValueError(
+            f"{paths[0]} has {len(source)} lines, {paths[1]} has {len(target)}: "
+            "line i of one must translate line i of the other"
+        )
+    return source, target
+
+
+def _load_tsv(path: str) -> tuple[list[str], list[str]]:
+    rows = [line.split("\t") for line in _read_lines(path)]
+    for number, row in enumerate(rows, start=1):
+        if len(row) < 2:
+            raise ValueError(f"{path}:{number}: there is no tab: write the source, a tab, and the target")
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def _read_lines(path: str) -> list[str]:
+    """The lines of a UTF-8 file; only a line feed, or carriage return and line feed, ends one.
+
+    `str.splitlines` would also split at U+2028, form feeds and the like, which stand inside sentences, and so shift
+    every later line against its translation.
+    """
+    try:
+        content = epath.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror or error}): check the path") from error
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        found = f"byte {column} of the line, 0x{content[error.start]:02x}, is not UTF-8"
+        raise ValueError(f"{path}:{number}: {found}: convert the file to UTF-8") from error
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _load_locale_phrases(rest: str) -> tuple[list[str], list[str]]:
+    names, options = _split_options(f"locale_phrases:{rest}", ("pairs", "parts", "seed"))
+    fields = names.split(":")[1:]
+    if len(fields) != 3 or "pairs" not in options:
+        raise ValueError(f"corpus 'locale_phrases:{rest}': write locale_phrases:SOURCE:TARGET:SPLIT?pairs=NUMBER")
+    for key, value in options.items():
+        if not value.isdecimal():
+            raise ValueError(f"corpus 'locale_phrases:{rest}': {key} is {value!r}: give a whole number")
+    source_locale, target_locale, split = fields
+    return locale_phrases(source_locale, target_locale, split, **{key: int(value) for key, value in options.items()})
+
+
+def _load_tfds(rest: str) -> tuple[list[str], list[str]]:
+    names, options = _split_options(f"tfds:{rest}", ("source", "target", "data_dir"))
+    named = re.fullmatch(r"tfds:([^:]+(?::[\d.*]+)?):(.+)", names)  # a name may end with a version, a split has slices
+    if not named:
+        raise ValueError(f"corpus 'tfds:{rest}': write tfds:NAME:SPLIT, e.g. tfds:wmt14_translate/de-en:train")
+    name, split = named.groups()
+    builder = _tfds_builder(name, options.get("data_dir", os.environ.get("TFDS_DATA_DIR")))
+    keys = builder.info.supervised_keys or (None, None)
+    source, target = options.get("source", keys[0]), options.get("target", keys[1])
+    features = list(builder.info.features)
+    if source == target or not {source, target} <= set(features):
+        raise ValueError(
+            f"tfds:{name} has no text pair source={source}, target={target}: name two different ones of "
+            f"{', '.join(features)}, as in tfds:{name}:{split}?source=...&target=..."
+        )
+
+    _prepare(name, builder)
+    examples = builder.as_data_source(split=split)
+    source_texts, target_texts = [], []
+    chunk = 10_000  # Asking for many examples at once is three times as fast as iterating.
+    for start in range(0, len(examples), chunk):
+        for example in examples.__getitems__(range(start, min(start + chunk, len(examples)))):
+            source_texts.append(_text(name, source, example))
+            target_texts.append(_text(name, target, example))
+    return source_texts, target_texts
+
+
+def _text(name: str, key: str, example: dict[str, Any]) -> str:
+    if not isinstance(example[key], bytes):
+        raise ValueError(f"tfds:{name}: {key} holds {type(example[key]).__name__}, not text: name another column")
+    return example[key].decode("utf-8")
+
+
+def _tfds_builder(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds  # Heavy, and of use to this one kind of source.
+    import tensorflow_datasets.translate  # Without TensorFlow, TFDS gives up registering before it comes to these.
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name.partition("/")[0], known, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else "import the module that defines it, or set TFDS_DATA_DIR"
+        raise ValueError(f"TFDS has no set {name!r}: {mend}") from error
+    except (ValueError, AssertionError) as error:
+        known = tfds.builder_cls(re.split("[/:]", name)[0])
+        names = [f"{known.name}/{configuration}" for configuration in known.builder_configs] or [known.name]
+        raise ValueError(
+            f"tfds:{name}: there is no such configuration or version: write {' or '.join(names)}, without a version"
+        ) from error
+
+
+def _prepare(name: str, builder: Any) -> None:
+    """Sees to it that the set is on disk, in the format that is read without TensorFlow, or raises ValueError."""
+    if not builder.data_path.exists():
+        try:
+            _check_network(builder.url_infos or ())
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as error:  # Preparing runs each set's own code; whatever fails in it, the mend is the same.
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"tfds:{name} is not in {builder.data_dir} and cannot be prepared here ({reason}): load it once on a "
+                "machine with a network, then set TFDS_DATA_DIR or data_dir= to the folder that has it"
+            ) from error
+    if builder.info.file_format.value != "array_record":
+        raise ValueError(
+            f"tfds:{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, which only TensorFlow "
+            "reads: name another folder with data_dir=, and it is prepared there as array_record"
+        )
+
+
+def _check_network(urls: Iterable[str]) -> None:
+    """Raises OSError if none of the first three servers answers; TFDS itself would try for minutes."""
+    servers = dict.fromkeys(match[0] for match in (re.match(r"https?://[^/]+", url) for url in urls) if match)
+    failure = None
+    for server in list(servers)[:3]:
+        try:
+            urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return  # It answered, if not kindly.
+        except OSError as error:
+            failure = error
+    if failure:
+        raise OSError(f"no network: {failure}")
+
+
+def _split_options(name: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """Parts `NAME?key=value&key=value` into the name and a mapping of options."""
+    name, _, query = name.partition("?")
+    options = {}
+    for pair in filter(None, query.split("&")):
+        key, equals, value = pair.partition("=")
+        if key not in known or not equals:
+            raise ValueError(f"corpus '{name}?{query}': option {pair!r} is not known: {_choose(key, known)}")
+        options[key] = value
+    return name, options
+
+
+def _choose(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"choose one of {', '.join(known)}"

@@ -1,0 +1,221 @@
+"""Takes sentences and leaves token ids, and goes the way back: SentencePiece models, trained, saved and applied.
+
+Ids 0 to 3 are padding, beginning, end and unknown in every vocabulary; the pieces follow. There is no byte fallback:
+a character that training did not see becomes the unknown id, and decodes as " ⁇ ".
+"""
+
+import dataclasses
+import hashlib
+import io
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from flax_transformer.experiment import VocabularyConfig
+
+JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
+
+
+class Vocabulary:
+    """The SentencePiece model of one side; immutable, shared freely between threads, and picklable.
+
+    Attributes:
+        pad_id: 0, fills up rows.
+        bos_id: 1, the beginning of a sentence.
+        eos_id: 2, the end of a sentence.
+        unk_id: 3, stands for a character that has no piece.
+    """
+
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+    unk_id = 3
+
+    def __init__(self, model: bytes):
+        """Reads a serialised SentencePiece model; ValueError if it is none, or if ids 0 to 3 mean something else."""
+        if not model:  # SentencePiece takes no bytes for "load later" and fails only when it is used.
+            raise ValueError("a SentencePiece model of 0 bytes: the file is empty, train the vocabulary again")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"these {len(model)} bytes are no SentencePiece model: {error}") from error
+        self._model = model
+        expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
+        processor = self._processor
+        found = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
+        if found != expected:
+            raise ValueError(
+                f"the SentencePiece model has pad, bos, eos, unk = {found}, {expected} is needed: "
+                "train it with Vocabulary.train, or with pad_id=0 bos_id=1 eos_id=2 unk_id=3"
+            )
+
+    def __reduce__(self):
+        """Pickles as the model's bytes."""
+        return Vocabulary, (self._model,)
+
+    @property
+    def size(self) -> int:
+        """The number of ids, the four special ones among them."""
+        return self._processor.get_piece_size()
+
+    def to_bytes(self) -> bytes:
+        """The serialised model, which `Vocabulary(model)` reads back."""
+        return self._model
+
+    def encode(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Ids of each sentence, ending with `eos_id` and with no `bos_id`; runs of spaces count as one."""
+        return self._processor.encode(list(sentences), add_eos=True)
+
+    def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
+        """The sentence that each row spells: up to its first `eos_id`, passing over `pad_id` and `bos_id`.
+
+        Args:
+            ids: rows of ids of any lengths; lists, or an integer array `[B, T]`.
+        """
+        return [self._processor.decode(self._spelling(row)) for row in ids]
+
+    def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
+        """The piece of each id, special ones included, e.g. ["▁a", "</s>"]; "▁" stands for a space."""
+        return [self._processor.id_to_piece(int(token)) for token in ids]
+
+    def _spelling(self, row: Iterable[SupportsIndex]) -> list[int]:
+        spelling = []
+        for token in map(int, row):
+            if token == self.eos_id:
+                break
+            if token not in (self.pad_id, self.bos_id):
+                spelling.append(token)
+        return spelling
+
+    @classmethod
+    def train(cls, sentences: Sequence[str], config: VocabularyConfig) -> "Vocabulary":
+        """Trains on the sentences; equal arguments give equal bytes.
+
+        `config.size` is exact for "bpe" and "unigram"; for "char" it is an upper limit, since there are no more pieces
+        than characters.
+
+        Raises:
+            ValueError: there is no text, or `config.size` does not fit it; names the limit and the key to set.
+        """
+        sentences = _sample(sentences, config)
+        if not any(sentence.strip() for sentence in sentences):
+            raise ValueError(f"{len(sentences)} sentences without text cannot train a vocabulary: check the corpus")
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences),
+                model_writer=model,
+                model_type=config.model_type,
+                # A character model at its limit drops rare characters in silence: leave room, and check below.
+                vocab_size=1 << 21 if config.model_type == "char" else config.size,
+                split_digits=config.split_digits,
+                character_coverage=config.character_coverage,
+                # No NFKC: what is decoded is compared with references as they were written, and NFKC would turn an
+                # ellipsis into three dots and full-width digits into narrow ones; SentencePiece's variant of it also
+                # takes the zero-width non-joiner, which Kannada and Persian spell with, for a space. Only runs of
+                # spaces are joined: no tokeniser that scores a translation sees them.
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=True,
+                # Longer lines are dropped in silence, and the default is 4192 bytes.
+                max_sentence_length=1 << 30,
+                # The bytes of the model depend on the number of threads, whatever the number of cores.
+                num_threads=8,
+                pad_id=cls.pad_id,
+                bos_id=cls.bos_id,
+                eos_id=cls.eos_id,
+                unk_id=cls.unk_id,
+                minloglevel=2,  # errors only
+            )
+        except RuntimeError as error:
+            raise ValueError(_explain(str(error), config)) from error
+        vocabulary = cls(model.getvalue())
+        if vocabulary.size > config.size:
+            raise ValueError(_too_small(vocabulary.size, config))
+        return vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyPair:
+    """The vocabularies of both sides: one object twice when they are joint (section 5.1).
+
+    Attributes:
+        source: reads and writes the source language.
+        target: reads and writes the target language.
+    """
+
+    source: Vocabulary
+    target: Vocabulary
+
+    @property
+    def joint(self) -> bool:
+        """Whether both sides share one vocabulary."""
+        return self.source is self.target
+
+    @classmethod
+    def train(
+        cls, source_sentences: Sequence[str], target_sentences: Sequence[str], config: VocabularyConfig
+    ) -> "VocabularyPair":
+        """Trains one vocabulary on both sides' sentences, or one on each, as `config.joint` says."""
+        if config.joint:
+            vocabulary = Vocabulary.train([*source_sentences, *target_sentences], config)
+            return cls(vocabulary, vocabulary)
+        return cls(Vocabulary.train(source_sentences, config), Vocabulary.train(target_sentences, config))
+
+    @classmethod
+    def load(cls, directory: epath.PathLike) -> "VocabularyPair":
+        """Reads what `save` wrote; FileNotFoundError if the folder holds no vocabulary."""
+        folder = epath.Path(directory)
+        if (folder / JOINT_FILE).exists():
+            vocabulary = Vocabulary((folder / JOINT_FILE).read_bytes())
+            return cls(vocabulary, vocabulary)
+        if (folder / SOURCE_FILE).exists() and (folder / TARGET_FILE).exists():
+            return cls(*(Vocabulary((folder / name).read_bytes()) for name in (SOURCE_FILE, TARGET_FILE)))
+        raise FileNotFoundError(
+            f"{directory} holds no vocabulary, neither {JOINT_FILE} nor {SOURCE_FILE} and {TARGET_FILE}: "
+            "check the path, or write one there with VocabularyPair.train(...).save(...)"
+        )
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Writes `joint.model`, or `source.model` and `target.model`; a reader never sees half a file."""
+        folder = epath.Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        models = {JOINT_FILE: self.source} if self.joint else {SOURCE_FILE: self.source, TARGET_FILE: self.target}
+        for name, vocabulary in models.items():
+            draft = folder / f"{name}.{uuid.uuid4().hex}.tmp"
+            draft.write_bytes(vocabulary.to_bytes())
+            draft.replace(folder / name)
+        for name in {JOINT_FILE, SOURCE_FILE, TARGET_FILE} - models.keys():
+            (folder / name).unlink(missing_ok=True)
+
+    def fingerprint(self) -> str:
+        """A hexadecimal SHA-256 of both models, to notice that ids come from another vocabulary."""
+        sides = (hashlib.sha256(side.to_bytes()).digest() for side in (self.source, self.target))
+        return hashlib.sha256(b"".join(sides)).hexdigest()
+
+
+def _sample(sentences: Sequence[str], config: VocabularyConfig) -> Sequence[str]:
+    if len(sentences) <= config.max_sentences:
+        return sentences
+    chosen = np.random.default_rng(config.seed).choice(len(sentences), config.max_sentences, replace=False)
+    return [sentences[index] for index in np.sort(chosen)]
+
+
+def _explain(error: str, config: VocabularyConfig) -> str:
+    """SentencePiece's complaint, in terms of the key to set."""
+    if largest := re.search(r"too high .*<= (\d+)", error):
+        return f"vocabulary.size is {config.size}, this text allows at most {largest[1]}: lower vocabulary.size"
+    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return _too_small(int(smallest[1]), config)
+    return f"SentencePiece cannot train with {config}: {error}"
+
+
+def _too_small(smallest: int, config: VocabularyConfig) -> str:
+    return (
+        f"vocabulary.size is {config.size}, the characters of this text alone need {smallest}: "
+        "raise vocabulary.size, or lower vocabulary.character_coverage"
+    )

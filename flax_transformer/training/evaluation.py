@@ -1,0 +1,97 @@
+"""Takes parameters and a held-out corpus and leaves its scores and a few translations to look at."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import sacrebleu
+from jaxtyping import PyTree
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.batch import Batch
+from flax_transformer.data.corpus import ParallelText
+from flax_transformer.data.pipeline import PackedCorpus
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.translator import Translator
+from flax_transformer.experiment import TrainingConfig
+from flax_transformer.training.loss import LossSums
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How well a corpus was translated.
+
+    Attributes:
+        loss: cross-entropy, nats a target token.
+        bleu: cased, detokenised BLEU, 0 to 100.
+        chrf: chrF2, 0 to 100.
+        exact_match: translations equal to the reference to the letter, percent.
+        sentences: how many were translated.
+        signature: sacrebleu's, of the BLEU.
+    """
+
+    loss: float
+    bleu: float
+    chrf: float
+    exact_match: float
+    sentences: int
+    signature: str
+
+
+def score_translations(translations: Sequence[str], references: Sequence[str], loss: float) -> Scores:
+    """Compares translations with references, one each."""
+    bleu = sacrebleu.BLEU()
+    bleu_score = bleu.corpus_score(translations, [references]).score
+    exact = sum(ours == theirs for ours, theirs in zip(translations, references, strict=True))
+    return Scores(
+        loss=loss,
+        bleu=bleu_score,
+        chrf=sacrebleu.CHRF().corpus_score(translations, [references]).score,
+        exact_match=100 * exact / len(references),
+        sentences=len(references),
+        signature=str(bleu.get_signature()),
+    )
+
+
+class Evaluation:
+    """One held-out corpus, ready to be scored again and again."""
+
+    def __init__(
+        self,
+        text: ParallelText,
+        packed: PackedCorpus,
+        vocabularies: VocabularyPair,
+        model_config: TransformerConfig,
+        config: TrainingConfig,
+        eval_step: Callable[[PyTree, Batch], LossSums],
+        *,
+        sentences: int = 0,
+    ):
+        """Takes the corpus and the ways to score it.
+
+        Args:
+            text: the corpus.
+            packed: the same, tokenised and packed.
+            vocabularies: of both sides.
+            model_config: the model's.
+            config: beam and alpha.
+            eval_step: compiled, from parameters and a batch to summed losses.
+            sentences: how many of the corpus are translated; 0 is all.
+        """
+        count = sentences or len(text)
+        self.source, self.references = text.source[:count], text.target[:count]
+        self._packed, self._vocabularies = packed, vocabularies
+        self._model_config, self._config, self._eval_step = model_config, config, eval_step
+
+    def score(self, params: PyTree) -> tuple[Scores, list[str]]:
+        """The scores under these parameters, and the translations."""
+        sums = jax.tree.map(float, self._eval_step(params, next(batches := self._packed.one_epoch())))
+        for batch in batches:
+            sums = jax.tree.map(lambda total, part: total + float(part), sums, self._eval_step(params, batch))
+        # Under pmap the parameters lie on every device; the search runs on one.
+        params = jax.device_put(params, jax.local_devices()[0])
+        translator = Translator(self._model_config, params, self._vocabularies)
+        translations = translator.translate(
+            self.source, beam_size=self._config.beam_size, alpha=self._config.alpha
+        )
+        return score_translations(translations, self.references, sums.cross_entropy / sums.tokens), translations

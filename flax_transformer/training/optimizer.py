@@ -1,0 +1,52 @@
+"""Takes the training settings and leaves a learning-rate schedule and an optimizer, both optax's (section 5.3)."""
+
+import functools
+
+import jax
+import optax
+
+from flax_transformer.experiment import TrainingConfig
+
+
+def learning_rate_schedule(config: TrainingConfig, d_model: int) -> optax.Schedule:
+    """The learning rate at each step, counted from 0; every schedule warms up linearly.
+
+    "paper" is d_model^-0.5 * min(n^-0.5, n * warmup_steps^-1.5) of equation 3 times `learning_rate`, where n counts
+    from 1; "inverse_sqrt" has the same shape and `learning_rate` as its peak; "cosine" and "linear" fall to 0 at the
+    last step; "constant" stays.
+
+    Args:
+        config: names the schedule, the peak, the warm-up and the number of steps.
+        d_model: the model's width, which scales the paper's schedule.
+    """
+    warmup = max(config.warmup_steps, 1)
+    peak = config.learning_rate
+    if config.schedule == "paper":
+        peak *= (d_model * warmup) ** -0.5
+    after_warmup = max(config.steps - warmup, 1)
+    decay: optax.Schedule = {
+        "paper": lambda step: peak * (1 + step / warmup) ** -0.5,
+        "inverse_sqrt": lambda step: peak * (1 + step / warmup) ** -0.5,
+        "cosine": optax.cosine_decay_schedule(peak, after_warmup),
+        "linear": optax.linear_schedule(peak, 0.0, after_warmup),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    # Update n of the paper counts from 1: the rate at step 0 is peak / warmup, and the peak comes at step warmup - 1.
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else optax.constant_schedule(peak)
+    return optax.join_schedules([rise, decay], [warmup - 1])
+
+
+def make_optimizer(config: TrainingConfig, d_model: int) -> optax.GradientTransformation:
+    """Adam with the paper's betas and epsilon; clipping by global norm and weight decay if asked for.
+
+    Args:
+        config: the training settings.
+        d_model: the model's width, which scales the paper's schedule.
+    """
+    transforms = [optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)]
+    if config.clip_norm:
+        transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay:
+        matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+        transforms.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))
+    return optax.chain(*transforms, optax.scale_by_learning_rate(learning_rate_schedule(config, d_model)))

@@ -1,0 +1,89 @@
+"""Takes what training measures and leaves it where people look: the terminal, `metrics.jsonl`, TensorBoard."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from flax_transformer.training.evaluation import Scores
+from flax_transformer.workdir import WorkDirectory
+
+TITLES = {"loss": "loss", "bleu": "BLEU", "chrf": "chrF", "exact_match": "exact match"}
+
+
+def format_score(name: str, value: float) -> str:
+    """One score as a person reads it, e.g. `97.2 %`."""
+    return {"loss": f"{value:.3f}", "exact_match": f"{value:.1f} %"}.get(name, f"{value:.1f}")
+
+
+class Report:
+    """Shows a training's progress and records it; use it in a `with` statement."""
+
+    def __init__(self, workdir: WorkDirectory, *, first_step: int, steps: int):
+        """Starts a progress bar at `first_step` of `steps`."""
+        self._workdir = workdir
+        self._events = SummaryWriter(str(workdir.path / "tensorboard"))
+        # A log file gets a line every half minute, a terminal a bar that moves.
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(
+            total=steps, initial=first_step, unit="step", mininterval=interval, dynamic_ncols=True, smoothing=0.05
+        )
+        self._table_has_head = False
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+        self._events.close()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def step_done(self) -> None:
+        """Moves the bar one step."""
+        self._bar.update()
+
+    def training(self, step: int, metrics: dict[str, float]) -> None:
+        """Records one window of steps."""
+        self._bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} target tokens/s", refresh=False
+        )
+        self._record("train", step, metrics)
+
+    def validation(self, step: int, scores: Scores, seconds: float) -> None:
+        """Records the validation corpus's scores and prints them as the next row of a table."""
+        if not self._table_has_head:
+            self.say("    step   time  " + "  ".join(f"{title:>11}" for title in TITLES.values()))
+            self._table_has_head = True
+        values = "  ".join(f"{format_score(name, getattr(scores, name)):>11}" for name in TITLES)
+        self.say(f"{step:>8}  {seconds:>4.0f}s  {values}")
+        self._record("valid", step, {name: getattr(scores, name) for name in TITLES} | {"seconds": seconds})
+
+    def _record(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+        self._workdir.append_metrics({"kind": kind, "step": step} | metrics)
+        for name, value in metrics.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def test(self, step: int, scores: Scores) -> None:
+        """Records the test corpus's scores."""
+        self._workdir.append_metrics({"kind": "test", "step": step} | dataclasses.asdict(scores))
+
+
+def show_samples(source: Sequence[str], references: Sequence[str], translations: Sequence[str], count: int) -> None:
+    """Prints the first few sources, references and translations, one under the other."""
+    for triple in list(zip(source, references, translations, strict=True))[:count]:
+        print()
+        for name, text in zip(("source", "reference", "translation"), triple, strict=True):
+            print(f"  {name:>11}  {text}")
+
+
+def closing_line(scores: Scores, metric: str, seconds: float) -> str:
+    """One line that says how well the test corpus was translated, by the metric that chose the checkpoint."""
+    kind = "phrases" if metric == "exact_match" else "sentences"
+    value = format_score(metric, getattr(scores, metric))
+    return f"{TITLES[metric]}: {value} of {scores.sentences} held-out {kind}, trained in {seconds:.0f} s"

@@ -1,0 +1,25 @@
+"""Takes the environment that pytest starts in and leaves eight CPU devices, a compilation cache and checked shapes.
+
+All of it goes through environment variables, so that a test that starts a process of its own hands it on; all of it
+stands before the first import of jax.
+"""
+
+import os
+from pathlib import Path
+
+import jaxtyping
+
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Compiling is most of the tests' time; the second run, and a second worker, read what the first one compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# From here on every call of the library is held against its signature, shapes included. The numeric tower lets an int
+# stand where a float is asked for, as Python's own typing does (PEP 484); beartype alone refuses `dropout_rate=0`.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("flax_transformer", CHECKER)

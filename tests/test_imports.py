@@ -1,0 +1,152 @@
+"""Takes the library's source and leaves a verdict: imports run one way, importing is cheap, shapes are checked."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+from flax_transformer.attention import dot_product_attention
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "flax_transformer"
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
+ABOVE = "every row above"
+
+# The rows of the library from the bottom of the dependencies up, and the rows that each may import. The name of a
+# folder stands for all its files. The `__init__` of a folder runs before any file in it, so it imports nothing.
+LAYOUT = {
+    "masks": "",
+    "positions": "",
+    "config": "",
+    "experiment": "config",
+    "attention": "masks",
+    "layers": "attention config",
+    "model": "config masks positions attention layers",
+    "plots": "",
+    "data.__init__": "",
+    "data.vocabulary": "experiment",
+    "data.locale_phrases": "",
+    "data.corpus": "data.locale_phrases",
+    "data.pipeline": "experiment data.vocabulary data.corpus",
+    "workdir": "config experiment data.vocabulary",
+    "interop": "config model workdir data.vocabulary",
+    "decoding.__init__": "",
+    "decoding.search": "",
+    "decoding.translator": "model decoding.search workdir data.vocabulary",
+    "training.__init__": "",
+    "training.loss": "",
+    "training.optimizer": "experiment",
+    "training.step": "experiment model data.pipeline training.loss training.optimizer",
+    "training.parallel": "training.step",
+    "training.loop": "config experiment model data workdir decoding training",
+    "__init__": ABOVE,
+    "commands": ABOVE,
+    "__main__": ABOVE,
+}
+
+
+def covers(row, name):
+    return name == row or name.startswith(row + ".")
+
+
+def row_of(name):
+    """The row that a dotted name inside the package belongs to, or None."""
+    return next((row for row in LAYOUT if covers(row, name)), None)
+
+
+def imported_names(source, importer):
+    """The dotted names inside the package that `source`, the text of the module `importer`, imports anywhere in it."""
+    folder = [PACKAGE, *importer.split(".")[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            full = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            full = [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix(PACKAGE).removeprefix(".") for name in full if covers(PACKAGE, name))
+
+
+def forbidden_imports(source, importer):
+    """The rows that `source`, the text of the module `importer`, imports against the table."""
+    rows = list(LAYOUT)
+    own = row_of(importer)
+    if own is None:
+        raise LookupError(f"{importer} has no row in LAYOUT: add one that says where it stands and what it may import")
+    allowed = rows[: rows.index(own)] if LAYOUT[own] == ABOVE else LAYOUT[own].split()
+    # A name without a row, such as the class in `from flax_transformer import Transformer`, is one of `__init__`'s.
+    imported = {row_of(name) or "__init__" for name in imported_names(source, importer)} - {own}
+    return sorted(row for row in imported if not any(covers(entry, row) for entry in allowed))
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_imports_only_what_its_row_allows(path):
+    assert forbidden_imports(path.read_text(), module_name(path)) == []
+
+
+@pytest.mark.parametrize("row", LAYOUT)
+def test_the_table_itself_runs_one_way(row):
+    rows = list(LAYOUT)
+    above = rows[: rows.index(row)]
+    for entry in LAYOUT[row].split() if LAYOUT[row] != ABOVE else []:
+        assert any(covers(entry, other) for other in above), f"{row} may import {entry}, which does not stand above it"
+    assert not row.startswith("decoding") or "training" not in LAYOUT[row]
+
+
+@pytest.mark.parametrize(
+    ("importer", "source", "forbidden"),
+    [
+        ("attention", "from flax_transformer.model import Transformer", ["model"]),
+        ("attention", "from flax_transformer import masks, model", ["model"]),
+        ("attention", "def f():\n    import flax_transformer.training.loop as loop", ["training.loop"]),
+        ("attention", "from flax_transformer import Transformer", ["__init__"]),
+        ("attention", "from .layers import FeedForward", ["layers"]),
+        ("decoding.search", "from ..training.step import TrainState", ["training.step"]),
+        ("data.vocabulary", "from . import pipeline", ["data.pipeline"]),
+        ("attention", "import jax\nfrom flax_transformer.masks import causal_mask\nfrom . import masks", []),
+        ("training.loop", "from flax_transformer.data.pipeline import Batch", []),
+        ("commands.train", "from flax_transformer.commands import translate\nfrom ..training import loop", []),
+    ],
+)
+def test_the_checker_sees_an_upward_import(importer, source, forbidden):
+    assert forbidden_imports(source, importer) == forbidden
+
+
+def test_the_checker_names_a_file_without_a_row():
+    with pytest.raises(LookupError, match=r"data\.helpers has no row"):
+        forbidden_imports("import jax", "data.helpers")
+
+
+def packages_loaded_by(statement):
+    listing = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", listing], cwd=ROOT, check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_library_costs_jax_flax_and_jaxtyping_only():
+    cost = packages_loaded_by(f"import {PACKAGE}") - packages_loaded_by("import jax, flax.linen, jaxtyping")
+    assert cost - sys.stdlib_module_names == {PACKAGE}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_annotations_are_evaluated_so_that_shapes_are_checked(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+        assert not names & {"annotations", "TYPE_CHECKING"}, f"line {node.lineno} leaves annotations unevaluated"
+        assert not (isinstance(node, ast.Attribute) and node.attr == "TYPE_CHECKING"), f"line {node.lineno}"
+
+
+def test_a_wrong_shape_is_an_error_while_tests_run():
+    memory = jnp.zeros((2, 7, 3, 4))
+    assert dot_product_attention(jnp.zeros((2, 5, 3, 4)), memory, memory).shape == (2, 5, 3, 4)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        dot_product_attention(jnp.zeros((5, 3, 4)), memory, memory)
