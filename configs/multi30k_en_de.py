@@ -21,7 +21,7 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
                 target_slots=64,
             ),
             training=TrainingConfig(
-                steps=6000,
+                steps=5500,
                 schedule="cosine",
                 learning_rate=3e-3,
                 warmup_steps=500,

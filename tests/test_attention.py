@@ -1,4 +1,4 @@
-"""Takes queries, keys, values and masks and leaves a verdict: it is equation 1, and a query that sees nothing is safe."""
+"""Takes queries, keys, values and masks and leaves a verdict: it is equation 1, and blind queries do no harm."""
 
 import inspect
 from functools import partial

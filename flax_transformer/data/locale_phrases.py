@@ -56,7 +56,7 @@ ENGLISH = Locale("en")
 PLACES = tuple(sorted(code for code in ENGLISH.territories if code not in NOT_PLACES))
 # Official in a country; in India also in a state, for Kannada is one of those.
 LANGUAGES = tuple(
-    sorted({code for place in PLACES for code in get_official_languages(place, regional=place == "IN", de_facto=True)})
+    sorted({code for place in PLACES for code in get_official_languages(place, place == "IN", de_facto=True)})
 )
 
 
@@ -231,8 +231,8 @@ def locale_phrases(
     while len(found) < pairs:
         if fruitless == PATIENCE:
             raise ValueError(
-                f"{source_locale}-{target_locale} has about {len(found)} distinct {split} pairs of up to {parts} parts, "
-                f"not {pairs}: ask for fewer pairs or allow more parts"
+                f"{source_locale}-{target_locale} has about {len(found)} distinct {split} pairs of up to {parts} "
+                f"parts, not {pairs}: ask for fewer pairs or allow more parts"
             )
         phrase = _draw_phrase(rng, names, values, lists, parts)
         fruitless += 1
