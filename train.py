@@ -5,6 +5,7 @@ command goes on where it stopped.
 """
 
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -14,7 +15,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the vocabulary, checkpoint
 
 
 def main(argv: list[str]) -> None:
-    """Trains, and turns what a user can mend into one line instead of a traceback."""
+    """Trains; what a user can mend ends in one line and exit status 1."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.ERROR)
@@ -23,12 +24,21 @@ def main(argv: list[str]) -> None:
     from flax_transformer.training.loop import train_and_evaluate
 
     try:
-        experiment = Experiment.from_mapping(CONFIG.value.to_dict())
-        train_and_evaluate(experiment, WORKDIR.value)
+        train_and_evaluate(Experiment.from_mapping(CONFIG.value.to_dict()), WORKDIR.value)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
 
 
+def parse_flags(argv: list[str]) -> Any:
+    """Parses the flags; a config that is missing or has no such setting ends in one line and exit status 1."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, ValueError, OSError) as error:
+        # ml_collections hands on the KeyError of a mistyped name inside the AttributeError that it raises.
+        cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
+        sys.exit(f"train.py: --config: {' '.join(str(part) for part in cause.args).replace(chr(10), ': ')}")
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,6 +1,6 @@
 """Kannada to English phrases, made on the spot from Unicode's locale data: the first run, with nothing to download.
 
-    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict

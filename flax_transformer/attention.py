@@ -129,7 +129,7 @@ class MultiHeadAttention(nn.Module):
             dropout_rng=dropout_rng,
             return_weights=return_weights,
         )
-        gathered, weights = gathered if return_weights else (gathered, None)
+        gathered, weights = gathered if isinstance(gathered, tuple) else (gathered, None)
         return self.out(gathered.reshape(inputs.shape)), weights
 
     def __call__(
@@ -150,5 +150,5 @@ class MultiHeadAttention(nn.Module):
             deterministic: true switches dropout off.
             return_weights: whether the attention weights are the second result; it is `None` otherwise.
         """
-        memory = self.project_memory(memory)
-        return self.attend(inputs, memory, mask, deterministic=deterministic, return_weights=return_weights)
+        keys_values = self.project_memory(memory)
+        return self.attend(inputs, keys_values, mask, deterministic=deterministic, return_weights=return_weights)

@@ -5,8 +5,8 @@ Glossary: D is `d_model`, H is `num_heads`, K = D / H is the size of one head, F
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 CHOICES = {
     "norm": ("post", "pre"),
@@ -126,7 +126,7 @@ class TransformerConfig:
         return dataclasses.replace(five_layer, **changes)
 
 
-def from_mapping(settings: type[Settings], mapping: Mapping[str, Any], section: str) -> Settings:
+def from_mapping(settings: Callable[..., Settings], mapping: Mapping[str, Any], section: str) -> Settings:
     """Builds a settings dataclass from a mapping that a person may have typed.
 
     Args:
@@ -137,7 +137,7 @@ def from_mapping(settings: type[Settings], mapping: Mapping[str, Any], section: 
     Raises:
         ValueError: a key that is no field, naming the nearest one.
     """
-    names = [field.name for field in dataclasses.fields(settings)]
+    names = [field.name for field in dataclasses.fields(cast(Any, settings))]
     for key in mapping:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)

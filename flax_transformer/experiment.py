@@ -102,7 +102,7 @@ class TrainingConfig:
         checkpoint_every: updates between two checkpoints; one is written at each evaluation and at the end too.
         keep_latest: how many of the newest checkpoints are kept.
         keep_best: how many of the best checkpoints are kept.
-        best_metric: "bleu", "chrf", "exact_match" (more is better) or "loss" (less is better), of the validation corpus.
+        best_metric: "bleu", "chrf", "exact_match" (more is better) or "loss" (less), on the validation corpus.
         evaluate_sentences: how many validation sentences are translated; 0 is all.
         beam_size: beam of the translations that are scored; 1 is greedy.
         alpha: exponent of the length penalty (section 6.1).
@@ -135,9 +135,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the mend."""
-        _check_choice(
-            "training", "schedule", self.schedule, ("paper", "inverse_sqrt", "cosine", "linear", "constant")
-        )
+        _check_choice("training", "schedule", self.schedule, ("paper", "inverse_sqrt", "cosine", "linear", "constant"))
         _check_choice("training", "parallelism", self.parallelism, ("auto", "jit", "pmap"))
         _check_choice("training", "best_metric", self.best_metric, ("bleu", "chrf", "exact_match", "loss"))
         _check_choice("training", "rng_impl", self.rng_impl, ("rbg", "threefry2x32", "unsafe_rbg"))
@@ -167,7 +165,7 @@ class Experiment:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Experiment":
         """The inverse of `to_mapping`; raises ValueError for an unknown key, naming the nearest one."""
-        sections = {field.name: field.type for field in dataclasses.fields(cls)}
+        sections: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         built = {
             name: from_mapping(sections[name], settings, name) if name in sections else settings
             for name, settings in mapping.items()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -174,7 +173,7 @@ class DecoderLayer(_Layer):
 
         queries = self._before(self.self_attention_norm, inputs)
         keys_values = self.self_attention.project_memory(queries)
-        if cache is not None:
+        if cache is not None and position is not None:
             keys_values = cache.write(position, keys_values)
         outputs, self_weights = self.self_attention.attend(queries, keys_values, self_mask, **options)
         inputs = self._after(self.self_attention_norm, inputs, outputs, deterministic)

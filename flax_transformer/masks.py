@@ -31,9 +31,7 @@ def padding_mask(valid: Bool[Array, "B M"]) -> Float[Array, "B 1 1 M"]:
     return _additive(valid)[:, None, None, :]
 
 
-def segment_mask(
-    query_segments: Int[Array, "B Q"], memory_segments: Int[Array, "B M"]
-) -> Float[Array, "B 1 Q M"]:
+def segment_mask(query_segments: Int[Array, "B Q"], memory_segments: Int[Array, "B M"]) -> Float[Array, "B 1 Q M"]:
     """Lets a query see the positions of its own segment, where several sentences are packed into one row.
 
     Segment 0 is padding: it sees nothing and is seen by nothing.
@@ -47,6 +45,6 @@ def segment_mask(
 
 
 def combine_masks(*masks: Float[Array, "#B #H #Q #M"] | None) -> Float[Array, "B H Q M"] | None:
-    """Adds masks: a query sees a key only where all of them allow it. `None` is passed over; all `None` gives `None`."""
+    """Adds masks, so that a query sees a key only where all of them allow it; `None` hides nothing."""
     present = [mask for mask in masks if mask is not None]
     return jax.tree.reduce(jnp.add, present) if present else None

@@ -48,9 +48,7 @@ class DecodingState(flax.struct.PyTreeNode):
     memory_mask: Float[Array, "B 1 1 S"]
 
 
-def shift_right(
-    target: Int[Array, "B T"], positions: Int[Array, "B T"], start_id: int
-) -> Int[Array, "B T"]:
+def shift_right(target: Int[Array, "B T"], positions: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
     """The decoder's input: each target token one position later, `start_id` where a sentence begins (section 3.1)."""
     return jnp.where(positions == 0, start_id, jnp.roll(target, 1, axis=1))
 
@@ -246,9 +244,7 @@ class Transformer(nn.Module):
         else:
             tied = "shared_embedding" if self.config.tie_embeddings == "three_way" else "target_embedding"
             kernel = getattr(self, tied).embedding.T
-        logits = jnp.einsum(
-            "btd,dv->btv", outputs, kernel.astype(outputs.dtype), preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("btd,dv->btv", outputs, kernel.astype(outputs.dtype), preferred_element_type=jnp.float32)
         return logits + self.output_bias if self.config.output_bias else logits
 
     def _segments(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -374,9 +370,7 @@ class Transformer(nn.Module):
         )
         return self._logits(outputs), weights
 
-    def start_decoding(
-        self, source: Int[Array, "B S"], *, max_length: int, hypotheses: int = 1
-    ) -> DecodingState:
+    def start_decoding(self, source: Int[Array, "B S"], *, max_length: int, hypotheses: int = 1) -> DecodingState:
         """Encodes the source and makes room for its translations.
 
         Args:

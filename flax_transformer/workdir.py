@@ -84,7 +84,12 @@ class WorkDirectory:
         return [json.loads(line) for line in self._metrics_file.read_text().splitlines()]
 
     def open_checkpoints(
-        self, *, keep_latest: int | None = None, keep_best: int = 1, best_metric: str = "loss"
+        self,
+        *,
+        keep_latest: int | None = None,
+        keep_best: int = 1,
+        best_metric: str = "loss",
+        read_only: bool = False,
     ) -> "Checkpoints":
         """The checkpoints; use it in a `with` statement, which waits for the last one to be written.
 
@@ -92,14 +97,15 @@ class WorkDirectory:
             keep_latest: how many of the newest are kept; all if not given.
             keep_best: how many of the best are kept as well.
             best_metric: the metric by which they are compared.
+            read_only: leaves the folder as it is; a training may be writing to it.
         """
-        return Checkpoints(self.path / "checkpoints", keep_latest, keep_best, best_metric)
+        return Checkpoints(self.path / "checkpoints", keep_latest, keep_best, best_metric, read_only)
 
 
 class Checkpoints:
     """Checkpoints of parameters, of what else training needs, and of metrics."""
 
-    def __init__(self, path: epath.Path, keep_latest: int | None, keep_best: int, best_metric: str):
+    def __init__(self, path: epath.Path, keep_latest: int | None, keep_best: int, best_metric: str, read_only: bool):
         """Opens them; arguments as in `WorkDirectory.open_checkpoints`."""
         self._path = path
 
@@ -119,7 +125,9 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(keep_latest), best]
             ),
-            cleanup_tmp_directories=True,
+            # What is left of a save that was killed; to a reader it may be one that is under way.
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
         )
         self._manager = ocp.CheckpointManager(path, options=options)
 
@@ -190,7 +198,7 @@ class Checkpoints:
         steps = self._manager.all_steps()
         if not steps:
             raise ValueError(f"{self._path} holds no checkpoint: train until one is written, or give another --workdir")
-        number = {"best": self.best_step, "latest": self.latest_step}.get(step, step)
+        number = self.best_step if step == "best" else self.latest_step if step == "latest" else step
         if number not in steps:
             raise ValueError(f"{self._path} holds no checkpoint {number!r}: choose best, latest or one of {steps}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

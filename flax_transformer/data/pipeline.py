@@ -33,7 +33,7 @@ class TokenSide:
     """
 
     tokens: Int[np.ndarray, "tokens"]
-    starts: Int[np.ndarray, "sentences+1"]
+    starts: Int[np.ndarray, "boundaries"]
 
     @classmethod
     def join(cls, sentences: Sequence[Sequence[int]]) -> "TokenSide":
@@ -122,7 +122,7 @@ class PackedCorpus:
         source_limit, target_limit = min(config.source_slots, max_length), min(config.target_slots, max_length)
         fits = (source.lengths <= source_limit) & (target.lengths <= target_limit)
         self.too_long = np.flatnonzero(~fits)
-        pairs = np.repeat(np.flatnonzero(fits), np.asarray(repeats)[fits])
+        pairs = np.repeat(np.flatnonzero(fits), np.asarray(repeats, np.int64)[fits])
         if not len(pairs):
             raise ValueError(
                 f"none of {len(fits)} sentence pairs fits into {source_limit} source and {target_limit} target tokens: "
@@ -130,7 +130,7 @@ class PackedCorpus:
             )
         pairs = np.random.default_rng([config.seed, 0]).permutation(pairs)
         rows = pack(source.lengths[pairs], target.lengths[pairs], config.source_slots, config.target_slots)
-        self.rows = [pairs[row] for row in rows]
+        self.rows = [pairs[row].tolist() for row in rows]
         tokens = source.lengths[pairs].sum() + target.lengths[pairs].sum()
         self.fill_rate = float(tokens) / (len(rows) * (config.source_slots + config.target_slots))
 
@@ -159,15 +159,15 @@ class PackedCorpus:
 
     def example_ids(self, step: int) -> list[int]:
         """Which sentence pairs batch `step` holds, by their number in the corpus."""
-        return [int(pair) for row in self.row_ids(step) for pair in self.rows[row]]
+        return [pair for row in self.row_ids(step) for pair in self.rows[row]]
 
     def batch(self, step: int) -> Batch:
         """Batch `step`, the same whenever and wherever it is asked for."""
         return self._lay_out([self.rows[row] for row in self.row_ids(step)])
 
-    def _lay_out(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def _lay_out(self, rows: Sequence[Int[np.ndarray, "_"]]) -> Batch:
         height = -(-self._config.rows // self._multiple) * self._multiple
-        sides = {}
+        sides: dict[str, np.ndarray] = {}
         for name, side, slots in (
             ("source", self.source, self._config.source_slots),
             ("target", self.target, self._config.target_slots),

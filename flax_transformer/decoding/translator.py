@@ -18,6 +18,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.search import Hypotheses, beam_search, greedy_search
 from flax_transformer.model import Transformer
+from flax_transformer.positions import check_length
 from flax_transformer.workdir import WorkDirectory
 
 # The paper: a translation is at most 50 tokens longer than its source (section 6.1).
@@ -58,7 +59,7 @@ def search_translations(
         state, logits = model.apply(variables, state, tokens[:, None], method="decode_step")
         return (state.position, state.target), logits[:, 0]
 
-    options = {
+    options: dict[str, Any] = {
         "max_length": max_length,
         "start_id": config.start_id,
         "eos_id": config.eos_id,
@@ -112,7 +113,9 @@ class Translator:
         tokens = jax.ShapeDtypeStruct((1, 2), "int32")
         init = functools.partial(Transformer(config).init, deterministic=True)
         shapes = jax.eval_shape(init, jax.random.key(0), tokens, tokens)
-        with workdir.open_checkpoints() as checkpoints:
+        # The best is the best by the metric that training chose by; a converted model has neither.
+        best_metric = workdir.read_config().get("training", {}).get("best_metric", "loss")
+        with workdir.open_checkpoints(best_metric=best_metric, read_only=True) as checkpoints:
             params = checkpoints.restore_params(step, shapes["params"])
         return cls(config, params, workdir.read_vocabularies(), batch_tokens=batch_tokens)
 
@@ -135,7 +138,7 @@ class Translator:
                 config=self.config,
                 beam_size=beam_size,
                 alpha=alpha,
-                max_length=source.shape[1] + EXTRA_LENGTH,
+                max_length=self._output_limit(source.shape[1]),
             )
             tokens = np.asarray(hypotheses.tokens[:, 0])[: len(numbers)]
             for number, translation in zip(numbers, self.vocabularies.target.decode(tokens), strict=True):
@@ -148,7 +151,7 @@ class Translator:
         """Sentence numbers, padded source and output limits of each batch, longest bucket first."""
         buckets = defaultdict(list)
         for number in sorted(wanted, key=lambda number: len(encoded[number])):
-            buckets[max(SMALLEST_BUCKET, _power_of_two(len(encoded[number])))].append(number)
+            buckets[self._bucket(len(encoded[number]))].append(number)
         for bucket, numbers in sorted(buckets.items(), reverse=True):
             # One shape a bucket: the last batch is filled up with sentences that end at once.
             rows = min(max(1, self._batch_tokens // bucket), _power_of_two(len(numbers)))
@@ -158,8 +161,20 @@ class Translator:
                 limits = np.ones(rows, np.int32)
                 for row, number in enumerate(batch):
                     source[row, : len(encoded[number])] = encoded[number]
-                    limits[row] = len(encoded[number]) + EXTRA_LENGTH
+                    limits[row] = self._output_limit(len(encoded[number]))
                 yield batch, source, limits
+
+    def _bucket(self, length: int) -> int:
+        """The padded length of a sentence; learned positions, unlike sinusoidal ones, come to an end."""
+        bucket = max(SMALLEST_BUCKET, _power_of_two(length))
+        if self.config.positions == "learned":
+            check_length(length, self.config.max_length)
+            return min(bucket, self.config.max_length)
+        return bucket
+
+    def _output_limit(self, source_length: int) -> int:
+        limit = source_length + EXTRA_LENGTH
+        return min(limit, self.config.max_length) if self.config.positions == "learned" else limit
 
 
 def _power_of_two(number: int) -> int:

@@ -91,7 +91,5 @@ class Evaluation:
         # Under pmap the parameters lie on every device; the search runs on one.
         params = jax.device_put(params, jax.local_devices()[0])
         translator = Translator(self._model_config, params, self._vocabularies)
-        translations = translator.translate(
-            self.source, beam_size=self._config.beam_size, alpha=self._config.alpha
-        )
+        translations = translator.translate(self.source, beam_size=self._config.beam_size, alpha=self._config.alpha)
         return score_translations(translations, self.references, sums.cross_entropy / sums.tokens), translations

@@ -24,7 +24,7 @@ from flax_transformer.model import Transformer
 from flax_transformer.training.evaluation import Evaluation, Scores
 from flax_transformer.training.optimizer import learning_rate_schedule, make_optimizer
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.report import Report, closing_line, show_samples
+from flax_transformer.training.report import Report, show_samples, show_test
 from flax_transformer.training.step import StepMetrics, TrainState, eval_step, train_step
 from flax_transformer.workdir import Checkpoints, WorkDirectory
 
@@ -54,6 +54,7 @@ class _Training:
     """One training, prepared: everything that its loop needs."""
 
     def __init__(self, experiment: Experiment, workdir: WorkDirectory):
+        """Reads the texts, makes or reads the vocabulary, packs the corpora and builds the compiled steps."""
         self.workdir = workdir
         self.parallelism = Parallelism(experiment.training.parallelism)
         texts = _load_texts(experiment)
@@ -107,7 +108,7 @@ class _Training:
             state, seconds = self._start(checkpoints)
             first = int(state.step)
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-            print(f"{parameters:,} parameters, {self.parallelism}, from step {first} to {self.config.steps}", flush=True)
+            print(f"{parameters:,} parameters, {self.parallelism}, steps {first} to {self.config.steps}", flush=True)
             clock = _Clock(seconds)
             window = _Window(self.config.log_every)
             with Report(self.workdir, first_step=first, steps=self.config.steps) as report:
@@ -146,22 +147,18 @@ class _Training:
 
     def test(self) -> Scores | None:
         """Translates the test corpus with the best checkpoint, and shows how well."""
-        with self.open_checkpoints() as checkpoints:
-            shapes = jax.eval_shape(
-                functools.partial(TrainState.create, self.model, self.optimizer), jax.random.key(0)
-            ).params
-            params = checkpoints.restore_params("best", shapes)
-            step, seconds = checkpoints.best_step, checkpoints.read_notes()["seconds"]
         if "test" not in self.evaluations:
             return None
+        shapes = jax.eval_shape(functools.partial(TrainState.create, self.model, self.optimizer), jax.random.key(0))
+        with self.open_checkpoints() as checkpoints:
+            params = checkpoints.restore_params("best", shapes.params)
+            step, seconds = checkpoints.best_step, checkpoints.read_notes()["seconds"]
+        assert step is not None, "restore_params has found it"
         evaluation = self.evaluations["test"]
         scores, translations = evaluation.score(self.parallelism.place(params))
-        show_samples(evaluation.source, evaluation.references, translations, self.config.samples)
         self.workdir.append_metrics({"kind": "test", "step": step} | dataclasses.asdict(scores))
-        print(f"\ntest corpus, checkpoint {step}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")
-        print(f"BLEU signature: {scores.signature}")
-        print(f"work directory: {self.workdir.path}")
-        print(closing_line(scores, self.config.best_metric, seconds), flush=True)
+        show_samples(evaluation.source, evaluation.references, translations, self.config.samples)
+        show_test(step, scores, metric=self.config.best_metric, seconds=seconds)
         return scores
 
 
@@ -248,7 +245,9 @@ def _settle_config(experiment: Experiment, workdir: WorkDirectory) -> None:
     workdir.write_config(wanted)
 
 
-def _check_same(section: str, found: Mapping[str, object], wanted: Mapping[str, object], workdir: WorkDirectory) -> None:
+def _check_same(
+    section: str, found: Mapping[str, object], wanted: Mapping[str, object], workdir: WorkDirectory
+) -> None:
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(

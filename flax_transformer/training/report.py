@@ -1,6 +1,5 @@
 """Takes what training measures and leaves it where people look: the terminal, `metrics.jsonl`, TensorBoard."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -69,10 +68,6 @@ class Report:
         for name, value in metrics.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
-    def test(self, step: int, scores: Scores) -> None:
-        """Records the test corpus's scores."""
-        self._workdir.append_metrics({"kind": "test", "step": step} | dataclasses.asdict(scores))
-
 
 def show_samples(source: Sequence[str], references: Sequence[str], translations: Sequence[str], count: int) -> None:
     """Prints the first few sources, references and translations, one under the other."""
@@ -82,8 +77,17 @@ def show_samples(source: Sequence[str], references: Sequence[str], translations:
             print(f"  {name:>11}  {text}")
 
 
-def closing_line(scores: Scores, metric: str, seconds: float) -> str:
-    """One line that says how well the test corpus was translated, by the metric that chose the checkpoint."""
+def show_test(step: int, scores: Scores, *, metric: str, seconds: float) -> None:
+    """Prints the test corpus's scores; the last line tells the one that chose the checkpoint.
+
+    Args:
+        step: the checkpoint's.
+        scores: the test corpus's.
+        metric: a key of `TITLES`.
+        seconds: spent training.
+    """
+    print(f"\ntest corpus, checkpoint {step}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")
+    print(f"BLEU signature: {scores.signature}")
     kind = "phrases" if metric == "exact_match" else "sentences"
     value = format_score(metric, getattr(scores, metric))
-    return f"{TITLES[metric]}: {value} of {scores.sentences} held-out {kind}, trained in {seconds:.0f} s"
+    print(f"{TITLES[metric]}: {value} of {scores.sentences} held-out {kind}, trained in {seconds:.0f} s", flush=True)

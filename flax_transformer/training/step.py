@@ -89,9 +89,7 @@ def loss_and_gradients(
     """
 
     def summed_loss(params):
-        sums = batch_sums(
-            params, batch, model=model, label_smoothing=label_smoothing, dropout_rng=dropout_rng
-        )
+        sums = batch_sums(params, batch, model=model, label_smoothing=label_smoothing, dropout_rng=dropout_rng)
         return sums.smoothed, sums
 
     gradients, sums = jax.grad(summed_loss, has_aux=True)(params)
@@ -135,14 +133,12 @@ def train_step(
         axis_name=axis_name,
     )
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    metrics = StepMetrics(sums=sums, gradient_norm=optax.global_norm(gradients))
+    metrics = StepMetrics(sums=sums, gradient_norm=optax.tree.norm(gradients))
     params = optax.apply_updates(state.params, updates)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
-def eval_step(
-    params: PyTree, batch: Batch, *, model: Transformer, axis_name: str | None = None
-) -> LossSums:
+def eval_step(params: PyTree, batch: Batch, *, model: Transformer, axis_name: str | None = None) -> LossSums:
     """The summed losses of a batch without dropout; add batches up, then divide by the tokens."""
     sums = batch_sums(params, batch, model=model, label_smoothing=0.0, dropout_rng=None)
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -13,12 +13,12 @@ from flax_transformer.data.locale_phrases import locale_phrases
 
 PROGRAM = """
 from flax_transformer.data.locale_phrases import locale_phrases
-print(ascii(locale_phrases("kn", "en", "train", pairs=1500, seed=3)))
+print(ascii(locale_phrases("kn", "en", "train", pairs=1000, seed=3)))
 """
 
 
 @functools.cache
-def corpus(split, pairs=500, seed=0, locales=("kn", "en"), parts=2):
+def corpus(split, pairs=200, seed=0, locales=("kn", "en"), parts=2):
     return locale_phrases(*locales, split, pairs=pairs, seed=seed, parts=parts)
 
 
@@ -35,7 +35,7 @@ def test_the_same_seed_gives_the_same_pairs_in_another_process():
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         outputs.append(subprocess.check_output([sys.executable, "-c", PROGRAM], env=environment, text=True).strip())
-    here = ascii(locale_phrases("kn", "en", "train", pairs=1500, seed=3))
+    here = ascii(locale_phrases("kn", "en", "train", pairs=1000, seed=3))
     assert outputs == [here, here]
 
 
@@ -46,21 +46,21 @@ def test_another_seed_gives_other_pairs():
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_fewer_pairs_are_a_prefix_of_more(split):
     more = pairs_of(split)
-    for fewer in (0, 1, 77):
+    for fewer in (0, 1, 37):
         assert pairs_of(split, fewer) == more[:fewer]
 
 
 def test_the_pairs_are_as_many_as_asked_for_distinct_and_clean():
-    sources, targets = corpus("train", 10_000)
-    assert len(sources) == len(targets) == 10_000
-    assert len(set(zip(sources, targets, strict=True))) == 10_000
+    sources, targets = corpus("train", 6_000)
+    assert len(sources) == len(targets) == 6_000
+    assert len(set(zip(sources, targets, strict=True))) == 6_000
     for text in (*sources, *targets):
         assert text == " ".join(text.split()) != ""
         assert len(text) <= 80
 
 
 def test_no_text_of_one_split_occurs_in_another_even_across_seeds():
-    train, test, valid = corpus("train", 10_000), corpus("test"), corpus("valid", seed=1)
+    train, test, valid = corpus("train", 6_000), corpus("test"), corpus("valid", seed=1)
     for side in (0, 1):
         sets = [set(split[side]) for split in (train, test, valid)]
         assert sets[0].isdisjoint(sets[1] | sets[2])
@@ -75,8 +75,8 @@ def assert_one_target_for_each_source(*many_pairs):
 
 def test_a_source_has_one_target():
     # Different seeds meet the same sources again: within one call, a source is met once by construction.
-    many = [pairs_of("train", 10_000, seed=seed) for seed in (0, 1)]
-    assert len({source for pairs in many for source, _ in pairs}) < 20_000, "no source was met twice"
+    many = [pairs_of("train", 6_000, seed=seed) for seed in (0, 1)]
+    assert len({source for pairs in many for source, _ in pairs}) < 12_000, "no source was met twice"
     assert_one_target_for_each_source(*many, pairs_of("test"), pairs_of("valid", seed=1))
 
 
@@ -84,12 +84,12 @@ def test_a_source_has_one_target_where_cldr_abbreviates_differently():
     # German `März` is long and short, Tamil tells the two apart; `Watt` is a unit's long and short name.
     for locales in (("de", "ta"), ("de", "en")):
         assert_one_target_for_each_source(
-            *(pairs_of("train", 4_000, seed=seed, locales=locales, parts=1) for seed in (0, 1, 2))
+            *(pairs_of("train", 2_000, seed=seed, locales=locales, parts=1) for seed in (0, 1))
         )
 
 
 def test_held_out_phrases_are_made_of_words_that_are_trained_on():
-    train = corpus("train", 10_000)
+    train = corpus("train", 6_000)
     for held_out in (corpus("test"), corpus("valid", seed=1)):
         for side in (0, 1):
             assert words(held_out[side]) <= words(train[side])
@@ -99,26 +99,26 @@ def test_training_opens_with_every_name_alone():
     kannada, english = module._locale("kn"), module._locale("en")
     names, values = module._unambiguous(kannada, english)
     atoms = sum(len(kind.atoms) for kind in (*names, *values))
-    opening = set(pairs_of("train", 10_000)[:atoms])
+    opening = set(pairs_of("train", 6_000)[:atoms])
     for kind in names:
         assert {(kind.write(kannada, atom), kind.write(english, atom)) for atom in kind.atoms} <= opening
 
 
 def test_names_are_frequent_enough_to_be_learnt():
-    text = " | ".join(corpus("train", 10_000)[1])
+    text = " | ".join(corpus("train", 6_000)[1])
     for name in ("Kannada", "Iceland", "Swiss franc", "liter", "Wednesday", "April", "Nov", "ago"):
-        assert len(re.findall(rf"\b{name}", text)) >= 50 / 6
+        assert len(re.findall(rf"\b{name}", text)) >= 50 / 10
 
 
 def test_the_corpus_is_larger_than_two_hundred_thousand_pairs():
     # Capture and recapture: two samples of n out of N share n²/N, and more when some pairs are likelier than others,
-    # so n²/shared is a lower bound. The opening is left out, as every seed has it.
-    first, second = (set(pairs_of("train", 10_000, seed=seed)[1_000:]) for seed in (0, 1))
+    # so n²/shared is a lower bound. Short pairs are left out: they are few and often shared, which hides the others.
+    first, second = ({pair for pair in pairs_of("train", 6_000, seed=seed) if len(pair[1]) > 20} for seed in (0, 1))
     assert len(first) * len(second) / max(1, len(first & second)) > 200_000
 
 
 def test_parts_bound_what_a_phrase_holds():
-    single, triple = (corpus("test", 300, parts=parts)[1] for parts in (1, 3))
+    single, triple = (corpus("test", 100, parts=parts)[1] for parts in (1, 3))
     assert not any(re.search(r" and .* \d{4}| or |: | \(", text) for text in single)
     assert any(re.search(r"^[^,]+, [^,]+, and |^[^:]+: .+ and ", text) for text in triple)
     assert sum(map(len, triple)) > sum(map(len, single))
@@ -133,8 +133,8 @@ def test_other_locales(locales):
 
 
 def test_kannada_faces_english():
-    # Hand-checked against CLDR's charts, not against our output.
-    train = dict(pairs_of("train", 10_000))
+    # What any dictionary says, for all the other tests would pass with two columns of nonsense.
+    train = dict(pairs_of("train", 6_000))
     assert train["ಭಾರತ"] == "India"
     assert train["ಕನ್ನಡ"] == "Kannada"
 

@@ -1,0 +1,59 @@
+"""Kannada to English from text files: the Bible and children's stories, as the tutorial's five-layer model has it.
+
+    python train.py --config=configs/kannada_english.py:five_layer --workdir=runs/kannada
+    python train.py --config=configs/kannada_english.py:small --workdir=runs/kannada-small
+
+`five_layer` is the tutorial's model (5+5 layers, 512, 8 heads, d_ff = 3 * d_model = 1536), for a GPU or TPU; `small`
+is the `tiny` preset, for a CPU. A folder may follow the name: `kannada_english.py:small,/path/to/kannada`. It holds
+`bible/` and `storyweaver/`, each with `train`, `valid` and `test` in `.kn` and `.en`, one sentence a line; the stories
+are few and appear three times an epoch.
+
+Not run.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+
+
+def get_config(choice: str = "five_layer") -> ConfigDict:
+    """The experiment.
+
+    Args:
+        choice: "five_layer" or "small", and after a comma the folder of the text files.
+    """
+    preset, _, folder = choice.partition(",")
+    folder = folder or "data/kannada"
+
+    def files(part: str, split: str) -> str:
+        return f"files:{folder}/{part}/{split}.kn,{folder}/{part}/{split}.en"
+
+    data = DataConfig(
+        train=f"{files('bible', 'train')} + 3*{files('storyweaver', 'train')}",
+        valid=f"{files('bible', 'valid')} + {files('storyweaver', 'valid')}",
+        test=files("bible", "test"),
+        rows=16,
+        source_slots=128,
+        target_slots=128,
+    )
+    five_layer = Experiment(
+        model=TransformerConfig.five_layer(dropout_rate=0.3),
+        vocabulary=VocabularyConfig(size=8000),
+        data=dataclasses.replace(data, rows=64),
+        training=TrainingConfig(steps=30_000, warmup_steps=4000, evaluate_every=1000),
+    )
+    small = Experiment(
+        model=TransformerConfig.tiny(dropout_rate=0.15),
+        vocabulary=VocabularyConfig(size=4000),
+        data=data,
+        training=TrainingConfig(
+            steps=6000, schedule="cosine", learning_rate=3e-3, warmup_steps=400, evaluate_every=1000
+        ),
+    )
+    experiments = {"five_layer": five_layer, "small": small}
+    if preset not in experiments:
+        raise ValueError(f"kannada_english.py:{preset} is unknown: choose one of {', '.join(experiments)}")
+    return ConfigDict(experiments[preset].to_mapping())

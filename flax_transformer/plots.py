@@ -1,0 +1,316 @@
+"""Takes masks, position vectors, schedules and attention weights and leaves matplotlib figures, neither shown nor saved.
+
+The figures stand outside pyplot, so none is left open behind your back: `figure.savefig(path)` writes one, and a
+notebook shows the value of a cell once it has run `%matplotlib inline`.
+Glossary: B batch, H heads, Q query positions, M memory positions, S source, T target, P positions, D d_model.
+"""
+
+import functools
+import math
+import unicodedata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+try:
+    from matplotlib import font_manager, rcParams
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'flax_transformer.plots draws with matplotlib ({error}): pip install "flax_transformer[plots]"',
+        name=error.name,
+    ) from error
+
+HIDDEN, VISIBLE = "#e9ecf1", "#2f6690"
+LINES = ("#2f6690", "#d1495b", "#5b8e55", "#8a5fa8", "#c98a1b", "#5c677d")
+WEIGHTS = "Blues"
+SIGNED = "RdBu_r"
+CELL = 0.3  # inches; the label of a token fits
+WIDEST = 11.0  # inches; wider figures are shrunk in a notebook until nobody can read them
+MOST_NUMBERS = 12  # positions up to which the cells of a mask carry their numbers
+
+
+def plot_masks(
+    masks: Mapping[str, Float[jax.Array | np.ndarray, "..."]],
+    *,
+    query_tokens: Sequence[str] | None = None,
+    memory_tokens: Sequence[str] | None = None,
+) -> Figure:
+    """Draws additive masks side by side, one row of panels for each row of the batch: what each query may see.
+
+    They are broadcast against each other first, as attention does: a padding mask shows the same row for every query.
+
+    Args:
+        masks: from the masks' names to masks of 0 and -inf that broadcast to [B, 1, Q, M].
+        query_tokens: Q labels; position numbers if not given.
+        memory_tokens: M labels; position numbers if not given.
+
+    Raises:
+        ValueError: there is none, a mask has another shape or another number in it, or labels are too many or too few.
+    """
+    _check_some(masks, "masks")
+    for name, mask in masks.items():
+        if mask.ndim != 4 or mask.shape[1] != 1:
+            raise ValueError(f"mask {name!r} has shape {mask.shape}: give it [B, 1, Q, M], or a head of it")
+        if strange := set(np.unique(mask)) - {0.0, -np.inf}:
+            raise ValueError(f"mask {name!r} holds {min(strange)}: an additive mask holds 0 and -inf, no other number")
+    visible = {
+        name: panels[:, 0]
+        for name, panels in zip(masks, np.broadcast_arrays(*(np.asarray(m) == 0 for m in masks.values())), strict=True)
+    }
+    batch, queries, memory = next(iter(visible.values())).shape
+    size = _cells(memory, memory_tokens), _cells(queries, query_tokens)
+    figure, grid = _panels(batch, len(visible), size, _room(query_tokens), _room(memory_tokens) + 0.3)
+    for column, (name, panels) in enumerate(visible.items()):
+        for row, panel in enumerate(panels):
+            axes = grid[row, column]
+            axes.imshow(panel, cmap=ListedColormap([HIDDEN, VISIBLE]), vmin=0, vmax=1, aspect="equal")
+            if max(queries, memory) <= MOST_NUMBERS:
+                _write_numbers(axes, panel)
+            _separate_cells(axes, panel.shape)
+            _label_positions(axes.yaxis, query_tokens, queries, "query_tokens", "queries")
+            _label_positions(axes.xaxis, memory_tokens, memory, "memory_tokens", "memory positions")
+            axes.set_xlabel("memory position")
+        grid[0, column].set_title(name)
+    for row, axes in enumerate(grid[:, 0]):
+        axes.set_ylabel("query" if batch == 1 else f"query, batch row {row}")
+    legend = [Patch(color=VISIBLE, label="0: visible"), Patch(color=HIDDEN, label="−∞: hidden")]
+    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def plot_positions(encodings: Mapping[str, Float[jax.Array | np.ndarray, "P D"]]) -> Figure:
+    """Draws position vectors as heat maps side by side: a row for each position, a column for each feature.
+
+    Args:
+        encodings: from names to vectors, sinusoidal or learned.
+
+    Raises:
+        ValueError: there is none.
+    """
+    _check_some(encodings, "encodings")
+    figure, grid = _panels(1, len(encodings), (4.2, 3.4))
+    limit = max(float(np.abs(vectors).max(initial=0)) for vectors in encodings.values())
+    for axes, (name, vectors) in zip(grid[0], encodings.items(), strict=True):
+        image = axes.imshow(
+            np.asarray(vectors), cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
+        axes.set_title(name)
+        axes.set_xlabel("feature")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(_whole_numbers())
+    grid[0, 0].set_ylabel("position")
+    _tidy_bar(figure.colorbar(image, ax=list(grid[0]), label="value", aspect=28, pad=0.02))
+    return figure
+
+
+def plot_schedules(schedules: Mapping[str, Callable[[Any], Any]], steps: int) -> Figure:
+    """Draws learning rates over the updates of a training.
+
+    Args:
+        schedules: from names to functions that jax can trace, from an update, counted from 0, to its learning rate.
+        steps: number of updates.
+
+    Raises:
+        ValueError: there is none, or `steps` is below 1.
+    """
+    _check_some(schedules, "schedules")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: draw at least 1")
+    figure, grid = _panels(1, 1, (6.4, 3.2))
+    axes = grid[0, 0]
+    updates = np.arange(steps)
+    for number, (name, schedule) in enumerate(schedules.items()):
+        rates = np.asarray(jax.vmap(lambda update, schedule=schedule: jnp.asarray(schedule(update)))(updates))
+        axes.plot(updates, rates, label=name, color=LINES[number % len(LINES)], linewidth=2)
+    axes.set(title="Learning rate", xlabel="update", ylabel="learning rate", ylim=(0, None))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    axes.margins(x=0.01)
+    axes.grid(color=HIDDEN)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_attention(
+    weights: Float[jax.Array | np.ndarray, "H T S"] | Float[jax.Array | np.ndarray, "T S"],
+    source_tokens: Sequence[str],
+    target_tokens: Sequence[str],
+    *,
+    title: str = "Attention",
+    head_titles: Sequence[str] | None = None,
+) -> Figure:
+    """Draws one sentence's attention, a panel a head: how much each target token gathers from each source token.
+
+    Row t of the cross-attention is the query that predicts target token t. For self-attention give the same tokens
+    twice; the decoder's are its input, one place later than the target.
+
+    Args:
+        weights: of one layer and one sentence, from 0 to 1.
+        source_tokens: what is looked at, S of them.
+        target_tokens: what looks, T of them.
+        title: of the whole figure.
+        head_titles: of the panels; "head 0", "head 1" and so on if not given.
+
+    Raises:
+        ValueError: the weights have other dimensions, or do not fit the tokens or the titles.
+    """
+    if weights.ndim not in (2, 3):
+        raise ValueError(f"weights have shape {weights.shape}: choose one layer and one sentence, [H, T, S] or [T, S]")
+    heads = np.asarray(weights).reshape(-1, *weights.shape[-2:])
+    if head_titles is None:
+        head_titles = [f"head {number}" for number in range(len(heads))] if weights.ndim == 3 else [""]
+    if len(head_titles) != len(heads):
+        raise ValueError(f"head_titles has {len(head_titles)} entries for {len(heads)} heads: give one for each")
+    targets, sources = heads.shape[1:]
+    size = _cells(sources, source_tokens), _cells(targets, target_tokens)
+    columns = min(len(heads), max(1, int(WIDEST / size[0])))
+    rows = math.ceil(len(heads) / columns)
+    figure, grid = _panels(rows, columns, size, _room(target_tokens) + 0.6, _room(source_tokens))
+    for axes in grid.flat[len(heads) :]:
+        axes.set_axis_off()
+    for axes, head, head_title in zip(grid.flat, heads, head_titles, strict=False):
+        image = axes.imshow(head, cmap=WEIGHTS, vmin=0, vmax=1, aspect="equal", interpolation="nearest")
+        axes.set_title(head_title)
+        _separate_cells(axes, head.shape)
+        _label_positions(axes.yaxis, target_tokens, targets, "target_tokens", "rows of weights")
+        _label_positions(axes.xaxis, source_tokens, sources, "source_tokens", "columns of weights")
+        axes.set_xlabel("source")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("target")
+    figure.suptitle(title)
+    _tidy_bar(figure.colorbar(image, ax=grid.ravel().tolist(), label="weight", aspect=28, pad=0.02))
+    return figure
+
+
+def _check_some(mapping: Mapping[str, Any], name: str) -> None:
+    if not mapping:
+        raise ValueError(f"{name} is empty: give at least one, by the name that stands above it")
+
+
+def _cells(count: int, tokens: Sequence[str] | None) -> float:
+    """The side of a panel of `count` cells, in inches."""
+    return min(max(CELL * count, 1.8), 3.4 if tokens is None else WIDEST)
+
+
+def _room(tokens: Sequence[str] | None) -> float:
+    """What an axis needs beside a panel for its labels, in inches."""
+    return 0.6 + 0.07 * max(map(len, tokens or [""]), default=0)
+
+
+def _panels(
+    rows: int, columns: int, size: tuple[float, float], left: float = 0.6, below: float = 0.6
+) -> tuple[Figure, np.ndarray]:
+    """A figure of panels of this size, with room to the left of all and below each, in inches; its axes, by row."""
+    width, height = columns * (size[0] + 0.3) + left, rows * (size[1] + below + 0.3) + 0.3
+    figure = Figure(figsize=(width, height), layout="compressed")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=True)
+
+
+def _write_numbers(axes: Axes, visible: np.ndarray) -> None:
+    for (query, position), seen in np.ndenumerate(visible):
+        text, colour = ("0", "white") if seen else ("−∞", "#8b93a3")
+        axes.text(position, query, text, color=colour, fontsize=8, ha="center", va="center")
+
+
+def _separate_cells(axes: Axes, shape: tuple[int, ...]) -> None:
+    """White lines between the cells, and no frame."""
+    for axis, count in ((axes.yaxis, shape[0]), (axes.xaxis, shape[1])):
+        axis.set_ticks(np.arange(1, count) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8 if max(shape) <= MOST_NUMBERS else 0.4)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
+def _tidy_bar(bar: Any) -> None:
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+
+
+def _label_positions(axis: Axis, tokens: Sequence[str] | None, count: int, name: str, what: str) -> None:
+    """Puts tokens on an axis, or the numbers of the positions."""
+    if tokens is None:
+        axis.set_major_locator(_whole_numbers())
+        return
+    if len(tokens) != count:
+        raise ValueError(f"{name} has {len(tokens)} tokens, there are {count} {what}: give one for each")
+    # Prices have dollar signs, which would begin a formula.
+    axis.set_ticks(range(count), tokens, fontfamily=_font_families("".join(tokens)), fontsize=8, parse_math=False)
+    if axis.axis_name == "x":
+        for label in axis.get_ticklabels():
+            label.set(rotation=60, rotation_mode="anchor", ha="right", va="center")
+
+
+def _font_families(text: str) -> list[str]:
+    """The default font's families and, behind them, those that have the characters of `text` which it lacks."""
+    families = list(rcParams["font.family"])
+    missing = {ord(character) for character in text}
+    for family in families:
+        missing -= _characters(font_manager.findfont(font_manager.FontProperties(family=[family])))
+    for search in (_known_fonts, _new_fonts):
+        for font in search(missing) if missing else ():
+            found = missing & _characters(font.fname)
+            if found:
+                families.append(font.name)
+                missing -= found
+    if missing:
+        _warn_of_missing_characters(frozenset(map(_script, missing)))
+    return families
+
+
+def _known_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
+    """The fonts that matplotlib knows: upright sans-serif ones named after the characters' scripts first."""
+    scripts = {_script(character) for character in characters}
+
+    def strangeness(font: font_manager.FontEntry) -> tuple[bool, bool, bool, int, str]:
+        named = any(script in font.name for script in scripts)
+        return not named, "Sans" not in font.name, font.style != "normal", abs(int(font.weight) - 400), font.name
+
+    # Last Resort has a box for every character, and says nothing.
+    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+    return sorted(fonts, key=strangeness)
+
+
+def _new_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
+    """The fonts installed since matplotlib listed them, which it does once and keeps in a file."""
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in sorted(set(font_manager.findSystemFonts()) - known):
+        try:
+            font_manager.fontManager.addfont(path)
+        except (OSError, RuntimeError, ValueError, NotImplementedError):
+            continue  # a font that matplotlib cannot draw with, e.g. one of bitmaps
+    return [font for font in _known_fonts(characters) if font.fname not in known]
+
+
+def _characters(path: str) -> set[int]:
+    return set(font_manager.get_font(path).get_charmap())
+
+
+def _script(character: int) -> str:
+    """The first word of the character's name, which for letters is their script, e.g. "Kannada"."""
+    return unicodedata.name(chr(character), "unnamed").split()[0].title()
+
+
+@functools.cache  # once is enough
+def _warn_of_missing_characters(scripts: frozenset[str]) -> None:
+    names = ", ".join(sorted(scripts))
+    warnings.warn(
+        f"no installed font has all {names} characters, boxes stand for them: install a Noto font of the script, "
+        "e.g. `apt-get install fonts-noto-core`, and draw again",
+        stacklevel=2,
+    )

@@ -1,0 +1,263 @@
+"""Takes token ids and a small Transformer and leaves a verdict: no information flows where it must not, to the bit."""
+
+from functools import cache, partial
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.model import Transformer, shift_right
+
+B, S, T, D, H, V = 2, 5, 7, 16, 4, 31
+SMALL = {"d_model": D, "num_heads": H, "d_ff": 24, "num_encoder_layers": 2, "num_decoder_layers": 2, "max_length": 16}
+SOURCE = np.array([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]], "int32")
+TARGET = np.array([[3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 0, 0, 0]], "int32")
+FULL_TARGET = np.where(TARGET == 0, 14, TARGET)
+
+
+@cache
+def build(source_vocab_size=V, **changes):
+    """A small model, and random variables: no bias is zero and no scale one, so that a forgotten one shows."""
+    config = TransformerConfig(source_vocab_size=source_vocab_size, target_vocab_size=V, **{**SMALL, **changes})
+    model = Transformer(config)
+    shapes = jax.eval_shape(partial(model.init, deterministic=True), jax.random.key(0), SOURCE, TARGET)
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        return (rng.normal(scale=0.25, size=leaf.shape) + (path[-1].key == "scale")).astype(leaf.dtype)
+
+    return model, jax.tree.map_with_path(draw, shapes)
+
+
+@cache
+def jitted(model, method="__call__", **static):
+    return jax.jit(partial(model.apply, method=method, **static))
+
+
+def logits_of(model, variables, source=SOURCE, target=TARGET, **arrays):
+    return np.asarray(jitted(model, deterministic=True)(variables, source, target, **arrays))
+
+
+def changed(tokens, where):
+    """The tokens with others at `where`."""
+    return np.where(where, (tokens + 11) % V, tokens).astype("int32")
+
+
+OPTIONS = [{}, {"norm": "pre", "positions": "learned", "activation": "gelu"}]
+both_options = pytest.mark.parametrize("options", OPTIONS, ids=["paper", "pre-norm, learned"])
+
+
+@both_options
+def test_a_changed_target_token_moves_later_logits_and_no_earlier_one_by_a_bit(options):
+    model, variables = build(**options)
+    before = logits_of(model, variables, target=FULL_TARGET)
+    for position in range(T):
+        after = logits_of(model, variables, target=changed(FULL_TARGET, np.arange(T) == position))
+        assert np.array_equal(after[:, : position + 1], before[:, : position + 1])
+        assert (after[:, position + 1 :] != before[:, position + 1 :]).any(-1).all()
+
+
+@both_options
+def test_what_stands_in_padding_moves_nothing_by_a_bit(options):
+    model, variables = build(**options)
+    segments = {"source_segments": np.int32(SOURCE != 0), "target_segments": np.int32(TARGET != 0)}
+    before = logits_of(model, variables, **segments)
+    assert np.array_equal(before, logits_of(model, variables))  # segments not given are these
+    after = logits_of(model, variables, changed(SOURCE, SOURCE == 0), changed(TARGET, TARGET == 0), **segments)
+    assert np.array_equal(after[TARGET != 0], before[TARGET != 0])
+    source_moved = logits_of(model, variables, changed(SOURCE, SOURCE != 0), **segments)
+    assert (source_moved[TARGET != 0] != before[TARGET != 0]).any(-1).all()
+
+
+PAIRS = [([3, 4, 5], [6, 7]), ([8, 9], [10, 11, 12, 13]), ([14], [15]), ([16, 17, 18, 19], [20, 21, 22]), ([23], [24])]
+
+
+def packed(rows, width):
+    """Each row's sentences one after another, with their segments and positions."""
+    tokens, segments, positions = np.zeros((3, len(rows), width), "int32")
+    for row, sentences in enumerate(rows):
+        start = 0
+        for segment, sentence in enumerate(sentences, 1):
+            place = slice(start, start + len(sentence))
+            tokens[row, place], segments[row, place], positions[row, place] = sentence, segment, range(len(sentence))
+            start += len(sentence)
+    return tokens, segments, positions
+
+
+def packed_batch():
+    """The pairs in two rows: three in the first, two in the second."""
+    rows = PAIRS[:3], PAIRS[3:]
+    source = packed([[pair[0] for pair in row] for row in rows], 8)
+    target = packed([[pair[1] for pair in row] for row in rows], 9)
+    names = "segments", "positions"
+    arrays = {f"source_{name}": array for name, array in zip(names, source[1:], strict=True)}
+    arrays |= {f"target_{name}": array for name, array in zip(names, target[1:], strict=True)}
+    return source[0], target[0], arrays
+
+
+@both_options
+def test_packed_sentences_have_the_logits_they_have_alone(options):
+    model, variables = build(**options)
+    source, target, arrays = packed_batch()
+    together = logits_of(model, variables, source, target, **arrays)
+    alone_source, alone_target = (packed([[pair[side]] for pair in PAIRS], 5)[0] for side in (0, 1))
+    alone = logits_of(model, variables, alone_source, alone_target)
+    for index, (_, sentence) in enumerate(PAIRS):
+        row, segment = (0, index + 1) if index < 3 else (1, index - 2)
+        there = together[row][arrays["target_segments"][row] == segment]
+        np.testing.assert_allclose(there, alone[index, : len(sentence)], atol=1e-5)
+
+
+@both_options
+def test_another_segment_moves_nothing_by_a_bit(options):
+    model, variables = build(**options)
+    source, target, arrays = packed_batch()
+    before = logits_of(model, variables, source, target, **arrays)
+    for segment in (1, 2, 3):
+        others = {side: ~np.isin(arrays[f"{side}_segments"], [0, segment]) for side in ("source", "target")}
+        after = logits_of(
+            model, variables, changed(source, others["source"]), changed(target, others["target"]), **arrays
+        )
+        same = arrays["target_segments"] == segment
+        assert np.array_equal(after[same], before[same])
+        assert (after[others["target"]] != before[others["target"]]).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "hypotheses", "chunks"),
+    [
+        (OPTIONS[0], 1, (1,) * T),
+        (OPTIONS[0], 3, (2, 5)),
+        (OPTIONS[1], 1, (3, 4)),
+        (OPTIONS[1], 3, (1,) * T),
+    ],
+)
+def test_step_by_step_logits_equal_those_of_one_pass(options, hypotheses, chunks):
+    model, variables = build(**options)
+    # Each hypothesis translates its sentence otherwise; the second sentence has padding.
+    targets = np.random.default_rng(2).integers(3, V, (B * hypotheses, T), "int32")
+    expected = logits_of(model, variables, np.repeat(SOURCE, hypotheses, axis=0), targets)
+
+    start = jitted(model, "start_decoding", max_length=T, hypotheses=hypotheses)
+    state = start(variables, SOURCE)
+    tokens = np.concatenate([np.full((B * hypotheses, 1), model.config.start_id, "int32"), targets[:, :-1]], axis=1)
+    for stop, length in zip(np.cumsum(chunks), chunks, strict=True):
+        state, logits = jitted(model, "decode_step")(variables, state, tokens[:, stop - length : stop])
+        np.testing.assert_allclose(logits, expected[:, stop - length : stop], atol=1e-5)
+    assert int(state.position) == T
+
+
+@pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (2, 2)])
+def test_a_step_past_the_room_that_was_made_gives_nan(chunks):
+    model, variables = build()
+    state = jitted(model, "start_decoding", max_length=3)(variables, SOURCE)
+    for length in chunks:
+        state, logits = jitted(model, "decode_step")(variables, state, np.full((B, length), 3, "int32"))
+        assert np.isnan(logits).all() if int(state.position) > 3 else np.isfinite(logits).all()
+
+
+def test_encode_and_decode_make_the_call():
+    model, variables = build()
+    encode, decode = (jitted(model, method, deterministic=True) for method in ("encode", "decode"))
+    memory = encode(variables, SOURCE)
+    assert memory.shape == (B, S, D)
+
+    def shifted(target):
+        return np.concatenate([np.full((B, 1), model.config.start_id, "int32"), target[:, :-1]], axis=1)
+
+    segments = {"source_segments": np.int32(SOURCE != 0), "target_segments": np.int32(TARGET != 0)}
+    logits = decode(variables, memory, shifted(TARGET), **segments)
+    np.testing.assert_allclose(logits, logits_of(model, variables), atol=1e-5)
+    # Without segments every position of the memory and of the target is there.
+    full_source = np.where(SOURCE == 0, 14, SOURCE)
+    logits = decode(variables, encode(variables, full_source), shifted(FULL_TARGET))
+    np.testing.assert_allclose(logits, logits_of(model, variables, full_source, FULL_TARGET), atol=1e-5)
+
+
+def test_the_target_is_shifted_within_each_sentence():
+    tokens = jnp.array([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
+    positions = jnp.array([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])
+    assert shift_right(tokens, positions, 1).tolist() == [[1, 3, 4, 1, 6], [1, 8, 9, 1, 1]]
+
+
+def test_the_decoder_starts_from_the_start_id_of_the_config():
+    model, variables = build()
+    other, _ = build(start_id=4)
+    swapped = jax.tree.map(np.copy, variables)
+    table = variables["params"]["shared_embedding"]["embedding"]
+    # Where ids 1 and 4 change places, in the model and in what it reads and writes, all is as before.
+    swapped["params"]["shared_embedding"]["embedding"] = table[np.array([0, 4, 2, 3, 1, *range(5, V)])]
+    tokens = 5 + np.arange(S, dtype="int32")[None]
+    logits = logits_of(other, swapped, tokens, tokens)
+    expected = logits_of(model, variables, tokens, tokens)
+    assert np.abs(logits_of(other, variables, tokens, tokens) - expected).max() > 1e-3
+    np.testing.assert_allclose(logits[..., 5:], expected[..., 5:], atol=1e-5)
+
+
+def test_the_parameter_tree_has_the_names_that_a_checkpoints_reader_expects():
+    _, variables = build()
+    affine, norm = ("kernel", "bias"), ("scale", "bias")
+    projections = [f"{name}/{leaf}" for name in ("query", "key", "value", "out") for leaf in affine]
+    expected = {"shared_embedding/embedding"}
+    for stack, attentions in [("encoder", ["self"]), ("decoder", ["self", "cross"])]:
+        for layer in (f"{stack}/layers_0", f"{stack}/layers_1"):
+            for attention in (f"{layer}/{name}_attention" for name in attentions):
+                expected |= {f"{attention}/{name}" for name in projections}
+                expected |= {f"{attention}_norm/{leaf}" for leaf in norm}
+            expected |= {f"{layer}/feed_forward/{name}/{leaf}" for name in ("inner", "outer") for leaf in affine}
+            expected |= {f"{layer}/feed_forward_norm/{leaf}" for leaf in norm}
+    assert set(variables) == {"params"}
+    assert set(flax.traverse_util.flatten_dict(variables["params"], sep="/")) == expected
+    _, variables = build(norm="pre", positions="learned", output_bias=True, dtype="bfloat16")
+    for stack in ("encoder", "decoder"):
+        expected |= {f"{stack}/norm/{leaf}" for leaf in norm} | {f"{stack}/learned_positions/embedding"}
+    flat = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+    assert set(flat) == expected | {"output_bias"}
+    assert {leaf.dtype for leaf in flat.values()} == {np.dtype("float32")}
+
+
+def test_the_weights_come_one_array_a_layer_and_their_rows_sum_to_one_or_in_padding_to_zero():
+    model, variables = build()
+    logits, weights = jitted(model, deterministic=True, return_weights=True)(variables, SOURCE, TARGET)
+    np.testing.assert_allclose(logits, logits_of(model, variables), atol=1e-5)
+    for layers, queries, memory in [
+        (weights.encoder, SOURCE, SOURCE),
+        (weights.decoder, TARGET, TARGET),
+        (weights.cross, TARGET, SOURCE),
+    ]:
+        assert len(layers) == 2
+        for layer in map(np.asarray, layers):
+            assert layer.shape == (B, H, queries.shape[1], memory.shape[1])
+            there = np.broadcast_to((queries != 0)[:, None], layer.shape[:3])
+            np.testing.assert_allclose(layer.sum(-1), there, atol=1e-6)
+            assert (layer.swapaxes(1, 3)[memory == 0] == 0).all()
+    for layer in weights.decoder:
+        assert np.array_equal(layer, np.tril(layer))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"source": (S,)}, {"target": (B + 1, T)}, {"source_segments": (B, S + 1)}, {"target_positions": (B, T, 1)}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_wrong_shape_is_an_error(wrong):
+    model, variables = build()
+    shapes = {"source": (B, S), "target": (B, T), "source_segments": (B, S), "target_positions": (B, T)}
+    call = jax.eval_shape(partial(model.apply, deterministic=True), variables, **ones(shapes))
+    assert call.shape == (B, T, V)
+    with pytest.raises(jaxtyping.TypeCheckError, match=next(iter(wrong))):
+        jax.eval_shape(partial(model.apply, deterministic=True), variables, **ones(shapes | wrong))
+
+
+def ones(shapes):
+    return {name: np.ones(shape, "int32") for name, shape in shapes.items()}
+
+
+def test_a_vocabulary_size_that_nobody_set_is_an_error():
+    model = Transformer(TransformerConfig(**SMALL))
+    with pytest.raises(ValueError, match="model.source_vocab_size is 0, model.target_vocab_size 0: set both"):
+        model.init(jax.random.key(0), SOURCE, TARGET, deterministic=True)

@@ -1,0 +1,70 @@
+"""Takes random logits and targets and leaves a verdict: the loss is optax's, and padding costs nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_transformer.training.loss import cross_entropy_sums
+
+B, T, V = 3, 7, 11
+RNG = np.random.default_rng(0)
+LOGITS = jnp.float32(RNG.normal(scale=3.0, size=(B, T, V)))
+TARGET = jnp.int32(RNG.integers(0, V, (B, T)))
+VALID = jnp.arange(T) < jnp.array([[7], [4], [0]])  # full, partly padding, an empty row
+
+
+def optax_loss(logits, smoothing):
+    wanted = optax.smooth_labels(jax.nn.one_hot(TARGET, V), smoothing)
+    return jnp.sum(optax.softmax_cross_entropy(logits, wanted), where=VALID)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+def test_the_loss_and_its_gradient_are_optax_s_over_smoothed_labels(smoothing):
+    def our_loss(logits, smoothing):
+        return cross_entropy_sums(logits, TARGET, VALID, smoothing).smoothed
+
+    ours, our_gradient = jax.value_and_grad(our_loss)(LOGITS, smoothing)
+    theirs, their_gradient = jax.value_and_grad(optax_loss)(LOGITS, smoothing)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    np.testing.assert_allclose(our_gradient, their_gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_not_smoothed(smoothing):
+    sums = cross_entropy_sums(LOGITS, TARGET, VALID, smoothing)
+    plain = optax.softmax_cross_entropy_with_integer_labels(LOGITS, TARGET)
+    np.testing.assert_allclose(sums.cross_entropy, np.sum(plain, where=VALID), rtol=1e-6)
+    assert (sums.smoothed == sums.cross_entropy) == (smoothing == 0)
+
+
+def test_padding_adds_nothing_to_any_sum_nor_to_the_gradient():
+    def smoothed(logits, target):
+        sums = cross_entropy_sums(logits, target, VALID, 0.1)
+        return sums.smoothed, sums
+
+    gradient, before = jax.grad(smoothed, has_aux=True)(LOGITS, TARGET)
+    other_logits = jnp.where(VALID[..., None], LOGITS, 50 - LOGITS)
+    other_gradient, after = jax.grad(smoothed, has_aux=True)(other_logits, jnp.where(VALID, TARGET, 1))
+    assert before == after
+    assert np.array_equal(gradient, other_gradient)
+    assert not gradient[~VALID].any() and gradient[VALID].any(-1).all()
+
+
+def test_tokens_and_correct_tokens_are_counted_among_the_valid():
+    sums = cross_entropy_sums(LOGITS, TARGET, VALID, 0.1)
+    assert sums.tokens == VALID.sum()
+    assert sums.correct == (VALID & (LOGITS.argmax(-1) == TARGET)).sum()
+    all_correct = cross_entropy_sums(100 * jax.nn.one_hot(TARGET, V), TARGET, VALID, 0.0)
+    assert all_correct.correct == all_correct.tokens
+    np.testing.assert_allclose(all_correct.cross_entropy, 0, atol=1e-6)
+
+
+def test_a_batch_of_padding_alone_sums_to_zero():
+    assert all(value == 0 for value in jax.tree.leaves(cross_entropy_sums(LOGITS, TARGET, VALID & False, 0.1)))
+
+
+def test_huge_logits_stay_finite():
+    huge = cross_entropy_sums(1e4 * LOGITS, TARGET, VALID, 0.1)
+    assert np.isfinite(jax.tree.leaves(huge)).all()

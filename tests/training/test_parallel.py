@@ -1,0 +1,135 @@
+"""Takes steps on one device and on eight and leaves a verdict: the same sums, gradients and state, but for rounding."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.pipeline import PackedCorpus, TokenSide
+from flax_transformer.experiment import DataConfig, TrainingConfig
+from flax_transformer.model import Transformer
+from flax_transformer.training.optimizer import make_optimizer
+from flax_transformer.training.parallel import Parallelism
+from flax_transformer.training.step import TrainState, batch_sums, eval_step, loss_and_gradients, train_step
+
+DEVICES, V = 8, 31
+CONFIG = TransformerConfig(
+    source_vocab_size=V, target_vocab_size=V, d_model=16, num_heads=2, d_ff=24, num_encoder_layers=1,
+    num_decoder_layers=1, dropout_rate=0.2, max_length=8,
+)  # fmt: skip
+MODEL = Transformer(CONFIG)
+OPTIMIZER = make_optimizer(TrainingConfig(warmup_steps=2), CONFIG.d_model)
+gradients_of = functools.partial(loss_and_gradients, model=MODEL, label_smoothing=0.1)
+step_of = functools.partial(train_step, model=MODEL, optimizer=OPTIMIZER, label_smoothing=0.1)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Thirteen rows and three empty ones, two a device: the last device has no token, the others unequal numbers."""
+    rng = np.random.default_rng(0)
+    source, target = ([rng.integers(3, V, length).tolist() for length in rng.integers(1, 7, 60)] for _ in range(2))
+    config = DataConfig(rows=13, source_slots=9, target_slots=11)
+    sides = TokenSide.join(source), TokenSide.join(target)
+    batch = PackedCorpus(*sides, [1] * 60, config, max_length=8, multiple=DEVICES).batch(0)
+    tokens = (batch.target_segments > 0).reshape(DEVICES, -1).sum(1)
+    assert tokens[-1] == 0 and len(set(tokens)) > 3
+    return batch
+
+
+@pytest.fixture(scope="module")
+def state():
+    return jax.jit(functools.partial(TrainState.create, MODEL, OPTIMIZER))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return Parallelism("pmap")
+
+
+@pytest.fixture(scope="module")
+def one():
+    return Parallelism("jit")
+
+
+def run(parallelism, step, state, batch):
+    return parallelism.compile(step, donate_state=False)(parallelism.place(state), batch)
+
+
+def test_eight_devices_give_the_sums_and_the_gradient_of_one(one, eight, state, batch):
+    sums, expected = run(one, gradients_of, state.params, batch)
+    eight_sums, found = jax.device_get(run(eight, gradients_of, state.params, batch))
+    assert eight_sums.tokens == sums.tokens == (batch.target_segments > 0).sum()
+    for name in ("smoothed", "cross_entropy", "correct"):
+        np.testing.assert_allclose(getattr(eight_sums, name), getattr(sums, name), rtol=1e-6)
+
+    differences = jax.tree.map(lambda *leaves: np.subtract(*leaves), found, jax.device_get(expected))
+    assert optax.tree.norm(differences) / optax.tree.norm(expected) < 2e-6
+    leaves = jax.tree.leaves_with_path(differences)
+    for (path, difference), gradient in zip(leaves, jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("key/bias"):  # moves all scores of a query alike: its gradient is 0 but for rounding
+            assert max(abs(difference)) < 1e-7, name
+        else:
+            assert np.linalg.norm(difference) / np.linalg.norm(gradient) < 1e-5, name
+
+
+def test_eight_devices_evaluate_as_one(one, eight, state, batch):
+    evaluate = functools.partial(eval_step, model=MODEL)
+    expected, found = (run(parallelism, evaluate, state.params, batch) for parallelism in (one, eight))
+    np.testing.assert_allclose(jax.tree.leaves(found), jax.tree.leaves(expected), rtol=1e-6)
+
+
+def test_a_state_comes_back_un_stacked_and_goes_in_again(eight, state, batch):
+    step = eight.compile(step_of, donate_state=True)
+    placed = eight.place(state)
+    for number in range(1, 4):
+        placed, metrics = step(placed, batch)
+        assert placed.step == number
+        assert metrics.sums.tokens.shape == metrics.gradient_norm.shape == ()
+    types = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (state, placed)]
+    assert types[0] == types[1]
+    for leaf in jax.tree.leaves(placed.params):
+        assert leaf.sharding.is_fully_replicated and leaf.sharding.device_set == set(jax.local_devices())
+
+
+def test_pmapped_steps_are_the_same_to_the_bit_each_time(eight, state, batch):
+    step = eight.compile(step_of, donate_state=False)
+    first, again = (step(eight.place(state), batch)[0].params for _ in range(2))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+
+
+def test_each_device_drops_units_of_its_own(eight, state, batch):
+    rows = jax.tree.map(lambda leaf: np.repeat(leaf[:1], DEVICES, axis=0), batch)
+    _, metrics = run(eight, step_of, state, rows)
+    step_rng = jax.random.fold_in(state.rng, state.step)
+    loss = jax.jit(functools.partial(batch_sums, model=MODEL, label_smoothing=0.1))
+    row = jax.tree.map(lambda leaf: leaf[:1], batch)
+    losses = [
+        float(loss(state.params, row, dropout_rng=jax.random.fold_in(step_rng, device)).smoothed)
+        for device in range(DEVICES)
+    ]
+    assert len(set(losses)) == DEVICES
+    np.testing.assert_allclose(metrics.sums.smoothed, sum(losses), rtol=1e-5)
+
+
+def test_any_number_of_devices_will_do(one, state, batch):
+    some = Parallelism("pmap", jax.local_devices()[2:6])
+    assert some.num_devices == 4
+    expected, found = (run(parallelism, gradients_of, state.params, batch)[1] for parallelism in (one, some))
+    difference = jax.tree.map(lambda *leaves: np.subtract(*leaves), *jax.device_get((expected, found)))
+    assert optax.tree.norm(difference) / optax.tree.norm(expected) < 2e-6
+
+
+def test_auto_is_pmap_on_several_devices_and_jit_on_one():
+    several, single = Parallelism("auto"), Parallelism("auto", jax.local_devices()[:1])
+    assert (several.kind, several.num_devices) == ("pmap", DEVICES)
+    assert (single.kind, single.num_devices) == ("jit", 1)
+    assert Parallelism("jit").num_devices == 1
+
+
+def test_it_says_how_it_runs():
+    assert str(Parallelism("auto")) == "pmap on 8 cpu devices"
+    assert str(Parallelism("jit")) == "jit on 1 cpu device"
