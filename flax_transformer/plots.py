@@ -37,6 +37,7 @@ WEIGHTS = "Blues"
 SIGNED = "RdBu_r"
 CELL = 0.3  # inches; the label of a token fits
 WIDEST = 11.0  # inches; wider figures are shrunk in a notebook until nobody can read them
+BOXES = "Last Resort High-Efficiency"  # comes with matplotlib: a box for every character, the same for a whole script
 MOST_NUMBERS = 12  # positions up to which the cells of a mask carry their numbers
 
 
@@ -77,7 +78,7 @@ def plot_masks(
             axes.imshow(panel, cmap=ListedColormap([HIDDEN, VISIBLE]), vmin=0, vmax=1, aspect="equal")
             if max(queries, memory) <= MOST_NUMBERS:
                 _write_numbers(axes, panel)
-            _separate_cells(axes, panel.shape)
+            _separate_cells(axes, panel.shape, "white")
             _label_positions(axes.yaxis, query_tokens, queries, "query_tokens", "queries")
             _label_positions(axes.xaxis, memory_tokens, memory, "memory_tokens", "memory positions")
             axes.set_xlabel("memory position")
@@ -183,7 +184,7 @@ def plot_attention(
     for axes, head, head_title in zip(grid.flat, heads, head_titles, strict=False):
         image = axes.imshow(head, cmap=WEIGHTS, vmin=0, vmax=1, aspect="equal", interpolation="nearest")
         axes.set_title(head_title)
-        _separate_cells(axes, head.shape)
+        _separate_cells(axes, head.shape, HIDDEN)
         _label_positions(axes.yaxis, target_tokens, targets, "target_tokens", "rows of weights")
         _label_positions(axes.xaxis, source_tokens, sources, "source_tokens", "columns of weights")
         axes.set_xlabel("source")
@@ -220,17 +221,17 @@ def _panels(
 
 def _write_numbers(axes: Axes, visible: np.ndarray) -> None:
     for (query, position), seen in np.ndenumerate(visible):
-        text, colour = ("0", "white") if seen else ("−∞", "#8b93a3")
-        axes.text(position, query, text, color=colour, fontsize=8, ha="center", va="center")
+        text, color = ("0", "white") if seen else ("−∞", "#8b93a3")
+        axes.text(position, query, text, color=color, fontsize=8, ha="center", va="center")
 
 
-def _separate_cells(axes: Axes, shape: tuple[int, ...]) -> None:
-    """White lines between the cells, and no frame."""
+def _separate_cells(axes: Axes, shape: tuple[int, ...], color: str) -> None:
+    """Thin lines between the cells and around them, instead of a black frame."""
     for axis, count in ((axes.yaxis, shape[0]), (axes.xaxis, shape[1])):
         axis.set_ticks(np.arange(1, count) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.8 if max(shape) <= MOST_NUMBERS else 0.4)
+    axes.grid(which="minor", color=color, linewidth=0.8 if max(shape) <= MOST_NUMBERS else 0.4)
     axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
+    axes.spines[:].set_color(color)
 
 
 def _whole_numbers() -> MaxNLocator:
@@ -270,6 +271,7 @@ def _font_families(text: str) -> list[str]:
                 missing -= found
     if missing:
         _warn_of_missing_characters(frozenset(map(_script, missing)))
+        families.append(BOXES)
     return families
 
 
@@ -281,8 +283,7 @@ def _known_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
         named = any(script in font.name for script in scripts)
         return not named, "Sans" not in font.name, font.style != "normal", abs(int(font.weight) - 400), font.name
 
-    # Last Resort has a box for every character, and says nothing.
-    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name != BOXES]
     return sorted(fonts, key=strangeness)
 
 
@@ -312,5 +313,5 @@ def _warn_of_missing_characters(scripts: frozenset[str]) -> None:
     warnings.warn(
         f"no installed font has all {names} characters, boxes stand for them: install a Noto font of the script, "
         "e.g. `apt-get install fonts-noto-core`, and draw again",
-        stacklevel=2,
+        stacklevel=5,  # the line that called plot_masks or plot_attention
     )

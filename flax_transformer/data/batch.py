@@ -1,7 +1,7 @@
 """Holds what arrives at the model at each step: packed sentence pairs, the one shape that data and training share.
 
 An unpacked batch is the case where every token that is not padding has segment 1.
-Glossary: B rows of a batch, S source slots, T target slots.
+Glossary: B rows of a batch (under `pmap`, devices and the rows of each), S source slots, T target slots.
 """
 
 import flax.struct
@@ -22,9 +22,9 @@ class Batch(flax.struct.PyTreeNode):
         target_positions: as on the source side.
     """
 
-    source: Int[np.ndarray | jax.Array, "B S"]
-    source_segments: Int[np.ndarray | jax.Array, "B S"]
-    source_positions: Int[np.ndarray | jax.Array, "B S"]
-    target: Int[np.ndarray | jax.Array, "B T"]
-    target_segments: Int[np.ndarray | jax.Array, "B T"]
-    target_positions: Int[np.ndarray | jax.Array, "B T"]
+    source: Int[np.ndarray | jax.Array, "*B S"]
+    source_segments: Int[np.ndarray | jax.Array, "*B S"]
+    source_positions: Int[np.ndarray | jax.Array, "*B S"]
+    target: Int[np.ndarray | jax.Array, "*B T"]
+    target_segments: Int[np.ndarray | jax.Array, "*B T"]
+    target_positions: Int[np.ndarray | jax.Array, "*B T"]

@@ -146,7 +146,7 @@ def _load_tfds(rest: str) -> tuple[list[str], list[str]]:
         raise ValueError(f"corpus 'tfds:{rest}': write tfds:NAME:SPLIT, e.g. tfds:wmt14_translate/de-en:train")
     name, split = named.groups()
     builder = _tfds_builder(name, options.get("data_dir", os.environ.get("TFDS_DATA_DIR")))
-    keys = builder.info.supervised_keys or (None, None)
+    keys: tuple[str, str] = builder.info.supervised_keys or ("", "")
     source, target = options.get("source", keys[0]), options.get("target", keys[1])
     features = list(builder.info.features)
     if source == target or not {source, target} <= set(features):

@@ -165,7 +165,7 @@ class PackedCorpus:
         """Batch `step`, the same whenever and wherever it is asked for."""
         return self._lay_out([self.rows[row] for row in self.row_ids(step)])
 
-    def _lay_out(self, rows: Sequence[Int[np.ndarray, "_"]]) -> Batch:
+    def _lay_out(self, rows: Sequence[Sequence[int]]) -> Batch:
         height = -(-self._config.rows // self._multiple) * self._multiple
         sides: dict[str, np.ndarray] = {}
         for name, side, slots in (

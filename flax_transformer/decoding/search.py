@@ -38,7 +38,7 @@ def length_penalty(length: Int[Array, "..."], alpha: float) -> Float[Array, "...
 
 
 def _end_at_limit(
-    log_probs: Float[Array, "*B V"], step: Int[Array, ""], limits: Int[Array, "*B"], eos_id: int
+    log_probs: Float[Array, "*B V"], step: Int[Array, ""], limits: Int[Array, "*#B"], eos_id: int
 ) -> Float[Array, "*B V"]:
     """Leaves only the end of sentence where the next token is the last one allowed."""
     must_end = (step + 1 >= limits)[..., None] & (jnp.arange(log_probs.shape[-1]) != eos_id)

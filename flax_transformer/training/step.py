@@ -65,7 +65,9 @@ def batch_sums(
         deterministic=dropout_rng is None,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
     )
-    return cross_entropy_sums(logits, batch.target, batch.target_segments > 0, label_smoothing)
+    return cross_entropy_sums(
+        logits, jnp.asarray(batch.target), jnp.asarray(batch.target_segments) > 0, label_smoothing
+    )
 
 
 def loss_and_gradients(

@@ -84,7 +84,7 @@ def test_eight_devices_evaluate_as_one(one, eight, state, batch):
 
 def test_a_state_comes_back_un_stacked_and_goes_in_again(eight, state, batch):
     step = eight.compile(step_of, donate_state=True)
-    placed = eight.place(state)
+    placed = eight.place(jax.tree.map(jnp.copy, state))  # a donated state takes the one it was placed from with it
     for number in range(1, 4):
         placed, metrics = step(placed, batch)
         assert placed.step == number
