@@ -6,16 +6,14 @@ V target vocabulary, N hypotheses (B of them, or a multiple: several for each se
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
-from flax_transformer.dropout import Dropout
-from flax_transformer.layers import DecoderLayer, EncoderLayer, layer_norm
 from flax_transformer.masks import causal_mask, combine_masks, padding_mask, segment_mask
-from flax_transformer.positions import LearnedPositions, check_length, sinusoidal_positions
+from flax_transformer.positions import check_length
+from flax_transformer.stacks import Decoder, DecodingState, Encoder
 
 
 class AttentionWeights(flax.struct.PyTreeNode):
@@ -32,165 +30,9 @@ class AttentionWeights(flax.struct.PyTreeNode):
     cross: tuple[Float[Array, "B H T S"], ...]
 
 
-class DecodingState(flax.struct.PyTreeNode):
-    """All that step-by-step decoding remembers: a plain pytree that goes in and comes out.
-
-    Attributes:
-        position: number of target positions decoded so far.
-        target: for each layer the keys and values of those positions; the one part that differs among hypotheses.
-        memory: for each layer the keys and values of the encoder's memory, projected once.
-        memory_mask: hides the source's padding.
-    """
-
-    position: Int[Array, ""]
-    target: tuple[KVCache, ...]
-    memory: tuple[KVCache, ...]
-    memory_mask: Float[Array, "B 1 1 S"]
-
-
 def shift_right(target: Int[Array, "B T"], positions: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
     """The decoder's input: each target token one position later, `start_id` where a sentence begins (section 3.1)."""
     return jnp.where(positions == 0, start_id, jnp.roll(target, 1, axis=1))
-
-
-class _Stack(nn.Module):
-    """Embeddings with positions, and dropout on their sum (sections 3.4, 3.5, 5.4); the layers come in subclasses."""
-
-    config: TransformerConfig
-
-    def _embed_setup(self) -> None:
-        if self.config.positions == "learned":
-            self.learned_positions = LearnedPositions(self.config.max_length, self.config.d_model)
-        self.dropout = Dropout(self.config.dropout_rate)
-        if self.config.norm == "pre":
-            self.norm = layer_norm(self.config)
-
-    def _embed(
-        self,
-        embeddings: Float[Array, "B S D"],
-        positions: Int[Array, "*B S"],
-        deterministic: bool,
-    ) -> Float[Array, "B S D"]:
-        config = self.config
-        if config.scale_embeddings:
-            embeddings = embeddings * config.d_model**0.5
-        if config.positions == "learned":
-            vectors = self.learned_positions(positions)
-        else:
-            interleaved = config.positions == "sinusoidal"
-            vectors = sinusoidal_positions(positions, config.d_model, interleaved=interleaved)
-        return self.dropout((embeddings + vectors).astype(config.dtype), deterministic=deterministic)
-
-    def _finish(self, inputs: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.norm(inputs) if self.config.norm == "pre" else inputs
-
-    def _call_layer(self, layer: nn.Module, *arrays: jax.Array | KVCache | None, **options: bool):
-        """Calls one layer, under `remat` keeping only its inputs for the backward pass."""
-
-        def call(layer, *arrays):
-            return layer(*arrays, **options)
-
-        return nn.remat(call)(layer, *arrays) if self.config.remat else call(layer, *arrays)
-
-
-class Encoder(_Stack):
-    """The stack on the left of figure 1.
-
-    Attributes:
-        config: the model's.
-    """
-
-    def setup(self):
-        """Layers `layers_0`, `layers_1` and so on."""
-        self._embed_setup()
-        self.layers = [EncoderLayer(self.config) for _ in range(self.config.num_encoder_layers)]
-
-    def __call__(
-        self,
-        embeddings: Float[Array, "B S D"],
-        positions: Int[Array, "B S"],
-        mask: Float[Array, "..."],
-        *,
-        deterministic: bool,
-        return_weights: bool = False,
-    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B H S S"] | None, ...]]:
-        """Turns embedded source tokens into memory; the second result is each layer's weights, or `None`s."""
-        outputs, all_weights = self._embed(embeddings, positions, deterministic), []
-        for layer in self.layers:
-            outputs, weights = self._call_layer(
-                layer, outputs, mask, deterministic=deterministic, return_weights=return_weights
-            )
-            all_weights.append(weights)
-        return self._finish(outputs), tuple(all_weights)
-
-
-class Decoder(_Stack):
-    """The stack on the right of figure 1.
-
-    Attributes:
-        config: the model's.
-    """
-
-    def setup(self):
-        """Layers `layers_0`, `layers_1` and so on."""
-        self._embed_setup()
-        self.layers = [DecoderLayer(self.config) for _ in range(self.config.num_decoder_layers)]
-
-    def project_memory(self, memory: Float[Array, "B S D"]) -> tuple[KVCache, ...]:
-        """Each layer's keys and values of the encoder's memory."""
-        return tuple(layer.project_memory(memory) for layer in self.layers)
-
-    def __call__(
-        self,
-        embeddings: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        memory: tuple[KVCache, ...],
-        self_mask: Float[Array, "..."] | None,
-        memory_mask: Float[Array, "..."] | None,
-        *,
-        deterministic: bool,
-        return_weights: bool = False,
-    ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array | None, Array | None], ...]]:
-        """Decodes a whole target at once; the second result is each layer's pair of weights, or `None`s."""
-        outputs, all_weights = self._embed(embeddings, positions, deterministic), []
-        for layer, layer_memory in zip(self.layers, memory, strict=True):
-            outputs, _, weights = self._call_layer(
-                layer,
-                outputs,
-                layer_memory,
-                self_mask,
-                memory_mask,
-                deterministic=deterministic,
-                return_weights=return_weights,
-            )
-            all_weights.append(weights)
-        return self._finish(outputs), tuple(all_weights)
-
-    def step(
-        self, embeddings: Float[Array, "N Q D"], state: DecodingState
-    ) -> tuple[DecodingState, Float[Array, "N Q D"]]:
-        """Decodes the next Q positions, without dropout."""
-        steps = jnp.arange(embeddings.shape[1])
-        outputs = self._embed(embeddings, state.position + steps[None], deterministic=True)
-        slots = jnp.arange(state.target[0].key.shape[1])
-        # Position i of the cache is there to see from step i on; what comes later in the cache is not written yet.
-        self_mask = jnp.where(slots <= state.position + steps[:, None], 0.0, -jnp.inf)[None, None]
-        caches = []
-        for layer, memory, cache in zip(self.layers, state.memory, state.target, strict=True):
-            outputs, cache, _ = layer(
-                outputs,
-                memory,
-                self_mask,
-                state.memory_mask,
-                deterministic=True,
-                cache=cache,
-                position=state.position,
-            )
-            caches.append(cache)
-        # The last write past the cache's end would land on earlier positions: NaN tells, at no cost.
-        fits = state.position + len(steps) <= len(slots)
-        outputs = jnp.where(fits, self._finish(outputs), jnp.nan)
-        return state.replace(position=state.position + len(steps), target=tuple(caches)), outputs
 
 
 class Transformer(nn.Module):

@@ -1,4 +1,4 @@
-"""Takes masks, position vectors, schedules and attention weights and leaves matplotlib figures, neither shown nor saved.
+"""Takes masks, position vectors, schedules and attention weights and leaves matplotlib figures to show or to save.
 
 The figures stand outside pyplot, so none is left open behind your back: `figure.savefig(path)` writes one, and a
 notebook shows the value of a cell once it has run `%matplotlib inline`.
@@ -62,7 +62,7 @@ def plot_masks(
     _check_some(masks, "masks")
     for name, mask in masks.items():
         if mask.ndim != 4 or mask.shape[1] != 1:
-            raise ValueError(f"mask {name!r} has shape {mask.shape}: give it [B, 1, Q, M], or a head of it")
+            raise ValueError(f"mask {name!r} has shape {mask.shape}: give it [B, 1, Q, M]")
         if strange := set(np.unique(mask)) - {0.0, -np.inf}:
             raise ValueError(f"mask {name!r} holds {min(strange)}: an additive mask holds 0 and -inf, no other number")
     visible = {
@@ -145,7 +145,7 @@ def plot_schedules(schedules: Mapping[str, Callable[[Any], Any]], steps: int) ->
 
 
 def plot_attention(
-    weights: Float[jax.Array | np.ndarray, "H T S"] | Float[jax.Array | np.ndarray, "T S"],
+    weights: Float[jax.Array | np.ndarray, "*H T S"],
     source_tokens: Sequence[str],
     target_tokens: Sequence[str],
     *,

@@ -11,8 +11,9 @@ import pytest
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.dropout import Dropout
-from flax_transformer.model import Encoder, Transformer
+from flax_transformer.model import Transformer
 from flax_transformer.positions import sinusoidal_positions
+from flax_transformer.stacks import Encoder
 
 B, S, T, D, V = 2, 5, 7, 16, 31
 SMALL = {"d_model": D, "num_heads": 4, "d_ff": 24, "num_encoder_layers": 2, "num_decoder_layers": 2, "max_length": 9}

@@ -7,7 +7,11 @@ Glossary: B batch, T target, V vocabulary.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+# An array on the device, a plain number once it has been fetched.
+Scalar = Float[Array | np.ndarray, ""] | float
 
 
 class LossSums(flax.struct.PyTreeNode):
@@ -20,10 +24,10 @@ class LossSums(flax.struct.PyTreeNode):
         tokens: number of target tokens.
     """
 
-    smoothed: Float[Array, ""]
-    cross_entropy: Float[Array, ""]
-    correct: Float[Array, ""]
-    tokens: Float[Array, ""]
+    smoothed: Scalar
+    cross_entropy: Scalar
+    correct: Scalar
+    tokens: Scalar
 
 
 def cross_entropy_sums(

@@ -7,11 +7,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from flax_transformer.data.batch import Batch
 from flax_transformer.model import Transformer
-from flax_transformer.training.loss import LossSums, cross_entropy_sums
+from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -47,7 +47,7 @@ class StepMetrics(flax.struct.PyTreeNode):
     """
 
     sums: LossSums
-    gradient_norm: Float[Array, ""]
+    gradient_norm: Scalar
 
 
 def batch_sums(

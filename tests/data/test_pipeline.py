@@ -115,7 +115,7 @@ def test_a_batch_larger_than_the_corpus_spans_several_epochs():
     corpus = build(SOURCE[:7], TARGET[:7], rows=11)
     assert len(corpus.rows) < 11
     counts = Counter(pair for step in range(len(corpus.rows)) for pair in corpus.example_ids(step))
-    assert counts == {pair: 11 for pair in range(7)}
+    assert counts == dict.fromkeys(range(7), 11)
 
 
 def test_a_batch_depends_on_its_step_and_on_nothing_before_it():

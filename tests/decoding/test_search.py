@@ -16,7 +16,8 @@ import pytest
 from flax_transformer.decoding.search import Hypotheses, beam_search, greedy_search, length_penalty
 
 PAD, START, EOS = 0, 1, 2
-ALPHAS = [0, 0.6, 1]
+B, V, L = 7, 5, 5
+greedy_and_beam = pytest.mark.parametrize("beam_size", [None, 3], ids=["greedy", "beam"])
 
 
 class Language:
@@ -25,28 +26,17 @@ class Language:
     A beginning's number is its tokens, the start token first, read as digits to the base V.
     """
 
-    def __init__(self, vocabulary, longest, sentences=2, spread=1.5, seed=0):
+    def __init__(self, seed, vocabulary=V, longest=L):
         rng = np.random.default_rng(seed)
-        self.vocabulary, self.longest = vocabulary, longest
-        self.logits = rng.normal(scale=spread, size=(sentences, vocabulary**longest, vocabulary)).astype("float32")
+        self.logits = rng.normal(scale=1.5, size=(B, vocabulary**longest, vocabulary)).astype("float32")
         # Added at each step: what the scalar in the state, which counts them, is there for.
         self.shifts = rng.normal(size=(longest, vocabulary)).astype("float32")
-
-    def start(self, beam_size):
-        """The state before the first step: which sentence, which beginning, how many steps."""
-        sentence = jnp.repeat(jnp.arange(len(self.logits)), beam_size)
-        return {"sentence": sentence, "beginning": jnp.zeros_like(sentence), "steps": jnp.zeros((), jnp.int32)}
-
-    def step(self, state, tokens):
-        beginning = state["beginning"] * self.vocabulary + tokens
-        logits = jnp.asarray(self.logits)[state["sentence"], beginning] + jnp.asarray(self.shifts)[state["steps"]]
-        return {**state, "beginning": beginning, "steps": state["steps"] + 1}, logits
 
     def log_probs(self, sentence, tokens):
         """In float64, of each token of the vocabulary after these."""
         number = 0
         for token in (START, *tokens):
-            number = number * self.vocabulary + token
+            number = number * self.logits.shape[-1] + token
         logits = (self.logits[sentence, number] + self.shifts[len(tokens)]).astype(float)
         return logits - np.log(np.exp(logits).sum())
 
@@ -55,22 +45,34 @@ class Language:
 
     def every_output(self, limit):
         """Whatever ends with the end of sentence within the limit."""
-        others = [token for token in range(self.vocabulary) if token != EOS]
+        others = [token for token in range(self.logits.shape[-1]) if token != EOS]
         for length in range(limit):
             for tokens in itertools.product(others, repeat=length):
                 yield (*tokens, EOS)
 
 
-def paper_score(log_prob, length, alpha):
-    return log_prob / ((5 + length) / 6) ** alpha
+def search_tables(logits, shifts, limits, *, beam_size, **options):
+    """Searches a language; greedily where no beam is given."""
+
+    def step(state, tokens):
+        beginning = state["beginning"] * logits.shape[-1] + tokens
+        next_logits = logits[state["sentence"], beginning] + shifts[state["steps"]]
+        return {**state, "beginning": beginning, "steps": state["steps"] + 1}, next_logits
+
+    sentence = jnp.repeat(jnp.arange(B), beam_size or 1)
+    state = {"sentence": sentence, "beginning": jnp.zeros_like(sentence), "steps": jnp.zeros((), jnp.int32)}
+    run = greedy_search if beam_size is None else partial(beam_search, beam_size=beam_size)
+    return run(step, state, limits, start_id=START, eos_id=EOS, pad_id=PAD, **options)
 
 
-def search(language, limits, *, beam_size=None, max_length=None, step=None, jit=True, **options):
-    """Greedy, or beam search where a beam is given; as numpy arrays."""
-    options |= {"max_length": max_length or max(limits), "start_id": START, "eos_id": EOS, "pad_id": PAD}
-    run = partial(greedy_search if beam_size is None else partial(beam_search, beam_size=beam_size), **options)
-    run = partial(run, step or language.step)
-    found = (jax.jit(run) if jit else run)(language.start(beam_size or 1), jnp.array(limits))
+# One program for all languages of one size.
+search_jitted = jax.jit(search_tables, static_argnames=("beam_size", "max_length", "alpha", "num_return"))
+
+
+def search(language, limits, *, beam_size=None, max_length=L, alpha=0.6, run=search_jitted, **options):
+    """The hypotheses as numpy arrays."""
+    arrays = map(jnp.asarray, (language.logits, language.shifts, limits))
+    found = run(*arrays, beam_size=beam_size, max_length=max_length, alpha=alpha, **options)
     assert isinstance(found, Hypotheses)
     return SimpleNamespace(**jax.device_get(vars(found)))
 
@@ -81,10 +83,21 @@ def outputs(found, sentence):
     return [tuple(tokens[:length]) for tokens, length in rows]
 
 
-@pytest.mark.parametrize("alpha", [*ALPHAS, -0.5])
-@pytest.mark.parametrize("vocabulary, limits", [(5, [4, 3]), (4, [2, 5])])
+def paper_score(log_prob, length, alpha=0.6):
+    return log_prob / ((5 + length) / 6) ** alpha
+
+
+@pytest.mark.parametrize(
+    "vocabulary, limits, alpha",
+    [
+        (5, [4, 1, 3, 2, 4, 4, 3], 0),
+        (5, [4, 1, 3, 2, 4, 4, 3], 0.6),
+        (5, [4, 1, 3, 2, 4, 4, 3], 1),
+        (4, [5, 1, 3, 2, 4, 5, 3], -0.5),
+    ],
+)
 def test_a_beam_as_wide_as_the_language_finds_what_trying_everything_finds(vocabulary, limits, alpha):
-    language = Language(vocabulary, max(limits))
+    language = Language(0, vocabulary)
     beam_size = (vocabulary - 1) ** (max(limits) - 1)
     found = search(language, limits, beam_size=beam_size, alpha=alpha, num_return=beam_size)
     for sentence, limit in enumerate(limits):
@@ -116,11 +129,12 @@ def plain_beam_search(language, sentence, limit, beam_size, alpha):
     return sorted(finished, reverse=True)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("beam_size, num_return", [(1, 1), (3, 1), (3, 3), (4, 2)])
+@pytest.mark.parametrize(
+    "beam_size, num_return, alpha", [(1, 1, 0.6), (3, 1, 0), (3, 1, 0.6), (3, 1, 1), (3, 1, -0.5), (3, 3, 0.6)]
+)
 def test_a_narrow_beam_finds_what_it_finds_on_paper_without_stopping_early(beam_size, num_return, alpha):
-    limits = [5, 2, 4]
-    language = Language(5, 5, len(limits), seed=1)
+    limits = [5, 2, 5, 4, 5, 3, 5]
+    language = Language(1)
     found = search(language, limits, beam_size=beam_size, alpha=alpha, num_return=num_return)
     for sentence, limit in enumerate(limits):
         expected = plain_beam_search(language, sentence, limit, beam_size, alpha)[:num_return]
@@ -128,106 +142,113 @@ def test_a_narrow_beam_finds_what_it_finds_on_paper_without_stopping_early(beam_
         np.testing.assert_allclose(found.scores[sentence], [score for score, _ in expected], rtol=1e-5)
 
 
-def test_what_is_returned_has_the_log_probability_that_the_language_gives_it():
-    language = Language(5, 5, seed=2)
-    for found in (search(language, [5, 4]), search(language, [5, 4], beam_size=3, alpha=0.6, num_return=3)):
-        for sentence in range(2):
-            expected = [language.log_prob(sentence, tokens) for tokens in outputs(found, sentence)]
-            np.testing.assert_allclose(found.log_probs[sentence], expected, rtol=1e-5)
-            assert all(tokens[-1] == EOS and EOS not in tokens[:-1] for tokens in outputs(found, sentence))
-        behind = np.arange(found.tokens.shape[-1]) >= found.lengths[..., None]
-        assert (found.tokens[behind] == PAD).all()
+@pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])
+def test_what_is_returned_ends_once_and_has_the_log_probability_that_the_language_gives_it(options):
+    language = Language(2)
+    found = search(language, [5] * B, **options)
+    for sentence in range(B):
+        expected = [language.log_prob(sentence, tokens) for tokens in outputs(found, sentence)]
+        np.testing.assert_allclose(found.log_probs[sentence], expected, rtol=1e-5)
+        assert all(tokens.index(EOS) == len(tokens) - 1 for tokens in outputs(found, sentence))
+    behind = np.arange(L) >= found.lengths[..., None]
+    assert (found.tokens[behind] == PAD).all()
+    assert (np.diff(found.scores, axis=1) <= 0).all()
 
 
 def test_greedy_takes_the_most_probable_token_each_time():
-    limits = [5, 1, 3]
-    language = Language(5, 5, len(limits), seed=3)
-    found = search(language, limits, alpha=0.6)
+    limits = [5, 1, 3, 4, 5, 5, 2]
+    language = Language(3)
+    found = search(language, limits)
     for sentence, limit in enumerate(limits):
         tokens = ()
         while EOS not in tokens:
             log_probs = language.log_probs(sentence, tokens)
             tokens += (EOS if len(tokens) == limit - 1 else int(log_probs.argmax()),)
         assert outputs(found, sentence) == [tokens]
-        expected = paper_score(language.log_prob(sentence, tokens), len(tokens), 0.6)
+        expected = paper_score(language.log_prob(sentence, tokens), len(tokens))
         np.testing.assert_allclose(found.scores[sentence], [expected], rtol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_beam_of_one_ends_on_the_greedy_path_or_does_better(seed):
-    """It passes the same beginnings, but weighs ending at each of them, where greedy ends at the first chance."""
-    language = Language(5, 5, 7, seed=seed)
-    greedy, beam = search(language, [5] * 7), search(language, [5] * 7, beam_size=1, alpha=0.0)
+@pytest.mark.parametrize("seed", range(4, 10))
+def test_a_beam_of_one_ends_somewhere_on_the_greedy_path_and_scores_no_worse(seed):
+    """It weighs ending after each beginning, where greedy search ends as soon as that is the most probable token."""
+    greedy, beam = search(Language(seed), [5] * B), search(Language(seed), [5] * B, beam_size=1, num_return=1)
     assert (beam.scores >= greedy.scores - 1e-6).all()
-    for sentence in range(7):
+    for sentence in range(B):
         (taken,), (chosen,) = outputs(greedy, sentence), outputs(beam, sentence)
-        assert chosen == taken or beam.scores[sentence] > greedy.scores[sentence]
         shared = min(len(chosen), len(taken)) - 1
         assert chosen[:shared] == taken[:shared]
 
 
-def test_the_widest_beam_is_never_beaten_by_a_narrower_one():
-    language = Language(5, 4, 7, seed=4)
-    widest, *narrower = (search(language, [4] * 7, beam_size=size, alpha=0.6).scores for size in (64, 1, 2, 4, 8))
-    assert all((widest >= scores - 1e-6).all() for scores in narrower)
+def test_no_beam_beats_the_widest():
+    language, limits = Language(10), [4] * B
+    widest = search(language, limits, beam_size=64, num_return=64).scores[:, :1]
+    for beam_size in (1, 3):
+        assert (widest >= search(language, limits, beam_size=beam_size, num_return=1).scores - 1e-6).all()
 
 
-@pytest.mark.parametrize("beam_size", [None, 3], ids=["greedy", "beam"])
-def test_each_sentence_ends_at_its_own_limit_and_not_sooner_for_its_neighbours(beam_size):
-    limits = [1, 2, 5, 3]
-    language = Language(5, 5, len(limits), seed=5)
-    language.logits[:, :, EOS] -= 20  # Nobody ends who is not made to.
+@greedy_and_beam
+def test_each_sentence_ends_at_its_own_limit(beam_size):
+    limits = [1, 2, 5, 3, 4, 5, 1]
+    language = Language(11)
+    language.shifts[:, EOS] = [-50, -40, -30, -20, -10]  # The longer, the better.
     found = search(language, limits, beam_size=beam_size)
     assert found.lengths[:, 0].tolist() == limits
-    assert found.tokens[:, 0][np.arange(4), np.array(limits) - 1].tolist() == [EOS] * 4
-    for sentence, limit in enumerate(limits):
-        alone = Language(5, 5, seed=5)
-        alone.logits, alone.shifts = language.logits[sentence : sentence + 1], language.shifts
-        assert outputs(search(alone, [limit], beam_size=beam_size), 0) == outputs(found, sentence)
+    assert found.tokens[np.arange(B), 0, np.array(limits) - 1].tolist() == [EOS] * B
 
 
-@pytest.mark.parametrize("beam_size", [None, 3], ids=["greedy", "beam"])
+@greedy_and_beam
+def test_a_sentences_neighbours_do_not_change_its_result(beam_size):
+    language, others = Language(12), Language(13)
+    language.shifts = others.shifts
+    language.logits[[0, 2, 3]] = others.logits[[0, 2, 3]]
+    found = search(language, [5, 4, 5, 3, 5, 5, 5], beam_size=beam_size)
+    elsewhere = search(others, [5, 1, 5, 3, 1, 2, 1], beam_size=beam_size)
+    for name in ("tokens", "lengths", "log_probs", "scores"):
+        assert np.array_equal(getattr(found, name)[[0, 2, 3]], getattr(elsewhere, name)[[0, 2, 3]])
+
+
+@greedy_and_beam
 def test_more_room_than_the_limits_allow_is_only_padding(beam_size):
-    language = Language(5, 5, seed=6)
-    exact, roomy = (search(language, [5, 4], beam_size=beam_size, max_length=room) for room in (5, 11))
-    assert np.array_equal(roomy.tokens[:, :, :5], exact.tokens) and (roomy.tokens[:, :, 5:] == PAD).all()
-    assert np.array_equal(roomy.scores, exact.scores) and np.array_equal(roomy.lengths, exact.lengths)
+    exact, roomy = (search(Language(14), [5] * B, beam_size=beam_size, max_length=room) for room in (L, 11))
+    assert np.array_equal(roomy.tokens[..., :L], exact.tokens) and (roomy.tokens[..., L:] == PAD).all()
+    for name in ("lengths", "log_probs", "scores"):
+        assert np.array_equal(getattr(roomy, name), getattr(exact, name))
 
 
-@pytest.mark.parametrize("beam_size", [None, 3], ids=["greedy", "beam"])
-def test_a_search_that_has_its_answer_asks_no_further(beam_size):
-    language = Language(5, 6, seed=7)
-    certain = jnp.where(jnp.arange(5) == EOS, 50.0, 0.0)
-
-    def step(state, tokens):
-        state, logits = language.step(state, tokens)
-        logits = jnp.where(state["steps"] == 3, certain, logits)
-        return state, jnp.where(state["steps"] > 3, jnp.nan, logits)  # The fourth step would spoil everything.
-
-    found = search(language, [6, 6], beam_size=beam_size, step=step)
+@greedy_and_beam
+def test_a_search_that_has_its_answers_asks_no_further(beam_size):
+    language = Language(15)
+    language.logits[:, V**2 : V**3, EOS] += 50  # After two tokens everything ends.
+    finite = search(language, [5] * B, beam_size=beam_size)
+    language.shifts[3:] = np.nan  # The fourth step would spoil everything.
+    found = search(language, [5] * B, beam_size=beam_size)
     assert np.isfinite(found.scores).all()
-    assert (found.lengths <= 3).all()
+    assert np.array_equal(found.scores, finite.scores) and np.array_equal(found.tokens, finite.tokens)
 
 
-@pytest.mark.parametrize("beam_size", [None, 3], ids=["greedy", "beam"])
+@greedy_and_beam
 def test_under_jit_and_without_it_the_result_is_the_same(beam_size):
-    language = Language(5, 3, seed=8)
-    eager, jitted = (search(language, [3, 2], beam_size=beam_size, jit=jit) for jit in (False, True))
+    limits = [3, 1, 2, 3, 3, 2, 1]
+    eager, jitted = (
+        search(Language(16), limits, beam_size=beam_size, run=run) for run in (search_tables, search_jitted)
+    )
     assert np.array_equal(eager.tokens, jitted.tokens)
     np.testing.assert_allclose(eager.scores, jitted.scores, rtol=1e-6)
 
 
-@pytest.mark.parametrize("beam_size", [None, 3], ids=["greedy", "beam"])
-def test_tokens_of_no_probability_are_never_chosen_and_make_no_nan(beam_size):
-    language = Language(5, 5, 7, seed=9)
+@pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])
+def test_tokens_of_no_probability_are_never_chosen_and_make_no_nan(options):
+    language = Language(17)
     language.logits[:, :, [PAD, START]] = -np.inf
-    language.logits[0, :, :EOS] = language.logits[0, :, EOS + 1 :] = -np.inf  # Here only ending is possible.
-    found = search(language, [5] * 7, beam_size=beam_size, **{"num_return": beam_size} if beam_size else {})
+    language.logits[0, :, np.arange(V) != EOS] = -np.inf  # Here nothing is possible but to end.
+    found = search(language, [5] * B, **options)
     assert not np.isnan(found.scores).any() and not np.isnan(found.log_probs).any()
-    for sentence in range(7):
+    for sentence in range(B):
         assert all(not {PAD, START} & set(tokens) for tokens in outputs(found, sentence))
-    assert outputs(found, 0) == [(EOS,)] + [()] * ((beam_size or 1) - 1)
-    assert found.scores[0].tolist() == [0.0] + [-np.inf] * ((beam_size or 1) - 1)
+    nothing = options.get("num_return", 1) - 1
+    assert outputs(found, 0) == [(EOS,)] + [()] * nothing
+    assert found.scores[0].tolist() == [0.0] + [-np.inf] * nothing
 
 
 def test_the_length_penalty_is_wus():
@@ -239,15 +260,13 @@ def test_the_length_penalty_is_wus():
 
 def test_more_to_return_than_the_beam_holds_is_an_error():
     with pytest.raises(ValueError, match="num_return is 4, beam_size is 3: raise the beam"):
-        search(Language(5, 2), [2, 2], beam_size=3, num_return=4)
+        search(Language(18), [5] * B, beam_size=3, num_return=4)
 
 
-def test_hypotheses_have_the_shapes_and_types_they_name():
-    for found, returned in (
-        (search(Language(5, 4), [4, 3]), 1),
-        (search(Language(5, 4), [4, 3], beam_size=3, num_return=2), 2),
-    ):
-        assert found.tokens.shape == (2, returned, 4)
-        assert {leaf.shape for leaf in (found.lengths, found.log_probs, found.scores)} == {(2, returned)}
-        assert found.tokens.dtype == found.lengths.dtype == np.int32
-        assert found.log_probs.dtype == found.scores.dtype == np.float32
+@pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])
+def test_hypotheses_have_the_shapes_and_types_they_name(options):
+    found, returned = search(Language(19), [5] * B, **options), options.get("num_return", 1)
+    assert found.tokens.shape == (B, returned, L)
+    assert {leaf.shape for leaf in (found.lengths, found.log_probs, found.scores)} == {(B, returned)}
+    assert found.tokens.dtype == found.lengths.dtype == np.int32
+    assert found.log_probs.dtype == found.scores.dtype == np.float32

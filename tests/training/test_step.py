@@ -79,15 +79,16 @@ def test_a_step_counts_itself_keeps_its_key_and_moves_every_parameter(state, bat
 
 
 def test_the_gradient_is_that_of_the_mean_loss_over_all_tokens(state, batch):
-    def mean_loss(params):
+    def mean_loss(params, batch):
         logits = MODEL.apply(
-            {"params": params}, *(batch.source, batch.target), batch.source_segments, batch.target_segments,
-            batch.source_positions, batch.target_positions, deterministic=True,
+            {"params": params}, batch.source, batch.target, deterministic=True,
+            source_segments=batch.source_segments, source_positions=batch.source_positions,
+            target_segments=batch.target_segments, target_positions=batch.target_positions,
         )  # fmt: skip
         wanted = optax.smooth_labels(jax.nn.one_hot(batch.target, V), 0.1)
         return jnp.mean(optax.softmax_cross_entropy(logits, wanted), where=batch.target_segments > 0)
 
-    loss, expected = jax.jit(jax.value_and_grad(mean_loss))(state.params)
+    loss, expected = jax.jit(jax.value_and_grad(mean_loss))(state.params, batch)
     sums, gradients = gradients_of(state.params, batch)
     np.testing.assert_allclose(sums.smoothed / sums.tokens, loss, rtol=1e-6)
     assert relative_difference(gradients, expected) < 2e-6

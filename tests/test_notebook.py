@@ -1,0 +1,107 @@
+"""Takes the notebooks of colab/ and leaves a verdict: they run from beginning to end, and call the library for all.
+
+`pytest -m notebook` runs these tests alone.
+"""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from flax_transformer.workdir import WorkDirectory
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("ipykernel")
+pytest.importorskip("matplotlib")
+
+pytestmark = pytest.mark.notebook
+COLAB = Path(__file__).parents[1] / "colab"
+# The same experiment, on so little data and so few steps that it learns next to nothing, but does all there is to do.
+STEPS = 8
+CHANGES = {
+    "data.train": "locale_phrases:kn:en:train?pairs=2000&parts=2",
+    "data.valid": "locale_phrases:kn:en:valid?pairs=2&parts=2",
+    "data.test": "locale_phrases:kn:en:test?pairs=8&parts=2",
+    "data.rows": 4,
+    "vocabulary.size": 500,
+    "model.d_model": 32,
+    "model.d_ff": 64,
+    "model.num_encoder_layers": 1,
+    "model.num_decoder_layers": 1,
+}
+
+
+def read(name):
+    return nbformat.read(COLAB / name, as_version=4)
+
+
+def code(notebook):
+    """The code cells' source by cell id, lines for IPython and the shell replaced by `pass`."""
+
+    def python(line):
+        return line[: len(line) - len(line.lstrip())] + "pass" if line.lstrip()[:1] in ("%", "!") else line
+
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return {cell.id: "\n".join(map(python, cell.source.splitlines())) for cell in cells}
+
+
+@pytest.mark.parametrize("path", sorted(COLAB.glob("*.ipynb")), ids=lambda path: path.name)
+def test_a_committed_notebook_is_valid_has_no_outputs_and_defines_no_model(path):
+    notebook = read(path.name)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and not cell.get("execution_count"), f"cell {cell.id}: clear its output"
+    for name, source in code(notebook).items():
+        classes = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+        assert not classes, f"cell {name} defines {classes}: let the library define them"
+        assert "linen" not in source, f"cell {name} builds layers: let the library build them"
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Runs the quick start on one CPU device, to its last step, and gives each code cell's outputs by cell id."""
+    notebook = read("quickstart.ipynb")
+    workdir = tmp_path_factory.mktemp("notebook") / "run"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("QUICKSTART_STEPS", str(STEPS))
+        environment.setenv("QUICKSTART_CHANGES", json.dumps(CHANGES))
+        environment.setenv("QUICKSTART_WORKDIR", str(workdir))
+        environment.setenv("XLA_FLAGS", "")
+        client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(COLAB)}})
+        client.execute()
+    steps = {line["kind"]: line["step"] for line in WorkDirectory(workdir).read_metrics()}
+    assert steps["train"] == steps["valid"] == STEPS and "test" in steps
+    return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def text(cell_outputs):
+    return "".join(output.text for output in cell_outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+def figures(cell_outputs):
+    return [output for output in cell_outputs if "image/png" in output.get("data", {})]
+
+
+@pytest.mark.slow
+def test_the_quick_start_draws_masks_positions_schedules_and_attention(outputs):
+    drawn = {name for name, cell_outputs in outputs.items() if figures(cell_outputs)}
+    assert {"plot-masks", "plot-positions", "plot-schedule", "lesson-plot", "plot-attention"} <= drawn
+
+
+@pytest.mark.slow
+def test_the_quick_start_translates_held_out_phrases(outputs):
+    for name in ("source", "reference", "translation"):
+        assert sum(line.split()[:1] == [name] for line in text(outputs["translate"]).splitlines()) == 8
+
+
+@pytest.mark.slow
+def test_only_a_mask_before_the_softmax_hides_the_future_in_the_lesson_of_the_quick_start(outputs):
+    before, after = text(outputs["lesson-plot"]).splitlines()
+    assert before.count("1.00") == 3
+    assert after.count("1.00") == 1  # the last word, which has no future
+    lines = text(outputs["leak-numbers"]).splitlines()
+    before, after = (line.split("gathers ")[1].split(", after the change ") for line in lines)
+    assert before[0] == before[1]
+    assert after[0] != after[1]

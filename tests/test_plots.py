@@ -1,0 +1,227 @@
+"""Takes masks, position vectors, schedules and weights and leaves a verdict: the figures show them, and name them."""
+
+import importlib
+import io
+import sys
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+matplotlib = pytest.importorskip("matplotlib")
+from matplotlib import font_manager, pyplot  # noqa: E402
+
+from flax_transformer import plots  # noqa: E402
+from flax_transformer.masks import causal_mask, combine_masks, padding_mask, segment_mask  # noqa: E402
+from flax_transformer.positions import sinusoidal_positions  # noqa: E402
+
+SOURCE = ["Ein", "Mann", "läuft", "schnell", "</s>"]
+TARGET = ["A", "man", "is", "running", "very", "fast", "</s>"]
+KANNADA = ["ಕ"]
+
+
+def random_weights(*shape):
+    weights = np.random.default_rng(0).random(shape)
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def panels(figure):
+    """The axes that hold an image, colour bars left out."""
+    return [axes for axes in figure.axes if axes.images]
+
+
+def shown(axes):
+    return np.asarray(axes.images[0].get_array())
+
+
+def labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def draw(figure):
+    """Renders a figure, with every warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(io.BytesIO(), dpi=40)
+
+
+def test_a_mask_shows_where_it_is_zero_whatever_it_is_broadcast_to():
+    valid = jnp.array([[True] * 5, [True] * 3 + [False] * 2])
+    masks = {"causal": causal_mask(5), "padding": padding_mask(valid)}
+    masks["both"] = combine_masks(*masks.values())
+    figure = plots.plot_masks(masks)
+    drawn = np.array([shown(axes) for axes in panels(figure)]).reshape(2, 3, 5, 5)
+    visible = [np.broadcast_to(mask == 0, (2, 1, 5, 5))[:, 0] for mask in masks.values()]
+    np.testing.assert_array_equal(drawn, np.stack(visible, axis=1))
+    assert [axes.get_title() for axes in panels(figure)[:3]] == list(masks)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0: visible", "−∞: hidden"]
+    draw(figure)
+
+
+def test_a_small_mask_carries_its_numbers_in_its_cells():
+    axes = panels(plots.plot_masks({"causal": causal_mask(3)}))[0]
+    numbers = {text.get_position(): text.get_text() for text in axes.texts}
+    assert numbers == {(m, q): "0" if m <= q else "−∞" for q in range(3) for m in range(3)}
+
+
+def test_a_mask_has_its_tokens_on_the_axes_it_hides_them_on():
+    mask = segment_mask(jnp.ones((1, 7), int), jnp.array([[1, 1, 1, 2, 2]]))
+    axes = panels(plots.plot_masks({"segments": mask}, query_tokens=TARGET, memory_tokens=SOURCE))[0]
+    assert (labels(axes.yaxis), labels(axes.xaxis)) == (TARGET, SOURCE)
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("query", "memory position")
+
+
+@pytest.mark.parametrize(
+    ("masks", "tokens", "message"),
+    [
+        ({}, None, "masks is empty"),
+        ({"bias": jnp.full((1, 1, 5, 5), 0.5)}, None, "'bias' holds 0.5"),
+        ({"flat": jnp.zeros((5, 5))}, None, r"shape \(5, 5\): give it \[B, 1, Q, M\]"),
+        ({"causal": causal_mask(7)}, SOURCE, "query_tokens has 5 tokens, there are 7 queries"),
+    ],
+)
+def test_what_is_no_mask_or_does_not_fit_is_refused(masks, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        plots.plot_masks(masks, query_tokens=tokens)
+
+
+def test_position_vectors_are_drawn_as_they_are_on_one_scale_around_zero():
+    positions = jnp.arange(7)
+    encodings = {
+        "interleaved": sinusoidal_positions(positions, 10),
+        "halved": sinusoidal_positions(positions, 10, interleaved=False) / 2,
+    }
+    figure = plots.plot_positions(encodings)
+    for axes, (name, vectors) in zip(panels(figure), encodings.items(), strict=True):
+        np.testing.assert_array_equal(shown(axes), vectors)
+        assert axes.images[0].get_clim() == (-1, 1)  # cos(0) is the largest of all
+        assert (axes.get_title(), axes.get_xlabel()) == (name, "feature")
+    assert panels(figure)[0].get_ylabel() == "position"
+    draw(figure)
+
+
+def test_each_schedule_is_a_line_of_its_rates_update_by_update():
+    schedules = {"linear": optax.linear_schedule(0.0, 2.0, 4), "a number": lambda step: 0.5}
+    axes = plots.plot_schedules(schedules, 7).axes[0]
+    expected = {"linear": [0, 0.5, 1, 1.5, 2, 2, 2], "a number": [0.5] * 7}
+    assert {line.get_label(): line.get_ydata().tolist() for line in axes.lines} == expected
+    assert all(line.get_xdata().tolist() == list(range(7)) for line in axes.lines)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(schedules)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("update", "learning rate")
+    draw(axes.figure)
+
+
+@pytest.mark.parametrize(("schedules", "steps"), [({}, 7), ({"constant": lambda step: 1.0}, 0)])
+def test_no_schedule_and_no_steps_are_refused(schedules, steps):
+    with pytest.raises(ValueError, match="at least"):
+        plots.plot_schedules(schedules, steps)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 11])
+def test_each_head_is_a_panel_with_tokens_on_both_axes_and_weights_from_none_to_all(heads):
+    weights = random_weights(heads, 7, 5)
+    figure = plots.plot_attention(weights, SOURCE, TARGET, title="cross")
+    drawn = panels(figure)
+    np.testing.assert_array_equal([shown(axes) for axes in drawn], weights)
+    assert [axes.get_title() for axes in drawn] == [f"head {head}" for head in range(heads)]
+    assert figure.get_suptitle() == "cross"
+    for axes in drawn:
+        assert axes.images[0].get_clim() == (0, 1)
+        assert labels(axes.xaxis) == SOURCE
+        assert axes.get_xlabel() == "source"
+    assert labels(drawn[0].yaxis) == TARGET
+    assert drawn[0].get_ylabel() == "target"
+    draw(figure)
+
+
+def test_weights_without_a_head_dimension_are_one_panel():
+    weights = jnp.asarray(random_weights(7, 5))
+    (axes,) = panels(plots.plot_attention(weights, SOURCE, TARGET))
+    np.testing.assert_array_equal(shown(axes), weights)
+
+
+@pytest.mark.parametrize(
+    ("shape", "titles", "message"),
+    [
+        ((7, 4), None, "source_tokens has 5 tokens, there are 4 columns"),
+        ((3, 6, 5), None, "target_tokens has 7 tokens, there are 6 rows"),
+        ((3, 7, 5), ["one", "two"], "head_titles has 2 entries for 3 heads"),
+        ((2, 3, 7, 5), None, "choose one layer and one sentence"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(shape, titles, message):
+    with pytest.raises(ValueError, match=message):
+        plots.plot_attention(random_weights(*shape), SOURCE, TARGET, head_titles=titles)
+
+
+def test_dollar_signs_begin_no_formula():
+    figure = plots.plot_attention(random_weights(1, 2), ["US$5", r"$\frac$"], ["$1 or $2"])
+    draw(figure)
+    assert labels(panels(figure)[0].yaxis) == ["$1 or $2"]
+
+
+def test_figures_are_unknown_to_pyplot():
+    plots.plot_masks({"causal": causal_mask(3)})
+    plots.plot_attention(random_weights(7, 5), SOURCE, TARGET)
+    assert pyplot.get_fignums() == []
+
+
+@pytest.fixture
+def bare_fonts(monkeypatch):
+    """Matplotlib as on a machine that has no fonts but matplotlib's own."""
+    own = [font for font in font_manager.fontManager.ttflist if font.fname.startswith(matplotlib.get_data_path())]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    plots._warn_of_missing_characters.cache_clear()
+
+
+def write_font(path, family, characters):
+    """Writes a font in which each of the characters is a box."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((50, 0))
+    for corner in ((50, 700), (450, 700), (450, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "box"])
+    font.setupCharacterMap({ord(character): "box" for character in characters})
+    font.setupGlyf(dict.fromkeys([".notdef", "box"], pen.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys([".notdef", "box"], (500, 50)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    return str(path)
+
+
+@pytest.mark.usefixtures("bare_fonts")
+def test_a_font_installed_since_matplotlib_listed_them_is_found_for_what_the_default_lacks(tmp_path, monkeypatch):
+    paths = [write_font(tmp_path / "kannada.ttf", "Boxes Kannada", KANNADA[0]), str(tmp_path / "broken.ttf")]
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
+    figure = plots.plot_attention(random_weights(7, 1), KANNADA, TARGET)
+    (axes,) = panels(figure)
+    default = axes.yaxis.get_ticklabels()[0].get_fontfamily()
+    assert axes.xaxis.get_ticklabels()[0].get_fontfamily() == [*default, "Boxes Kannada"]
+    draw(figure)
+
+
+@pytest.mark.usefixtures("bare_fonts")
+def test_where_no_font_has_the_script_one_warning_names_it_and_the_mend():
+    with pytest.warns(UserWarning, match="Kannada characters.*install a Noto font") as caught:
+        figures = [plots.plot_attention(random_weights(7, 1), KANNADA, TARGET) for _ in range(2)]
+    assert len(caught) == 1
+    draw(figures[0])
+
+
+def test_without_matplotlib_the_error_names_the_extra_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "flax_transformer.plots")
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "flax_transformer\[plots\]"'):
+        importlib.import_module("flax_transformer.plots")

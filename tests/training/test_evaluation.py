@@ -1,0 +1,125 @@
+"""Takes a held-out corpus and an untrained model and leaves a verdict: scores are what they say, of every sentence."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import sacrebleu
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.batch import Batch
+from flax_transformer.data.corpus import ParallelText
+from flax_transformer.data.pipeline import PackedCorpus
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.translator import Translator
+from flax_transformer.experiment import DataConfig, TrainingConfig, VocabularyConfig
+from flax_transformer.model import Transformer
+from flax_transformer.training.evaluation import Evaluation, score_translations
+from flax_transformer.training.parallel import Parallelism
+from flax_transformer.training.step import eval_step
+
+REFERENCES = ["The cat sat on the mat.", "A dog ran over the green hill today.", "Three birds sang a short song."]
+
+
+def test_references_score_full_marks():
+    scores = score_translations(REFERENCES, REFERENCES, 0.25)
+    assert (scores.bleu, scores.chrf, scores.exact_match) == pytest.approx((100, 100, 100))
+    assert (scores.loss, scores.sentences) == (0.25, 3)
+
+
+def test_exact_match_counts_to_the_letter():
+    others = [REFERENCES[0].lower(), REFERENCES[1], REFERENCES[2] + " "]
+    assert score_translations(others, REFERENCES, 0.0).exact_match == pytest.approx(100 / 3)
+
+
+def test_bleu_is_sacrebleu_s_and_says_how_it_was_computed():
+    others = ["the cat sat on the mat.", "A dog ran over a hill.", "Three birds sang a song."]
+    scores = score_translations(others, REFERENCES, 0.0)
+    assert scores.bleu == sacrebleu.corpus_bleu(others, [REFERENCES]).score
+    assert scores.chrf == sacrebleu.corpus_chrf(others, [REFERENCES]).score
+    assert 0 < scores.bleu < 100 and "case:mixed" in scores.signature and sacrebleu.__version__ in scores.signature
+
+
+def test_a_missing_translation_is_an_error():
+    with pytest.raises(ValueError):
+        score_translations(REFERENCES[:2], REFERENCES, 0.0)
+
+
+TEXT = ParallelText(
+    ["a", "b c", "d a b", "c", "b b", "d", "a c d"],
+    ["u", "d t", "q u d", "t t t t t", "d d", "q", "u t q"],  # one target is too long for a row
+    [1] * 7,
+)
+DATA = DataConfig(rows=2, source_slots=8, target_slots=8)
+SETTINGS = TrainingConfig(beam_size=1)
+
+
+@pytest.fixture(scope="module")
+def vocabularies():
+    return VocabularyPair.train(TEXT.source, TEXT.target, VocabularyConfig(size=24, model_type="char"))
+
+
+@pytest.fixture(scope="module")
+def config(vocabularies):
+    size = vocabularies.source.size
+    return TransformerConfig(
+        source_vocab_size=size, target_vocab_size=size, d_model=8, num_heads=2, d_ff=12, num_encoder_layers=1,
+        num_decoder_layers=1, max_length=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    tokens = np.ones((1, 2), "int32")
+    init = functools.partial(Transformer(config).init, deterministic=True)
+    return jax.jit(init)(jax.random.key(0), tokens, tokens)["params"]
+
+
+@pytest.fixture(scope="module")
+def eval_on_one(config):
+    return Parallelism("jit").compile(functools.partial(eval_step, model=Transformer(config)), donate_state=False)
+
+
+@pytest.fixture(scope="module")
+def expected_loss(vocabularies, config, params, eval_on_one):
+    """The mean cross-entropy of the sentence pairs that fit, each in a batch of its own."""
+    cross_entropy, tokens = 0.0, 0.0
+    for pair in zip(TEXT.source, TEXT.target, strict=True):
+        source, target = (vocabularies.source.encode([text])[0] for text in pair)
+        if max(len(source), len(target)) <= config.max_length:
+            sides = {}
+            for name, ids in (("source", source), ("target", target)):
+                sides[name], sides[f"{name}_segments"], sides[f"{name}_positions"] = np.zeros((3, 2, 8), "int32")
+                sides[name][0, : len(ids)], sides[f"{name}_segments"][0, : len(ids)] = ids, 1
+                sides[f"{name}_positions"][0, : len(ids)] = range(len(ids))
+            sums = eval_on_one(params, Batch(**sides))
+            cross_entropy, tokens = cross_entropy + float(sums.cross_entropy), tokens + float(sums.tokens)
+    return cross_entropy / tokens
+
+
+def packed(vocabularies, config, **options):
+    return PackedCorpus.from_text(TEXT, vocabularies, DATA, max_length=config.max_length, **options)
+
+
+def test_the_loss_is_of_all_tokens_and_the_translations_are_the_translator_s(
+    vocabularies, config, params, eval_on_one, expected_loss
+):
+    corpus = packed(vocabularies, config)
+    assert corpus.too_long.tolist() == [3] and len(corpus.rows) % DATA.rows
+    scores, translations = Evaluation(TEXT, corpus, vocabularies, config, SETTINGS, eval_on_one).score(params)
+    assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
+    assert translations == Translator(config, params, vocabularies).translate(TEXT.source, beam_size=1)
+    assert scores.sentences == 7  # what is too long for the loss is translated all the same
+
+
+def test_some_sentences_are_translated_where_some_are_asked_for_under_pmap_too(
+    vocabularies, config, params, expected_loss
+):
+    eight = Parallelism("pmap")
+    evaluate = eight.compile(functools.partial(eval_step, model=Transformer(config)), donate_state=False)
+    corpus = packed(vocabularies, config, multiple=eight.num_devices)
+    evaluation = Evaluation(TEXT, corpus, vocabularies, config, SETTINGS, evaluate, sentences=5)
+    scores, translations = evaluation.score(eight.place(params))
+    assert scores.sentences == len(translations) == 5
+    assert scores.loss == pytest.approx(expected_loss, rel=1e-5)

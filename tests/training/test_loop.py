@@ -1,0 +1,227 @@
+"""Takes two small text files and leaves a verdict: a training that was stopped goes on as if it had not been."""
+
+import dataclasses
+import random
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.training.evaluation import Evaluation, Scores
+from flax_transformer.training.loop import train_and_evaluate
+from flax_transformer.training.report import Report
+from flax_transformer.workdir import WorkDirectory
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+STEPS, EVERY, STOPPED_AT = 12, 5, 8
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Digits in words to the same words in reverse order, a model that is trained in a moment, and dropout."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for split, pairs in (("train", 40), ("valid", 4), ("test", 4)):
+        sentences = [rng.choices(DIGITS, k=rng.randint(1, 2)) for _ in range(pairs)]
+        (folder / f"{split}.in").write_text("".join(" ".join(words) + "\n" for words in sentences))
+        (folder / f"{split}.out").write_text("".join(" ".join(reversed(words)) + "\n" for words in sentences))
+    corpora = {split: f"files:{folder}/{split}.in,{folder}/{split}.out" for split in ("train", "valid", "test")}
+    return Experiment(
+        model=TransformerConfig(
+            d_model=8, num_heads=2, d_ff=12, num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.2, max_length=12
+        ),
+        vocabulary=VocabularyConfig(size=50),
+        data=DataConfig(**corpora, rows=4, source_slots=12, target_slots=12),
+        training=TrainingConfig(
+            steps=STEPS,
+            warmup_steps=4,
+            parallelism="jit",
+            log_every=1,
+            evaluate_every=0,
+            checkpoint_every=EVERY,
+            best_metric="loss",
+            samples=2,
+        ),
+    )
+
+
+def with_training(experiment, **changes):
+    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **changes))
+
+
+def lines_of(path, kind):
+    return [line for line in WorkDirectory(path).read_metrics() if line["kind"] == kind]
+
+
+def losses_of(path):
+    """The loss of each step; where a step was made twice, both."""
+    return [(line["step"], line["loss"]) for line in lines_of(path, "train")]
+
+
+def same_checkpoint(first, second, step):
+    """Whether two work directories hold the same bits of parameters and of the rest."""
+    trees = []
+    for item in ("params", "training"):
+        for path in (first, second):
+            with ocp.CheckpointManager(path / "checkpoints") as manager:
+                args = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
+                trees.append(jax.tree.leaves(manager.restore(step, args=args)[item]))
+    return all(
+        jax.numpy.array_equal(*leaves)
+        for one, other in (trees[:2], trees[2:])
+        for leaves in zip(one, other, strict=True)
+    )
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, steps):
+    """Lets the training fail after so many steps, between two checkpoints."""
+    done = iter(range(steps - 1))
+
+    def step_done(report):
+        if next(done, None) is None:
+            raise Stopped
+
+    monkeypatch.setattr(Report, "step_done", step_done)
+
+
+@pytest.fixture(scope="module", params=["jit", "pmap"])
+def whole(request, experiment, tmp_path_factory):
+    """A training that ran in one piece: its experiment, its folder, and what it returned."""
+    path = tmp_path_factory.mktemp(request.param)
+    experiment = with_training(experiment, parallelism=request.param)
+    return experiment, path, train_and_evaluate(experiment, path)
+
+
+def test_a_stopped_training_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch):
+    experiment, unbroken, scores = whole
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, STOPPED_AT)
+        train_and_evaluate(experiment, tmp_path)
+    before = losses_of(tmp_path)
+    again = train_and_evaluate(experiment, tmp_path)
+    after = losses_of(tmp_path)[len(before) :]
+    expected = losses_of(unbroken)
+    assert [step for step, _ in expected] == list(range(1, STEPS + 1))
+    assert before == expected[: len(before)] and EVERY < len(before) < STEPS
+    assert after == expected[EVERY:]
+    assert same_checkpoint(tmp_path, unbroken, STEPS)
+    assert again == scores
+
+
+def test_lines_of_metrics_tell_the_mean_loss_the_rate_and_the_speed(whole):
+    experiment, path, _ = whole
+    for line in lines_of(path, "train"):
+        n, warmup = line["step"], experiment.training.warmup_steps
+        assert line["learning_rate"] == pytest.approx(8**-0.5 * min(n**-0.5, n * warmup**-1.5), rel=1e-6)
+        assert line["loss"] >= 0 and line["cross_entropy"] >= 0 and 0 <= line["accuracy"] <= 1
+        assert line["gradient_norm"] > 0 and line["tokens_per_second"] > 0
+
+
+def test_a_finished_training_trains_no_more_and_tells_its_scores_again(whole):
+    experiment, path, scores = whole
+    train, test = lines_of(path, "train"), lines_of(path, "test")
+    assert train_and_evaluate(experiment, path) == scores
+    assert lines_of(path, "train") == train
+    assert lines_of(path, "test") == test + test[-1:]
+    assert test[-1] == {"kind": "test", "step": STEPS} | dataclasses.asdict(scores)
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    """A finished training that other tests go on from, without a test corpus."""
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, test="", valid=""))
+    path = tmp_path_factory.mktemp("finished")
+    assert train_and_evaluate(experiment, path) is None
+    return experiment, path
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "found", "wanted"),
+    [("model", "d_ff", 12, 16), ("vocabulary", "size", 50, 40), ("data", "seed", 0, 1), ("model", "norm", "post", "pre")],
+)
+def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_key_and_the_mend(
+    section, key, found, wanted, finished
+):
+    experiment, path = finished
+    other = dataclasses.replace(
+        experiment, **{section: dataclasses.replace(getattr(experiment, section), **{key: wanted})}
+    )
+    message = f"was begun with {section}.{key} = {found!r}, now it is {wanted!r}: set it back, or give another --workdir"
+    with pytest.raises(ValueError, match=message):
+        train_and_evaluate(other, path)
+    assert WorkDirectory(path).read_config()[section][key] == found
+
+
+def test_more_steps_go_on_from_the_last(finished, capsys):
+    experiment, path = finished
+    before = losses_of(path)
+    train_and_evaluate(with_training(experiment, steps=STEPS + 3, learning_rate=0.5), path)
+    assert [step for step, _ in losses_of(path)[len(before) :]] == [STEPS + 1, STEPS + 2, STEPS + 3]
+    assert f"jit on 1 cpu device, steps {STEPS} to {STEPS + 3}" in capsys.readouterr().out
+    assert WorkDirectory(path).read_config()["training"]["steps"] == STEPS + 3
+
+
+def test_fewer_steps_than_were_made_train_nothing(finished):
+    experiment, path = finished
+    before = losses_of(path)
+    train_and_evaluate(with_training(experiment, steps=3), path)
+    assert losses_of(path) == before
+
+
+def test_windows_are_means_over_their_steps_weighed_by_tokens(experiment, finished, tmp_path):
+    """One line for five steps, and a shorter one for the rest; every step counts once."""
+    fine, path = finished
+    train_and_evaluate(with_training(fine, log_every=5), tmp_path)
+    single = dict(losses_of(path))
+    for (step, mean), window in zip(losses_of(tmp_path), (range(1, 6), range(6, 11), range(11, 13)), strict=True):
+        assert step == window[-1]
+        losses = [single[number] for number in window]
+        assert min(losses) <= mean <= max(losses)
+        assert mean == pytest.approx(np.mean(losses), rel=0.02)  # steps hold nearly equal numbers of tokens
+
+
+def test_the_best_checkpoint_is_the_one_that_is_tested(experiment, tmp_path, monkeypatch):
+    scored = []
+    losses = [3.0, 1.0, 2.0]  # of the validations at steps 4, 8 and 12; the test is after them
+
+    def score(evaluation, params):
+        scored.append(jax.device_get(params))
+        loss = losses[len(scored) - 1] if len(scored) <= 3 else 7.0
+        scores = Scores(loss=loss, bleu=loss, chrf=loss, exact_match=loss, sentences=4, signature="")
+        return scores, [""] * len(evaluation.source)
+
+    monkeypatch.setattr(Evaluation, "score", score)
+    changes = {"evaluate_every": 4, "checkpoint_every": 100, "keep_latest": 1}
+    scores = train_and_evaluate(with_training(experiment, **changes), tmp_path)
+    fourth, eighth, twelfth, tested = (jax.tree.leaves(params) for params in scored)
+    assert all(map(np.array_equal, tested, eighth))
+    assert not any(map(np.array_equal, tested, fourth)) and not any(map(np.array_equal, tested, twelfth))
+    assert [(line["step"], line["loss"]) for line in lines_of(tmp_path, "valid")] == [(4, 3.0), (8, 1.0), (12, 2.0)]
+    assert [(line["step"], line["loss"]) for line in lines_of(tmp_path, "test")] == [(8, 7.0)]
+    assert scores.loss == 7.0
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "8"]
+
+
+def test_a_training_corpus_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="data.train is empty: name a corpus, e.g. --config.data.train=files:"):
+        train_and_evaluate(Experiment(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_stopped_at_a_mistake_can_be_mended_in_the_same_folder(experiment, tmp_path):
+    separate = dataclasses.replace(
+        experiment, vocabulary=dataclasses.replace(experiment.vocabulary, size=30, joint=False)
+    )
+    with pytest.raises(ValueError, match="three-way tying needs one joint vocabulary"):
+        train_and_evaluate(
+            dataclasses.replace(separate, vocabulary=dataclasses.replace(separate.vocabulary, size=32, joint=False)),
+            tmp_path,
+        )
+    assert train_and_evaluate(with_training(experiment, steps=1), tmp_path) is not None

@@ -1,0 +1,81 @@
+"""Takes measurements and leaves a verdict: they stand in `metrics.jsonl`, in TensorBoard and on the terminal."""
+
+import pytest
+
+from flax_transformer.training.evaluation import Scores
+from flax_transformer.training.report import Report, format_score, show_samples, show_test
+from flax_transformer.workdir import WorkDirectory
+
+SCORES = Scores(loss=1.23456, bleu=31.44, chrf=55.06, exact_match=97.2, sentences=500, signature="case:mixed")
+NAMES = ("source", "reference", "translation")
+METRICS = {"loss": 2.5, "tokens_per_second": 1234.5, "learning_rate": 1e-3}
+
+
+def report_to(path):
+    workdir = WorkDirectory(path)
+    with Report(workdir, first_step=3, steps=9) as report:
+        report.step_done()
+        report.training(4, METRICS)
+        report.validation(4, SCORES, 61.4)
+        report.validation(8, SCORES, 122.6)
+    return workdir
+
+
+def test_every_measurement_becomes_a_line_of_metrics(tmp_path):
+    train, first, second = report_to(tmp_path).read_metrics()
+    assert train == {"kind": "train", "step": 4} | METRICS
+    assert first == {
+        "kind": "valid", "step": 4, "loss": 1.23456, "bleu": 31.44, "chrf": 55.06, "exact_match": 97.2, "seconds": 61.4
+    }  # fmt: skip
+    assert (second["step"], second["seconds"]) == (8, 122.6)
+
+
+def test_every_measurement_reaches_tensorboard(tmp_path):
+    (events,) = (report_to(tmp_path).path / "tensorboard").glob("events.out.tfevents.*")
+    written = events.read_bytes()
+    names = [f"train/{name}" for name in METRICS]
+    names += [f"valid/{name}" for name in ("loss", "bleu", "chrf", "exact_match", "seconds")]
+    for name in names:
+        assert name.encode() in written
+
+
+def test_validations_are_rows_under_one_head(tmp_path, capsys):
+    report_to(tmp_path)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["step", "time", "loss", "BLEU", "chrF", "exact", "match"]
+    assert [row.split() for row in rows] == [
+        ["4", "61s", "1.235", "31.4", "55.1", "97.2", "%"],
+        ["8", "123s", "1.235", "31.4", "55.1", "97.2", "%"],
+    ]
+    assert len({len(row) for row in (head, *rows)}) == 1  # columns stand under their titles
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("loss", "0.123"), ("bleu", "0.1"), ("chrf", "0.1"), ("exact_match", "0.1 %")]
+)
+def test_each_score_is_shown_in_its_own_unit(name, shown):
+    assert format_score(name, 0.12345) == shown
+
+
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_samples_stand_one_under_the_other_as_many_as_asked_for(count, capsys):
+    show_samples(["a", "b", "c"], ["A", "B", "C"], ["x", "y", "z"], count)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    triples = zip("abc", "ABC", "xyz", strict=True)
+    expected = [[name, text] for triple in triples for name, text in zip(NAMES, triple, strict=True)]
+    assert lines == expected[: 3 * count]
+
+
+@pytest.mark.parametrize(
+    ("metric", "last"),
+    [
+        ("exact_match", "exact match: 97.2 % of 500 held-out phrases, trained in 83 s"),
+        ("bleu", "BLEU: 31.4 of 500 held-out sentences, trained in 83 s"),
+        ("loss", "loss: 1.235 of 500 held-out sentences, trained in 83 s"),
+    ],
+)
+def test_the_last_line_tells_the_score_that_chose_the_checkpoint(metric, last, capsys):
+    show_test(70, SCORES, metric=metric, seconds=83.2)
+    *others, closing = capsys.readouterr().out.splitlines()
+    assert closing == last
+    assert "checkpoint 70" in "\n".join(others) and "case:mixed" in "\n".join(others)
