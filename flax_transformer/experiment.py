@@ -158,6 +158,14 @@ class Experiment:
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 
+    def __post_init__(self):
+        """Checks what no section can check alone; raises ValueError naming the mend."""
+        if self.model.tie_embeddings == "three_way" and not self.vocabulary.joint:
+            raise ValueError(
+                "model.tie_embeddings is three_way, but vocabulary.joint is false: source and target ids would share "
+                'vectors without sharing meaning; set model.tie_embeddings to "decoder" or "none"'
+            )
+
     def to_mapping(self) -> dict[str, dict[str, Any]]:
         """The experiment as nested dictionaries, as `config.json` and `ml_collections.ConfigDict` hold it."""
         return dataclasses.asdict(self)

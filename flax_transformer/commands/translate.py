@@ -5,6 +5,8 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator
 
+from etils import epath
+
 # Lines read before the first is translated: enough to sort by length, few enough to see the output grow.
 CHUNK = 2000
 
@@ -39,9 +41,13 @@ def run(options: argparse.Namespace) -> None:
 def _read_lines(path: str | None) -> Iterator[str]:
     if path is None:
         yield from _decode(sys.stdin.buffer, "standard input")
-    else:
-        with open(path, "rb") as file:
-            yield from _decode(file, path)
+        return
+    try:
+        file = epath.Path(path).open("rb")
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror or error}): check --input") from error
+    with file:
+        yield from _decode(file, path)
 
 
 def _decode(lines: Iterable[bytes], name: str) -> Iterator[str]:

@@ -42,7 +42,12 @@ def random_params(config, seed):
     """Parameters large enough that the model is sure of itself, and every source has a translation of its own."""
     tokens, rng = jnp.ones((1, 2), jnp.int32), np.random.default_rng(seed)
     shapes = jax.eval_shape(partial(Transformer(config).init, deterministic=True), jax.random.key(0), tokens, tokens)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(scale=0.5, size=leaf.shape), "float32"), shapes["params"])
+
+    def fill(path, leaf):
+        constant = {"scale": 1.0, "bias": 0.0}.get(path[-1].key)
+        return jnp.asarray(rng.normal(scale=0.7, size=leaf.shape) if constant is None else np.full(leaf.shape, constant), "float32")
+
+    return jax.tree_util.tree_map_with_path(fill, shapes["params"])
 
 
 @pytest.fixture(scope="module")
