@@ -10,7 +10,7 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
     """The experiment."""
     return ConfigDict(
         Experiment(
-            model=TransformerConfig.tiny(dropout_rate=0.15),
+            model=TransformerConfig.tiny(norm="pre"),
             vocabulary=VocabularyConfig(size=4000),
             data=DataConfig(
                 train=f"files:{folder}/train.en,{folder}/train.de",
@@ -21,10 +21,10 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
                 target_slots=64,
             ),
             training=TrainingConfig(
-                steps=5500,
+                steps=5000,
                 schedule="cosine",
-                learning_rate=3e-3,
-                warmup_steps=500,
+                learning_rate=2e-3,
+                warmup_steps=400,
                 evaluate_every=500,
                 checkpoint_every=250,
                 beam_size=1,

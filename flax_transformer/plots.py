@@ -176,9 +176,8 @@ def plot_attention(
         raise ValueError(f"head_titles has {len(head_titles)} entries for {len(heads)} heads: give one for each")
     targets, sources = heads.shape[1:]
     size = _cells(sources, source_tokens), _cells(targets, target_tokens)
-    columns = min(len(heads), max(1, int(WIDEST / size[0])))
-    rows = math.ceil(len(heads) / columns)
-    figure, grid = _panels(rows, columns, size, _room(target_tokens) + 0.6, _room(source_tokens))
+    rows = math.ceil(len(heads) / max(1, int(WIDEST / size[0])))
+    figure, grid = _panels(rows, math.ceil(len(heads) / rows), size, _room(target_tokens) + 0.6, _room(source_tokens))
     for axes in grid.flat[len(heads) :]:
         axes.set_axis_off()
     for axes, head, head_title in zip(grid.flat, heads, head_titles, strict=False):

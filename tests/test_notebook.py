@@ -69,7 +69,7 @@ def outputs(tmp_path_factory):
         environment.setenv("QUICKSTART_CHANGES", json.dumps(CHANGES))
         environment.setenv("QUICKSTART_WORKDIR", str(workdir))
         environment.setenv("XLA_FLAGS", "")
-        client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(COLAB)}})
+        client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(COLAB)}})
         client.execute()
     steps = {line["kind"]: line["step"] for line in WorkDirectory(workdir).read_metrics()}
     assert steps["train"] == steps["valid"] == STEPS and "test" in steps
