@@ -46,11 +46,11 @@ def get_config(choice: str = "five_layer") -> ConfigDict:
         training=TrainingConfig(steps=30_000, warmup_steps=4000, evaluate_every=1000),
     )
     small = Experiment(
-        model=TransformerConfig.tiny(dropout_rate=0.15),
+        model=TransformerConfig.tiny(norm="pre"),
         vocabulary=VocabularyConfig(size=4000),
         data=data,
         training=TrainingConfig(
-            steps=4200, schedule="cosine", learning_rate=3e-3, warmup_steps=400, evaluate_every=1000
+            steps=4200, schedule="cosine", learning_rate=2e-3, warmup_steps=400, evaluate_every=1000
         ),
     )
     experiments = {"five_layer": five_layer, "small": small}

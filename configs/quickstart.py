@@ -26,13 +26,13 @@ def get_config() -> ConfigDict:
                 target_slots=64,
             ),
             training=TrainingConfig(
-                steps=2200,
+                steps=1800,
                 schedule="cosine",
                 learning_rate=3e-3,
                 warmup_steps=200,
                 label_smoothing=0.05,
-                evaluate_every=550,
-                checkpoint_every=550,
+                evaluate_every=600,
+                checkpoint_every=600,
                 best_metric="exact_match",
             ),
         ).to_mapping()

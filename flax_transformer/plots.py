@@ -20,7 +20,7 @@ from jaxtyping import Float
 try:
     from matplotlib import font_manager, rcParams
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
+    from matplotlib.axis import Axis, XAxis
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -251,7 +251,7 @@ def _label_positions(axis: Axis, tokens: Sequence[str] | None, count: int, name:
         raise ValueError(f"{name} has {len(tokens)} tokens, there are {count} {what}: give one for each")
     # Prices have dollar signs, which would begin a formula.
     axis.set_ticks(range(count), tokens, fontfamily=_font_families("".join(tokens)), fontsize=8, parse_math=False)
-    if axis.axis_name == "x":
+    if isinstance(axis, XAxis):
         for label in axis.get_ticklabels():
             label.set(rotation=60, rotation_mode="anchor", ha="right", va="center")
 

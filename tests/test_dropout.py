@@ -12,7 +12,7 @@ from flax_transformer.dropout import Dropout, dropout
 INPUTS = jnp.arange(1, 36, dtype="float32").reshape(5, 7)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.25, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.999])
 def test_the_share_dropped_is_the_rate_rounded_to_one_in_256(rate):
     entries = 201 * 499
     share = min(round(256 * rate), 255) / 256
@@ -38,7 +38,7 @@ def test_what_is_kept_is_scaled_by_what_the_rounded_rate_keeps_the_expectation_w
     np.testing.assert_allclose(dropped, np.where(dropped == 0, 0, INPUTS / (1 - share)), rtol=2e-7)
 
 
-@pytest.mark.parametrize("last", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("last", [1, 2, 3, 4, 9])
 def test_any_last_axis_will_do_and_under_jit_it_is_the_same(last):
     inputs = jnp.ones((3, 11, last))
     dropped = dropout(inputs, 0.5, jax.random.key(3))

@@ -119,7 +119,7 @@ def test_no_schedule_and_no_steps_are_refused(schedules, steps):
         plots.plot_schedules(schedules, steps)
 
 
-@pytest.mark.parametrize("heads", [1, 3, 11])
+@pytest.mark.parametrize("heads", [1, 7])  # seven take two rows, and leave a place empty
 def test_each_head_is_a_panel_with_tokens_on_both_axes_and_weights_from_none_to_all(heads):
     weights = random_weights(heads, 7, 5)
     figure = plots.plot_attention(weights, SOURCE, TARGET, title="cross")

@@ -77,6 +77,7 @@ class Translator:
 
     Attributes:
         config: the model's.
+        params: its parameters.
         vocabularies: of both sides.
     """
 
@@ -93,7 +94,7 @@ class Translator:
         """
         self.config = config
         self.vocabularies = vocabularies
-        self._params = params
+        self.params = params
         self._batch_tokens = batch_tokens
 
     @classmethod
@@ -132,7 +133,7 @@ class Translator:
         wanted = [number for number, sentence in enumerate(sentences) if sentence.strip()]
         for numbers, source, limits in self._batches(encoded, wanted):
             hypotheses = search_translations(
-                self._params,
+                self.params,
                 source,
                 limits,
                 config=self.config,

@@ -101,11 +101,10 @@ def test_log_probabilities_are_those_of_one_parallel_pass(model, parallel, beam_
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_padding_and_neighbours_do_not_change_a_sentences_result(model, beam_size):
     together = search(model, beam_size=beam_size)
-    lengths = (SOURCE != 0).sum(1)
-    for row in (0, 2):
-        alone = search(model, SOURCE[[row], : lengths[row]], LIMITS[[row]], beam_size=beam_size, max_length=11)
-        assert np.array_equal(alone["tokens"][0, :, :LONGEST], together["tokens"][row])
-        np.testing.assert_allclose(alone["scores"][0], together["scores"][row], atol=1e-5)
+    assert SOURCE[0].tolist() == [4, 9, 5, 2, 0, 0, 0]
+    alone = search(model, SOURCE[:1, :4], LIMITS[:1], beam_size=beam_size, max_length=LONGEST + 2)
+    assert np.array_equal(alone["tokens"][0, :, :LONGEST], together["tokens"][0])
+    np.testing.assert_allclose(alone["scores"][0], together["scores"][0], atol=1e-5)
 
 
 SENTENCES = [
@@ -135,8 +134,15 @@ def translator(workdir):
 
 
 @pytest.fixture(scope="module")
-def translations(translator):
-    return translator.translate(SENTENCES, beam_size=1)
+def first_run(translator):
+    """The sentences' translations, and how many programs they took."""
+    before = search_translations._cache_size()
+    return translator.translate(SENTENCES, beam_size=1), search_translations._cache_size() - before
+
+
+@pytest.fixture(scope="module")
+def translations(first_run):
+    return first_run[0]
 
 
 def test_every_line_has_one_line_and_each_its_own(translations):
@@ -160,23 +166,26 @@ def test_empty_and_blank_lines_stay_empty_among_the_others(translator, translati
     assert translator.translate([]) == []
 
 
-def test_where_a_batch_ends_changes_no_translation(workdir, translator, translations):
-    # Room for three rows of the smallest bucket and for one of any other.
-    tight = Translator.from_workdir(workdir.path, batch_tokens=3 * SMALLEST_BUCKET)
-    assert tight.translate(SENTENCES, beam_size=1) == translations
-    short = [sentence for sentence in SENTENCES if len(sentence.split()) <= 3]
-    assert len(short) % 3
-    assert tight.translate(short) == translator.translate(short)
+def test_where_a_batch_ends_changes_no_translation(workdir, translations):
+    tight = Translator.from_workdir(workdir.path, batch_tokens=4 * SMALLEST_BUCKET)
+    short = {line: translation for line, translation in zip(SENTENCES, translations, strict=True) if len(line) < 20}
+    assert len(short) > 4 and len(short) % 4  # more than one batch, and the last one not full
+    assert tight.translate(list(short), beam_size=1) == list(short.values())
 
 
-def test_a_text_of_many_lengths_compiles_one_program_a_bucket(translator):
-    words = [" ".join(WORDS[:length]) for length in range(1, 13)] * 2
-    lengths = {len(ids) for ids in translator.vocabularies.source.encode(words)}
+def test_beam_search_is_the_default_and_does_not_depend_on_neighbours(translator):
+    lines = ["the cat", "a dog sat", "red mouse", "up"]
+    together = translator.translate(lines)
+    assert together == translator.translate(lines, beam_size=4, alpha=0.6)
+    assert together[1:] == translator.translate(lines[1:])  # in a batch that is not full
+    assert together[::-1] == translator.translate(lines[::-1])
+
+
+def test_a_text_of_many_lengths_compiles_one_program_a_bucket(translator, first_run):
+    lengths = {len(ids) for ids in translator.vocabularies.source.encode(SENTENCES)}
     buckets = {max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()) for length in lengths}
     assert len(lengths) > 2 * len(buckets)
-    before = search_translations._cache_size()
-    translator.translate(words, beam_size=1, alpha=0.123)
-    assert search_translations._cache_size() - before <= len(buckets)
+    assert 1 <= first_run[1] <= len(buckets)
 
 
 def test_a_translation_is_at_most_fifty_tokens_longer_than_its_source(translator, monkeypatch):
@@ -191,6 +200,14 @@ def test_a_translation_is_at_most_fifty_tokens_longer_than_its_source(translator
     translator.translate(SENTENCES, beam_size=1)
     assert len(longer) == len(SENTENCES)
     assert max(longer) == EXTRA_LENGTH == 50  # section 6.1
+
+
+def test_learned_positions_bound_the_output_and_a_longer_source_is_an_error_that_names_the_mend(translator):
+    config = dataclasses.replace(translator.config, positions="learned", max_length=6)
+    learned = Translator(config, random_params(config, 0), translator.vocabularies)
+    assert learned.translate(["the cat"], beam_size=1)[0]
+    with pytest.raises(ValueError, match=r"^\d+ positions, model.max_length is 6: raise it"):
+        learned.translate(["the cat sat on the red mouse"], beam_size=1)
 
 
 def test_the_best_checkpoint_is_the_best_by_the_metric_that_training_chose_by(workdir, translations):

@@ -144,7 +144,12 @@ def finished(experiment, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("section", "key", "found", "wanted"),
-    [("model", "d_ff", 12, 16), ("vocabulary", "size", 50, 40), ("data", "seed", 0, 1), ("model", "norm", "post", "pre")],
+    [
+        ("model", "d_ff", 12, 16),
+        ("vocabulary", "size", 50, 40),
+        ("data", "seed", 0, 1),
+        ("model", "norm", "post", "pre"),
+    ],
 )
 def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_key_and_the_mend(
     section, key, found, wanted, finished
@@ -153,7 +158,9 @@ def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_key_a
     other = dataclasses.replace(
         experiment, **{section: dataclasses.replace(getattr(experiment, section), **{key: wanted})}
     )
-    message = f"was begun with {section}.{key} = {found!r}, now it is {wanted!r}: set it back, or give another --workdir"
+    message = (
+        f"was begun with {section}.{key} = {found!r}, now it is {wanted!r}: set it back, or give another --workdir"
+    )
     with pytest.raises(ValueError, match=message):
         train_and_evaluate(other, path)
     assert WorkDirectory(path).read_config()[section][key] == found
