@@ -50,7 +50,7 @@ def get_config(choice: str = "five_layer") -> ConfigDict:
         vocabulary=VocabularyConfig(size=4000),
         data=data,
         training=TrainingConfig(
-            steps=4200, schedule="cosine", learning_rate=2e-3, warmup_steps=400, evaluate_every=1000
+            steps=3000, schedule="cosine", learning_rate=2e-3, warmup_steps=400, evaluate_every=1000
         ),
     )
     experiments = {"five_layer": five_layer, "small": small}
