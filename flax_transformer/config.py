@@ -34,7 +34,8 @@ class TransformerConfig:
         d_ff: inner width of the feed-forward network (section 3.3).
         num_encoder_layers: depth of the encoder.
         num_decoder_layers: depth of the decoder.
-        dropout_rate: on each sub-layer's output before the residual and the norm, and on the embeddings (section 5.4).
+        dropout_rate: on each sub-layer's output before the residual and the norm, and on the embeddings (section 5.4);
+            this rate and the two below are rounded to 1/256.
         attention_dropout_rate: on the attention weights; the paper has none.
         activation_dropout_rate: on the feed-forward network's inner activations; the paper has none.
         norm: "post", the paper's LayerNorm(x + Sublayer(x)), or "pre", x + Sublayer(LayerNorm(x)) and a final norm.
