@@ -75,3 +75,11 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(mapping, message):
 def test_a_setting_out_of_range_is_an_error_that_names_it(settings, name, wrong, message):
     with pytest.raises(ValueError, match=message):
         settings(**{name: wrong})
+
+
+def test_three_way_tying_needs_a_joint_vocabulary():
+    two_sided = VocabularyConfig(joint=False)
+    with pytest.raises(ValueError, match='vocabulary.joint is false: .* to "decoder" or "none"'):
+        Experiment(vocabulary=two_sided)
+    for tying in ("decoder", "none"):
+        assert Experiment(model=TransformerConfig(tie_embeddings=tying), vocabulary=two_sided).vocabulary == two_sided

@@ -129,7 +129,8 @@ def beam_search(
     """Keeps the `beam_size` most probable beginnings of each sentence (section 6.1: beam 4, alpha 0.6).
 
     It stops when no live hypothesis can still enter the ones returned: log-probabilities only fall, so a live one is
-    bounded by its log-probability so far under the kindest penalty it can still get.
+    bounded by its log-probability so far under the kindest penalty it can still get. A beam of one has nothing to
+    compare and is greedy search.
 
     Args:
         step_fn: from the state and the last tokens [B * N] to the next state and logits [B * N, V].
@@ -152,6 +153,17 @@ def beam_search(
     """
     if num_return > beam_size:
         raise ValueError(f"num_return is {num_return}, beam_size is {beam_size}: raise the beam")
+    if beam_size == 1:
+        return greedy_search(
+            step_fn,
+            state,
+            limits,
+            max_length=max_length,
+            start_id=start_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            alpha=alpha,
+        )
     batch = limits.shape[0]
 
     def can_win(beam: _Beam) -> Bool[Array, ""]:

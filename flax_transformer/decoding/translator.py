@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.decoding.search import Hypotheses, beam_search, greedy_search
+from flax_transformer.decoding.search import Hypotheses, beam_search
 from flax_transformer.model import Transformer
 from flax_transformer.positions import check_length
 from flax_transformer.workdir import WorkDirectory
@@ -59,17 +59,17 @@ def search_translations(
         state, logits = model.apply(variables, state, tokens[:, None], method="decode_step")
         return (state.position, state.target), logits[:, 0]
 
-    options: dict[str, Any] = {
-        "max_length": max_length,
-        "start_id": config.start_id,
-        "eos_id": config.eos_id,
-        "pad_id": config.pad_id,
-        "alpha": alpha,
-    }
-    state = (start.position, start.target)
-    if beam_size == 1:
-        return greedy_search(step_fn, state, limits, **options)
-    return beam_search(step_fn, state, limits, beam_size=beam_size, **options)
+    return beam_search(
+        step_fn,
+        (start.position, start.target),
+        limits,
+        beam_size=beam_size,
+        max_length=max_length,
+        start_id=config.start_id,
+        eos_id=config.eos_id,
+        pad_id=config.pad_id,
+        alpha=alpha,
+    )
 
 
 class Translator:

@@ -130,7 +130,7 @@ def plain_beam_search(language, sentence, limit, beam_size, alpha):
 
 
 @pytest.mark.parametrize(
-    "beam_size, num_return, alpha", [(1, 1, 0.6), (3, 1, 0), (3, 1, 0.6), (3, 1, 1), (3, 1, -0.5), (3, 3, 0.6)]
+    "beam_size, num_return, alpha", [(2, 1, 0.6), (3, 1, 0), (3, 1, 0.6), (3, 1, 1), (3, 1, -0.5), (3, 3, 0.6)]
 )
 def test_a_narrow_beam_finds_what_it_finds_on_paper_without_stopping_early(beam_size, num_return, alpha):
     limits = [5, 2, 5, 4, 5, 3, 5]
@@ -140,6 +140,26 @@ def test_a_narrow_beam_finds_what_it_finds_on_paper_without_stopping_early(beam_
         expected = plain_beam_search(language, sentence, limit, beam_size, alpha)[:num_return]
         assert outputs(found, sentence) == [tokens for _, tokens in expected]
         np.testing.assert_allclose(found.scores[sentence], [score for score, _ in expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "alpha, end, go_on, length, score",
+    [
+        (0, 0.4, 0.3, 1, np.log(0.4)),
+        (1, 0.4, 0.3, 5, np.log(0.3) / (10 / 6)),
+        (-1, 0.3, 0.4, 2, np.log(0.4) * (7 / 6)),
+    ],
+)
+def test_a_longer_output_that_may_still_come_first_is_waited_for(alpha, end, go_on, length, score):
+    language = Language(20)
+    language.logits[:], language.shifts[:] = 0, 0
+    language.logits[:, START] = np.log([0.05, 0.05, end, go_on, 0.2])
+    language.shifts[1:, 3] = 50  # Whatever does not end at once says 3 for sure, until it ends for sure.
+    language.shifts[max(length, 2) - 1, EOS] = 100
+    found = search(language, [5] * B, beam_size=3, alpha=alpha, num_return=1)
+    for sentence in range(B):
+        assert outputs(found, sentence) == [(3,) * (length - 1) + (EOS,)]
+    np.testing.assert_allclose(found.scores, score, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])
@@ -170,14 +190,11 @@ def test_greedy_takes_the_most_probable_token_each_time():
 
 
 @pytest.mark.parametrize("seed", range(4, 10))
-def test_a_beam_of_one_ends_somewhere_on_the_greedy_path_and_scores_no_worse(seed):
-    """It weighs ending after each beginning, where greedy search ends as soon as that is the most probable token."""
+def test_a_beam_of_one_is_greedy_search(seed):
     greedy, beam = search(Language(seed), [5] * B), search(Language(seed), [5] * B, beam_size=1, num_return=1)
-    assert (beam.scores >= greedy.scores - 1e-6).all()
     for sentence in range(B):
-        (taken,), (chosen,) = outputs(greedy, sentence), outputs(beam, sentence)
-        shared = min(len(chosen), len(taken)) - 1
-        assert chosen[:shared] == taken[:shared]
+        assert outputs(greedy, sentence) == outputs(beam, sentence)
+    np.testing.assert_array_equal(greedy.scores, beam.scores)
 
 
 def test_no_beam_beats_the_widest():

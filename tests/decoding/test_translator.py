@@ -206,7 +206,7 @@ def test_learned_positions_bound_the_output_and_a_longer_source_is_an_error_that
     config = dataclasses.replace(translator.config, positions="learned", max_length=6)
     learned = Translator(config, random_params(config, 0), translator.vocabularies)
     assert learned.translate(["the cat"], beam_size=1)[0]
-    with pytest.raises(ValueError, match=r"^\d+ positions, model.max_length is 6: raise it"):
+    with pytest.raises(ValueError, match=r"^.*8 positions, model.max_length is 6: raise it.*$"):
         learned.translate(["the cat sat on the red mouse"], beam_size=1)
 
 

@@ -47,9 +47,9 @@ def test_a_missing_translation_is_an_error():
 
 
 TEXT = ParallelText(
-    ["a", "b c", "d a b", "c", "b b", "d", "a c d"],
-    ["u", "d t", "q u d", "t t t t t", "d d", "q", "u t q"],  # one target is too long for a row
-    [1] * 7,
+    ["a", "b c", "d a b", "c", "b b", "d", "a c d", "b a b"],
+    ["u", "d t", "q u d", "t t t t t", "d d", "q", "u t q", "d u d"],  # one target is too long for a row
+    [1] * 8,
 )
 DATA = DataConfig(rows=2, source_slots=8, target_slots=8)
 SETTINGS = TrainingConfig(beam_size=1)
@@ -110,7 +110,7 @@ def test_the_loss_is_of_all_tokens_and_the_translations_are_the_translator_s(
     scores, translations = Evaluation(TEXT, corpus, vocabularies, config, SETTINGS, eval_on_one).score(params)
     assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
     assert translations == Translator(config, params, vocabularies).translate(TEXT.source, beam_size=1)
-    assert scores.sentences == 7  # what is too long for the loss is translated all the same
+    assert scores.sentences == 8  # what is too long for the loss is translated all the same
 
 
 def test_some_sentences_are_translated_where_some_are_asked_for_under_pmap_too(

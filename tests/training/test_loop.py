@@ -16,7 +16,7 @@ from flax_transformer.training.report import Report
 from flax_transformer.workdir import WorkDirectory
 
 DIGITS = "zero one two three four five six seven eight nine".split()
-STEPS, EVERY, STOPPED_AT = 12, 5, 8
+STEPS, EVERY, STOPPED_AT = 12, 5, 10
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,10 @@ def experiment(tmp_path_factory):
 
 def with_training(experiment, **changes):
     return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **changes))
+
+
+def without_held_out(experiment):
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, valid="", test=""))
 
 
 def lines_of(path, kind):
@@ -135,8 +139,8 @@ def test_a_finished_training_trains_no_more_and_tells_its_scores_again(whole):
 
 @pytest.fixture(scope="module")
 def finished(experiment, tmp_path_factory):
-    """A finished training that other tests go on from, without a test corpus."""
-    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, test="", valid=""))
+    """A finished training that other tests go on from, without held-out corpora."""
+    experiment = without_held_out(experiment)
     path = tmp_path_factory.mktemp("finished")
     assert train_and_evaluate(experiment, path) is None
     return experiment, path
@@ -144,12 +148,7 @@ def finished(experiment, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("section", "key", "found", "wanted"),
-    [
-        ("model", "d_ff", 12, 16),
-        ("vocabulary", "size", 50, 40),
-        ("data", "seed", 0, 1),
-        ("model", "norm", "post", "pre"),
-    ],
+    [("model", "norm", "post", "pre"), ("vocabulary", "size", 50, 40), ("data", "seed", 0, 1)],
 )
 def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_key_and_the_mend(
     section, key, found, wanted, finished
@@ -158,9 +157,7 @@ def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_key_a
     other = dataclasses.replace(
         experiment, **{section: dataclasses.replace(getattr(experiment, section), **{key: wanted})}
     )
-    message = (
-        f"was begun with {section}.{key} = {found!r}, now it is {wanted!r}: set it back, or give another --workdir"
-    )
+    message = f"was begun with {section}.{key} = {found!r}, now it is {wanted!r}: set it back, or give another"
     with pytest.raises(ValueError, match=message):
         train_and_evaluate(other, path)
     assert WorkDirectory(path).read_config()[section][key] == found
@@ -182,8 +179,7 @@ def test_fewer_steps_than_were_made_train_nothing(finished):
     assert losses_of(path) == before
 
 
-def test_windows_are_means_over_their_steps_weighed_by_tokens(experiment, finished, tmp_path):
-    """One line for five steps, and a shorter one for the rest; every step counts once."""
+def test_windows_are_means_over_their_steps_weighed_by_tokens(finished, tmp_path):
     fine, path = finished
     train_and_evaluate(with_training(fine, log_every=5), tmp_path)
     single = dict(losses_of(path))
@@ -223,12 +219,13 @@ def test_a_training_corpus_is_asked_for(tmp_path):
 
 
 def test_what_stopped_at_a_mistake_can_be_mended_in_the_same_folder(experiment, tmp_path):
-    separate = dataclasses.replace(
-        experiment, vocabulary=dataclasses.replace(experiment.vocabulary, size=30, joint=False)
+    experiment = with_training(without_held_out(experiment), steps=1)
+    mistake = dataclasses.replace(
+        experiment,
+        vocabulary=dataclasses.replace(experiment.vocabulary, size=40),
+        data=dataclasses.replace(experiment.data, source_slots=1),
     )
-    with pytest.raises(ValueError, match="three-way tying needs one joint vocabulary"):
-        train_and_evaluate(
-            dataclasses.replace(separate, vocabulary=dataclasses.replace(separate.vocabulary, size=32, joint=False)),
-            tmp_path,
-        )
-    assert train_and_evaluate(with_training(experiment, steps=1), tmp_path) is not None
+    with pytest.raises(ValueError, match="none of 40 sentence pairs fits .*: raise data.source_slots"):
+        train_and_evaluate(mistake, tmp_path)
+    train_and_evaluate(experiment, tmp_path)
+    assert WorkDirectory(tmp_path).read_vocabularies().source.size == 50

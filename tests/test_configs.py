@@ -1,0 +1,66 @@
+"""Takes every file in `configs/` and leaves a verdict: it is an experiment, and says with which command it runs."""
+
+import ast
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.experiment import Experiment, TrainingConfig
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+COMMAND = re.compile(r"python train\.py --config=(configs/\w+\.py)(?::(\S+))? --workdir=\S+")
+
+
+def commands_of(file):
+    """The launch commands in a config's docstring: the file that each names, and what follows its colon."""
+    return COMMAND.findall(ast.get_docstring(ast.parse(file.read_text())))
+
+
+def experiments_of(file):
+    """The experiment of each launch command."""
+    get_config = runpy.run_path(str(file))["get_config"]
+    configs = [get_config(choice) if choice else get_config() for _, choice in commands_of(file)]
+    return [Experiment.from_mapping(config.to_dict()) for config in [get_config(), *configs]]
+
+
+every_config = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+@every_config
+def test_its_docstring_has_the_command_that_runs_it(file):
+    assert commands_of(file), "no line `python train.py --config=configs/NAME.py --workdir=...` in the docstring"
+    assert {name for name, _ in commands_of(file)} == {f"configs/{file.name}"}
+
+
+@every_config
+def test_it_is_an_experiment_with_all_it_needs(file):
+    for experiment in experiments_of(file):
+        assert experiment.data.train and experiment.data.valid and experiment.data.test
+        assert experiment.training.warmup_steps < experiment.training.steps
+        assert 0 < experiment.training.evaluate_every <= experiment.training.steps
+        assert experiment.model.max_length >= experiment.data.target_slots  # a sentence may fill its row
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "steps", "checkpoints"),
+    [("wmt14_en_de_base", "base", 100_000, 5), ("wmt14_en_de_big", "big", 300_000, 20)],
+)
+def test_wmt14_has_the_paper_s_hyperparameters(name, preset, steps, checkpoints):
+    (file,) = (file for file in FILES if file.stem == name)
+    for experiment in experiments_of(file):
+        assert experiment.model == getattr(TransformerConfig, preset)(dtype=experiment.model.dtype)
+        assert experiment.vocabulary.joint and experiment.vocabulary.size == 37_000  # section 5.1
+        data, training = experiment.data, experiment.training
+        for slots in (data.source_slots, data.target_slots):  # about 25,000 tokens on each side (section 5.1)
+            assert 20_000 < data.rows * slots < 30_000
+        paper = TrainingConfig(
+            steps=steps, schedule="paper", learning_rate=1.0, warmup_steps=4000, beta1=0.9, beta2=0.98, epsilon=1e-9,
+            label_smoothing=0.1, beam_size=4, alpha=0.6,
+        )  # fmt: skip
+        for field in ("steps", "schedule", "learning_rate", "warmup_steps", "beta1", "beta2", "epsilon",
+                      "label_smoothing", "beam_size", "alpha", "weight_decay", "clip_norm"):  # fmt: skip
+            assert getattr(training, field) == getattr(paper, field), field
+        assert training.keep_latest == checkpoints  # those that are averaged (section 6.1)
