@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     try:
         train_and_evaluate(Experiment.from_mapping(CONFIG.value.to_dict()), WORKDIR.value)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {' '.join(str(error).split())}")
 
 
 def parse_flags(argv: list[str]) -> Any:

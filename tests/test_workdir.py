@@ -215,10 +215,11 @@ def test_a_save_that_was_killed_is_passed_over_and_cleared_away(workdir):
 
 def test_a_checkpoint_moves_between_eight_devices_and_one(workdir):
     eight, one = Parallelism("pmap"), Parallelism("jit")
-    step = eight.compile(
-        lambda state, batch, *, axis_name: jax.tree.map(lambda leaf: leaf + 1, state), donate_state=True
-    )
-    state = step(eight.place(params_of(1)), np.zeros((8, 1), "float32"))
+
+    def add_one(state, batch, *, axis_name=None):
+        return jax.tree.map(lambda leaf: leaf + 1, state)
+
+    state = eight.compile(add_one, donate_state=True)(eight.place(params_of(1)), np.zeros((8, 1), "float32"))
     with workdir.open_checkpoints() as checkpoints:
         checkpoints.save(1, state, eight.place(rest_of(1)), {}, None)
     expected = add_one(params_of(1), None)

@@ -60,7 +60,7 @@ class _Training:
         texts = _load_texts(experiment)
         self.vocabularies = _vocabularies(experiment, workdir, texts["train"])
         experiment = _fill_in_vocabulary_sizes(experiment, self.vocabularies)
-        _settle_config(experiment, workdir)
+        _check_config(experiment, workdir)
         self.config, self.model_config = experiment.training, experiment.model
         self.packed = {
             name: PackedCorpus.from_text(
@@ -72,6 +72,8 @@ class _Training:
             )
             for name, text in texts.items()
         }
+        # Last, so that what stopped at a mistake can be mended in the same folder.
+        workdir.write_config(experiment.to_mapping())
         for name, packed in self.packed.items():
             print(_describe(name, texts[name], packed, self.config.steps), flush=True)
 
@@ -149,9 +151,9 @@ class _Training:
         """Translates the test corpus with the best checkpoint, and shows how well."""
         if "test" not in self.evaluations:
             return None
-        shapes = jax.eval_shape(functools.partial(TrainState.create, self.model, self.optimizer), jax.random.key(0))
+        shapes = jax.eval_shape(lambda: TrainState.create(self.model, self.optimizer, jax.random.key(0)).params)
         with self.open_checkpoints() as checkpoints:
-            params = checkpoints.restore_params("best", shapes.params)
+            params = checkpoints.restore_params("best", shapes)
             step, seconds = checkpoints.best_step, checkpoints.read_notes()["seconds"]
         assert step is not None, "restore_params has found it"
         evaluation = self.evaluations["test"]
@@ -221,7 +223,7 @@ def _load_texts(experiment: Experiment) -> dict[str, ParallelText]:
 
 
 def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: ParallelText) -> VocabularyPair:
-    if workdir.has_vocabularies():
+    if workdir.exists and workdir.has_vocabularies():
         return workdir.read_vocabularies()
     vocabularies = VocabularyPair.train(text.source, text.target, experiment.vocabulary)
     workdir.write_vocabularies(vocabularies)
@@ -235,14 +237,12 @@ def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPa
     return dataclasses.replace(experiment, model=model)
 
 
-def _settle_config(experiment: Experiment, workdir: WorkDirectory) -> None:
-    """Writes the config, or checks that the work directory's model, vocabulary and data are the same."""
-    wanted = experiment.to_mapping()
+def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
+    """Checks that the model, vocabulary and data of a training that has begun are the same."""
     if workdir.exists:
-        found = workdir.read_config()
+        wanted, found = experiment.to_mapping(), workdir.read_config()
         for section in ("model", "vocabulary", "data"):
             _check_same(section, found.get(section, {}), wanted[section], workdir)
-    workdir.write_config(wanted)
 
 
 def _check_same(
