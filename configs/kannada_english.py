@@ -8,7 +8,18 @@ is the `tiny` preset, for a CPU. A folder may follow the name: `kannada_english.
 `bible/` and `storyweaver/`, each with `train`, `valid` and `test` in `.kn` and `.en`, one sentence a line; the stories
 are few and appear three times an epoch.
 
-Not run.
+`five_layer`: not run.
+
+`small`, seed 0, one run: 3,000 steps (4.3 epochs) in 3,288 s on 2 CPU cores, most of that time
+shared with another training; jax 0.10.2, flax 0.12.8, Python 3.11. Greedy search, cased, signature
+nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0: BLEU 5.5 and chrF 24.6 on the Bible's test set (750 verses
+of books held out), BLEU 2.0 and chrF 16.5 on the stories' (230 sentences of stories held out). It has learned the tone
+of the texts and little of their meaning; validation loss was still falling.
+The second set was translated from the work directory:
+
+    python -m flax_transformer translate --workdir=runs/kannada-small --beam_size=1 \\
+        --input=data/kannada/storyweaver/test.kn > stories.en
+    sacrebleu data/kannada/storyweaver/test.en -i stories.en -m bleu chrf
 """
 
 import dataclasses

@@ -1,6 +1,8 @@
 """Kannada to English phrases, made on the spot from Unicode's locale data: the first run, with nothing to download.
 
-python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+@@QUICK@@
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,11 @@
 """The paper's base model on WMT 2014 English-German, with its hyperparameters (sections 5 and 6, table 3).
 
-    python train.py --config=configs/wmt14_en_de_base.py --workdir=gs://bucket/wmt14-base
+    python train.py --config=configs/wmt14_en_de_base.py --workdir=runs/wmt14-base
 
-It needs the TFDS data set `wmt14_translate/de-en` (prepared on first use where there is a network), and a TPU slice or
-a GPU with room for 25,000 source and 25,000 target tokens a batch. The paper reports BLEU 27.3 on newstest2014 after
-100,000 steps, 12 hours on 8 P100 GPUs; its last five checkpoints are averaged, with beam 4 and alpha 0.6.
+It needs the TFDS data set `wmt14_translate/de-en` (prepared on first use where there is a network), and one host with
+TPUs or GPUs and room for 25,000 source and 25,000 target tokens a batch. The paper reports BLEU 27.3 on newstest2014
+after 100,000 steps, 12 hours on 8 P100 GPUs, from an average of the last five checkpoints, which this project does not
+make yet, with beam 4 and alpha 0.6.
 
 Not run.
 """

@@ -1,9 +1,10 @@
 """The paper's big model on WMT 2014 English-German, with its hyperparameters (sections 5 and 6, table 3).
 
-    python train.py --config=configs/wmt14_en_de_big.py --workdir=gs://bucket/wmt14-big
+    python train.py --config=configs/wmt14_en_de_big.py --workdir=runs/wmt14-big
 
 It needs what `wmt14_en_de_base.py` needs, and more memory. The paper reports BLEU 28.4 on newstest2014 after 300,000
-steps, 3.5 days on 8 P100 GPUs; its last twenty checkpoints are averaged, with beam 4 and alpha 0.6.
+steps, 3.5 days on 8 P100 GPUs, from an average of the last twenty checkpoints, which this project does not make yet,
+with beam 4 and alpha 0.6.
 
 Not run.
 """

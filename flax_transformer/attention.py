@@ -40,7 +40,7 @@ def dot_product_attention(
         What each query gathered, in the query's type; with `return_weights` a pair of it and the weights.
 
     Raises:
-        ValueError: the mask has not four dimensions.
+        ValueError: the mask has not four dimensions, or is boolean.
     """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhk,bmhk->bhqm", query * scale, key, preferred_element_type=jnp.float32)
@@ -49,6 +49,8 @@ def dot_product_attention(
     else:
         if mask.ndim != 4:
             raise ValueError(f"mask has shape {mask.shape}: give it four dimensions that broadcast to [B, H, Q, M]")
+        if mask.dtype == bool:
+            raise ValueError("mask is boolean: give 0 and -inf, e.g. jnp.where(allowed, 0.0, -jnp.inf)")
         sees_something = jnp.any(mask > -jnp.inf, axis=-1, keepdims=True)
         # The softmax of a row that is all -inf is NaN, and so is its gradient: such a row is masked after it instead.
         weights = jax.nn.softmax(logits + jnp.where(sees_something, mask, 0.0))
@@ -92,7 +94,9 @@ class MultiHeadAttention(nn.Module):
     dtype: DTypeLike = "float32"
 
     def setup(self):
-        """Four projections; [D, D] each."""
+        """Four projections, [D, D] each; raises ValueError where the heads do not divide D."""
+        if self.d_model % self.num_heads:
+            raise ValueError(f"d_model is {self.d_model}, which num_heads = {self.num_heads} does not divide")
         self.query = self._projection()
         self.key = self._projection()
         self.value = self._projection()

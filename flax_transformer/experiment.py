@@ -96,7 +96,7 @@ class TrainingConfig:
         weight_decay: decoupled (AdamW), on matrices only; the paper has none.
         clip_norm: the gradient's largest global norm; 0 does not clip.
         label_smoothing: the probability spread over the vocabulary (section 5.4).
-        parallelism: "auto" (`pmap` on several devices, `jit` on one), "jit" or "pmap".
+        parallelism: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone) or "pmap".
         log_every: updates between two lines of metrics.
         evaluate_every: updates between two scorings of the validation corpus; 0 never.
         checkpoint_every: updates between two checkpoints; one is written at each evaluation and at the end too.

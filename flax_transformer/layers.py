@@ -173,7 +173,8 @@ class DecoderLayer(_Layer):
 
         queries = self._before(self.self_attention_norm, inputs)
         keys_values = self.self_attention.project_memory(queries)
-        if cache is not None and position is not None:
+        if cache is not None:
+            assert position is not None, "a cache is written at a position"
             keys_values = cache.write(position, keys_values)
         outputs, self_weights = self.self_attention.attend(queries, keys_values, self_mask, **options)
         inputs = self._after(self.self_attention_norm, inputs, outputs, deterministic)

@@ -13,13 +13,19 @@ def _additive(allowed: Bool[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(allowed, 0.0, -jnp.inf).astype(jnp.float32)
 
 
-def causal_mask(length: int) -> Float[Array, "1 1 Q Q"]:
+def causal_mask(
+    length: int, *, memory_length: int | None = None, start: int | Int[Array, ""] = 0
+) -> Float[Array, "1 1 Q M"]:
     """Lets position i see the positions up to and including i (section 3.1).
 
     Args:
-        length: number of positions, Q.
+        length: number of queries, Q.
+        memory_length: number of positions that may be seen, M; as many as queries if not given.
+        start: the position of the first query; those before it are in the memory already.
     """
-    return _additive(jnp.tril(jnp.ones((length, length), bool)))[None, None]
+    queries = start + jnp.arange(length)
+    memory = jnp.arange(length if memory_length is None else memory_length)
+    return _additive(memory <= queries[:, None])[None, None]
 
 
 def padding_mask(valid: Bool[Array, "B M"]) -> Float[Array, "B 1 1 M"]:

@@ -6,6 +6,7 @@ V target vocabulary, N hypotheses (B of them, or a multiple: several for each se
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -39,7 +40,7 @@ class Transformer(nn.Module):
     """The Transformer: `model.apply(variables, source, target, deterministic=True)` gives logits.
 
     Token ids are int32. Where segments are not given, every token that is not `pad_id` belongs to segment 1; where
-    positions are not given, they count from 0 along the row.
+    positions are not given, they count from 0 along each segment.
 
     Attributes:
         config: what the model is.
@@ -92,10 +93,14 @@ class Transformer(nn.Module):
     def _segments(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
         return (tokens != self.config.pad_id).astype(jnp.int32)
 
-    def _positions(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    def _positions(self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segments is not None:
+            begins = segments != jnp.roll(segments, 1, axis=1)
+            return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
         if self.config.positions == "learned":
             check_length(tokens.shape[1], self.config.max_length)
-        return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return index
 
     def __call__(
         self,
@@ -124,9 +129,10 @@ class Transformer(nn.Module):
         Returns:
             Logits, float32; with `return_weights` a pair of them and `AttentionWeights`.
         """
+        source_positions = self._positions(source, source_segments) if source_positions is None else source_positions
+        target_positions = self._positions(target, target_segments) if target_positions is None else target_positions
         source_segments = self._segments(source) if source_segments is None else source_segments
         target_segments = self._segments(target) if target_segments is None else target_segments
-        target_positions = self._positions(target) if target_positions is None else target_positions
         memory, encoder_weights = self._encode(source, source_segments, source_positions, deterministic, return_weights)
         logits, decoder_weights = self._decode(
             memory,
@@ -151,6 +157,7 @@ class Transformer(nn.Module):
         deterministic: bool,
     ) -> Float[Array, "B S D"]:
         """The encoder's memory: one vector a source token; arguments as in `__call__`."""
+        positions = self._positions(source, segments) if positions is None else positions
         segments = self._segments(source) if segments is None else segments
         return self._encode(source, segments, positions, deterministic, return_weights=False)[0]
 
@@ -174,6 +181,8 @@ class Transformer(nn.Module):
             target_positions: positions of the decoder's input.
             deterministic: true switches dropout off.
         """
+        if target_positions is None:
+            target_positions = self._positions(decoder_input, target_segments)
         if source_segments is None:
             source_segments = jnp.ones(memory.shape[:2], jnp.int32)
         if target_segments is None:
@@ -189,7 +198,6 @@ class Transformer(nn.Module):
         )[0]
 
     def _encode(self, source, segments, positions, deterministic, return_weights):
-        positions = self._positions(source) if positions is None else positions
         return self.encoder(
             self._embed_source(source),
             positions,
@@ -203,7 +211,7 @@ class Transformer(nn.Module):
     ):
         outputs, weights = self.decoder(
             self._embed_target(decoder_input),
-            self._positions(decoder_input) if positions is None else positions,
+            positions,
             self.decoder.project_memory(memory),
             combine_masks(causal_mask(decoder_input.shape[1]), segment_mask(target_segments, target_segments)),
             segment_mask(target_segments, source_segments),
@@ -249,5 +257,9 @@ class Transformer(nn.Module):
         Returns:
             The next state, and logits; NaN where more tokens came than `start_decoding` made room for.
         """
-        state, outputs = self.decoder.step(self._embed_target(tokens), state)
+        room = state.target[0].key.shape[1]
+        if tokens.shape[1] > room:
+            raise ValueError(f"{tokens.shape[1]} tokens at once, start_decoding made room for {room}: raise max_length")
+        self_mask = causal_mask(tokens.shape[1], memory_length=room, start=state.position)
+        state, outputs = self.decoder.step(self._embed_target(tokens), state, self_mask)
         return state, self._logits(outputs)

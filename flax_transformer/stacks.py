@@ -1,7 +1,7 @@
 """Takes embedded tokens and leaves them encoded or decoded: the two stacks of figure 1, layer upon layer.
 
-Glossary: B batch, S source, T target, Q target positions decoded at once, D d_model, H heads, N hypotheses (B of them,
-or a multiple: several for each sentence).
+Glossary: B batch, S source, T target, Q target positions decoded at once, D d_model, H heads, L longest target,
+N hypotheses (B of them, or a multiple: several for each sentence).
 """
 
 import flax.linen as nn
@@ -147,14 +147,11 @@ class Decoder(_Stack):
         return self._finish(outputs), tuple(all_weights)
 
     def step(
-        self, embeddings: Float[Array, "N Q D"], state: DecodingState
+        self, embeddings: Float[Array, "N Q D"], state: DecodingState, self_mask: Float[Array, "1 1 Q L"]
     ) -> tuple[DecodingState, Float[Array, "N Q D"]]:
-        """Decodes the next Q positions, without dropout."""
+        """Decodes the next Q positions, without dropout; `self_mask` hides what the cache does not hold yet."""
         steps = jnp.arange(embeddings.shape[1])
         outputs = self._embed(embeddings, state.position + steps[None], deterministic=True)
-        slots = jnp.arange(state.target[0].key.shape[1])
-        # Position i of the cache is there to see from step i on; what comes later in the cache is not written yet.
-        self_mask = jnp.where(slots <= state.position + steps[:, None], 0.0, -jnp.inf)[None, None]
         caches = []
         for layer, memory, cache in zip(self.layers, state.memory, state.target, strict=True):
             outputs, cache, _ = layer(
@@ -168,6 +165,6 @@ class Decoder(_Stack):
             )
             caches.append(cache)
         # The last write past the cache's end would land on earlier positions: NaN tells, at no cost.
-        fits = state.position + len(steps) <= len(slots)
+        fits = state.position + len(steps) <= self_mask.shape[-1]
         outputs = jnp.where(fits, self._finish(outputs), jnp.nan)
         return state.replace(position=state.position + len(steps), target=tuple(caches)), outputs

@@ -1,7 +1,7 @@
 """Takes what training makes and leaves it in one folder, from which training goes on and a translator is loaded.
 
 The folder holds `config.json`, the vocabulary, `checkpoints/` (Orbax), `metrics.jsonl` and TensorBoard events. It
-knows pytrees, no model; every path goes through epath, so `gs://` works wherever a folder does.
+knows pytrees, no model.
 """
 
 import json
@@ -47,7 +47,9 @@ class WorkDirectory:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Writes `config.json`: its sections are model, vocabulary, data and training."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._config_file.write_text(json.dumps(config, indent=2) + "\n")
+        draft = self.path / "config.json.tmp"
+        draft.write_text(json.dumps(config, indent=2) + "\n")
+        draft.replace(self._config_file)
 
     def read_config(self) -> dict[str, Any]:
         """Reads `config.json`; raises ValueError where there is none."""
@@ -73,7 +75,7 @@ class WorkDirectory:
         return VocabularyPair.load(self.path)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Adds one line to `metrics.jsonl`."""
+        """Adds one line to `metrics.jsonl`; after an interruption some steps come twice, and the later line counts."""
         with self._metrics_file.open("a") as file:
             file.write(json.dumps(metrics, ensure_ascii=False) + "\n")
 

@@ -189,3 +189,10 @@ def test_a_combined_mask_hides_from_a_padded_row_everything():
     query, key, value = random_inputs()
     gathered = dot_product_attention(query, key[:, :Q], value[:, :Q], padded)
     assert (np.asarray(gathered) == 0).all()
+
+
+def test_a_boolean_mask_is_an_error_that_tells_what_to_give():
+    inputs = jnp.ones((B, Q, 2, 4))
+    visible = jnp.ones((1, 1, Q, Q), bool)
+    with pytest.raises(ValueError, match="mask is boolean: give 0 and -inf"):
+        inspect.unwrap(dot_product_attention)(inputs, inputs, inputs, visible)

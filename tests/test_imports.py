@@ -45,7 +45,7 @@ LAYOUT = {
     "training.optimizer": "experiment",
     "training.step": "model data.batch training.loss",
     "training.parallel": "",
-    "training.evaluation": "config experiment data decoding training.loss",
+    "training.evaluation": "config positions experiment data decoding training.loss",
     "training.report": "workdir training.evaluation",
     "training.loop": "config experiment model data workdir decoding training",
     "__init__": ABOVE,

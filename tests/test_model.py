@@ -66,7 +66,8 @@ def test_what_stands_in_padding_moves_nothing_by_a_bit(options):
     model, variables = build(**options)
     segments = {"source_segments": np.int32(SOURCE != 0), "target_segments": np.int32(TARGET != 0)}
     before = logits_of(model, variables, **segments)
-    assert np.array_equal(before, logits_of(model, variables))  # segments not given are these
+    not_given = logits_of(model, variables)  # segments not given are these
+    assert np.array_equal(before[TARGET != 0], not_given[TARGET != 0])
     after = logits_of(model, variables, changed(SOURCE, SOURCE == 0), changed(TARGET, TARGET == 0), **segments)
     assert np.array_equal(after[TARGET != 0], before[TARGET != 0])
     source_moved = logits_of(model, variables, changed(SOURCE, SOURCE != 0), **segments)
@@ -110,6 +111,15 @@ def test_packed_sentences_have_the_logits_they_have_alone(options):
         row, segment = (0, index + 1) if index < 3 else (1, index - 2)
         there = together[row][arrays["target_segments"][row] == segment]
         np.testing.assert_allclose(there, alone[index, : len(sentence)], atol=1e-5)
+
+
+def test_positions_that_are_not_given_begin_anew_with_each_segment():
+    model, variables = build(**OPTIONS[0])
+    source, target, arrays = packed_batch()
+    segments = {name: array for name, array in arrays.items() if name.endswith("segments")}
+    found, expected = (logits_of(model, variables, source, target, **given) for given in (segments, arrays))
+    real = arrays["target_segments"] > 0
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-6)
 
 
 @both_options
@@ -171,7 +181,8 @@ def test_encode_and_decode_make_the_call():
 
     segments = {"source_segments": np.int32(SOURCE != 0), "target_segments": np.int32(TARGET != 0)}
     logits = decode(variables, memory, shifted(TARGET), **segments)
-    np.testing.assert_allclose(logits, logits_of(model, variables), atol=1e-5)
+    real = TARGET != 0
+    np.testing.assert_allclose(logits[real], logits_of(model, variables)[real], atol=1e-5)
     # Without segments every position of the memory and of the target is there.
     full_source = np.where(SOURCE == 0, 14, SOURCE)
     logits = decode(variables, encode(variables, full_source), shifted(FULL_TARGET))

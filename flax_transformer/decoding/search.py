@@ -149,10 +149,10 @@ def beam_search(
         The best hypotheses by score; where fewer than asked for exist, the rest have score -inf.
 
     Raises:
-        ValueError: `num_return` is more than `beam_size`.
+        ValueError: `num_return` is less than 1 or more than `beam_size`.
     """
-    if num_return > beam_size:
-        raise ValueError(f"num_return is {num_return}, beam_size is {beam_size}: raise the beam")
+    if not 1 <= num_return <= beam_size:
+        raise ValueError(f"num_return is {num_return}, beam_size is {beam_size}: 1 <= num_return <= beam_size")
     if beam_size == 1:
         return greedy_search(
             step_fn,
@@ -225,7 +225,5 @@ def _best_finished(finished: Hypotheses, new: Hypotheses | None, keep: int) -> H
 
 
 def _follow_parents(state: PyTree, parents: Int[Array, "B N"]) -> PyTree:
-    if parents.shape[1] == 1:
-        return state
     rows = (jnp.arange(parents.shape[0])[:, None] * parents.shape[1] + parents).reshape(-1)
     return jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim else leaf, state)

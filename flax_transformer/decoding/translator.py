@@ -128,6 +128,8 @@ class Translator:
             beam_size: hypotheses kept for each; 1 is greedy search.
             alpha: exponent of the length penalty (section 6.1).
         """
+        if isinstance(sentences, str):
+            raise ValueError("translate was given one string: give a list of sentences")
         encoded = self.vocabularies.source.encode(sentences)
         translations = [""] * len(sentences)
         wanted = [number for number, sentence in enumerate(sentences) if sentence.strip()]

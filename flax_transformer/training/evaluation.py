@@ -14,6 +14,7 @@ from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import TrainingConfig
+from flax_transformer.positions import check_length
 from flax_transformer.training.loss import LossSums
 
 
@@ -77,7 +78,13 @@ class Evaluation:
             config: beam and alpha.
             eval_step: compiled, from parameters and a batch to summed losses.
             sentences: how many of the corpus are translated; 0 is all.
+
+        Raises:
+            ValueError: positions are learned and a source sentence has more of them.
         """
+        if model_config.positions == "learned":
+            # Now, not when the first evaluation comes: translating has no way around a sentence that does not fit.
+            check_length(int(packed.source.lengths.max()), model_config.max_length)
         count = sentences or len(text)
         self.source, self.references = text.source[:count], text.target[:count]
         self._packed, self._vocabularies = packed, vocabularies
@@ -85,9 +92,8 @@ class Evaluation:
 
     def score(self, params: PyTree) -> tuple[Scores, list[str]]:
         """The scores under these parameters, and the translations."""
-        sums = jax.tree.map(float, self._eval_step(params, next(batches := self._packed.one_epoch())))
-        for batch in batches:
-            sums = jax.tree.map(lambda total, part: total + float(part), sums, self._eval_step(params, batch))
+        parts = [jax.device_get(self._eval_step(params, batch)) for batch in self._packed.one_epoch()]
+        sums = jax.tree.map(lambda *values: float(sum(values)), *parts)
         # Under pmap the parameters lie on every device; the search runs on one.
         params = jax.device_put(params, jax.local_devices()[0])
         translator = Translator(self._model_config, params, self._vocabularies)

@@ -5,17 +5,17 @@ evaluation now and then, and at the end the test corpus.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from flax_transformer.config import TransformerConfig
 from flax_transformer.data.corpus import ParallelText, load_corpus
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
@@ -30,6 +30,14 @@ from flax_transformer.workdir import Checkpoints, WorkDirectory
 
 # Steps run ahead of the host; more than two of them on several CPU devices can deadlock jax's runtime.
 STEPS_IN_FLIGHT = 2
+
+# What a training keeps from beginning to end; nothing named is all of the section.
+FIXED: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "vocabulary": (),
+    "data": ("train", "rows", "source_slots", "target_slots", "seed"),
+    "training": ("seed", "rng_impl", "clip_norm", "weight_decay"),
+}
 
 
 def train_and_evaluate(experiment: Experiment, path: epath.PathLike) -> Scores | None:
@@ -120,7 +128,12 @@ class _Training:
                     for logged_step, measured in window.add(step, metrics, flush=step == self.config.steps):
                         measured["learning_rate"] = float(self.schedule(logged_step - 1))
                         report.training(logged_step, measured)
-                    self._evaluate_and_save(step, state, checkpoints, report, clock)
+                    if self._is_due(step, self.config.evaluate_every) or self._is_due(
+                        step, self.config.checkpoint_every
+                    ):
+                        jax.block_until_ready(state)
+                        with window.paused():
+                            self._evaluate_and_save(step, state, checkpoints, report, clock)
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, float]:
         """The state to go on from, and the seconds trained before."""
@@ -135,17 +148,15 @@ class _Training:
     def _evaluate_and_save(
         self, step: int, state: TrainState, checkpoints: Checkpoints, report: Report, clock: "_Clock"
     ) -> None:
-        last = step == self.config.steps
-        every = self.config.evaluate_every
-        evaluate = "valid" in self.evaluations and every > 0 and (last or step % every == 0)
-        if not (evaluate or last or step % self.config.checkpoint_every == 0):
-            return
         metrics = None
-        if evaluate:
+        if "valid" in self.evaluations and self._is_due(step, self.config.evaluate_every):
             scores, _ = self.evaluations["valid"].score(state.params)
             report.validation(step, scores, clock.seconds)
             metrics = {name: getattr(scores, name) for name in ("loss", "bleu", "chrf", "exact_match")}
         checkpoints.save(step, state.params, _rest(state), {"seconds": clock.seconds}, metrics)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def test(self) -> Scores | None:
         """Translates the test corpus with the best checkpoint, and shows how well."""
@@ -195,6 +206,13 @@ class _Window:
                 complete.append((finished, self._means()))
         return complete
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of the tokens a second."""
+        begin = time.monotonic()
+        yield
+        self._since += time.monotonic() - begin
+
     def _means(self) -> dict[str, float]:
         sums = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *self._gathered)
         norms = [float(metrics.gradient_norm) for metrics in self._gathered]
@@ -231,29 +249,32 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
 
 
 def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPair) -> Experiment:
-    model: TransformerConfig = dataclasses.replace(
-        experiment.model, source_vocab_size=vocabularies.source.size, target_vocab_size=vocabularies.target.size
+    target = vocabularies.target
+    for name, id_ in (("pad_id", target.pad_id), ("start_id", target.bos_id), ("eos_id", target.eos_id)):
+        if getattr(experiment.model, name) != id_:
+            raise ValueError(f"model.{name} is {getattr(experiment.model, name)}, the vocabulary has {id_}: set it so")
+    model = dataclasses.replace(
+        experiment.model, source_vocab_size=vocabularies.source.size, target_vocab_size=target.size
     )
     return dataclasses.replace(experiment, model=model)
 
 
 def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
-    """Checks that the model, vocabulary and data of a training that has begun are the same."""
-    if workdir.exists:
-        wanted, found = experiment.to_mapping(), workdir.read_config()
-        for section in ("model", "vocabulary", "data"):
-            _check_same(section, found.get(section, {}), wanted[section], workdir)
+    """Checks that what a training cannot change on its way is what it began with.
 
-
-def _check_same(
-    section: str, found: Mapping[str, object], wanted: Mapping[str, object], workdir: WorkDirectory
-) -> None:
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{workdir.path} was begun with {section}.{name} = {found.get(name)!r}, now it is {value!r}: "
-                "set it back, or give another --workdir"
-            )
+    The held-out corpora may change, and so may lengths, rates and intervals.
+    """
+    if not workdir.exists:
+        return
+    begun = Experiment.from_mapping(workdir.read_config())
+    for section, names in FIXED.items():
+        found, wanted = getattr(begun, section), getattr(experiment, section)
+        for name in names or [field.name for field in dataclasses.fields(wanted)]:
+            if getattr(found, name) != getattr(wanted, name):
+                raise ValueError(
+                    f"{workdir.path} was begun with {section}.{name} = {getattr(found, name)!r}, now it is "
+                    f"{getattr(wanted, name)!r}: set it back, or give another --workdir"
+                )
 
 
 def _describe(name: str, text: ParallelText, packed: PackedCorpus, steps: int) -> str:

@@ -26,7 +26,7 @@ class Parallelism:
         """Chooses devices.
 
         Args:
-            kind: "auto" (`pmap` on several devices, `jit` on one), "jit" or "pmap".
+            kind: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone) or "pmap".
             devices: those of this process if not given.
         """
         devices = jax.local_devices() if devices is None else devices
@@ -41,7 +41,7 @@ class Parallelism:
         return f"{self.kind} on {self.num_devices} {self.devices[0].device_kind} device{'s'[: self.num_devices > 1]}"
 
     def place(self, state: PyTree) -> PyTree:
-        """Puts a state on every device, whole."""
+        """Puts a state on every device, whole; a step that donates the result spends what was given too."""
         return jax.device_put(state, NamedSharding(self._mesh, PartitionSpec()))
 
     def compile(self, step: Callable[..., Any], *, donate_state: bool) -> Callable[[PyTree, PyTree], Any]:

@@ -88,6 +88,8 @@ def show_test(step: int, scores: Scores, *, metric: str, seconds: float) -> None
     """
     print(f"\ntest corpus, checkpoint {step}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")
     print(f"BLEU signature: {scores.signature}")
-    kind = "phrases" if metric == "exact_match" else "sentences"
+    corpus = (
+        f"of {scores.sentences} held-out phrases" if metric == "exact_match" else f"on {scores.sentences} sentences"
+    )
     value = format_score(metric, getattr(scores, metric))
-    print(f"{TITLES[metric]}: {value} of {scores.sentences} held-out {kind}, trained in {seconds:.0f} s", flush=True)
+    print(f"{TITLES[metric]}: {value} {corpus}, trained in {seconds:.0f} s", flush=True)

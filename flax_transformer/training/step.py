@@ -110,7 +110,7 @@ def train_step(
     label_smoothing: float,
     axis_name: str | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update: the same on one device, on several under `pmap`, and on a mesh.
+    """One update: the same on one device and on several under `pmap`.
 
     Args:
         state: before the update.

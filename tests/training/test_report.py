@@ -70,8 +70,8 @@ def test_samples_stand_one_under_the_other_as_many_as_asked_for(count, capsys):
     ("metric", "last"),
     [
         ("exact_match", "exact match: 97.2 % of 500 held-out phrases, trained in 83 s"),
-        ("bleu", "BLEU: 31.4 of 500 held-out sentences, trained in 83 s"),
-        ("loss", "loss: 1.235 of 500 held-out sentences, trained in 83 s"),
+        ("bleu", "BLEU: 31.4 on 500 sentences, trained in 83 s"),
+        ("loss", "loss: 1.235 on 500 sentences, trained in 83 s"),
     ],
 )
 def test_the_last_line_tells_the_score_that_chose_the_checkpoint(metric, last, capsys):
