@@ -29,7 +29,9 @@ class WorkDirectory:
 
     def __init__(self, path: epath.PathLike):
         """Names the folder; nothing is read or written yet."""
-        self.path = epath.Path(path)
+        path = epath.Path(path).expanduser()
+        # Orbax takes absolute paths only; `resolve` would take gs:// for a folder here.
+        self.path = path if path.is_absolute() else path.resolve()
 
     @property
     def _config_file(self) -> epath.Path:

@@ -229,3 +229,12 @@ def test_a_checkpoint_moves_between_eight_devices_and_one(workdir):
         assert same(params, expected) and same(rest, rest_of(1))
         for leaf in jax.tree.leaves((params, rest)):
             assert leaf.sharding.device_set == set(parallelism.devices)
+
+
+def test_a_relative_path_is_a_work_directory_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with WorkDirectory("runs/first").open_checkpoints() as checkpoints:
+        checkpoints.save(1, params_of(1), params_of(2), {"seconds": 0.0}, None)
+    with WorkDirectory(tmp_path / "runs/first").open_checkpoints(read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 1
+    assert str(WorkDirectory("gs://bucket/runs").path) == "gs://bucket/runs"
