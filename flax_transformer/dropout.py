@@ -1,7 +1,7 @@
 """Takes activations and a random key and leaves a share of them set to zero, the rest scaled up (section 5.4).
 
-It stands in for `flax.linen.Dropout`, which draws 32 random bits for each activation: on a CPU that takes longer than
-the layers between. Eight bits are enough for a rate that is rounded to 1/256, and cost a quarter.
+It stands in for `flax.linen.Dropout`, which draws 32 random bits for each activation, a large part of a small
+model's step on a CPU. Eight bits are enough for a rate that is rounded to 1/256, and ask a quarter of the generator.
 """
 
 import math

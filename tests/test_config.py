@@ -78,8 +78,9 @@ def test_settings_that_do_not_fit_together_are_an_error(changes, message):
 
 
 def test_settings_that_fit_together_are_none():
-    TransformerConfig(d_model=9, num_heads=3, positions="learned")
-    TransformerConfig(source_vocab_size=29, target_vocab_size=31, tie_embeddings="decoder")
+    assert TransformerConfig(d_model=9, num_heads=3, positions="learned").d_model == 9
+    two_sided = TransformerConfig(source_vocab_size=29, target_vocab_size=31, tie_embeddings="decoder")
+    assert (two_sided.source_vocab_size, two_sided.target_vocab_size) == (29, 31)
 
 
 def test_a_config_never_changes():
