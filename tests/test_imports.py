@@ -1,6 +1,7 @@
 """Takes the library's source and leaves a verdict: imports run one way, importing is cheap, shapes are checked."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
+import flax_transformer
 from flax_transformer.attention import dot_product_attention
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +40,14 @@ LAYOUT = {
     "workdir": "config experiment data.vocabulary",
     "interop": "config model workdir data.vocabulary",
     "decoding.__init__": "",
-    "decoding.search": "",
-    "decoding.translator": "config positions model decoding.search workdir data.vocabulary",
+    "decoding.settings": "",
+    "decoding.next_token": "decoding.settings",
+    "decoding.search": "decoding.settings decoding.next_token",
+    "decoding.batching": "",
+    "decoding.splitting": "",
+    "decoding.programs": "config model decoding.settings decoding.search",
+    "decoding.engine": "config positions decoding.settings decoding.search decoding.batching decoding.programs",
+    "decoding.translator": "config model workdir data.vocabulary decoding",
     "training.__init__": "",
     "training.loss": "",
     "training.optimizer": "experiment",
@@ -137,9 +145,36 @@ def packages_loaded_by(statement):
     return set(done.stdout.split())
 
 
-def test_importing_the_library_costs_jax_flax_and_jaxtyping_only():
-    cost = packages_loaded_by(f"import {PACKAGE}") - packages_loaded_by("import jax, flax.linen, jaxtyping")
+def test_importing_the_library_costs_nothing():
+    cost = packages_loaded_by(f"import {PACKAGE}") - packages_loaded_by("pass")
     assert cost - sys.stdlib_module_names == {PACKAGE}
+
+
+def test_what_it_offers_costs_jax_flax_and_jaxtyping_only():
+    cost = packages_loaded_by(f"from {PACKAGE} import *") - packages_loaded_by("import jax, flax.linen, jaxtyping")
+    assert cost - sys.stdlib_module_names == {PACKAGE}
+
+
+def test_the_names_that_are_loaded_late_are_those_that_type_checkers_see():
+    stub = ast.parse((ROOT / PACKAGE / "__init__.pyi").read_text())
+    homes = {alias.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    declared = [ast.literal_eval(node.value) for node in stub.body if isinstance(node, ast.Assign)]
+    assert declared == [flax_transformer.__all__] and sorted(homes) == sorted(flax_transformer.__all__)
+    assert set(flax_transformer.__all__) <= set(dir(flax_transformer))
+    for name, home in homes.items():
+        assert getattr(flax_transformer, name) is getattr(importlib.import_module(home), name)
+
+
+def test_a_name_that_is_not_offered_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'flax_transformer' has no attribute 'Transfomer'"):
+        flax_transformer.Transfomer  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Transfomer'"):
+        exec("from flax_transformer import Transfomer")
+
+
+def test_a_module_of_the_library_is_an_attribute_once_it_is_imported():
+    statement = f"import {PACKAGE}; assert not hasattr({PACKAGE}, 'masks'); from {PACKAGE} import masks"
+    packages_loaded_by(f"{statement}; assert {PACKAGE}.masks is masks and {PACKAGE}.causal_mask is masks.causal_mask")
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -1,5 +1,9 @@
 """Takes what a training leaves in a folder and leaves a verdict: it comes back to the bit, and the best is kept."""
 
+import concurrent.futures
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,7 +183,7 @@ def test_parameters_alone_come_back_by_name_or_number(workdir):
 @pytest.mark.parametrize("step", [4, "newest"])
 def test_a_checkpoint_that_is_not_there_is_an_error_that_names_those_that_are(step, workdir):
     write(workdir, {1: None, 2: None})
-    message = rf"checkpoints holds no checkpoint {step!r}: choose best, latest or one of \[1, 2\]"
+    message = rf"checkpoints holds no checkpoint {step!r}: choose best, latest, averaged or one of \[1, 2\]"
     with workdir.open_checkpoints() as checkpoints, pytest.raises(ValueError, match=message):
         checkpoints.restore_params(step, params_of(0))
 
@@ -238,3 +242,158 @@ def test_a_relative_path_is_a_work_directory_too(tmp_path, monkeypatch):
     with WorkDirectory(tmp_path / "runs/first").open_checkpoints(read_only=True) as checkpoints:
         assert checkpoints.latest_step == 1
     assert str(WorkDirectory("gs://bucket/runs").path) == "gs://bucket/runs"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b'{"model": {', "Expecting property name"),
+        (b"\xff", "can't decode"),
+        (b'{"model": 3}', "no mapping of sections"),
+        (b'{"data": {}}', 'no section "model"'),
+        (b'{"model": {"d_model": "wide"}}', "not supported|TransformerConfig"),
+    ],
+)
+def test_a_damaged_config_is_an_error_of_one_line_that_names_the_mend(content, reason, workdir):
+    workdir.write_config({})
+    (workdir.path / "config.json").write_bytes(content)
+    message = rf"^.*config\.json is damaged \(.*({reason}).*\): put back the file that train\.py wrote there$"
+    with pytest.raises(ValueError, match=message) as caught:
+        workdir.read_model_config()
+    assert "\n" not in str(caught.value)
+
+
+def is_mean_of(steps, params):
+    mean = jax.tree.map(lambda *leaves: np.mean(np.float64(leaves), axis=0), *map(params_of, steps))
+    return jax.tree.all(jax.tree.map(lambda one, other: np.allclose(one, other, rtol=0, atol=1e-6), mean, params))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda params: jax.tree.map(lambda leaf: leaf[:2], params), "encoder/(kernel|bias)"),
+        (lambda params: jax.tree.map(lambda leaf: leaf.T, params), "encoder/kernel"),  # as many numbers as before
+        (lambda params: {"encoder": {"kernel": params["encoder"]["kernel"]}}, "encoder/bias"),
+        (lambda params: {**params, "decoder": params["encoder"]}, "decoder/(kernel|bias)"),
+    ],
+)
+def test_parameters_of_another_model_are_an_error_of_one_line_that_names_the_first(change, name, workdir):
+    workdir.write_config({})
+    write(workdir, {1: None})
+    workdir.average_checkpoints(last=1)
+    for step in (1, "latest", "averaged"):
+        message = rf"1 does not fit config\.json: {name} has the shape .* by the config: put back the config\.json"
+        with pytest.raises(ValueError, match=message) as caught:
+            workdir.restore_params(step, change(params_of(0)))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["params", "params/_METADATA"])
+def test_a_checkpoint_of_which_a_part_is_missing_is_an_error_that_names_the_mend(missing, workdir):
+    workdir.write_config({})
+    write(workdir, {1: None})
+    part = workdir.path / "checkpoints" / "1" / missing
+    part.rmtree() if part.is_dir() else part.unlink()
+    with pytest.raises(ValueError, match="checkpoints/1 is not complete: copy the folder again, or choose another"):
+        workdir.restore_params("latest", params_of(0))
+
+
+SCORES = {1: {"loss": 4.0}, 2: {"loss": 1.0}, 3: None, 4: {"loss": 2.0}, 5: {"loss": 3.0}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "steps"),
+    [({"last": 1}, [5]), ({"last": 5}, [5, 4, 3, 2, 1]), ({"best": 1}, [2]), ({"best": 3}, [2, 4, 5])],
+)
+def test_the_average_is_the_mean_of_the_parameters_chosen(choice, steps, workdir):
+    workdir.write_config({"training": {"best_metric": "loss"}})
+    write(workdir, SCORES)
+    assert workdir.average_checkpoints(**choice) == steps
+    average = workdir.restore_params("averaged", params_of(0))
+    assert is_mean_of(steps, average)
+    for leaf in jax.tree.leaves(average):
+        assert leaf.dtype == jnp.float32 and leaf.devices() == {jax.local_devices()[0]}
+    assert steps_of(workdir) == set(SCORES)
+    with workdir.open_checkpoints(read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 5
+
+
+@pytest.mark.parametrize(("metric", "steps"), [("bleu", [3, 2]), ("chrf", [1, 3]), ("loss", [1, 2])])
+def test_the_best_are_the_best_by_the_metric_that_training_chose_by(metric, steps, workdir):
+    experiment = dataclasses.replace(EXPERIMENT, training=TrainingConfig(best_metric=metric))
+    workdir.write_config(experiment.to_mapping())
+    rows = [(1.0, 9.0, 1.0), (2.0, 7.0, 2.0), (3.0, 8.0, 3.0)]
+    metrics = {step: dict(zip(("bleu", "chrf", "loss"), row, strict=True)) for step, row in enumerate(rows, 1)}
+    write(workdir, metrics, best_metric=metric)
+    assert workdir.average_checkpoints(best=2) == steps
+    best = workdir.restore_params("best", params_of(0))
+    assert same(best, params_of(steps[0]))
+
+
+def test_a_new_average_takes_the_place_of_the_old_one_and_says_what_it_is_of(workdir):
+    workdir.write_config({})
+    write(workdir, {1: None, 2: None, 3: None})
+    for last in (1, 2, 2, 1):
+        steps = workdir.average_checkpoints(last=last)
+        (folder,) = (workdir.path / "averaged").iterdir()
+        assert json.loads((folder / "notes" / "metadata").read_text()) == {"steps": steps}
+        assert is_mean_of(steps, workdir.restore_params("averaged", params_of(0)))
+
+
+def test_there_is_an_average_at_every_moment_while_a_new_one_takes_its_place(workdir):
+    workdir.write_config({})
+    write(workdir, {1: None, 2: None})
+    workdir.average_checkpoints(last=1)
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        averaging = executor.submit(workdir.average_checkpoints, last=2)
+        looks = 0
+        while not averaging.done():
+            assert any(path.name.isdigit() for path in (workdir.path / "averaged").iterdir())
+            looks += 1
+    assert averaging.result() == [2, 1] and looks > 10
+
+
+def test_checkpoints_of_eight_devices_are_averaged_on_one(workdir):
+    workdir.write_config({})
+    eight = Parallelism("pmap")
+    with workdir.open_checkpoints() as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, eight.place(params_of(step)), eight.place(rest_of(step)), {}, None)
+    assert workdir.average_checkpoints(last=2) == [2, 1]
+    assert is_mean_of([1, 2], workdir.restore_params("averaged", params_of(0)))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"last": 5}, r"checkpoints holds 3 checkpoints \[1, 2, 3\], not 5: ask for fewer, or .*training.keep_latest"),
+        (
+            {"best": 3},
+            r"checkpoints holds 2 scored checkpoints \[1, 3\], not 3: ask for fewer, or .*training.keep_best",
+        ),
+        ({"last": 0}, "0 of the newest checkpoints: ask for at least 1"),
+        ({"best": -1}, "-1 of the best checkpoints: ask for at least 1"),
+        ({}, "last is None and best is None: give one of them"),
+        ({"last": 2, "best": 2}, "last is 2 and best is 2: give one of them"),
+    ],
+)
+def test_an_average_that_cannot_be_made_is_an_error_that_names_the_mend(choice, message, workdir):
+    workdir.write_config({})
+    write(workdir, {1: {"loss": 1.0}, 2: None, 3: {"loss": 2.0}})
+    with pytest.raises(ValueError, match=message):
+        workdir.average_checkpoints(**choice)
+    assert not (workdir.path / "averaged").exists()
+
+
+def test_no_average_is_an_error_that_names_the_command(workdir):
+    workdir.write_config({})
+    write(workdir, {1: None})
+    with pytest.raises(
+        ValueError, match=r"first holds no average: write one with `flax-transformer average --workdir="
+    ):
+        workdir.restore_params("averaged", params_of(0))
+    assert not (workdir.path / "averaged").exists()
+    (workdir.path / "checkpoints" / "1").rmtree()
+    with pytest.raises(ValueError, match="holds no checkpoint: train until one is written, or give another --workdir"):
+        workdir.average_checkpoints(last=1)

@@ -1,0 +1,19 @@
+"""Takes the names of `__init__.py` and leaves them where editors and type checkers look, which do not run it."""
+
+from flax_transformer.attention import KVCache, MultiHeadAttention, dot_product_attention
+from flax_transformer.config import TransformerConfig
+from flax_transformer.masks import causal_mask, combine_masks, padding_mask, segment_mask
+from flax_transformer.model import Transformer
+
+__all__ = [
+    "KVCache",
+    "MultiHeadAttention",
+    "Transformer",
+    "TransformerConfig",
+    "causal_mask",
+    "combine_masks",
+    "dot_product_attention",
+    "padding_mask",
+    "segment_mask",
+]
+__version__: str
