@@ -65,17 +65,19 @@ def dot_product_attention(
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of memory positions: of a whole memory, or of the target positions decoded so far.
 
+    Positions come last, as matrix products want them: no step of a search has to transpose the whole past.
+
     Attributes:
         key: the keys of every head.
         value: the values of every head.
     """
 
-    key: Float[Array, "B M H K"]
-    value: Float[Array, "B M H K"]
+    key: Float[Array, "B H K M"]
+    value: Float[Array, "B H K M"]
 
     def write(self, position: Int[Array, ""], new: "KVCache") -> "KVCache":
-        """The cache with `new` at `position` and after it; `new` must fit (`Transformer.decode_step` sees to it)."""
-        return jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part, position, 1), self, new)
+        """The cache with `new` at `position` and after it; `new` must fit (`Decoder.step` sees to it)."""
+        return jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part, position, 3), self, new)
 
 
 class MultiHeadAttention(nn.Module):
@@ -110,7 +112,8 @@ class MultiHeadAttention(nn.Module):
 
     def project_memory(self, memory: Float[Array, "B M D"]) -> KVCache:
         """Keys and values of a memory, to attend to once or many times."""
-        return KVCache(key=self._split_heads(self.key(memory)), value=self._split_heads(self.value(memory)))
+        key, value = self._split_heads(self.key(memory)), self._split_heads(self.value(memory))
+        return KVCache(key=key.transpose(0, 2, 3, 1), value=value.transpose(0, 2, 3, 1))
 
     def attend(
         self,
@@ -126,8 +129,8 @@ class MultiHeadAttention(nn.Module):
         query = self._split_heads(self.query(inputs))
         gathered = dot_product_attention(
             query,
-            memory.key,
-            memory.value,
+            memory.key.transpose(0, 3, 1, 2),
+            memory.value.transpose(0, 3, 1, 2),
             mask,
             dropout_rate=self.dropout_rate,
             dropout_rng=dropout_rng,

@@ -142,27 +142,26 @@ class DecoderLayer(_Layer):
 
     def __call__(
         self,
-        inputs: Float[Array, "N T D"],
+        inputs: Float[Array, "B T D"],
         memory: KVCache,
         self_mask: Float[Array, "..."] | None = None,
         memory_mask: Float[Array, "..."] | None = None,
         *,
         deterministic: bool,
         cache: KVCache | None = None,
-        position: Int[Array, ""] | None = None,
+        write_at: Int[Array, ""] | None = None,
         return_weights: bool = False,
-    ) -> tuple[Float[Array, "N T D"], KVCache, tuple[Array | None, Array | None]]:
+    ) -> tuple[Float[Array, "B T D"], KVCache, tuple[Array | None, Array | None]]:
         """Decodes one layer further: a whole target at once, or with a cache the positions that come next.
 
         Args:
-            inputs: one vector a target position. With a cache, N may be a multiple of the memory's batch B: the
-                hypotheses of one sentence follow each other and share its memory.
+            inputs: one vector a target position; with a cache, of every hypothesis of the sentence.
             memory: keys and values of the encoder's memory, from `project_memory`.
-            self_mask: which target positions see each other; broadcasts to [N, H, T, M].
+            self_mask: which target positions see each other; broadcasts to [B, H, T, M].
             memory_mask: which source positions a target position sees; broadcasts to [B, H, T, S].
             deterministic: true switches dropout off.
             cache: keys and values of the target positions so far.
-            position: where in the cache the inputs stand.
+            write_at: where in the cache the inputs stand.
             return_weights: whether the attention weights come too.
 
         Returns:
@@ -174,16 +173,14 @@ class DecoderLayer(_Layer):
         queries = self._before(self.self_attention_norm, inputs)
         keys_values = self.self_attention.project_memory(queries)
         if cache is not None:
-            assert position is not None, "a cache is written at a position"
-            keys_values = cache.write(position, keys_values)
+            assert write_at is not None, "a cache is written somewhere"
+            keys_values = cache.write(write_at, keys_values)
         outputs, self_weights = self.self_attention.attend(queries, keys_values, self_mask, **options)
         inputs = self._after(self.self_attention_norm, inputs, outputs, deterministic)
 
         queries = self._before(self.cross_attention_norm, inputs)
-        # Hypotheses of one sentence ask its memory as if they were further positions: no copy of the memory for each.
-        queries = queries.reshape(memory.key.shape[0], -1, queries.shape[-1])
         outputs, cross_weights = self.cross_attention.attend(queries, memory, memory_mask, **options)
-        inputs = self._after(self.cross_attention_norm, inputs, outputs.reshape(inputs.shape), deterministic)
+        inputs = self._after(self.cross_attention_norm, inputs, outputs, deterministic)
 
         outputs = self._before(self.feed_forward_norm, inputs)
         outputs = self.feed_forward(outputs, deterministic=deterministic)

@@ -1,7 +1,8 @@
 """Takes lengths, validity or segment numbers and leaves additive masks for `attention.dot_product_attention`.
 
 A mask holds exactly 0 where a query may see a key and -inf where it may not; it is added to the logits before the
-softmax (section 3.2.3). Glossary: B batch, H heads, Q query positions, M memory positions.
+softmax (section 3.2.3). Glossary: B batch, H heads, Q query positions, M memory positions, N hypotheses of a sentence,
+L positions of a cache.
 """
 
 import jax
@@ -13,19 +14,27 @@ def _additive(allowed: Bool[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(allowed, 0.0, -jnp.inf).astype(jnp.float32)
 
 
-def causal_mask(
-    length: int, *, memory_length: int | None = None, start: int | Int[Array, ""] = 0
-) -> Float[Array, "1 1 Q M"]:
-    """Lets position i see the positions up to and including i (section 3.1).
+def causal_mask(length: int) -> Float[Array, "1 1 Q M"]:
+    """Lets position i of `length` see the positions up to and including i (section 3.1)."""
+    positions = jnp.arange(length)
+    return _additive(positions <= positions[:, None])[None, None]
+
+
+def ancestor_mask(ancestors: Int[Array, "B N L"], length: int, start: int | Int[Array, ""]) -> Float[Array, "B 1 Q M"]:
+    """Lets each hypothesis of a sentence see its own past in a cache that all of them share.
+
+    Queries and cache are ordered by position, then by hypothesis: Q = `length` * N, M = L * N.
 
     Args:
-        length: number of queries, Q.
-        memory_length: number of positions that may be seen, M; as many as queries if not given.
-        start: the position of the first query; those before it are in the memory already.
+        ancestors: for each hypothesis and position, which of the N wrote what that hypothesis has there.
+        length: number of positions that ask.
+        start: the first of them; the cache holds those before it.
     """
-    queries = start + jnp.arange(length)
-    memory = jnp.arange(length if memory_length is None else memory_length)
-    return _additive(memory <= queries[:, None])[None, None]
+    batch, hypotheses, room = ancestors.shape
+    own = ancestors[..., None] == jnp.arange(hypotheses)
+    seen = jnp.arange(room) <= start + jnp.arange(length)[:, None]
+    visible = seen[None, :, None, :, None] & own[:, None]
+    return _additive(visible.reshape(batch, length * hypotheses, room * hypotheses))[:, None]
 
 
 def padding_mask(valid: Bool[Array, "B M"]) -> Float[Array, "B 1 1 M"]:

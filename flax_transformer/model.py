@@ -1,7 +1,7 @@
 """Takes source and target token ids and leaves the logits of every target token: the whole Transformer (section 3).
 
 Glossary: B batch, S source, T target, Q target positions decoded at once, L longest target, D d_model, H heads,
-V target vocabulary, N hypotheses (B of them, or a multiple: several for each sentence).
+V target vocabulary, N hypotheses of each sentence, R = B * N rows, the hypotheses of a sentence together.
 """
 
 import flax.linen as nn
@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
-from flax_transformer.masks import causal_mask, combine_masks, padding_mask, segment_mask
+from flax_transformer.masks import ancestor_mask, causal_mask, combine_masks, padding_mask, segment_mask
 from flax_transformer.positions import check_length
-from flax_transformer.stacks import Decoder, DecodingState, Encoder
+from flax_transformer.stacks import Decoder, DecodingState, Encoder, first_ancestors
 
 
 class AttentionWeights(flax.struct.PyTreeNode):
@@ -236,18 +236,19 @@ class Transformer(nn.Module):
             check_length(max_length, config.max_length)
         segments = self._segments(source)
         memory = self.encode(source, segments=segments, deterministic=True)
-        shape = (source.shape[0] * hypotheses, max_length, config.num_heads, config.d_model // config.num_heads)
+        shape = (source.shape[0], config.num_heads, config.d_model // config.num_heads, max_length * hypotheses)
         empty = KVCache(key=jnp.zeros(shape, config.dtype), value=jnp.zeros(shape, config.dtype))
         return DecodingState(
             position=jnp.zeros((), jnp.int32),
+            ancestors=first_ancestors(source.shape[0], hypotheses, max_length),
             target=(empty,) * config.num_decoder_layers,
             memory=self.decoder.project_memory(memory),
             memory_mask=padding_mask(segments > 0),
         )
 
     def decode_step(
-        self, state: DecodingState, tokens: Int[Array, "N Q"]
-    ) -> tuple[DecodingState, Float[Array, "N Q V"]]:
+        self, state: DecodingState, tokens: Int[Array, "R Q"]
+    ) -> tuple[DecodingState, Float[Array, "R Q V"]]:
         """The logits after each of the next Q tokens; equal to those of one parallel pass.
 
         Args:
@@ -257,9 +258,12 @@ class Transformer(nn.Module):
         Returns:
             The next state, and logits; NaN where more tokens came than `start_decoding` made room for.
         """
-        room = state.target[0].key.shape[1]
-        if tokens.shape[1] > room:
-            raise ValueError(f"{tokens.shape[1]} tokens at once, start_decoding made room for {room}: raise max_length")
-        self_mask = causal_mask(tokens.shape[1], memory_length=room, start=state.position)
-        state, outputs = self.decoder.step(self._embed_target(tokens), state, self_mask)
-        return state, self._logits(outputs)
+        batch, hypotheses, room = state.ancestors.shape
+        length = tokens.shape[1]
+        if length > room:
+            raise ValueError(f"{length} tokens at once, start_decoding made room for {room}: raise max_length")
+        by_position = tokens.reshape(batch, hypotheses, length).swapaxes(1, 2).reshape(batch, -1)
+        self_mask = ancestor_mask(state.ancestors, length, state.position)
+        state, outputs = self.decoder.step(self._embed_target(by_position), state, self_mask)
+        logits = self._logits(outputs).reshape(batch, length, hypotheses, -1)
+        return state, logits.swapaxes(1, 2).reshape(*tokens.shape, -1)

@@ -1,7 +1,7 @@
 """Takes embedded tokens and leaves them encoded or decoded: the two stacks of figure 1, layer upon layer.
 
-Glossary: B batch, S source, T target, Q target positions decoded at once, D d_model, H heads, L longest target,
-N hypotheses (B of them, or a multiple: several for each sentence).
+Glossary: B batch, S source, T target, D d_model, H heads, N hypotheses of each sentence, L longest target,
+P = Q * N: the next Q target positions of all hypotheses of a sentence, ordered by position, then by hypothesis.
 """
 
 import flax.linen as nn
@@ -20,17 +20,33 @@ from flax_transformer.positions import LearnedPositions, sinusoidal_positions
 class DecodingState(flax.struct.PyTreeNode):
     """All that step-by-step decoding remembers: a plain pytree that goes in and comes out.
 
+    The hypotheses of a sentence share one cache, [B, H, K, L * N], ordered by position, then by hypothesis. Where a
+    search lets one go on from another's beginning, only `ancestors` changes: no key or value is ever moved.
+
     Attributes:
         position: number of target positions decoded so far.
-        target: for each layer the keys and values of those positions; the one part that differs among hypotheses.
+        ancestors: for each hypothesis and position, which of the N wrote what that hypothesis has there.
+        target: for each layer the keys and values of those positions.
         memory: for each layer the keys and values of the encoder's memory, projected once.
         memory_mask: hides the source's padding.
     """
 
     position: Int[Array, ""]
+    ancestors: Int[Array, "B N L"]
     target: tuple[KVCache, ...]
     memory: tuple[KVCache, ...]
     memory_mask: Float[Array, "B 1 1 S"]
+
+    def follow(self, parents: Int[Array, "B N"]) -> "DecodingState":
+        """The state in which each hypothesis goes on from its parent's beginning."""
+        inherited = jnp.take_along_axis(self.ancestors, parents[:, :, None], axis=1)
+        decoded = jnp.arange(self.ancestors.shape[2]) < self.position
+        return self.replace(ancestors=jnp.where(decoded, inherited, first_ancestors(*self.ancestors.shape)))
+
+
+def first_ancestors(batch: int, hypotheses: int, length: int) -> Int[Array, "B N L"]:
+    """Every hypothesis its own ancestor."""
+    return jnp.broadcast_to(jnp.arange(hypotheses, dtype=jnp.int32)[:, None], (batch, hypotheses, length))
 
 
 class _Stack(nn.Module):
@@ -147,11 +163,13 @@ class Decoder(_Stack):
         return self._finish(outputs), tuple(all_weights)
 
     def step(
-        self, embeddings: Float[Array, "N Q D"], state: DecodingState, self_mask: Float[Array, "1 1 Q L"]
-    ) -> tuple[DecodingState, Float[Array, "N Q D"]]:
-        """Decodes the next Q positions, without dropout; `self_mask` hides what the cache does not hold yet."""
-        steps = jnp.arange(embeddings.shape[1])
-        outputs = self._embed(embeddings, state.position + steps[None], deterministic=True)
+        self, embeddings: Float[Array, "B P D"], state: DecodingState, self_mask: Float[Array, "B 1 P M"]
+    ) -> tuple[DecodingState, Float[Array, "B P D"]]:
+        """Decodes the next positions, without dropout; `self_mask` shows each hypothesis its own past."""
+        _, hypotheses, room = state.ancestors.shape
+        steps = embeddings.shape[1] // hypotheses
+        positions = state.position + jnp.arange(embeddings.shape[1]) // hypotheses
+        outputs = self._embed(embeddings, positions[None], deterministic=True)
         caches = []
         for layer, memory, cache in zip(self.layers, state.memory, state.target, strict=True):
             outputs, cache, _ = layer(
@@ -161,10 +179,9 @@ class Decoder(_Stack):
                 state.memory_mask,
                 deterministic=True,
                 cache=cache,
-                position=state.position,
+                write_at=state.position * hypotheses,
             )
             caches.append(cache)
         # The last write past the cache's end would land on earlier positions: NaN tells, at no cost.
-        fits = state.position + len(steps) <= self_mask.shape[-1]
-        outputs = jnp.where(fits, self._finish(outputs), jnp.nan)
-        return state.replace(position=state.position + len(steps), target=tuple(caches)), outputs
+        outputs = jnp.where(state.position + steps <= room, self._finish(outputs), jnp.nan)
+        return state.replace(position=state.position + steps, target=tuple(caches)), outputs

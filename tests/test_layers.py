@@ -229,7 +229,7 @@ def test_a_cache_adds_the_positions_that_come_next():
             SOURCE_MASK,
             deterministic=True,
             cache=cache,
-            position=jnp.array(start),
+            write_at=jnp.array(start),
         )
         parts.append(outputs)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
