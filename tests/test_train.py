@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.workdir import WorkDirectory
 
@@ -113,7 +114,7 @@ def test_the_command_learns_to_reverse_strings_and_the_translator_reverses_them(
     closing = ended.stdout.splitlines()[-1]
     assert closing.startswith("exact match: ") and "of 100 held-out phrases" in closing
 
-    translations = Translator.from_workdir(tmp_path / "run").translate(test, beam_size=1)
+    translations = Translator.from_workdir(tmp_path / "run").translate(test, BeamSearch(beam_size=1))
     right = sum(translation == string[::-1] for translation, string in zip(translations, test, strict=True))
     assert right >= 90
     (measured,) = (line for line in WorkDirectory(tmp_path / "run").read_metrics() if line["kind"] == "test")

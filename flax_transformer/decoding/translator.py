@@ -1,88 +1,78 @@
-"""Takes sentences and leaves their translations: a trained model, its vocabulary and a search, put together.
+"""Takes sentences and leaves their translations: trained models, their vocabulary and a search, put together."""
 
-Sentences of like length share a batch, and lengths are rounded up to a few buckets, so that a few programs are
-compiled whatever the text. Glossary: B sentences, S source length, L longest output, V vocabulary.
-"""
-
+import dataclasses
 import functools
-from collections import defaultdict
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Float, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.decoding.search import Hypotheses, beam_search
+from flax_transformer.decoding.engine import Engine, Output
+from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
+from flax_transformer.decoding.splitting import join_parts, split_sentence
 from flax_transformer.model import Transformer
-from flax_transformer.positions import check_length
 from flax_transformer.workdir import WorkDirectory
 
-# The paper: a translation is at most 50 tokens longer than its source (section 6.1).
-EXTRA_LENGTH = 50
-SMALLEST_BUCKET = 8
+BEAM = BeamSearch()
+GREEDY = BeamSearch(beam_size=1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "beam_size", "alpha", "max_length"))
-def search_translations(
-    params: PyTree,
-    source: Int[Array, "B S"],
-    limits: Int[Array, "B"],
-    *,
-    config: TransformerConfig,
-    beam_size: int,
-    alpha: float,
-    max_length: int,
-) -> Hypotheses:
-    """Encodes a batch and searches its translations, in one compiled program.
+@dataclasses.dataclass(frozen=True)
+class Translation:
+    """One translation of a sentence.
 
-    Args:
-        params: the model's.
-        source: token ids, padded.
-        limits: each sentence's longest output in tokens.
-        config: the model's.
-        beam_size: hypotheses kept for each sentence; 1 is greedy search.
-        alpha: exponent of the length penalty.
-        max_length: the largest limit.
+    Attributes:
+        text: what it says.
+        tokens: its pieces, the end of sentence included; "▁" stands for a space.
+        ids: the same as token ids.
+        token_log_probs: the log-probability of each token, in nats.
+        log_prob: their sum.
+        score: that sum divided by the length penalty.
     """
-    model = Transformer(config)
-    variables = {"params": params}
-    start = model.apply(variables, source, max_length=max_length, hypotheses=beam_size, method="start_decoding")
 
-    def step_fn(state: Any, tokens: jax.Array) -> tuple[Any, jax.Array]:
-        # Only what differs among hypotheses travels through the search; the memory stays where it is.
-        position, target = state
-        state = start.replace(position=position, target=target)
-        state, logits = model.apply(variables, state, tokens[:, None], method="decode_step")
-        return (state.position, state.target), logits[:, 0]
+    text: str = ""
+    tokens: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+    token_log_probs: tuple[float, ...] = ()
+    log_prob: float = 0.0
+    score: float = 0.0
 
-    return beam_search(
-        step_fn,
-        (start.position, start.target),
-        limits,
-        beam_size=beam_size,
-        max_length=max_length,
-        start_id=config.start_id,
-        eos_id=config.eos_id,
-        pad_id=config.pad_id,
-        alpha=alpha,
-    )
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """What each target token looked at; `plots.plot_attention` draws it.
+
+    Attributes:
+        source_tokens: pieces of the source, S of them.
+        target_tokens: pieces of the target, T of them.
+        weights: cross-attention, heads averaged; row t is that of the query which predicted target token t.
+    """
+
+    source_tokens: tuple[str, ...]
+    target_tokens: tuple[str, ...]
+    weights: Float[np.ndarray, "T S"]
 
 
 class Translator:
-    """Translates sentences with one model.
+    """Translates sentences with a model, or with several that share a vocabulary.
 
     Attributes:
-        config: the model's.
-        params: its parameters.
         vocabularies: of both sides.
     """
 
     def __init__(
-        self, config: TransformerConfig, params: PyTree, vocabularies: VocabularyPair, *, batch_tokens: int = 4096
+        self,
+        config: TransformerConfig,
+        params: PyTree,
+        vocabularies: VocabularyPair,
+        *,
+        batch_tokens: int = 4096,
+        devices: Sequence[jax.Device] | None = None,
     ):
         """Puts a translator together from its parts.
 
@@ -91,20 +81,47 @@ class Translator:
             params: its parameters.
             vocabularies: of both sides.
             batch_tokens: source tokens in a batch, padding included.
+            devices: those that a batch is divided among; all of this process if not given.
+
+        Raises:
+            ValueError: the vocabularies are not the model's.
         """
-        self.config = config
+        sizes = (vocabularies.source.size, vocabularies.target.size)
+        if sizes != (config.source_vocab_size, config.target_vocab_size):
+            raise ValueError(
+                f"the vocabulary has {sizes[0]} source and {sizes[1]} target pieces, the model "
+                f"{config.source_vocab_size} and {config.target_vocab_size}: put the model's own vocabulary beside it"
+            )
         self.vocabularies = vocabularies
-        self.params = params
-        self._batch_tokens = batch_tokens
+        devices = jax.local_devices() if devices is None else devices
+        self._engine = Engine([config], [params], batch_tokens=batch_tokens, devices=devices)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The model's; the first one's of an ensemble."""
+        return self._engine.configs[0]
+
+    @property
+    def params(self) -> PyTree:
+        """The model's parameters; the first one's of an ensemble."""
+        return self._engine.models[0]
 
     @classmethod
-    def from_workdir(cls, path: epath.PathLike, *, step: str | int = "best", batch_tokens: int = 4096) -> "Translator":
+    def from_workdir(
+        cls,
+        path: epath.PathLike,
+        *,
+        step: str | int = "best",
+        batch_tokens: int = 4096,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Translator":
         """Loads a translator from the work directory that training left.
 
         Args:
             path: the work directory.
-            step: "best" (the newest where none was scored), "latest", or the number of a checkpoint.
+            step: "best" (the newest where none was scored), "latest", "averaged" or the number of a checkpoint.
             batch_tokens: as in the constructor.
+            devices: as in the constructor.
 
         Raises:
             ValueError: it is no work directory, or has no such checkpoint.
@@ -114,71 +131,214 @@ class Translator:
         tokens = jax.ShapeDtypeStruct((1, 2), "int32")
         init = functools.partial(Transformer(config).init, deterministic=True)
         shapes = jax.eval_shape(init, jax.random.key(0), tokens, tokens)
-        # The best is the best by the metric that training chose by; a converted model has neither.
-        best_metric = workdir.read_config().get("training", {}).get("best_metric", "loss")
-        with workdir.open_checkpoints(best_metric=best_metric, read_only=True) as checkpoints:
-            params = checkpoints.restore_params(step, shapes["params"])
-        return cls(config, params, workdir.read_vocabularies(), batch_tokens=batch_tokens)
+        params = workdir.restore_params(step, shapes["params"])
+        return cls(config, params, workdir.read_vocabularies(), batch_tokens=batch_tokens, devices=devices)
 
-    def translate(self, sentences: Sequence[str], *, beam_size: int = 4, alpha: float = 0.6) -> list[str]:
-        """Translates sentences, in order; an empty one stays empty.
+    @classmethod
+    def ensemble(cls, translators: Sequence["Translator"]) -> "Translator":
+        """One translator that averages the probabilities of several; batches and devices are the first one's.
+
+        Raises:
+            ValueError: there is none, or their vocabularies differ.
+        """
+        if not translators:
+            raise ValueError("an ensemble needs models: give at least one translator")
+        first = translators[0]
+        for number, other in enumerate(translators[1:], 2):
+            if other.vocabularies.fingerprint() != first.vocabularies.fingerprint():
+                raise ValueError(
+                    f"model {number} has another vocabulary than the first: an ensemble averages the probabilities "
+                    "of the same pieces, so train its models with one vocabulary"
+                )
+        together = cls.__new__(cls)
+        together.vocabularies = first.vocabularies
+        together._engine = Engine(
+            [config for each in translators for config in each._engine.configs],
+            [params for each in translators for params in each._engine.models],
+            batch_tokens=first._engine.batch_tokens,
+            devices=list(first._engine.mesh.devices.flat),
+        )
+        return together
+
+    def translate(
+        self,
+        sentences: Sequence[str],
+        search: BeamSearch | Sampling = BEAM,
+        *,
+        prefixes: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """The best translation of each sentence, or the first sample, in order; arguments as in `hypotheses`."""
+        return [found[0].text for found in self.hypotheses(sentences, search, prefixes=prefixes, seed=seed)]
+
+    def hypotheses(
+        self,
+        sentences: Sequence[str],
+        search: BeamSearch | Sampling = BEAM,
+        *,
+        prefixes: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[list[Translation]]:
+        """Translations of each sentence, in order: the best first, or samples as they were drawn.
+
+        An empty sentence has one empty translation. One that is longer than the model's `max_length` is split at
+        sentence ends, and the translations of its parts are joined, with a warning.
 
         Args:
             sentences: of the source language.
-            beam_size: hypotheses kept for each; 1 is greedy search.
-            alpha: exponent of the length penalty (section 6.1).
+            search: how translations are searched, and how many are returned.
+            prefixes: what each translation begins with; an empty one is no wish.
+            seed: for sampling: equal seeds draw equal translations, whatever the batches.
+
+        Raises:
+            ValueError: `sentences` is one string, or prefixes are too many, too few or too long.
         """
-        if isinstance(sentences, str):
-            raise ValueError("translate was given one string: give a list of sentences")
-        encoded = self.vocabularies.source.encode(sentences)
-        translations = [""] * len(sentences)
-        wanted = [number for number, sentence in enumerate(sentences) if sentence.strip()]
-        for numbers, source, limits in self._batches(encoded, wanted):
-            hypotheses = search_translations(
-                self.params,
-                source,
-                limits,
-                config=self.config,
-                beam_size=beam_size,
-                alpha=alpha,
-                max_length=self._output_limit(source.shape[1]),
+        _check_list("sentences", sentences)
+        prefixes = [""] * len(sentences) if prefixes is None else prefixes
+        if len(prefixes) != len(sentences):
+            raise ValueError(f"there are {len(prefixes)} prefixes for {len(sentences)} sentences: give one for each")
+        own_parts = self._split(sentences)
+        begun = [
+            prefix if number == 0 else ""
+            for parts, prefix in zip(own_parts, prefixes, strict=True)
+            for number in range(len(parts))
+        ]
+        found = iter(
+            self._engine.search(
+                [part for parts in own_parts for part in parts],
+                search,
+                [ids[:-1] for ids in self.vocabularies.target.encode(begun)],
+                seed,
             )
-            tokens = np.asarray(hypotheses.tokens[:, 0])[: len(numbers)]
-            for number, translation in zip(numbers, self.vocabularies.target.decode(tokens), strict=True):
-                translations[number] = translation
-        return translations
+        )
+        return [self._join([next(found) for _ in parts], search) for parts in own_parts]
 
-    def _batches(
-        self, encoded: Sequence[Sequence[int]], wanted: Sequence[int]
-    ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Sentence numbers, padded source and output limits of each batch, longest bucket first."""
-        buckets = defaultdict(list)
-        for number in sorted(wanted, key=lambda number: len(encoded[number])):
-            buckets[self._bucket(len(encoded[number]))].append(number)
-        for bucket, numbers in sorted(buckets.items(), reverse=True):
-            # One shape a bucket: the last batch is filled up with sentences that end at once.
-            rows = min(max(1, self._batch_tokens // bucket), _power_of_two(len(numbers)))
-            for start in range(0, len(numbers), rows):
-                batch = numbers[start : start + rows]
-                source = np.full((rows, bucket), self.config.pad_id, np.int32)
-                limits = np.ones(rows, np.int32)
-                for row, number in enumerate(batch):
-                    source[row, : len(encoded[number])] = encoded[number]
-                    limits[row] = self._output_limit(len(encoded[number]))
-                yield batch, source, limits
+    def score(
+        self, sources: Sequence[str], targets: Sequence[str | Translation], search: SearchSettings = BEAM
+    ) -> list[Translation]:
+        """How probable given translations are: forced decoding, with the numbers that `hypotheses` gives its own.
 
-    def _bucket(self, length: int) -> int:
-        """The padded length of a sentence; learned positions, unlike sinusoidal ones, come to an end."""
-        bucket = max(SMALLEST_BUCKET, _power_of_two(length))
-        if self.config.positions == "learned":
-            check_length(length, self.config.max_length)
-            return min(bucket, self.config.max_length)
-        return bucket
+        Args:
+            sources: sentences.
+            targets: a translation of each. A text is divided into tokens by the vocabulary; a `Translation` has them.
+            search: its length penalty makes the scores.
 
-    def _output_limit(self, source_length: int) -> int:
-        limit = source_length + EXTRA_LENGTH
-        return min(limit, self.config.max_length) if self.config.positions == "learned" else limit
+        Raises:
+            ValueError: there are not as many of the one as of the other, or one does not fit learned positions.
+        """
+        outputs = self._engine.score(*self._encode_pairs(sources, targets))
+        return [self._translation([output], search) for output in outputs]
+
+    def align(
+        self, sources: Sequence[str], targets: Sequence[str | Translation], *, layer: int = -1
+    ) -> list[Alignment]:
+        """Which source tokens each token of given translations looked at.
+
+        Args:
+            sources: sentences.
+            targets: a translation of each, as in `score`.
+            layer: of the decoder; -1 is the last.
+
+        Raises:
+            ValueError: as in `score`, or there is no such layer.
+        """
+        layers = min(config.num_decoder_layers for config in self._engine.configs)
+        if not -layers <= layer < layers:
+            raise ValueError(f"layer is {layer}, the decoder has {layers}: choose one from {-layers} to {layers - 1}")
+        source, target = self._encode_pairs(sources, targets)
+        return [
+            Alignment(
+                tuple(self.vocabularies.source.pieces(source_ids)),
+                tuple(self.vocabularies.target.pieces(target_ids)),
+                weights,
+            )
+            for source_ids, target_ids, weights in zip(
+                source, target, self._engine.align(source, target, layer), strict=True
+            )
+        ]
+
+    def stream(self, sentence: str, search: BeamSearch | Sampling = GREEDY, *, seed: int = 0) -> Iterator[str]:
+        """The translation of one sentence, piece by piece as its tokens are chosen.
+
+        Args:
+            sentence: of the source language.
+            search: greedy search, or sampling of one translation.
+            seed: for sampling.
+
+        Raises:
+            ValueError: the search compares hypotheses, so that nothing is certain before its end.
+        """
+        if search.hypotheses > 1:
+            raise ValueError(f"a stream follows one hypothesis, not {search.hypotheses}: search with a beam of 1")
+        return self._stream(sentence, search, seed)
+
+    def compile(self, search: BeamSearch | Sampling = BEAM, *, longest: int = 64, sentences: int | None = None) -> None:
+        """Compiles ahead what translating will need; with a persistent compilation cache, for later processes too.
+
+        Args:
+            search: as it will be given to `translate`.
+            longest: sources of up to so many tokens.
+            sentences: how many of each length will come in one call; enough to fill batches if not given.
+        """
+        self._engine.compile(search, longest=longest, sentences=sentences)
+
+    def _split(self, sentences: Sequence[str]) -> list[list[list[int]]]:
+        """The ids of each sentence, in parts where it is too long; an empty one has none."""
+        longest = self._engine.longest
+        encode = self.vocabularies.source.encode
+        split = [[ids] if sentence.strip() else [] for sentence, ids in zip(sentences, encode(sentences), strict=True)]
+        for number, sentence in enumerate(sentences):
+            tokens = sum(map(len, split[number]))
+            if tokens > longest:
+                split[number] = encode(split_sentence(sentence, lambda text: len(encode([text])[0]), longest))
+                warnings.warn(
+                    f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
+                    f"{longest}: it is translated in {len(split[number])} parts",
+                    stacklevel=3,  # the line that called `hypotheses`
+                )
+        return split
+
+    def _join(self, parts: Sequence[Sequence[Output]], search: SearchSettings) -> list[Translation]:
+        """Translations of a sentence, from those of its parts: the best of each together, then the next."""
+        ranks = zip(*parts, strict=False)
+        return [self._translation(outputs, search) for outputs in ranks] or [Translation()]
+
+    def _translation(self, outputs: Sequence[Output], search: SearchSettings) -> Translation:
+        ids = [token for output in outputs for token in output.ids.tolist()]
+        log_probs = [log_prob for output in outputs for log_prob in output.log_probs.tolist()]
+        return Translation(
+            text=join_parts(self.vocabularies.target.decode(output.ids for output in outputs)),
+            tokens=tuple(self.vocabularies.target.pieces(ids)),
+            ids=tuple(ids),
+            token_log_probs=tuple(log_probs),
+            log_prob=sum(log_probs),
+            score=sum(log_probs) / search.penalty(len(ids)),
+        )
+
+    def _stream(self, sentence: str, search: BeamSearch | Sampling, seed: int) -> Iterator[str]:
+        done: list[str] = []
+        told = ""
+        for part in self._split([sentence])[0]:
+            for ids in self._engine.stream(part, search, seed):
+                (text,) = self.vocabularies.target.decode([ids])
+                whole = join_parts([*done, text])
+                yield whole[len(told) :]
+                told = whole
+            done.append(text)
+
+    def _encode_pairs(
+        self, sources: Sequence[str], targets: Sequence[str | Translation]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        _check_list("sources", sources)
+        _check_list("targets", targets)
+        if len(sources) != len(targets):
+            raise ValueError(f"there are {len(targets)} targets for {len(sources)} sources: give one for each")
+        encode = self.vocabularies.target.encode
+        return self.vocabularies.source.encode(sources), [
+            encode([target])[0] if isinstance(target, str) else list(target.ids) for target in targets
+        ]
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+def _check_list(name: str, value: object) -> None:
+    if isinstance(value, str):
+        raise ValueError(f"{name} is one string: give a list of them")

@@ -12,6 +12,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import TrainingConfig
 from flax_transformer.positions import check_length
@@ -94,8 +95,7 @@ class Evaluation:
         """The scores under these parameters, and the translations."""
         parts = [jax.device_get(self._eval_step(params, batch)) for batch in self._packed.one_epoch()]
         sums = jax.tree.map(lambda *values: float(sum(values)), *parts)
-        # Under pmap the parameters lie on every device; the search runs on one.
-        params = jax.device_put(params, jax.local_devices()[0])
         translator = Translator(self._model_config, params, self._vocabularies)
-        translations = translator.translate(self.source, beam_size=self._config.beam_size, alpha=self._config.alpha)
+        search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
+        translations = translator.translate(self.source, search)
         return score_translations(translations, self.references, sums.cross_entropy / sums.tokens), translations

@@ -5,7 +5,6 @@ its state alone. So a state that strays from its hypothesis shows as a wrong log
 """
 
 import itertools
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_transformer.decoding.search import Hypotheses, beam_search, greedy_search, length_penalty
+from flax_transformer.decoding.search import Hypotheses, Search
+from flax_transformer.decoding.settings import BeamSearch
 
 PAD, START, EOS = 0, 1, 2
 B, V, L = 7, 5, 5
@@ -51,7 +51,7 @@ class Language:
                 yield (*tokens, EOS)
 
 
-def search_tables(logits, shifts, limits, *, beam_size, **options):
+def search_tables(logits, shifts, limits, *, beam_size, max_length, alpha=0.6, num_return=1):
     """Searches a language; greedily where no beam is given."""
 
     def step(state, tokens):
@@ -61,8 +61,9 @@ def search_tables(logits, shifts, limits, *, beam_size, **options):
 
     sentence = jnp.repeat(jnp.arange(B), beam_size or 1)
     state = {"sentence": sentence, "beginning": jnp.zeros_like(sentence), "steps": jnp.zeros((), jnp.int32)}
-    run = greedy_search if beam_size is None else partial(beam_search, beam_size=beam_size)
-    return run(step, state, limits, start_id=START, eos_id=EOS, pad_id=PAD, **options)
+    settings = BeamSearch(beam_size=beam_size or 1, alpha=alpha, num_return=num_return)
+    ids = {"start_id": START, "eos_id": EOS, "pad_id": PAD}
+    return Search(step_fn=step, limits=limits, settings=settings, max_length=max_length, **ids).run(state)
 
 
 # One program for all languages of one size.
@@ -268,11 +269,21 @@ def test_tokens_of_no_probability_are_never_chosen_and_make_no_nan(options):
     assert found.scores[0].tolist() == [0.0] + [-np.inf] * nothing
 
 
-def test_the_length_penalty_is_wus():
-    lengths = jnp.array([1, 7, 19])
-    np.testing.assert_allclose(length_penalty(lengths, 0), [1, 1, 1])
-    np.testing.assert_allclose(length_penalty(lengths, 1), [1, 2, 4])
-    np.testing.assert_allclose(length_penalty(lengths, 0.5), [1, 2**0.5, 2], rtol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "alpha", "penalties"),
+    [
+        ("paper", 0, [1, 1, 1]),
+        ("paper", 1, [1, 2, 4]),
+        ("paper", 0.5, [1, 2**0.5, 2]),
+        ("length", 0, [1, 1, 1]),
+        ("length", 1, [1, 7, 19]),
+        ("length", 0.5, [1, 7**0.5, 19**0.5]),
+    ],
+)
+def test_the_length_penalty_is_wus_or_a_power_of_the_length(name, alpha, penalties):
+    settings = BeamSearch(length_penalty=name, alpha=alpha)
+    np.testing.assert_allclose(settings.penalty(jnp.array([1, 7, 19])), penalties, rtol=1e-6)
+    np.testing.assert_allclose([settings.penalty(length) for length in (1, 7, 19)], penalties, rtol=1e-6)
 
 
 def test_more_to_return_than_the_beam_holds_is_an_error():

@@ -12,6 +12,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import DataConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.model import Transformer
@@ -109,7 +110,7 @@ def test_the_loss_is_of_all_tokens_and_the_translations_are_the_translator_s(
     assert corpus.too_long.tolist() == [3] and len(corpus.rows) % DATA.rows
     scores, translations = Evaluation(TEXT, corpus, vocabularies, config, SETTINGS, eval_on_one).score(params)
     assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
-    assert translations == Translator(config, params, vocabularies).translate(TEXT.source, beam_size=1)
+    assert translations == Translator(config, params, vocabularies).translate(TEXT.source, BeamSearch(beam_size=1))
     assert scores.sentences == 8  # what is too long for the loss is translated all the same
 
 

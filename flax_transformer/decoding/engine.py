@@ -1,0 +1,231 @@
+"""Takes token ids of many sentences and leaves the searched outputs: batches, devices and compiled programs.
+
+Glossary: B sentences of a batch, S source, T target, L longest output, P longest prefix.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+from jaxtyping import Float, Int, PyTree
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.decoding.batching import Shape, bucket, full_rows, rows_for, shape_batches
+from flax_transformer.decoding.programs import (
+    BATCH_AXIS,
+    align_targets,
+    extend_stream,
+    score_targets,
+    search_translations,
+    start_stream,
+)
+from flax_transformer.decoding.search import Hypotheses
+from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
+from flax_transformer.positions import check_length
+
+Ids = Sequence[int]
+
+
+class Output(NamedTuple):
+    """One output.
+
+    Attributes:
+        ids: its tokens, the end of sentence included.
+        log_probs: the log-probability of each, in nats.
+    """
+
+    ids: Int[np.ndarray, "T"]
+    log_probs: Float[np.ndarray, "T"]
+
+
+class Engine:
+    """One model, or an ensemble, on one device or several.
+
+    Attributes:
+        configs: of each model.
+        models: the parameters of each, on every device.
+        batch_tokens: source tokens in a batch, padding included.
+        mesh: the devices.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[TransformerConfig],
+        models: Sequence[PyTree],
+        *,
+        batch_tokens: int,
+        devices: Sequence[jax.Device],
+    ):
+        """Puts the parameters on every device."""
+        self.configs = tuple(configs)
+        self.batch_tokens = batch_tokens
+        self.mesh = Mesh(np.array(devices), (BATCH_AXIS,))
+        self.models = tuple(jax.device_put(tuple(models), NamedSharding(self.mesh, Spec())))
+
+    @property
+    def longest(self) -> int:
+        """The longest source in tokens that all models know from training."""
+        return min(config.max_length for config in self.configs)
+
+    def search(
+        self, sources: Sequence[Ids], settings: BeamSearch | Sampling, prefixes: Sequence[Ids], seed: int
+    ) -> list[list[Output]]:
+        """The outputs of each source, in order: the best first, or samples as they were drawn.
+
+        Args:
+            sources: with their ends of sentence.
+            settings: what is searched.
+            prefixes: what each output begins with, without an end of sentence.
+            seed: for sampling.
+
+        Raises:
+            ValueError: a source does not fit learned positions, or a prefix its output.
+        """
+        outputs: list[list[Output]] = [[] for _ in sources]
+        for shape in self._shapes(sources):
+            limits = np.ones(shape.rows, np.int32)  # rows without a sentence end at once
+            limits[: len(shape.numbers)] = [self._limit(settings, len(sources[number])) for number in shape.numbers]
+            begun = [prefixes[number] for number in shape.numbers]
+            for ids, limit in zip(begun, limits, strict=False):
+                if len(ids) >= limit:
+                    raise ValueError(
+                        f"a prefix has {len(ids)} tokens, its output may have {limit} with the end of sentence: "
+                        "shorten it, or raise max_length or extra_length"
+                    )
+            width = max(map(len, begun))
+            found = self._search(
+                self._pad([sources[number] for number in shape.numbers], shape.rows, shape.widths[0]),
+                limits,
+                settings,
+                prefix=self._pad(begun, shape.rows, bucket(width)) if width else None,
+                rngs=_random_keys(settings, seed, shape),
+            )
+            tokens, lengths, log_probs = jax.device_get((found.tokens, found.lengths, found.token_log_probs))
+            for row, number in enumerate(shape.numbers):
+                outputs[number] = [
+                    Output(tokens[row, rank, :length], log_probs[row, rank, :length])
+                    for rank, length in enumerate(lengths[row])
+                    if length
+                ]
+        return outputs
+
+    def stream(self, source: Ids, settings: BeamSearch | Sampling, seed: int) -> Iterator[list[int]]:
+        """The output's ids so far, each time that there is one more; of one hypothesis."""
+        shape = Shape((0,), 1, (bucket(len(source)),))
+        padded = self._pad([source], 1, shape.widths[0])
+        limits = np.array([self._limit(settings, len(source))], np.int32)
+        options = {
+            "configs": self.configs,
+            "settings": self._completed(settings),
+            "max_length": self._limit(settings, shape.widths[0]),
+            "rngs": _random_keys(settings, seed, shape),
+        }
+        progress = start_stream(self.models, padded, limits, **options)
+        length = 0
+        while not length:
+            progress = extend_stream(self.models, progress, limits, **options)
+            step, tokens, length = jax.device_get((progress.step, progress.live.tokens[0, 0], progress.live.lengths))
+            yield tokens[:step].tolist()
+
+    def score(self, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[Output]:
+        """The given targets with the log-probability of each of their tokens; ValueError as in `search`."""
+        log_probs = self._targets(score_targets, sources, targets)
+        return [Output(np.array(ids, np.int32), row[: len(ids)]) for ids, row in zip(targets, log_probs, strict=True)]
+
+    def align(self, sources: Sequence[Ids], targets: Sequence[Ids], layer: int) -> list[Float[np.ndarray, "T S"]]:
+        """For each pair how much each target token gathered from each source token; ValueError as in `search`."""
+        weights = self._targets(align_targets, sources, targets, layer=layer)
+        sizes = [(len(target), len(source)) for source, target in zip(sources, targets, strict=True)]
+        return [matrix[:rows, :columns] for matrix, (rows, columns) in zip(weights, sizes, strict=True)]
+
+    def compile(self, settings: BeamSearch | Sampling, *, longest: int, sentences: int | None) -> None:
+        """Compiles ahead what `search` needs for sources of up to `longest` tokens; arguments as in `Translator`."""
+        for width in sorted({bucket(length) for length in range(1, longest + 1)}):
+            full = full_rows((width,), self.batch_tokens, self.mesh.size)
+            rows = full if sentences is None else rows_for(sentences, full, self.mesh.size)
+            shape = Shape((), rows, (width,))
+            # Outputs that end at once: compiling is nearly all that it costs.
+            source, limits = self._pad([], rows, width), np.ones(rows, np.int32)
+            found = self._search(source, limits, settings, prefix=None, rngs=_random_keys(settings, 0, shape))
+            jax.block_until_ready(found)
+
+    def _search(
+        self,
+        source: Int[np.ndarray, "B S"],
+        limits: Int[np.ndarray, "B"],
+        settings: BeamSearch | Sampling,
+        *,
+        prefix: Int[np.ndarray, "B P"] | None,
+        rngs: jax.Array | None,
+    ) -> Hypotheses:
+        return search_translations(
+            self.models,
+            source,
+            limits,
+            configs=self.configs,
+            settings=self._completed(settings),
+            max_length=self._limit(settings, source.shape[1]),
+            prefix=prefix,
+            rngs=rngs,
+            mesh=self._shared_mesh,
+        )
+
+    def _targets(self, program, sources: Sequence[Ids], targets: Sequence[Ids], **options) -> list[np.ndarray]:
+        results: list[np.ndarray] = [np.empty(0)] * len(sources)
+        for shape in self._shapes(sources, targets):
+            padded = (
+                self._pad([side[number] for number in shape.numbers], shape.rows, width)
+                for side, width in zip((sources, targets), shape.widths, strict=True)
+            )
+            found = program(self.models, *padded, configs=self.configs, mesh=self._shared_mesh, **options)
+            for number, result in zip(shape.numbers, np.asarray(found), strict=False):
+                results[number] = result
+        return results
+
+    def _shapes(self, *sides: Sequence[Ids]) -> Iterator[Shape]:
+        lengths = [tuple(map(len, ids)) for ids in zip(*sides, strict=True)]
+        room = self._room
+        for shape in shape_batches(lengths, self.batch_tokens, self.mesh.size):
+            if room is not None:
+                check_length(max(max(lengths[number]) for number in shape.numbers), room)
+                shape = shape._replace(widths=tuple(min(width, room) for width in shape.widths))
+            yield shape
+
+    @property
+    def _room(self) -> int | None:
+        """The positions that there are, where they are learned."""
+        learned = [config.max_length for config in self.configs if config.positions == "learned"]
+        return min(learned) if learned else None
+
+    def _limit(self, settings: SearchSettings, source_length: int) -> int:
+        """The longest output in tokens for a source of so many."""
+        limit = settings.limit(source_length)
+        return limit if self._room is None else min(limit, self._room)
+
+    def _completed(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
+        """The settings under which no output holds padding or a second start."""
+        config = self.configs[0]
+        never = {*settings.banned, config.pad_id, config.start_id} - {config.eos_id}
+        return settings.replace(banned=tuple(sorted(never)))
+
+    def _pad(self, rows: Sequence[Ids], count: int, width: int) -> Int[np.ndarray, "B S"]:
+        padded = np.full((count, width), self.configs[0].pad_id, np.int32)
+        for row, ids in zip(padded, rows, strict=False):
+            row[: len(ids)] = ids
+        return padded
+
+    @property
+    def _shared_mesh(self) -> Mesh | None:
+        return self.mesh if self.mesh.size > 1 else None
+
+
+def _random_keys(settings: SearchSettings, seed: int, shape: Shape) -> jax.Array | None:
+    """A key for each row, made of its sentence's number alone: batches do not change what is drawn."""
+    if not isinstance(settings, Sampling):
+        return None
+    numbers = np.zeros(shape.rows, np.uint32)
+    numbers[: len(shape.numbers)] = shape.numbers
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers)

@@ -1,0 +1,106 @@
+"""Takes the logits of the next token and leaves which tokens may come, and which one comes: the best, or one drawn.
+
+Glossary: B sentences, N hypotheses of each, L longest output in tokens, P longest prefix, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from flax_transformer.decoding.settings import Sampling, SearchSettings
+
+GROUP = 64
+
+
+def allowed_tokens(
+    tokens: Int[Array, "B N L"],
+    step: Int[Array, ""],
+    limits: Int[Array, "B"],
+    prefix: Int[Array, "B P"] | None,
+    settings: SearchSettings,
+    *,
+    vocab_size: int,
+    eos_id: int,
+    pad_id: int,
+) -> Bool[Array, "B #N V"]:
+    """Which tokens may come next; the limit goes before the prefix, and the prefix before what settings forbid.
+
+    Args:
+        tokens: of each hypothesis so far.
+        step: number of them.
+        limits: each sentence's longest output in tokens; the last one can only be the end of sentence.
+        prefix: what each output begins with, padded; `None` for no such wish.
+        settings: what is banned, and the shortest output.
+        vocab_size: V.
+        eos_id: the token that ends a sentence.
+        pad_id: what stands behind a shorter prefix.
+    """
+    ids = jnp.arange(vocab_size)
+    is_end = ids == eos_id
+    allowed = jnp.ones((1, 1, vocab_size), bool)
+    if settings.banned:
+        allowed &= ~jnp.isin(ids, jnp.array(settings.banned))
+    if settings.no_repeat_ngram:
+        allowed &= ~_repeating(tokens, step, settings.no_repeat_ngram, vocab_size)
+    if settings.min_length > 1:
+        allowed &= ~(is_end & (step + 1 < settings.min_length))
+    if settings.banned or settings.no_repeat_ngram or settings.min_length > 1:
+        # Where they leave nothing, the sentence ends.
+        allowed |= is_end & ~jnp.any(allowed, axis=-1, keepdims=True)
+    if prefix is not None:
+        wished = jnp.take(prefix, step, axis=1, mode="fill", fill_value=pad_id)[:, None, None]
+        allowed = jnp.where(wished == pad_id, allowed, ids == wished)
+    return jnp.where((step + 1 >= limits)[:, None, None], is_end, allowed)
+
+
+def _repeating(tokens: Int[Array, "B N L"], step: Int[Array, ""], size: int, vocab_size: int) -> Bool[Array, "B N V"]:
+    """The tokens that would make the last `size` ones a sequence that was there before."""
+    batch, hypotheses, length = tokens.shape
+    # The token at each place i repeats if the `size` - 1 before it are the last ones.
+    repeats = (jnp.arange(length) >= size - 1) & (jnp.arange(length) < step)
+    for back in range(1, size):
+        last = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(step - back, 0), axis=2)
+        repeats &= jnp.roll(tokens, back, axis=2) == last
+    rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(hypotheses)[None, :, None]
+    return jnp.zeros((batch, hypotheses, vocab_size), bool).at[rows, columns, tokens].max(repeats)
+
+
+def best_tokens(scores: Float[Array, "*B N V"], count: int) -> tuple[Float[Array, "*B C"], Int[Array, "*B C"]]:
+    """The `count` highest of all N * V scores, and where they are in that row of N * V.
+
+    Only the `count` groups of tokens with the highest maxima can hold them: a maximum is much cheaper than sorting.
+    """
+    *batch, hypotheses, vocab_size = scores.shape
+    padded = jnp.pad(scores, [(0, 0)] * (len(batch) + 1) + [(0, -vocab_size % GROUP)], constant_values=-jnp.inf)
+    groups = padded.reshape(*batch, -1, GROUP)
+    per_row = groups.shape[-2] // hypotheses
+    _, best = jax.lax.top_k(groups.max(axis=-1), min(count, groups.shape[-2]))
+    candidates = jnp.take_along_axis(groups, best[..., None], axis=-2)
+    values, index = jax.lax.top_k(candidates.reshape(*batch, -1), count)
+    group = jnp.take_along_axis(best, index // GROUP, axis=-1)
+    column = jnp.minimum(group % per_row * GROUP + index % GROUP, vocab_size - 1)  # padding, where all else is -inf
+    return values, group // per_row * vocab_size + column
+
+
+def draw_tokens(
+    logits: Float[Array, "B N V"], rngs: Key[Array, "B"], step: Int[Array, ""], settings: Sampling
+) -> Int[Array, "B N"]:
+    """One token for each hypothesis, drawn from the softmax of its logits.
+
+    Args:
+        logits: -inf where a token may not come.
+        rngs: one key for each sentence, so that neighbours do not change what is drawn, [B].
+        step: drawn tokens so far.
+        settings: temperature, and which of the most probable tokens can be drawn.
+    """
+    logits = logits / settings.temperature
+    if settings.top_k and settings.top_k < logits.shape[-1]:
+        logits = jnp.where(logits >= jax.lax.top_k(logits, settings.top_k)[0][..., -1:], logits, -jnp.inf)
+    if settings.top_p < 1:
+        falling = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(falling)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        least = jnp.min(jnp.where(before < settings.top_p, falling, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    draw = jax.vmap(lambda rng, rows: jax.random.categorical(jax.random.fold_in(rng, step), rows))
+    return draw(rngs, logits).astype(jnp.int32)
