@@ -68,8 +68,11 @@ class Vocabulary:
         return self._model
 
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Ids of each sentence, ending with `eos_id` and with no `bos_id`; runs of spaces count as one."""
-        return self._processor.encode(list(sentences), add_eos=True)
+        """Ids of each sentence, ending with `eos_id` and with no `bos_id`; runs of spaces count as one.
+
+        Half a surrogate pair, which is no character, becomes a question mark.
+        """
+        return self._processor.encode([sentence.encode(errors="replace") for sentence in sentences], add_eos=True)
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """The sentence that each row spells: up to its first `eos_id`, passing over `pad_id` and `bos_id`.

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.batching import Shape, bucket, full_rows, rows_for, shape_batches
@@ -71,7 +71,12 @@ class Engine:
         return min(config.max_length for config in self.configs)
 
     def search(
-        self, sources: Sequence[Ids], settings: BeamSearch | Sampling, prefixes: Sequence[Ids], seed: int
+        self,
+        sources: Sequence[Ids],
+        settings: BeamSearch | Sampling,
+        *,
+        prefixes: Sequence[Ids],
+        rngs: Key[Array, "B"] | None,
     ) -> list[list[Output]]:
         """The outputs of each source, in order: the best first, or samples as they were drawn.
 
@@ -79,7 +84,7 @@ class Engine:
             sources: with their ends of sentence.
             settings: what is searched.
             prefixes: what each output begins with, without an end of sentence.
-            seed: for sampling.
+            rngs: a random key for each source; sampling needs them.
 
         Raises:
             ValueError: a source does not fit learned positions, or a prefix its output.
@@ -101,7 +106,7 @@ class Engine:
                 limits,
                 settings,
                 prefix=self._pad(begun, shape.rows, bucket(width)) if width else None,
-                rngs=_random_keys(settings, seed, shape),
+                rngs=None if rngs is None else rngs[self._indices(shape)],
             )
             tokens, lengths, log_probs = jax.device_get((found.tokens, found.lengths, found.token_log_probs))
             for row, number in enumerate(shape.numbers):
@@ -112,16 +117,19 @@ class Engine:
                 ]
         return outputs
 
-    def stream(self, source: Ids, settings: BeamSearch | Sampling, seed: int) -> Iterator[list[int]]:
-        """The output's ids so far, each time that there is one more; of one hypothesis."""
-        shape = Shape((0,), 1, (bucket(len(source)),))
-        padded = self._pad([source], 1, shape.widths[0])
+    def stream(
+        self, source: Ids, settings: BeamSearch | Sampling, *, rngs: Key[Array, "B"] | None
+    ) -> Iterator[list[int]]:
+        """The ids of one hypothesis so far, each time that there is one more; arguments as in `search`."""
+        (shape,) = self._shapes([source])
+        width = shape.widths[0]
+        padded = self._pad([source], 1, width)
         limits = np.array([self._limit(settings, len(source))], np.int32)
         options = {
             "configs": self.configs,
             "settings": self._completed(settings),
-            "max_length": self._limit(settings, shape.widths[0]),
-            "rngs": _random_keys(settings, seed, shape),
+            "max_length": self._limit(settings, width),
+            "rngs": rngs,
         }
         progress = start_stream(self.models, padded, limits, **options)
         length = 0
@@ -143,13 +151,14 @@ class Engine:
 
     def compile(self, settings: BeamSearch | Sampling, *, longest: int, sentences: int | None) -> None:
         """Compiles ahead what `search` needs for sources of up to `longest` tokens; arguments as in `Translator`."""
-        for width in sorted({bucket(length) for length in range(1, longest + 1)}):
+        room = longest if self._room is None else min(longest, self._room)
+        for width in sorted({self._width(bucket(length)) for length in range(1, room + 1)}):
             full = full_rows((width,), self.batch_tokens, self.mesh.size)
             rows = full if sentences is None else rows_for(sentences, full, self.mesh.size)
-            shape = Shape((), rows, (width,))
             # Outputs that end at once: compiling is nearly all that it costs.
             source, limits = self._pad([], rows, width), np.ones(rows, np.int32)
-            found = self._search(source, limits, settings, prefix=None, rngs=_random_keys(settings, 0, shape))
+            rngs = jax.random.split(jax.random.key(0), rows) if isinstance(settings, Sampling) else None
+            found = self._search(source, limits, settings, prefix=None, rngs=rngs)
             jax.block_until_ready(found)
 
     def _search(
@@ -159,7 +168,7 @@ class Engine:
         settings: BeamSearch | Sampling,
         *,
         prefix: Int[np.ndarray, "B P"] | None,
-        rngs: jax.Array | None,
+        rngs: Key[Array, "B"] | None,
     ) -> Hypotheses:
         return search_translations(
             self.models,
@@ -187,18 +196,20 @@ class Engine:
 
     def _shapes(self, *sides: Sequence[Ids]) -> Iterator[Shape]:
         lengths = [tuple(map(len, ids)) for ids in zip(*sides, strict=True)]
-        room = self._room
         for shape in shape_batches(lengths, self.batch_tokens, self.mesh.size):
-            if room is not None:
-                check_length(max(max(lengths[number]) for number in shape.numbers), room)
-                shape = shape._replace(widths=tuple(min(width, room) for width in shape.widths))
-            yield shape
+            if self._room is not None:
+                check_length(max(max(lengths[number]) for number in shape.numbers), self._room)
+            yield shape._replace(widths=tuple(map(self._width, shape.widths)))
 
     @property
     def _room(self) -> int | None:
         """The positions that there are, where they are learned."""
         learned = [config.max_length for config in self.configs if config.positions == "learned"]
         return min(learned) if learned else None
+
+    def _width(self, bucket: int) -> int:
+        """The padded length of a bucket's sentences."""
+        return bucket if self._room is None else min(bucket, self._room)
 
     def _limit(self, settings: SearchSettings, source_length: int) -> int:
         """The longest output in tokens for a source of so many."""
@@ -211,6 +222,12 @@ class Engine:
         never = {*settings.banned, config.pad_id, config.start_id} - {config.eos_id}
         return settings.replace(banned=tuple(sorted(never)))
 
+    def _indices(self, shape: Shape) -> Int[np.ndarray, "B"]:
+        """For each row its sentence; rows without one take the first."""
+        indices = np.zeros(shape.rows, np.int32)
+        indices[: len(shape.numbers)] = shape.numbers
+        return indices
+
     def _pad(self, rows: Sequence[Ids], count: int, width: int) -> Int[np.ndarray, "B S"]:
         padded = np.full((count, width), self.configs[0].pad_id, np.int32)
         for row, ids in zip(padded, rows, strict=False):
@@ -220,12 +237,3 @@ class Engine:
     @property
     def _shared_mesh(self) -> Mesh | None:
         return self.mesh if self.mesh.size > 1 else None
-
-
-def _random_keys(settings: SearchSettings, seed: int, shape: Shape) -> jax.Array | None:
-    """A key for each row, made of its sentence's number alone: batches do not change what is drawn."""
-    if not isinstance(settings, Sampling):
-        return None
-    numbers = np.zeros(shape.rows, np.uint32)
-    numbers[: len(shape.numbers)] = shape.numbers
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
@@ -195,23 +195,21 @@ class Translator:
         """
         _check_list("sentences", sentences)
         prefixes = [""] * len(sentences) if prefixes is None else prefixes
+        _check_list("prefixes", prefixes)
         if len(prefixes) != len(sentences):
             raise ValueError(f"there are {len(prefixes)} prefixes for {len(sentences)} sentences: give one for each")
-        own_parts = self._split(sentences)
-        begun = [
-            prefix if number == 0 else ""
-            for parts, prefix in zip(own_parts, prefixes, strict=True)
-            for number in range(len(parts))
-        ]
-        found = iter(
-            self._engine.search(
-                [part for parts in own_parts for part in parts],
-                search,
-                [ids[:-1] for ids in self.vocabularies.target.encode(begun)],
-                seed,
-            )
+        all_parts = self._split(sentences)
+        # Where each part comes from: the number of its sentence, and its own in there.
+        places = [(number, part) for number, parts in enumerate(all_parts) for part in range(len(parts))]
+        begun = self.vocabularies.target.encode(["" if part else prefixes[number] for number, part in places])
+        found = self._engine.search(
+            [all_parts[number][part] for number, part in places],
+            search,
+            prefixes=[ids[:-1] for ids in begun],
+            rngs=_random_keys(search, seed, places),
         )
-        return [self._join([next(found) for _ in parts], search) for parts in own_parts]
+        outputs = iter(found)
+        return [self._join([next(outputs) for _ in parts], search) for parts in all_parts]
 
     def score(
         self, sources: Sequence[str], targets: Sequence[str | Translation], search: SearchSettings = BEAM
@@ -312,14 +310,14 @@ class Translator:
             ids=tuple(ids),
             token_log_probs=tuple(log_probs),
             log_prob=sum(log_probs),
-            score=sum(log_probs) / search.penalty(len(ids)),
+            score=sum(log_probs) / search.penalty(len(ids)) if ids else 0.0,
         )
 
     def _stream(self, sentence: str, search: BeamSearch | Sampling, seed: int) -> Iterator[str]:
         done: list[str] = []
         told = ""
-        for part in self._split([sentence])[0]:
-            for ids in self._engine.stream(part, search, seed):
+        for number, part in enumerate(self._split([sentence])[0]):
+            for ids in self._engine.stream(part, search, rngs=_random_keys(search, seed, [(0, number)])):
                 (text,) = self.vocabularies.target.decode([ids])
                 whole = join_parts([*done, text])
                 yield whole[len(told) :]
@@ -337,6 +335,15 @@ class Translator:
         return self.vocabularies.source.encode(sources), [
             encode([target])[0] if isinstance(target, str) else list(target.ids) for target in targets
         ]
+
+
+def _random_keys(search: SearchSettings, seed: int, places: Sequence[tuple[int, int]]) -> Key[Array, "B"] | None:
+    """A key for each pair of numbers, made of them and the seed alone: neighbours do not change what is drawn."""
+    if not isinstance(search, Sampling):
+        return None
+    sentences, parts = np.array(places, np.uint32).reshape(-1, 2).T
+    fold_in = jax.random.fold_in
+    return jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)
 
 
 def _check_list(name: str, value: object) -> None:
