@@ -1,39 +1,121 @@
 """Takes a verb and its options and leaves the work to that verb's file in `commands/`, the only one imported."""
 
 import argparse
+import contextlib
+import difflib
 import importlib
+import os
+import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
+import flax_transformer
+
+PROGRAM = "flax-transformer"
 VERBS = {
-    "translate": "translate text with a trained model, one line for one line",
+    "translate": "translate text, a file or sentence by sentence at a prompt",
+    "evaluate": "BLEU, chrF and TER of a model on a test set, or of two models compared",
+    "score": "log-probabilities and perplexity of given translations",
+    "average": "average the weights of several checkpoints into one",
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit status 2."""
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` tells more\n")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parses every argument; an option that does not exist is an error that names the nearest."""
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                self.error(f"{name} stands alone: every value follows its option")
+            near = difflib.get_close_matches(name, re.findall(r"--\w+", self.format_help()), n=1)
+            self.error(f"{name} is no option" + (f": did you mean {near[0]}?" if near else ""))
+        return options
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `flax-transformer VERB [OPTIONS]`; what a user can mend ends in one line and exit status 1.
+    """Runs `flax-transformer VERB [OPTIONS]`; what a user can mend ends in one line and exit status 1 or 2.
 
     Args:
         arguments: those of the command line if not given.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    program = "flax-transformer"
-    overview = argparse.ArgumentParser(
+    overview = _overview()
+    if not arguments:
+        overview.error(f"name a verb, {', '.join(VERBS)}")
+    verb = overview.parse_args(arguments[:1]).verb
+    program = f"{PROGRAM} {verb}"
+    command = importlib.import_module(f"flax_transformer.commands.{verb}")
+    parser = Parser(
         prog=program,
+        usage=f"{program} --workdir FOLDER [OPTIONS]",
+        description=command.__doc__,
+        epilog=command.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # or an option added later would break a script that abbreviates another
+    )
+    command.add_arguments(parser)
+    options = parser.parse_all(arguments[1:])
+    _prepare_libraries()
+    try:
+        with _warnings_in_one_line(program):
+            command.run(options)
+    except BrokenPipeError:
+        # The reader has enough, as `head` does. What Python would still write when it ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a program that the closed pipe stops
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a program that Ctrl-C stops
+    except (ValueError, OSError) as error:
+        sys.exit(f"{program}: {' '.join(str(error).split())}")
+
+
+def _overview() -> Parser:
+    overview = Parser(
+        prog=PROGRAM,
         description='The Transformer of "Attention Is All You Need" in pure Flax.',
         epilog="verbs:\n" + "\n".join(f"  {verb:<12}{purpose}" for verb, purpose in VERBS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    overview.add_argument("verb", metavar="VERB", choices=VERBS, help=f"see below; `{program} VERB --help` tells more")
-    verb = overview.parse_args(arguments[:1]).verb
-    command = importlib.import_module(f"flax_transformer.commands.{verb}")
-    parser = argparse.ArgumentParser(prog=f"{program} {verb}", description=command.__doc__)
-    command.add_arguments(parser)
-    options = parser.parse_args(arguments[1:])
-    try:
-        command.run(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{program} {verb}: {error}")
+    overview.add_argument("--version", action="version", version=f"{PROGRAM} {flax_transformer.__version__}")
+    overview.add_argument("verb", metavar="VERB", choices=VERBS, help=f"see below; `{PROGRAM} VERB --help` tells more")
+    return overview
+
+
+def _prepare_libraries() -> None:
+    """Lets jax keep what it compiles from run to run, and Orbax be quiet; what the user has set stays."""
+    # The specification wants a relative path to be ignored: https://specifications.freedesktop.org/basedir-spec
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, PROGRAM, "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line(program: str) -> Iterator[None]:
+    """Shows this library's warnings to the user, above a progress bar; those of others are for developers."""
+
+    def show(message: Warning | str, *where: Any, **options: Any) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module="flax_transformer|__main__")
+        warnings.showwarning = show
+        yield
 
 
 if __name__ == "__main__":

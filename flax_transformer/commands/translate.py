@@ -1,58 +1,206 @@
-"""Translates a file, or standard input, to standard output: one line for one line, in order, empty lines kept."""
+"""Translates a file, or standard input: one line for one line, in order, empty
+lines kept. With --interactive, translates what you type.
+"""
 
 import argparse
+import contextlib
+import dataclasses
+import io
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from etils import epath
+from flax_transformer.commands.lines import (
+    STANDARD,
+    check_output,
+    count_lines,
+    in_chunks,
+    json_line,
+    open_output,
+    progress_bar,
+    read_lines,
+    read_pairs,
+)
+from flax_transformer.commands.options import (
+    add_model_options,
+    add_search_options,
+    load_translator,
+    pair_checkpoints,
+    positive,
+    search_settings,
+)
+from flax_transformer.decoding.settings import SearchSettings
 
-# Lines read before the first is translated: enough to sort by length, few enough to see the output grow.
-CHUNK = 2000
+EXAMPLES = """\
+formats:
+  text      the best translation of each line
+  tsv       line number, rank, score and translation, --nbest rows for each line
+  jsonl     an object for each line: source, and hypotheses with text, score, log_prob,
+            tokens, ids, token_log_probs, and alignment where it is asked for
+
+examples:
+  flax-transformer translate --workdir=runs/mine --input=letters.en --output=letters.de
+  echo "A dog runs." | flax-transformer translate --workdir=runs/mine
+  flax-transformer translate --workdir=runs/mine --interactive
+  flax-transformer translate --workdir runs/a runs/b --nbest=4 --format=tsv --input=letters.en
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `translate`."""
-    parser.add_argument("--workdir", required=True, help="the work directory that training left")
-    parser.add_argument("--input", help="a UTF-8 text file; standard input if not given")
-    parser.add_argument("--checkpoint", default="best", help='"best" (default), "latest" or a step')
-    parser.add_argument(
-        "--beam_size", type=int, default=4, help="hypotheses for each sentence; 1 is greedy (default 4)"
+    add_model_options(parser)
+
+    text = parser.add_argument_group("the text")
+    text.add_argument("--input", metavar="FILE", help="UTF-8, a sentence a line; standard input if not given")
+    text.add_argument("--output", metavar="FILE", help="where translations go; standard output if not given")
+    text.add_argument("--format", choices=FORMATS, help="text (default), tsv or jsonl, see below")
+    text.add_argument(
+        "--nbest",
+        dest="num_return",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="translations of each sentence, the best first, or that many samples (default 1)",
     )
-    parser.add_argument("--alpha", type=float, default=0.6, help="exponent of the length penalty (default 0.6)")
+    text.add_argument(
+        "--alignment",
+        nargs="?",
+        type=int,
+        const=-1,
+        metavar="LAYER",
+        help="add to jsonl how much each target token attended to each source token: the cross-attention of a decoder "
+        "layer, heads averaged; layers count from 0, and the last is the default",
+    )
+    text.add_argument("--prefixes", metavar="FILE", help="line i is how the translation of line i must begin")
+    text.add_argument("--interactive", action="store_true", help="translate at a prompt; Ctrl-D leaves it")
+    text.add_argument(
+        "--buffer_lines",
+        type=positive,
+        default=2000,
+        metavar="N",
+        help="lines read before they are sorted by length and translated: more are faster, fewer show sooner "
+        "(default 2000)",
+    )
+
+    add_search_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Translates chunk by chunk; raises ValueError or OSError with the mend."""
-    if options.beam_size < 1:
-        raise ValueError(f"--beam_size is {options.beam_size}: it must be at least 1")
-    # jax loads here, so that --help answers at once.
-    from flax_transformer.decoding.translator import Translator
-
-    checkpoint = int(options.checkpoint) if options.checkpoint.isdigit() else options.checkpoint
-    translator = Translator.from_workdir(options.workdir, step=checkpoint)
-    lines = _read_lines(options.input)
-    while chunk := list(itertools.islice(lines, CHUNK)):
-        for translation in translator.translate(chunk, beam_size=options.beam_size, alpha=options.alpha):
-            sys.stdout.buffer.write(translation.encode() + b"\n")
-        sys.stdout.buffer.flush()
-
-
-def _read_lines(path: str | None) -> Iterator[str]:
-    if path is None:
-        yield from _decode(sys.stdin.buffer, "standard input")
+    search = search_settings(options)
+    models = pair_checkpoints(options.workdir, options.checkpoint)
+    if options.interactive:
+        _check_interactive(options)
+        _converse(load_translator(models, options.batch_tokens), search, options.seed)
         return
-    try:
-        file = epath.Path(path).open("rb")
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror or error}): check --input") from error
-    with file:
-        yield from _decode(file, path)
+    _check_format(options, search)
+    source, output = options.input or STANDARD, options.output or STANDARD
+    files = [source, options.prefixes] if options.prefixes else [source]
+    total = count_lines(*files)
+    if options.output:
+        check_output("--output", output, files)
+    if source == STANDARD and sys.stdin.isatty():
+        print("type sentences, Ctrl-D ends them; --interactive answers each at once", file=sys.stderr)
+    translator = load_translator(models, options.batch_tokens)
+    lines = read_pairs(source, options.prefixes) if options.prefixes else ((line, "") for line in read_lines(source))
+    write_lines = FORMATS[options.format or "text"]
+    done = 0
+    with open_output(output) as file, progress_bar(total, beside=output) as bar:
+        for chunk in in_chunks(lines, options.buffer_lines):
+            sentences = [sentence for sentence, _ in chunk]
+            prefixes = [prefix for _, prefix in chunk] if options.prefixes else None
+            # Samples of a sentence that comes again in a later chunk are others.
+            found = translator.hypotheses(sentences, search, prefixes=prefixes, seed=options.seed + done)
+            described = _describe(translator, sentences, found, options.alignment)
+            for number, (sentence, hypotheses) in enumerate(zip(sentences, described, strict=True), start=done + 1):
+                for line in write_lines(number, sentence, hypotheses):
+                    file.write(f"{line}\n".encode())
+            file.flush()
+            bar.update(len(chunk))
+            done += len(chunk)
 
 
-def _decode(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        try:
-            yield line.decode().removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}:{number}: not UTF-8 ({error.reason}): convert it, e.g. with iconv") from error
+def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:
+    if search.num_return > 1 and options.format in (None, "text"):
+        raise ValueError(
+            f"--nbest is {search.num_return}, and text has one line for each line: add --format=tsv or --format=jsonl"
+        )
+    if options.alignment is not None and options.format != "jsonl":
+        raise ValueError("--alignment has no place in text or tsv: add --format=jsonl")
+
+
+def _check_interactive(options: argparse.Namespace) -> None:
+    for name in ("input", "output", "format", "alignment", "prefixes"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for files, --interactive for a prompt: leave one of them out")
+
+
+def _describe(
+    translator: Any, sentences: Sequence[str], found: Sequence[Sequence[Any]], layer: int | None
+) -> list[list[dict[str, Any]]]:
+    """Each hypothesis of each sentence by its fields, with its alignment where a layer is given."""
+    described = [[dataclasses.asdict(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
+    if layer is None:
+        return described
+    pairs = [(sentence, one) for sentence, several in zip(sentences, found, strict=True) for one in several]
+    alignments = translator.align([sentence for sentence, _ in pairs], [one for _, one in pairs], layer=layer)
+    for one, alignment in zip(itertools.chain.from_iterable(described), alignments, strict=True):
+        one["alignment"] = {
+            "source_tokens": alignment.source_tokens,
+            "target_tokens": alignment.target_tokens,
+            "weights": alignment.weights.astype(float).round(4).tolist(),
+        }
+    return described
+
+
+def _text(number: int, sentence: str, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
+    return [hypotheses[0]["text"]]
+
+
+def _tsv(number: int, sentence: str, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        f"{number}\t{rank}\t{one['score']:.6f}\t{one['text'].replace(chr(9), ' ')}"
+        for rank, one in enumerate(hypotheses, start=1)
+    ]
+
+
+def _jsonl(number: int, sentence: str, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
+    return [json_line({"line": number, "source": sentence, "hypotheses": hypotheses})]
+
+
+FORMATS: dict[str, Callable[[int, str, Sequence[dict[str, Any]]], list[str]]] = {
+    "text": _text,
+    "tsv": _tsv,
+    "jsonl": _jsonl,
+}
+
+
+def _converse(translator: Any, search: SearchSettings, seed: int) -> None:
+    """Translates each sentence that is typed, until Ctrl-D or Ctrl-C."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  Lets `input` edit a line and remember those before.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    print("Type a sentence and Enter; Ctrl-D leaves.")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        for turn in itertools.count():
+            sentence = input("> ")
+            try:
+                _answer(translator, sentence, search, seed + turn)
+            except ValueError as error:
+                print(f"flax-transformer translate: {error}", file=sys.stderr)
+    print()
+
+
+def _answer(translator: Any, sentence: str, search: SearchSettings, seed: int) -> None:
+    """Prints a translation as its pieces are chosen, where there is but one to choose, or the n-best with scores."""
+    if search.hypotheses == 1:
+        for piece in translator.stream(sentence, search, seed=seed):
+            print(piece, end="", flush=True)
+        print()
+    elif search.num_return == 1:
+        print(translator.translate([sentence], search, seed=seed)[0])
+    else:
+        for hypothesis in translator.hypotheses([sentence], search, seed=seed)[0]:
+            print(f"{hypothesis.score:10.4f}  {hypothesis.text}")

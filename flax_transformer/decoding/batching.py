@@ -17,7 +17,7 @@ class Shape(NamedTuple):
     Attributes:
         numbers: which sentences; at most `rows`.
         rows: of the batch.
-        widths: its lengths in tokens: the source's, and the target's where there is one.
+        widths: what its sides are padded to, in tokens: the source, and the target where there is one.
     """
 
     numbers: tuple[int, ...]
@@ -55,6 +55,11 @@ def shape_batches(lengths: Sequence[tuple[int, ...]], batch_tokens: int, devices
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True):
         buckets[tuple(map(bucket, lengths[number]))].append(number)
     for widths, numbers in sorted(buckets.items(), reverse=True):
-        rows = rows_for(len(numbers), full_rows(widths, batch_tokens, devices), devices)
-        for start in range(0, len(numbers), rows):
-            yield Shape(tuple(numbers[start : start + rows]), rows, widths)
+        yield from bucket_shapes(numbers, widths, batch_tokens, devices)
+
+
+def bucket_shapes(numbers: Sequence[int], widths: tuple[int, ...], batch_tokens: int, devices: int) -> Iterator[Shape]:
+    """Divides the sentences of one bucket into batches of one shape; arguments as above."""
+    rows = rows_for(len(numbers), full_rows(widths, batch_tokens, devices), devices)
+    for start in range(0, len(numbers), rows):
+        yield Shape(tuple(numbers[start : start + rows]), rows, widths)

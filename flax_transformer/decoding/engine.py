@@ -3,6 +3,7 @@
 Glossary: B sentences of a batch, S source, T target, L longest output, P longest prefix.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.decoding.batching import Shape, bucket, full_rows, rows_for, shape_batches
+from flax_transformer.decoding.batching import Shape, bucket, bucket_shapes, full_rows, rows_for, shape_batches
 from flax_transformer.decoding.programs import (
     BATCH_AXIS,
     align_targets,
@@ -80,6 +81,9 @@ class Engine:
     ) -> list[list[Output]]:
         """The outputs of each source, in order: the best first, or samples as they were drawn.
 
+        Most outputs are about as long as their sources, so a bucket's program has room for little more. The few
+        sentences whose search is not over then are searched again in the next bucket.
+
         Args:
             sources: with their ends of sentence.
             settings: what is searched.
@@ -90,39 +94,66 @@ class Engine:
             ValueError: a source does not fit learned positions, or a prefix its output.
         """
         outputs: list[list[Output]] = [[] for _ in sources]
-        for shape in self._shapes(sources):
-            limits = np.ones(shape.rows, np.int32)  # rows without a sentence end at once
-            limits[: len(shape.numbers)] = [self._limit(settings, len(sources[number])) for number in shape.numbers]
-            begun = [prefixes[number] for number in shape.numbers]
-            for ids, limit in zip(begun, limits, strict=False):
-                if len(ids) >= limit:
-                    raise ValueError(
-                        f"a prefix has {len(ids)} tokens, its output may have {limit} with the end of sentence: "
-                        "shorten it, or raise max_length or extra_length"
-                    )
-            width = max(map(len, begun))
-            found = self._search(
-                self._pad([sources[number] for number in shape.numbers], shape.rows, shape.widths[0]),
-                limits,
-                settings,
-                prefix=self._pad(begun, shape.rows, bucket(width)) if width else None,
-                rngs=None if rngs is None else rngs[self._indices(shape)],
-            )
-            tokens, lengths, log_probs = jax.device_get((found.tokens, found.lengths, found.token_log_probs))
-            for row, number in enumerate(shape.numbers):
-                outputs[number] = [
-                    Output(tokens[row, rank, :length], log_probs[row, rank, :length])
-                    for rank, length in enumerate(lengths[row])
-                    if length
-                ]
+        waiting = defaultdict(list)
+        for number, source in enumerate(sources):
+            waiting[self._width(len(source))].append(number)
+        while waiting:
+            width = min(waiting)
+            numbers = sorted(waiting.pop(width), key=lambda number: len(sources[number]), reverse=True)
+            for shape in bucket_shapes(numbers, (width,), self.batch_tokens, self.mesh.size):
+                found, is_open = self._search_batch(shape, sources, settings, prefixes, rngs)
+                for number, hypotheses, cut_short in zip(shape.numbers, found, is_open, strict=False):
+                    if cut_short:  # the next bucket has more room
+                        waiting[self._width(2 * width)].append(number)
+                    outputs[number] = hypotheses
         return outputs
+
+    def _search_batch(
+        self,
+        shape: Shape,
+        sources: Sequence[Ids],
+        settings: BeamSearch | Sampling,
+        prefixes: Sequence[Ids],
+        rngs: Key[Array, "B"] | None,
+    ) -> tuple[list[list[Output]], Bool[np.ndarray, "B"]]:
+        """The outputs of each row, and whether its search needs more room than there was."""
+        limits = np.ones(shape.rows, np.int32)  # rows without a sentence end at once
+        limits[: len(shape.numbers)] = [self._limit(settings, len(sources[number])) for number in shape.numbers]
+        begun = [prefixes[number] for number in shape.numbers]
+        for ids, limit in zip(begun, limits, strict=False):
+            if len(ids) >= limit:
+                raise ValueError(
+                    f"a prefix has {len(ids)} tokens, its output may have {limit} with the end of sentence: "
+                    "shorten it, or raise max_length or extra_length"
+                )
+        indices = np.zeros(shape.rows, np.int32)
+        indices[: len(shape.numbers)] = shape.numbers
+        width = max(map(len, begun))
+        hypotheses, is_open = self._search(
+            self._pad([sources[number] for number in shape.numbers], shape.rows, shape.widths[0]),
+            limits,
+            settings,
+            prefix=self._pad(begun, shape.rows, bucket(width)) if width else None,
+            rngs=None if rngs is None else rngs[indices],
+        )
+        tokens, lengths, log_probs, is_open = jax.device_get(
+            (hypotheses.tokens, hypotheses.lengths, hypotheses.token_log_probs, is_open)
+        )
+        outputs = [
+            [
+                Output(tokens[row, rank, :length], log_probs[row, rank, :length])
+                for rank, length in enumerate(lengths[row])
+                if length
+            ]
+            for row in range(len(shape.numbers))
+        ]
+        return outputs, is_open
 
     def stream(
         self, source: Ids, settings: BeamSearch | Sampling, *, rngs: Key[Array, "B"] | None
     ) -> Iterator[list[int]]:
         """The ids of one hypothesis so far, each time that there is one more; arguments as in `search`."""
-        (shape,) = self._shapes([source])
-        width = shape.widths[0]
+        width = self._width(len(source))
         padded = self._pad([source], 1, width)
         limits = np.array([self._limit(settings, len(source))], np.int32)
         options = {
@@ -152,7 +183,7 @@ class Engine:
     def compile(self, settings: BeamSearch | Sampling, *, longest: int, sentences: int | None) -> None:
         """Compiles ahead what `search` needs for sources of up to `longest` tokens; arguments as in `Translator`."""
         room = longest if self._room is None else min(longest, self._room)
-        for width in sorted({self._width(bucket(length)) for length in range(1, room + 1)}):
+        for width in sorted({self._width(length) for length in range(1, room + 1)}):
             full = full_rows((width,), self.batch_tokens, self.mesh.size)
             rows = full if sentences is None else rows_for(sentences, full, self.mesh.size)
             # Outputs that end at once: compiling is nearly all that it costs.
@@ -169,14 +200,16 @@ class Engine:
         *,
         prefix: Int[np.ndarray, "B P"] | None,
         rngs: Key[Array, "B"] | None,
-    ) -> Hypotheses:
+    ) -> tuple[Hypotheses, jax.Array]:
+        width = source.shape[1]
+        limit = self._limit(settings, width)
         return search_translations(
             self.models,
             source,
             limits,
             configs=self.configs,
             settings=self._completed(settings),
-            max_length=self._limit(settings, source.shape[1]),
+            max_length=limit if width == self._room else min(limit, width + width // 2 + 8),
             prefix=prefix,
             rngs=rngs,
             mesh=self._shared_mesh,
@@ -197,8 +230,6 @@ class Engine:
     def _shapes(self, *sides: Sequence[Ids]) -> Iterator[Shape]:
         lengths = [tuple(map(len, ids)) for ids in zip(*sides, strict=True)]
         for shape in shape_batches(lengths, self.batch_tokens, self.mesh.size):
-            if self._room is not None:
-                check_length(max(max(lengths[number]) for number in shape.numbers), self._room)
             yield shape._replace(widths=tuple(map(self._width, shape.widths)))
 
     @property
@@ -207,9 +238,12 @@ class Engine:
         learned = [config.max_length for config in self.configs if config.positions == "learned"]
         return min(learned) if learned else None
 
-    def _width(self, bucket: int) -> int:
-        """The padded length of a bucket's sentences."""
-        return bucket if self._room is None else min(bucket, self._room)
+    def _width(self, length: int) -> int:
+        """What a sentence of so many tokens is padded to; ValueError where it does not fit learned positions."""
+        if self._room is None:
+            return bucket(length)
+        check_length(length, self._room)
+        return min(bucket(length), self._room)
 
     def _limit(self, settings: SearchSettings, source_length: int) -> int:
         """The longest output in tokens for a source of so many."""
@@ -221,12 +255,6 @@ class Engine:
         config = self.configs[0]
         never = {*settings.banned, config.pad_id, config.start_id} - {config.eos_id}
         return settings.replace(banned=tuple(sorted(never)))
-
-    def _indices(self, shape: Shape) -> Int[np.ndarray, "B"]:
-        """For each row its sentence; rows without one take the first."""
-        indices = np.zeros(shape.rows, np.int32)
-        indices[: len(shape.numbers)] = shape.numbers
-        return indices
 
     def _pad(self, rows: Sequence[Ids], count: int, width: int) -> Int[np.ndarray, "B S"]:
         padded = np.full((count, width), self.configs[0].pad_id, np.int32)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from flax_transformer.decoding.settings import Sampling, SearchSettings
 
-GROUP = 64
+GROUP = 64  # tokens, or a little fewer
 
 
 def allowed_tokens(
@@ -71,14 +71,17 @@ def best_tokens(scores: Float[Array, "*B N V"], count: int) -> tuple[Float[Array
     Only the `count` groups of tokens with the highest maxima can hold them: a maximum is much cheaper than sorting.
     """
     *batch, hypotheses, vocab_size = scores.shape
-    padded = jnp.pad(scores, [(0, 0)] * (len(batch) + 1) + [(0, -vocab_size % GROUP)], constant_values=-jnp.inf)
-    groups = padded.reshape(*batch, -1, GROUP)
+    # Padding would copy all scores; most vocabularies can do without.
+    size = next((size for size in range(GROUP, GROUP // 2, -1) if vocab_size % size == 0), GROUP)
+    if padding := -vocab_size % size:
+        scores = jnp.pad(scores, [(0, 0)] * (len(batch) + 1) + [(0, padding)], constant_values=-jnp.inf)
+    groups = scores.reshape(*batch, -1, size)
     per_row = groups.shape[-2] // hypotheses
     _, best = jax.lax.top_k(groups.max(axis=-1), min(count, groups.shape[-2]))
     candidates = jnp.take_along_axis(groups, best[..., None], axis=-2)
     values, index = jax.lax.top_k(candidates.reshape(*batch, -1), count)
-    group = jnp.take_along_axis(best, index // GROUP, axis=-1)
-    column = jnp.minimum(group % per_row * GROUP + index % GROUP, vocab_size - 1)  # padding, where all else is -inf
+    group = jnp.take_along_axis(best, index // size, axis=-1)
+    column = jnp.minimum(group % per_row * size + index % size, vocab_size - 1)  # padding, where all else is -inf
     return values, group // per_row * vocab_size + column
 
 

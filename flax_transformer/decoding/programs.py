@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.search import Hypotheses, Progress, Search
@@ -36,7 +36,7 @@ def search_translations(
     prefix: Int[Array, "B P"] | None = None,
     rngs: Key[Array, "B"] | None = None,
     mesh: Mesh | None = None,
-) -> Hypotheses:
+) -> tuple[Hypotheses, Bool[Array, "B"]]:
     """Encodes a batch and searches its translations, in one compiled program.
 
     Args:
@@ -45,15 +45,20 @@ def search_translations(
         limits: each sentence's longest output in tokens.
         configs: of each model.
         settings: what is searched.
-        max_length: the largest limit, L.
+        max_length: the room for an output, L.
         prefix: tokens that each output begins with, padded.
         rngs: one random key for each sentence, for sampling.
         mesh: the devices that share the sentences, each searching its own; `None` for one device.
+
+    Returns:
+        The hypotheses, and which sentences' are not final, because their limits are more than `max_length`, and more
+        room would show more.
     """
 
     def run(models, source, limits, prefix, rngs):
         search = _search(models, limits, configs, settings, max_length, prefix, rngs)
-        return search.run(_start(models, source, configs, settings, max_length))
+        progress = search.run(_start(models, source, configs, settings, max_length))
+        return search.result(progress), search.open(progress)
 
     return _divided(run, mesh)(models, source, limits, prefix, rngs)
 

@@ -62,13 +62,15 @@ def follow_rows(state: PyTree, parents: Int[Array, "B N"]) -> PyTree:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """One search: `run` goes through it in one `while_loop`; `start`, `extend` and `result` are its steps.
+    """One search: `search.result(search.run(state))` is what it finds, in one `while_loop`.
+
+    `start` and `extend` are its steps, for those who want to see each.
 
     Attributes:
         step_fn: from the state and the last tokens [B * N] to the next state and logits [B * N, V].
         limits: each sentence's longest output in tokens, the end of sentence included; at the limit it is forced.
         settings: what is searched, and how; N is `settings.hypotheses`.
-        max_length: the largest limit, L.
+        max_length: the room for an output, L: the largest limit, or less where `open` is heeded.
         start_id: the token before the first.
         eos_id: the token that ends a sentence.
         pad_id: what stands after it.
@@ -99,16 +101,13 @@ class Search:
         """The settings of hypotheses that compete; a beam of one has nothing to compare and is greedy search."""
         return self.settings if isinstance(self.settings, BeamSearch) and self.settings.beam_size > 1 else None
 
-    def run(self, state: PyTree) -> Hypotheses:
-        """Searches from the state before the first step.
+    def run(self, state: PyTree) -> Progress:
+        """Searches until no next step can change the result, or there is no more room.
 
         Args:
-            state: of N hypotheses for each sentence, one after the other.
-
-        Returns:
-            `settings.num_return` hypotheses for each sentence; where fewer exist, the rest have score -inf.
+            state: before the first step, of N hypotheses for each sentence, one after the other.
         """
-        return self.result(jax.lax.while_loop(self.unfinished, self.extend, self.start(state)))
+        return jax.lax.while_loop(self.unfinished, self.extend, self.start(state))
 
     def start(self, state: PyTree) -> Progress:
         """The progress before the first step."""
@@ -127,21 +126,21 @@ class Search:
 
     def unfinished(self, progress: Progress) -> Bool[Array, ""]:
         """Whether a next step can change the result."""
-        return (progress.step < self.max_length) & jnp.any(self._open(progress))
+        return (progress.step < self.max_length) & jnp.any(self.open(progress))
 
     def extend(self, progress: Progress) -> Progress:
         """The progress after one more token of each live hypothesis."""
         return self._extend_each(progress) if self._beam is None else self._extend_beam(progress, self._beam)
 
     def result(self, progress: Progress) -> Hypotheses:
-        """What has been found."""
+        """What has been found: `settings.num_return` of each sentence; where there are fewer, the rest score -inf."""
         if self._beam is not None:
             return jax.tree.map(lambda leaf: leaf[:, : self.settings.num_return], progress.ended)
         live = progress.live
         return live.replace(scores=live.log_probs / self.settings.penalty(live.lengths))
 
-    def _open(self, progress: Progress) -> Bool[Array, "B"]:
-        """Which sentences a next step can change."""
+    def open(self, progress: Progress) -> Bool[Array, "B"]:
+        """Which sentences a next step can change; after `run` those whose limit is more than there was room for."""
         if self._beam is None:
             return jnp.any(progress.live.lengths == 0, axis=1)
         best = jnp.max(progress.live.log_probs, axis=1)
@@ -201,13 +200,13 @@ class Search:
             candidates, where = best_tokens(totals, 2 * size)
             is_end = where % vocab_size == self.eos_id
             # An end that is not among the best is lost, and a sentence that has its hypotheses takes no more.
-            counts = is_end & (jnp.arange(2 * size) < size) & self._open(progress)[:, None]
+            counts = is_end & (jnp.arange(2 * size) < size) & self.open(progress)[:, None]
             ends, ending = jnp.where(counts, candidates, -jnp.inf), where // vocab_size
             going_on, index = jax.lax.top_k(jnp.where(is_end, -jnp.inf, candidates), size)
             where = jnp.take_along_axis(where, index, axis=1)
         else:
             ends, ending = totals[:, :, self.eos_id], jnp.broadcast_to(jnp.arange(size), (len(totals), size))
-            going_on, where = best_tokens(totals.at[:, :, self.eos_id].set(-jnp.inf), size)
+            going_on, where = best_tokens(jnp.where(jnp.arange(vocab_size) == self.eos_id, -jnp.inf, totals), size)
         parents, chosen = jnp.divmod(where, vocab_size)
         return Progress(
             step=progress.step + 1,

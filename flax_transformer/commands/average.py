@@ -1,0 +1,40 @@
+"""Averages the weights of several checkpoints of one training into one, as the
+paper did with the last 5 of its base models (section 6.1). It takes the place of
+an average made before; the checkpoints themselves stay.
+"""
+
+import argparse
+import shlex
+
+from flax_transformer.commands.options import explain_damage, positive
+
+EXAMPLES = """\
+examples:
+  flax-transformer average --workdir=runs/mine --last=5
+  flax-transformer translate --workdir=runs/mine --checkpoint=averaged --input=letters.en
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `average`."""
+    parser.add_argument(
+        "--workdir", required=True, metavar="FOLDER", help="the work directory that training left; the average joins it"
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--last", type=positive, metavar="N", help="average the N newest checkpoints; this or --best")
+    which.add_argument(
+        "--best", type=positive, metavar="N", help="average the N best by the metric that training chose by"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Averages and says how to use it; raises ValueError or OSError with the mend."""
+    # jax loads here, so that --help answers at once.
+    from flax_transformer.workdir import WorkDirectory
+
+    with explain_damage(options.workdir):
+        steps = WorkDirectory(options.workdir).average_checkpoints(last=options.last, best=options.best)
+    print(
+        f"averaged {len(steps)} of the checkpoints, step {', '.join(map(str, steps))}; to translate with the average:"
+    )
+    print(f"  flax-transformer translate --workdir={shlex.quote(options.workdir)} --checkpoint=averaged")

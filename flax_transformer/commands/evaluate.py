@@ -1,0 +1,243 @@
+"""Translates a test set and scores the translations with sacrebleu: BLEU, chrF and
+TER. With --compare, tells whether a second model is better or only luckier.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.base import Metric, Score
+from sacrebleu.metrics.bleu import BLEUScore
+from sacrebleu.significance import PairedTest, Result
+
+from flax_transformer.commands.lines import check_output, count_lines, in_chunks, open_output, progress_bar, read_pairs
+from flax_transformer.commands.options import (
+    Model,
+    add_model_options,
+    add_search_options,
+    checkpoint,
+    load_translator,
+    pair_checkpoints,
+    search_settings,
+)
+from flax_transformer.data.corpus import load_corpus
+from flax_transformer.decoding.settings import SearchSettings
+
+EXAMPLES = """\
+length is the translations' tokens divided by the references', as BLEU counts them;
+sentences/s is of the whole time of translating, compiling included.
+
+examples:
+  flax-transformer evaluate --workdir=runs/mine --source=test.en --reference=test.de
+  flax-transformer evaluate --workdir=runs/mine --corpus=tfds:wmt14_translate/de-en:test
+  flax-transformer evaluate --workdir=runs/a --compare=runs/b --source=test.en --reference=test.de
+"""
+# Below this probability a difference is called significant, as is usual.
+SIGNIFICANT = 0.05
+LESS_IS_BETTER = ("TER",)
+# Sentences translated between two moves of the progress bar: enough to sort by length.
+CHUNK = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What one model, or an ensemble, made of the test set.
+
+    Attributes:
+        models: each model's work directory and checkpoint.
+        translations: of each sentence.
+        seconds: how long translating took, compiling included.
+        scores: sacrebleu's, by metric.
+    """
+
+    models: Sequence[Model]
+    translations: Sequence[str]
+    seconds: float
+    scores: Mapping[str, Score]
+
+    @property
+    def name(self) -> str:
+        """Which it is, for a person."""
+        return " + ".join(f"{workdir} ({step})" for workdir, step in self.models)
+
+    @property
+    def length(self) -> float:
+        """The translations' tokens divided by the references', as BLEU counts them."""
+        return cast(BLEUScore, self.scores["BLEU"]).ratio
+
+    @property
+    def speed(self) -> float:
+        """Sentences a second."""
+        return len(self.translations) / self.seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `evaluate`."""
+    add_model_options(parser)
+
+    text = parser.add_argument_group("the test set")
+    text.add_argument("--source", metavar="FILE", help="UTF-8, a sentence a line")
+    text.add_argument("--reference", metavar="FILE", help="line i translates line i of the source")
+    text.add_argument(
+        "--corpus",
+        metavar="CORPUS",
+        help="in place of both: files:SOURCE,REFERENCE, tsv:FILE or tfds:NAME:SPLIT?source=en&target=de, as in "
+        "training; quote it in a shell",
+    )
+
+    report = parser.add_argument_group("the report")
+    report.add_argument(
+        "--output", choices=("text", "json"), default="text", help="how scores are shown (default text)"
+    )
+    report.add_argument("--translations", metavar="FILE", help="also write the translations of --workdir, a line each")
+    report.add_argument(
+        "--tokenize",
+        choices=list(BLEU.TOKENIZERS),
+        default=BLEU.TOKENIZER_DEFAULT,
+        metavar="NAME",
+        help=f"sacrebleu's tokeniser for BLEU (default {BLEU.TOKENIZER_DEFAULT}); where words are written without "
+        "spaces: zh, ja-mecab, ko-mecab or char",
+    )
+    report.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="FOLDER",
+        help="a second work directory, or ensemble: shows both and tests each difference by paired bootstrap",
+    )
+    report.add_argument(
+        "--compare_checkpoint",
+        nargs="+",
+        type=checkpoint,
+        metavar="STEP",
+        help="the checkpoint of --compare (default: that of --workdir)",
+    )
+
+    add_search_options(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Translates, scores and prints; raises ValueError or OSError with the mend."""
+    search = search_settings(options)
+    if options.compare_checkpoint and not options.compare:
+        raise ValueError("--compare_checkpoint is of no use alone: name its work directory with --compare")
+    models = [pair_checkpoints(options.workdir, options.checkpoint)]
+    if options.compare:
+        models.append(pair_checkpoints(options.compare, options.compare_checkpoint or options.checkpoint))
+    metrics = _metrics(options.tokenize)
+    sources, references = _read(options)
+    if options.translations:
+        check_output("--translations", options.translations, [options.source, options.reference])
+    # All load before any translates, so that a wrong path is found now and not after hours.
+    translators = [load_translator(each, options.batch_tokens) for each in models]
+    systems: list[System] = []
+    for each, translator in zip(models, translators, strict=True):
+        translations, seconds = _translate(translator, sources, search, options.seed)
+        if options.translations and not systems:
+            with open_output(options.translations) as file:
+                file.writelines(f"{translation}\n".encode() for translation in translations)
+        scores = {name: metric.corpus_score(translations, [references]) for name, metric in metrics.items()}
+        systems.append(System(each, translations, seconds, scores))
+    tests = _compare(systems, references, metrics) if len(systems) == 2 else {}
+    signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
+    show = _print_json if options.output == "json" else _print_text
+    show(systems, tests, signatures)
+
+
+def _metrics(tokenize: str) -> dict[str, Metric]:
+    try:
+        return {"BLEU": BLEU(tokenize=tokenize), "chrF": CHRF(), "TER": TER()}
+    except RuntimeError as error:  # A tokeniser for which sacrebleu wants another package.
+        raise ValueError(f"--tokenize={tokenize}: {error}") from error
+
+
+def _read(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The source sentences and their references."""
+    files = (options.source, options.reference)
+    if options.corpus and not any(files):
+        corpus = load_corpus(options.corpus)
+        return corpus.source, corpus.target
+    if options.corpus or not all(files):
+        raise ValueError("which test set? Give --source and --reference, or --corpus alone")
+    count_lines(*files)
+    pairs = list(read_pairs(*files))
+    if not pairs:
+        raise ValueError(f"{options.source} is empty: give a test set that has sentences")
+    return [source for source, _ in pairs], [reference for _, reference in pairs]
+
+
+def _translate(translator: Any, sources: list[str], search: SearchSettings, seed: int) -> tuple[list[str], float]:
+    """The translations, and the seconds that they took."""
+    translations: list[str] = []
+    begun = time.perf_counter()
+    with progress_bar(len(sources)) as bar:
+        for chunk in in_chunks(sources, CHUNK):
+            translations += translator.translate(chunk, search, seed=seed + len(translations))
+            bar.update(len(chunk))
+    return translations, time.perf_counter() - begun
+
+
+def _compare(systems: Sequence[System], references: list[str], metrics: dict[str, Metric]) -> dict[str, Any]:
+    """The probability, by metric, that systems as good as each other differ so much (paired bootstrap, 1000 times).
+
+    Where they do not differ at all it is 1, of which sacrebleu's own answer would be "never by chance".
+    """
+    named = [(str(number), system.translations) for number, system in enumerate(systems)]
+    _, results = PairedTest(named, metrics, [references], test_type="bs")()
+    p_values = {}
+    for name, score in systems[0].scores.items():
+        differ = score.score != systems[1].scores[name].score
+        p_values[name] = cast(Result, results[score.name][1]).p_value if differ else 1.0
+    return p_values
+
+
+def _print_text(systems: Sequence[System], tests: Mapping[str, float], signatures: Mapping[str, str]) -> None:
+    print("".join(f"{name:>8}" for name in signatures) + f"{'length':>8}{'sentences/s':>13}")
+    for system in systems:
+        scores = "".join(f"{score.score:8.2f}" for score in system.scores.values())
+        print(f"{scores}{system.length:8.3f}{system.speed:13.1f}   {system.name}")
+    if tests:
+        print("".join(f"{p_value:8.3f}" for p_value in tests.values()) + f"{'':21}   p-value, paired bootstrap")
+    print()
+    for name, p_value in tests.items():
+        print(_verdict(name, systems, p_value))
+    if tests:
+        print()
+    for name, signature in signatures.items():
+        print(f"{name:<6}{signature}")
+
+
+def _verdict(name: str, systems: Sequence[System], p_value: float) -> str:
+    """What a p-value means, in a sentence."""
+    difference = systems[1].scores[name].score - systems[0].scores[name].score
+    if difference == 0:
+        return f"{name}: both score the same."
+    better = systems[(difference > 0) != (name in LESS_IS_BETTER)].name
+    if p_value < SIGNIFICANT:
+        standing, seldom = "better by {:.2f}, significantly", "would seldom"
+    else:
+        standing, seldom = "ahead by {:.2f}, not significantly", "often"
+    standing = standing.format(abs(difference))
+    return f"{name}: {better} is {standing}: equally good models {seldom} differ so much by chance (p = {p_value:.3f})."
+
+
+def _print_json(systems: Sequence[System], tests: Mapping[str, float], signatures: Mapping[str, str]) -> None:
+    """One object: the first system's scores, and under "compare" the second's with the p-values."""
+    described = [
+        {
+            "models": [{"workdir": workdir, "checkpoint": step} for workdir, step in system.models],
+            **{name.lower(): score.score for name, score in system.scores.items()},
+            "length_ratio": system.length,
+            "sentences": len(system.translations),
+            "seconds": system.seconds,
+            "sentences_per_second": system.speed,
+        }
+        for system in systems
+    ]
+    report = described[0] | {"signatures": {name.lower(): signature for name, signature in signatures.items()}}
+    if tests:
+        report["compare"] = described[1] | {"p_values": {name.lower(): p_value for name, p_value in tests.items()}}
+    print(json.dumps(report, indent=2, ensure_ascii=False))

@@ -1,0 +1,185 @@
+"""Takes the options that several verbs share and leaves a loaded translator and the settings of its search.
+
+They are declared and checked without jax, so that --help and a mistake answer at once; the model loads last.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
+
+# A work directory, and which of its checkpoints.
+Model = tuple[str, str | int]
+CHECKPOINTS = ("best", "latest", "averaged")
+BEAM, SAMPLING = BeamSearch(), Sampling()
+
+
+def checkpoint(text: str) -> str | int:
+    """The type of --checkpoint: one of the names, or the number of a step."""
+    if text in CHECKPOINTS:
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: choose {', '.join(CHECKPOINTS)} or the number of a step")
+
+
+def positive(text: str) -> int:
+    """The type of a count: a whole number above 0."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Declares which trained model translates, or which several together."""
+    group = parser.add_argument_group("the model")
+    group.add_argument(
+        "--workdir",
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="the work directory that training left; several make an ensemble, which averages their probabilities",
+    )
+    group.add_argument(
+        "--checkpoint",
+        nargs="+",
+        type=checkpoint,
+        default=["best"],
+        metavar="STEP",
+        help="best (default), latest, averaged (what the verb average wrote) or the number of a step; one for all "
+        "work directories or one for each; several of one work directory make an ensemble, too",
+    )
+    group.add_argument(
+        "--batch_tokens",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="source tokens translated side by side; fewer need less memory (default 4096)",
+    )
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Declares how a translation is found; an option that is not given does not appear among the parsed ones."""
+    beam = parser.add_argument_group("beam search", argument_default=argparse.SUPPRESS)
+    beam.add_argument(
+        "--beam_size",
+        type=int,
+        metavar="N",
+        help=f"beginnings kept for each sentence; 1 is greedy search (default {BEAM.beam_size})",
+    )
+    beam.add_argument(
+        "--stopping",
+        choices=STOPPING,
+        help="optimal (default): when nothing better can come; first: when beam_size translations have ended",
+    )
+    add_length_penalty(beam)
+
+    sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
+    sampling.add_argument(
+        "--sample", action="store_true", default=False, help="draw translations at random instead of searching"
+    )
+    sampling.add_argument(
+        "--temperature", type=float, metavar="X", help="below 1 surer, above 1 more varied (default 1)"
+    )
+    sampling.add_argument(
+        "--top_k", type=int, metavar="N", help="draw only among the N most probable tokens (default 0: among all)"
+    )
+    sampling.add_argument(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="draw only among the most probable tokens that together have probability P (default 1: among all)",
+    )
+    sampling.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="equal seeds draw equal translations (default 0)"
+    )
+
+    limits = parser.add_argument_group("limits, in tokens", argument_default=argparse.SUPPRESS)
+    limits.add_argument("--min_length", type=int, metavar="N", help="shortest translation (default 0)")
+    limits.add_argument("--max_length", type=int, metavar="N", help="longest translation (default: no such limit)")
+    limits.add_argument(
+        "--extra_length",
+        type=int,
+        metavar="N",
+        help=f"longest translation, beyond the length of its source (default {BEAM.extra_length}, the paper's)",
+    )
+    limits.add_argument(
+        "--no_repeat_ngram",
+        type=int,
+        metavar="N",
+        help="no N tokens in a row come twice in a translation (default 0: they may)",
+    )
+
+
+def add_length_penalty(group: Any) -> None:
+    """Declares what a score divides a log-probability by."""
+    group.add_argument(
+        "--length_penalty",
+        choices=LENGTH_PENALTIES,
+        help="a log-probability is divided by ((5 + length) / 6) ^ alpha (paper, the default) or by length ^ alpha "
+        "(length)",
+    )
+    group.add_argument(
+        "--alpha", type=float, metavar="X", help=f"that exponent; 0 does not divide (default {BEAM.alpha})"
+    )
+
+
+def search_settings(options: argparse.Namespace) -> SearchSettings:
+    """What the options say of the search; raises ValueError naming the option that is wrong."""
+    sample = getattr(options, "sample", False)
+    own, other = (Sampling, BeamSearch) if sample else (BeamSearch, Sampling)
+    names = {field.name for field in dataclasses.fields(own)}
+    for field in dataclasses.fields(other):
+        if field.name in options and field.name not in names:
+            mend = "leave it or --sample out" if sample else "add --sample"
+            raise ValueError(f"--{field.name} is for {'beam search' if sample else 'sampling'}: {mend}")
+    try:
+        return own(**{name: value for name, value in vars(options).items() if name in names})
+    except ValueError as error:
+        raise ValueError(f"--{str(error).replace('num_return', 'nbest')}") from error
+
+
+def pair_checkpoints(workdirs: Sequence[str], checkpoints: Sequence[str | int]) -> list[Model]:
+    """Each model's work directory and checkpoint; raises ValueError where they do not go together."""
+    if len(workdirs) == 1:
+        workdirs = [*workdirs] * len(checkpoints)
+    elif len(checkpoints) == 1:
+        checkpoints = [*checkpoints] * len(workdirs)
+    if len(workdirs) != len(checkpoints):
+        raise ValueError(
+            f"--checkpoint names {len(checkpoints)}, --workdir {len(workdirs)}: give one for all, or one for each"
+        )
+    return list(zip(workdirs, checkpoints, strict=True))
+
+
+def load_translator(models: Sequence[Model], batch_tokens: int) -> Any:
+    """A model's translator, or an ensemble of several models; raises ValueError with the mend."""
+    # jax loads here, so that --help answers at once.
+    from flax_transformer.decoding.translator import Translator
+
+    translators = []
+    for workdir, step in models:
+        with explain_damage(workdir):
+            translators.append(Translator.from_workdir(workdir, step=step, batch_tokens=batch_tokens))
+    return translators[0] if len(translators) == 1 else Translator.ensemble(translators)
+
+
+@contextlib.contextmanager
+def explain_damage(workdir: str) -> Iterator[None]:
+    """Makes one ValueError that names the folder of whatever reading a work directory raises."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # Orbax and what it reads with raise many kinds; whatever it is, the mend is the same.
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and frame.f_globals["__name__"].startswith("flax_transformer."):
+            # One of this library's own, which names its mend, if not always the folder.
+            raise ValueError(str(error) if workdir.rstrip("/") in str(error) else f"{workdir}: {error}") from error
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
+        raise ValueError(f"{workdir} is damaged ({reason}): copy it again, or choose another --checkpoint") from error

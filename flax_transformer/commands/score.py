@@ -1,0 +1,96 @@
+"""Scores translations that are already there: how probable the model finds each.
+
+Reads two files with --source and --target, or from standard input lines of a
+source, a tab and a target. For each pair it writes
+
+  tsv       line number, log-probability, tokens, score
+  jsonl     line, source, text, log_prob, score, tokens and token_log_probs
+
+with natural logarithms; tokens are the target's, its end of sentence included.
+The whole text's log-probability and perplexity go to standard error at the end.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from typing import Any
+
+from flax_transformer.commands.lines import (
+    STANDARD,
+    check_output,
+    count_lines,
+    in_chunks,
+    json_line,
+    open_output,
+    progress_bar,
+    read_columns,
+    read_pairs,
+)
+from flax_transformer.commands.options import (
+    add_length_penalty,
+    add_model_options,
+    load_translator,
+    pair_checkpoints,
+    search_settings,
+)
+
+EXAMPLES = """\
+examples:
+  flax-transformer score --workdir=runs/mine --source=test.en --target=test.de > scores.tsv
+  paste test.en test.de | flax-transformer score --workdir=runs/mine --format=jsonl
+"""
+# Pairs scored together: enough to sort by length, few enough to see the output grow.
+CHUNK = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `score`."""
+    add_model_options(parser)
+    pairs = parser.add_argument_group("the pairs")
+    pairs.add_argument("--source", metavar="FILE", help="UTF-8, a sentence a line")
+    pairs.add_argument("--target", metavar="FILE", help="line i translates line i of the source")
+    pairs.add_argument("--output", metavar="FILE", help="where scores go; standard output if not given")
+    pairs.add_argument("--format", choices=("tsv", "jsonl"), default="tsv", help="tsv (default) or jsonl, see above")
+    add_length_penalty(parser.add_argument_group("the score", argument_default=argparse.SUPPRESS))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Scores chunk by chunk; raises ValueError or OSError with the mend."""
+    search = search_settings(options)
+    models = pair_checkpoints(options.workdir, options.checkpoint)
+    if (options.source is None) != (options.target is None):
+        raise ValueError("--source and --target come together: give both, or neither and pairs on standard input")
+    files = [options.source, options.target] if options.source else [STANDARD]
+    total = count_lines(*files)
+    output = options.output or STANDARD
+    if options.output:
+        check_output("--output", output, files)
+    if not options.source and sys.stdin.isatty():
+        print("type a source, a tab and a target on each line; Ctrl-D ends them", file=sys.stderr)
+    pairs = read_pairs(options.source, options.target) if options.source else read_columns(STANDARD)
+    translator = load_translator(models, options.batch_tokens)
+    done, tokens, log_prob = 0, 0, 0.0
+    with open_output(output) as file, progress_bar(total, beside=output) as bar:
+        for chunk in in_chunks(pairs, CHUNK):
+            scored = translator.score([source for source, _ in chunk], [target for _, target in chunk], search)
+            for number, ((source, _), pair) in enumerate(zip(chunk, scored, strict=True), start=done + 1):
+                file.write(f"{_line(options.format, number, source, pair)}\n".encode())
+                tokens += len(pair.tokens)
+                log_prob += pair.log_prob
+            file.flush()
+            bar.update(len(chunk))
+            done += len(chunk)
+    if not tokens:
+        raise ValueError("there are no pairs: the input is empty")
+    print(
+        f"{done} pairs, {tokens} tokens, log-probability {log_prob:.4f}, "
+        f"perplexity {math.exp(-log_prob / tokens):.4f} a token",
+        file=sys.stderr,
+    )
+
+
+def _line(form: str, number: int, source: str, pair: Any) -> str:
+    if form == "tsv":
+        return f"{number}\t{pair.log_prob:.6f}\t{len(pair.tokens)}\t{pair.score:.6f}"
+    return json_line({"line": number, "source": source, **dataclasses.asdict(pair)})
