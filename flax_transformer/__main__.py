@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit status 2."""
-        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` tells more\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parses every argument; an option that does not exist is an error that names the nearest."""

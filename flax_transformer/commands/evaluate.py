@@ -141,17 +141,18 @@ def run(options: argparse.Namespace) -> None:
                 file.writelines(f"{translation}\n".encode() for translation in translations)
         scores = {name: metric.corpus_score(translations, [references]) for name, metric in metrics.items()}
         systems.append(System(each, translations, seconds, scores))
-    tests = _compare(systems, references, metrics) if len(systems) == 2 else {}
-    signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
+    p_values, signatures = {}, {name: str(metric.get_signature()) for name, metric in metrics.items()}
+    if len(systems) == 2:
+        p_values, signatures = _compare(systems, references, metrics)
     show = _print_json if options.output == "json" else _print_text
-    show(systems, tests, signatures)
+    show(systems, p_values, signatures)
 
 
 def _metrics(tokenize: str) -> dict[str, Metric]:
     try:
         return {"BLEU": BLEU(tokenize=tokenize), "chrF": CHRF(), "TER": TER()}
-    except RuntimeError as error:  # A tokeniser for which sacrebleu wants another package.
-        raise ValueError(f"--tokenize={tokenize}: {error}") from error
+    except (RuntimeError, OSError) as error:  # It wants another package, or downloads a model.
+        raise ValueError(f"sacrebleu cannot use --tokenize={tokenize} here: {error}") from error
 
 
 def _read(options: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -180,31 +181,33 @@ def _translate(translator: Any, sources: list[str], search: SearchSettings, seed
     return translations, time.perf_counter() - begun
 
 
-def _compare(systems: Sequence[System], references: list[str], metrics: dict[str, Metric]) -> dict[str, Any]:
-    """The probability, by metric, that systems as good as each other differ so much (paired bootstrap, 1000 times).
+def _compare(
+    systems: Sequence[System], references: list[str], metrics: dict[str, Metric]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """By metric the probability that equally good systems differ so much, and the signature of that test.
 
-    Where they do not differ at all it is 1, of which sacrebleu's own answer would be "never by chance".
+    It is sacrebleu's paired bootstrap; but where two systems do not differ it is 1, not sacrebleu's "never by chance".
     """
     named = [(str(number), system.translations) for number, system in enumerate(systems)]
-    _, results = PairedTest(named, metrics, [references], test_type="bs")()
+    signatures, results = PairedTest(named, metrics, [references], test_type="bs")()
     p_values = {}
     for name, score in systems[0].scores.items():
         differ = score.score != systems[1].scores[name].score
-        p_values[name] = cast(Result, results[score.name][1]).p_value if differ else 1.0
-    return p_values
+        p_values[name] = cast(float, cast(Result, results[score.name][1]).p_value) if differ else 1.0
+    return p_values, {name: str(signatures[score.name]) for name, score in systems[0].scores.items()}
 
 
-def _print_text(systems: Sequence[System], tests: Mapping[str, float], signatures: Mapping[str, str]) -> None:
+def _print_text(systems: Sequence[System], p_values: Mapping[str, float], signatures: Mapping[str, str]) -> None:
     print("".join(f"{name:>8}" for name in signatures) + f"{'length':>8}{'sentences/s':>13}")
     for system in systems:
         scores = "".join(f"{score.score:8.2f}" for score in system.scores.values())
         print(f"{scores}{system.length:8.3f}{system.speed:13.1f}   {system.name}")
-    if tests:
-        print("".join(f"{p_value:8.3f}" for p_value in tests.values()) + f"{'':21}   p-value, paired bootstrap")
+    if p_values:
+        print("".join(f"{p_value:8.3f}" for p_value in p_values.values()) + f"{'':21}   p-value, paired bootstrap")
     print()
-    for name, p_value in tests.items():
+    for name, p_value in p_values.items():
         print(_verdict(name, systems, p_value))
-    if tests:
+    if p_values:
         print()
     for name, signature in signatures.items():
         print(f"{name:<6}{signature}")
@@ -219,12 +222,12 @@ def _verdict(name: str, systems: Sequence[System], p_value: float) -> str:
     if p_value < SIGNIFICANT:
         standing, seldom = "better by {:.2f}, significantly", "would seldom"
     else:
-        standing, seldom = "ahead by {:.2f}, not significantly", "often"
+        standing, seldom = "ahead by {:.2f}, not significantly", "may well"
     standing = standing.format(abs(difference))
     return f"{name}: {better} is {standing}: equally good models {seldom} differ so much by chance (p = {p_value:.3f})."
 
 
-def _print_json(systems: Sequence[System], tests: Mapping[str, float], signatures: Mapping[str, str]) -> None:
+def _print_json(systems: Sequence[System], p_values: Mapping[str, float], signatures: Mapping[str, str]) -> None:
     """One object: the first system's scores, and under "compare" the second's with the p-values."""
     described = [
         {
@@ -238,6 +241,6 @@ def _print_json(systems: Sequence[System], tests: Mapping[str, float], signature
         for system in systems
     ]
     report = described[0] | {"signatures": {name.lower(): signature for name, signature in signatures.items()}}
-    if tests:
-        report["compare"] = described[1] | {"p_values": {name.lower(): p_value for name, p_value in tests.items()}}
+    if p_values:
+        report["compare"] = described[1] | {"p_values": {name.lower(): p_value for name, p_value in p_values.items()}}
     print(json.dumps(report, indent=2, ensure_ascii=False))

@@ -104,7 +104,7 @@ class Engine:
                 found, is_open = self._search_batch(shape, sources, settings, prefixes, rngs)
                 for number, hypotheses, cut_short in zip(shape.numbers, found, is_open, strict=False):
                     if cut_short:  # the next bucket has more room
-                        waiting[self._width(2 * width)].append(number)
+                        waiting[2 * width if self._room is None else min(2 * width, self._room)].append(number)
                     outputs[number] = hypotheses
         return outputs
 

@@ -5,6 +5,7 @@ line can show their defaults at once.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 LENGTH_PENALTIES = ("paper", "length")
@@ -37,7 +38,7 @@ class SearchSettings:
     extra_length: int = 50
     max_length: int | None = None
     min_length: int = 0
-    banned: tuple[int, ...] = ()
+    banned: Sequence[int] = ()
     no_repeat_ngram: int = 0
 
     def __post_init__(self):

@@ -273,6 +273,8 @@ class Translator:
     def compile(self, search: BeamSearch | Sampling = BEAM, *, longest: int = 64, sentences: int | None = None) -> None:
         """Compiles ahead what translating will need; with a persistent compilation cache, for later processes too.
 
+        Outputs much longer than their sources may still compile a program when they come.
+
         Args:
             search: as it will be given to `translate`.
             longest: sources of up to so many tokens.
