@@ -141,7 +141,8 @@ def run(options: argparse.Namespace) -> None:
                 file.writelines(f"{translation}\n".encode() for translation in translations)
         scores = {name: metric.corpus_score(translations, [references]) for name, metric in metrics.items()}
         systems.append(System(each, translations, seconds, scores))
-    p_values, signatures = {}, {name: str(metric.get_signature()) for name, metric in metrics.items()}
+    p_values: dict[str, float] = {}
+    signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
     if len(systems) == 2:
         p_values, signatures = _compare(systems, references, metrics)
     show = _print_json if options.output == "json" else _print_text

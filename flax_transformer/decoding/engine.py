@@ -81,8 +81,8 @@ class Engine:
     ) -> list[list[Output]]:
         """The outputs of each source, in order: the best first, or samples as they were drawn.
 
-        Most outputs are about as long as their sources, so a bucket's program has room for little more. The few
-        sentences whose search is not over then are searched again in the next bucket.
+        Most outputs are about as long as their sources, so a bucket's program has room for little more, and the last
+        few that go on are not waited for. These few are searched again in the next bucket.
 
         Args:
             sources: with their ends of sentence.
@@ -94,16 +94,19 @@ class Engine:
             ValueError: a source does not fit learned positions, or a prefix its output.
         """
         outputs: list[list[Output]] = [[] for _ in sources]
-        waiting = defaultdict(list)
+        waiting: dict[int, list[int]] = defaultdict(list)
+        moved: set[int] = set()
         for number, source in enumerate(sources):
             waiting[self._width(len(source))].append(number)
         while waiting:
             width = min(waiting)
             numbers = sorted(waiting.pop(width), key=lambda number: len(sources[number]), reverse=True)
             for shape in bucket_shapes(numbers, (width,), self.batch_tokens, self.mesh.size):
-                found, is_open = self._search_batch(shape, sources, settings, prefixes, rngs)
-                for number, hypotheses, cut_short in zip(shape.numbers, found, is_open, strict=False):
-                    if cut_short:  # the next bucket has more room
+                may_wait = np.array([width != self._room and number not in moved for number in shape.numbers])
+                found, is_open = self._search_batch(shape, sources, settings, prefixes, rngs, may_wait)
+                for number, hypotheses, goes_on in zip(shape.numbers, found, is_open, strict=False):
+                    if goes_on:
+                        moved.add(number)
                         waiting[2 * width if self._room is None else min(2 * width, self._room)].append(number)
                     outputs[number] = hypotheses
         return outputs
@@ -115,8 +118,9 @@ class Engine:
         settings: BeamSearch | Sampling,
         prefixes: Sequence[Ids],
         rngs: Key[Array, "B"] | None,
+        may_wait: Bool[np.ndarray, "rows"],
     ) -> tuple[list[list[Output]], Bool[np.ndarray, "B"]]:
-        """The outputs of each row, and whether its search needs more room than there was."""
+        """The outputs of each row, and whether its search is not over."""
         limits = np.ones(shape.rows, np.int32)  # rows without a sentence end at once
         limits[: len(shape.numbers)] = [self._limit(settings, len(sources[number])) for number in shape.numbers]
         begun = [prefixes[number] for number in shape.numbers]
@@ -135,6 +139,7 @@ class Engine:
             settings,
             prefix=self._pad(begun, shape.rows, bucket(width)) if width else None,
             rngs=None if rngs is None else rngs[indices],
+            may_wait=np.resize(may_wait, shape.rows),
         )
         tokens, lengths, log_probs, is_open = jax.device_get(
             (hypotheses.tokens, hypotheses.lengths, hypotheses.token_log_probs, is_open)
@@ -189,7 +194,7 @@ class Engine:
             # Outputs that end at once: compiling is nearly all that it costs.
             source, limits = self._pad([], rows, width), np.ones(rows, np.int32)
             rngs = jax.random.split(jax.random.key(0), rows) if isinstance(settings, Sampling) else None
-            found = self._search(source, limits, settings, prefix=None, rngs=rngs)
+            found = self._search(source, limits, settings, prefix=None, rngs=rngs, may_wait=limits == 1)
             jax.block_until_ready(found)
 
     def _search(
@@ -200,6 +205,7 @@ class Engine:
         *,
         prefix: Int[np.ndarray, "B P"] | None,
         rngs: Key[Array, "B"] | None,
+        may_wait: Bool[np.ndarray, "B"],
     ) -> tuple[Hypotheses, jax.Array]:
         width = source.shape[1]
         limit = self._limit(settings, width)
@@ -212,6 +218,7 @@ class Engine:
             max_length=limit if width == self._room else min(limit, width + width // 2 + 8),
             prefix=prefix,
             rngs=rngs,
+            may_wait=may_wait,
             mesh=self._shared_mesh,
         )
 

@@ -35,6 +35,7 @@ def search_translations(
     max_length: int,
     prefix: Int[Array, "B P"] | None = None,
     rngs: Key[Array, "B"] | None = None,
+    may_wait: Bool[Array, "B"] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Hypotheses, Bool[Array, "B"]]:
     """Encodes a batch and searches its translations, in one compiled program.
@@ -48,19 +49,19 @@ def search_translations(
         max_length: the room for an output, L.
         prefix: tokens that each output begins with, padded.
         rngs: one random key for each sentence, for sampling.
+        may_wait: which sentences may be left unfinished when few go on.
         mesh: the devices that share the sentences, each searching its own; `None` for one device.
 
     Returns:
-        The hypotheses, and which sentences' are not final, because their limits are more than `max_length`, and more
-        room would show more.
+        The hypotheses, and which sentences' are not final: those that waited, and those that need more room.
     """
 
-    def run(models, source, limits, prefix, rngs):
-        search = _search(models, limits, configs, settings, max_length, prefix, rngs)
+    def run(models, source, limits, prefix, rngs, may_wait):
+        search = _search(models, limits, configs, settings, max_length, prefix, rngs, may_wait)
         progress = search.run(_start(models, source, configs, settings, max_length))
         return search.result(progress), search.open(progress)
 
-    return _divided(run, mesh)(models, source, limits, prefix, rngs)
+    return _divided(run, mesh)(models, source, limits, prefix, rngs, may_wait)
 
 
 @functools.partial(jax.jit, static_argnames=("configs", "settings", "max_length"))
@@ -180,6 +181,7 @@ def _search(
     max_length: int,
     prefix: jax.Array | None,
     rngs: jax.Array | None,
+    may_wait: jax.Array | None = None,
 ) -> Search:
     def step_fn(states: Any, tokens: jax.Array) -> tuple[Any, jax.Array]:
         steps = [
@@ -198,6 +200,7 @@ def _search(
         pad_id=configs[0].pad_id,
         prefix=prefix,
         rngs=rngs,
+        may_wait=may_wait,
         # No key or value is moved: each state remembers whose beginning a hypothesis goes on from.
         follow=lambda states, parents: tuple(state.follow(parents) for state in states),
     )

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from flax_transformer.decoding.next_token import allowed_tokens, best_tokens, draw_tokens
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 
+FEW = 16  # A sixteenth of a batch is few.
+
 
 class Hypotheses(flax.struct.PyTreeNode):
     """Finished outputs: the best first, or samples in the order they were drawn.
@@ -76,6 +78,8 @@ class Search:
         pad_id: what stands after it.
         prefix: tokens that each output begins with, padded; they count in lengths and scores.
         rngs: one random key for each sentence, [B]; sampling needs them.
+        may_wait: which sentences may be left open as soon as few of the batch are, so that they do not keep all others
+            waiting; none if not given. `open` tells which were left.
         follow: from the state and for each hypothesis the parent [B, N] that it goes on from, to the state in which
             it does.
     """
@@ -89,6 +93,7 @@ class Search:
     pad_id: int
     prefix: Int[Array, "B P"] | None = None
     rngs: Key[Array, "B"] | None = None
+    may_wait: Bool[Array, "B"] | None = None
     follow: Callable[[Any, jax.Array], Any] = follow_rows
 
     def __post_init__(self):
@@ -102,7 +107,7 @@ class Search:
         return self.settings if isinstance(self.settings, BeamSearch) and self.settings.beam_size > 1 else None
 
     def run(self, state: PyTree) -> Progress:
-        """Searches until no next step can change the result, or there is no more room.
+        """Searches until no next step can change the result, there is no more room, or all that are open may wait.
 
         Args:
             state: before the first step, of N hypotheses for each sentence, one after the other.
@@ -125,8 +130,11 @@ class Search:
         return Progress(step=jnp.zeros((), jnp.int32), state=state, live=live, ended=nothing)
 
     def unfinished(self, progress: Progress) -> Bool[Array, ""]:
-        """Whether a next step can change the result."""
-        return (progress.step < self.max_length) & jnp.any(self.open(progress))
+        """Whether a next step is worth it."""
+        is_open = self.open(progress)
+        if self.may_wait is not None:
+            is_open &= ~self.may_wait | (jnp.sum(is_open) > len(is_open) // FEW)
+        return (progress.step < self.max_length) & jnp.any(is_open)
 
     def extend(self, progress: Progress) -> Progress:
         """The progress after one more token of each live hypothesis."""
@@ -140,7 +148,7 @@ class Search:
         return live.replace(scores=live.log_probs / self.settings.penalty(live.lengths))
 
     def open(self, progress: Progress) -> Bool[Array, "B"]:
-        """Which sentences a next step can change; after `run` those whose limit is more than there was room for."""
+        """Which sentences a next step can change; after `run` those that waited or need more room."""
         if self._beam is None:
             return jnp.any(progress.live.lengths == 0, axis=1)
         best = jnp.max(progress.live.log_probs, axis=1)
