@@ -11,6 +11,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from absl import logging
+from tqdm import tqdm
+
 import flax_transformer
 
 PROGRAM = "flax-transformer"
@@ -76,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)  # as a program that Ctrl-C stops
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # jax's word for too little memory
+            raise
+        sys.exit(f"{program}: the device has too little memory: lower --batch_tokens, or --beam_size")
 
 
 def _overview() -> Parser:
@@ -97,8 +104,6 @@ def _prepare_libraries() -> None:
     cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, PROGRAM, "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    from absl import logging
-
     logging.set_verbosity(logging.ERROR)
 
 
@@ -107,8 +112,6 @@ def _warnings_in_one_line(program: str) -> Iterator[None]:
     """Shows this library's warnings to the user, above a progress bar; those of others are for developers."""
 
     def show(message: Warning | str, *where: Any, **options: Any) -> None:
-        from tqdm import tqdm
-
         tqdm.write(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():

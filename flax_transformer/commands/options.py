@@ -84,23 +84,30 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--sample", action="store_true", default=False, help="draw translations at random instead of searching"
     )
     sampling.add_argument(
-        "--temperature", type=float, metavar="X", help="below 1 surer, above 1 more varied (default 1)"
+        "--temperature",
+        type=float,
+        metavar="X",
+        help=f"below 1 surer, above 1 more varied (default {SAMPLING.temperature:g})",
     )
     sampling.add_argument(
-        "--top_k", type=int, metavar="N", help="draw only among the N most probable tokens (default 0: among all)"
+        "--top_k",
+        type=int,
+        metavar="N",
+        help=f"draw only among the N most probable tokens (default {SAMPLING.top_k}: among all)",
     )
     sampling.add_argument(
         "--top_p",
         type=float,
         metavar="P",
-        help="draw only among the most probable tokens that together have probability P (default 1: among all)",
+        help="draw only among the most probable tokens that together have probability P "
+        f"(default {SAMPLING.top_p:g}: among all)",
     )
     sampling.add_argument(
         "--seed", type=int, default=0, metavar="N", help="equal seeds draw equal translations (default 0)"
     )
 
     limits = parser.add_argument_group("limits, in tokens", argument_default=argparse.SUPPRESS)
-    limits.add_argument("--min_length", type=int, metavar="N", help="shortest translation (default 0)")
+    limits.add_argument("--min_length", type=int, metavar="N", help=f"shortest translation (default {BEAM.min_length})")
     limits.add_argument("--max_length", type=int, metavar="N", help="longest translation (default: no such limit)")
     limits.add_argument(
         "--extra_length",
@@ -112,7 +119,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--no_repeat_ngram",
         type=int,
         metavar="N",
-        help="no N tokens in a row come twice in a translation (default 0: they may)",
+        help=f"no N tokens in a row come twice in a translation (default {BEAM.no_repeat_ngram}: they may)",
     )
 
 

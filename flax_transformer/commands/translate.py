@@ -104,9 +104,8 @@ def run(options: argparse.Namespace) -> None:
         print("type sentences, Ctrl-D ends them; --interactive answers each at once", file=sys.stderr)
     translator = load_translator(models, options.batch_tokens)
     if options.alignment is not None:
-        translator.align(
-            [], [], layer=options.alignment
-        )  # says at once, not after a chunk, that there is no such layer
+        # Where there is no such layer, it says so now, not after the first chunk.
+        translator.align([], [], layer=options.alignment)
     lines = read_pairs(source, options.prefixes) if options.prefixes else ((line, "") for line in read_lines(source))
     write_lines = FORMATS[options.format or "text"]
     done = 0

@@ -77,7 +77,7 @@ class Engine:
         settings: BeamSearch | Sampling,
         *,
         prefixes: Sequence[Ids],
-        rngs: Key[Array, "B"] | None,
+        rngs: Key[Array, "sources"] | None,
     ) -> list[list[Output]]:
         """The outputs of each source, in order: the best first, or samples as they were drawn.
 
@@ -117,8 +117,8 @@ class Engine:
         sources: Sequence[Ids],
         settings: BeamSearch | Sampling,
         prefixes: Sequence[Ids],
-        rngs: Key[Array, "B"] | None,
-        may_wait: Bool[np.ndarray, "rows"],
+        rngs: Key[Array, "sources"] | None,
+        may_wait: Bool[np.ndarray, "sentences"],
     ) -> tuple[list[list[Output]], Bool[np.ndarray, "B"]]:
         """The outputs of each row, and whether its search is not over."""
         limits = np.ones(shape.rows, np.int32)  # rows without a sentence end at once
@@ -155,7 +155,7 @@ class Engine:
         return outputs, is_open
 
     def stream(
-        self, source: Ids, settings: BeamSearch | Sampling, *, rngs: Key[Array, "B"] | None
+        self, source: Ids, settings: BeamSearch | Sampling, *, rngs: Key[Array, "sources"] | None
     ) -> Iterator[list[int]]:
         """The ids of one hypothesis so far, each time that there is one more; arguments as in `search`."""
         width = self._width(len(source))

@@ -5,6 +5,7 @@ line can show their defaults at once.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -44,6 +45,8 @@ class SearchSettings:
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
         _check_choice("length_penalty", self.length_penalty, LENGTH_PENALTIES)
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha}: it must be a finite number")
         _check_least(self, 1, "num_return", "max_length")
         _check_least(self, 0, "extra_length", "min_length", "no_repeat_ngram")
         # Lists come from command lines and JSON; only a tuple is hashable.

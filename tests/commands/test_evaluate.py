@@ -1,0 +1,129 @@
+"""Takes a test set and leaves a verdict: `evaluate` says what sacrebleu says of the same translations."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
+
+
+def sentence(number):
+    rng = np.random.default_rng(number)
+    return " ".join(rng.choice(WORDS, rng.integers(1, 7)))
+
+
+@pytest.fixture(scope="module")
+def translations(translator):
+    return translator.translate([sentence(number) for number in range(23)])
+
+
+@pytest.fixture
+def files(tmp_path, translations):
+    """Sources, and references of which two in three are what the model says: it is good, but not perfect."""
+    source, reference = tmp_path / "source.txt", tmp_path / "reference.txt"
+    source.write_text("".join(f"{sentence(number)}\n" for number in range(23)), encoding="utf-8")
+    lines = [line if number % 3 else f"{line} the cat ." for number, line in enumerate(translations)]
+    reference.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return source, reference
+
+
+def evaluate(run, workdir, files, *options):
+    return run("evaluate", "--workdir", workdir, "--source", files[0], "--reference", files[1], *options)
+
+
+def test_scores_and_signatures_are_those_of_the_sacrebleu_command(run, workdir, files, tmp_path, translations):
+    written = tmp_path / "translations.txt"
+    report = json.loads(evaluate(run, workdir, files, "--output=json", "--translations", written))
+    assert written.read_text(encoding="utf-8").splitlines() == translations
+    command = [sys.executable, "-m", "sacrebleu", files[1], "-i", written, "-m", "bleu", "chrf", "ter", "-w", "9"]
+    peers = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    for peer, name in zip(peers, ("bleu", "chrf", "ter"), strict=True):
+        assert report[name] == pytest.approx(peer["score"], abs=1e-6)
+        assert report["signatures"][name] == peer["signature"]
+    assert 20 < report["bleu"] < 99
+    ratio = float(re.search(r"ratio = ([0-9.]+)", peers[0]["verbose_score"])[1])
+    assert report["length_ratio"] == pytest.approx(ratio, abs=1e-3)
+    assert report["sentences"] == 23
+    assert report["sentences_per_second"] == pytest.approx(23 / report["seconds"])
+
+
+def test_text_shows_the_same_numbers(run, workdir, files):
+    report = json.loads(evaluate(run, workdir, files, "--output=json"))
+    said = evaluate(run, workdir, files)
+    for name in ("bleu", "chrf", "ter"):
+        assert f"{report[name]:.2f}" in said
+        assert report["signatures"][name] in said
+    assert f"{report['length_ratio']:.3f}" in said and workdir in said
+
+
+def test_a_corpus_has_both_sides(run, workdir, files):
+    both = json.loads(evaluate(run, workdir, files, "--output=json"))
+    corpus = f"files:{files[0]},{files[1]}"
+    report = json.loads(run("evaluate", "--workdir", workdir, "--corpus", corpus, "--output=json"))
+    timing = {"seconds", "sentences_per_second"}
+    assert {key: report[key] for key in report.keys() - timing} == {key: both[key] for key in both.keys() - timing}
+
+
+def test_the_options_of_the_search_count(run, workdir, files):
+    short = json.loads(evaluate(run, workdir, files, "--output=json", "--max_length=3"))
+    assert short["length_ratio"] < json.loads(evaluate(run, workdir, files, "--output=json"))["length_ratio"]
+
+
+def test_a_better_model_is_told_from_a_worse_one(run, workdir, files):
+    compare = ("--compare", workdir, "--compare_checkpoint=2")
+    report = json.loads(evaluate(run, workdir, files, "--output=json", *compare))
+    assert report["bleu"] > report["compare"]["bleu"] and report["ter"] < report["compare"]["ter"]
+    assert report["compare"]["models"] == [{"workdir": workdir, "checkpoint": 2}]
+    assert 0 < report["compare"]["p_values"]["bleu"] < 0.05
+    assert "|bs:1000|seed:" in report["signatures"]["bleu"]
+    said = evaluate(run, workdir, files, *compare)
+    model = rf"{re.escape(workdir)} \(best\)"
+    assert re.search(rf"^BLEU: {model} is better by .*, significantly: equally good models would seldom", said, re.M)
+    assert re.search(rf"^TER: {model} is (better|ahead) by ", said, re.M)  # though less of it is better
+
+
+def test_a_model_is_not_better_than_itself(run, workdir, files):
+    said = evaluate(run, workdir, files, "--compare", workdir)
+    for name in ("BLEU", "chrF", "TER"):
+        assert f"{name}: both score the same." in said
+    report = json.loads(evaluate(run, workdir, files, "--compare", workdir, "--output=json"))
+    assert set(report["compare"]["p_values"].values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], r"which test set\? Give --source and --reference, or --corpus alone"),
+        (["--source={source}"], r"which test set\?"),
+        (["--source={source}", "--reference={reference}", "--corpus=tsv:x"], r"which test set\?"),
+        (["--source={source}", "--reference={short}"], r"has 23 lines, .* has 2 lines: line i of"),
+        (["--source={empty}", "--reference={empty}"], r"is empty: give a test set that has sentences"),
+        (["--corpus=tsw:x"], r"is of no known kind: did you mean 'tsv'"),
+        (["--corpus=tsv:{short}"], r"short:1: there is no tab"),
+        (["--corpus=tsv:{source}/none"], r"cannot read .*check the path"),
+        (["--output=scores.txt"], r"--output: invalid choice: 'scores.txt'"),
+        (["--tokenize=14a"], r"--tokenize: invalid choice: '14a'"),
+        (["--source={source}", "--reference={reference}", "--translations=none/x"], r"there is no folder none: make"),
+        (["--source={source}", "--reference={reference}", "--translations={reference}"], r"is read as well"),
+        (["--compare_checkpoint=2"], r"--compare_checkpoint is of no use alone: .* --compare"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_the_model_loads(
+    fail, unloaded, workdir, files, tmp_path, options, message
+):
+    names = {"source": files[0], "reference": files[1], "short": tmp_path / "short", "empty": tmp_path / "empty"}
+    names["short"].write_text("one\ntwo\n")
+    names["empty"].write_text("")
+    said = fail("evaluate", "--workdir", workdir, *(option.format(**names) for option in options))
+    assert re.search(message, said), said
+
+
+def test_both_models_load_before_one_translates(fail, workdir, files, monkeypatch, tmp_path):
+    monkeypatch.setattr("flax_transformer.decoding.translator.Translator.translate", None)
+    files = ("--source", files[0], "--reference", files[1])
+    said = fail("evaluate", "--workdir", workdir, *files, "--compare", tmp_path)
+    assert "is not a work directory" in said

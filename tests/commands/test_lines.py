@@ -1,0 +1,125 @@
+"""Takes files with odd bytes and leaves a verdict: lines are what editors call lines, and mistakes name theirs."""
+
+import json
+import os
+import sys
+import threading
+
+import pytest
+
+from flax_transformer.commands.lines import (
+    check_output,
+    count_lines,
+    in_chunks,
+    json_line,
+    open_output,
+    progress_bar,
+    read_columns,
+    read_lines,
+    read_pairs,
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_only_a_line_feed_ends_a_line(write):
+    path = write("text", "one\u2028one\x0cone\rone\x00\n\ntwo \r\nthree")
+    assert [*read_lines(path)] == ["one\u2028one\x0cone\rone\x00", "", "two ", "three"]
+    assert count_lines(path) == 4
+
+
+def test_a_byte_order_mark_counts_only_at_the_beginning(write):
+    assert [*read_lines(write("text", "\ufeffone\n\ufefftwo\n"))] == ["one", "\ufefftwo"]
+
+
+def test_what_is_not_utf_8_names_its_line_and_byte(write):
+    with pytest.raises(ValueError, match=r"text:3: byte 2 of the line, 0xff, is not UTF-8: convert it"):
+        count_lines(write("text", b"a\nb\nc\xff\n"))
+
+
+def test_pairs_are_lines_of_the_same_number(write):
+    short, long = write("short", "a\nb\n"), write("long", "1\n2\n3\n")
+    assert [*read_pairs(short, short)] == [("a", "a"), ("b", "b")]
+    for first, second in ((short, long), (long, short)):
+        with pytest.raises(ValueError, match=r"short ends after line 2: line i of .* must belong to line i of .*"):
+            [*read_pairs(first, second)]
+        with pytest.raises(ValueError, match=r"has \d lines, .* has \d lines: line i of .* must belong to line i of"):
+            count_lines(first, second)
+    assert count_lines(long, long) == 3
+
+
+def test_columns_are_parted_by_tabs(write):
+    assert [*read_columns(write("table", "a\tb\n\tb\tc\n"))] == [("a", "b"), ("", "b")]
+    with pytest.raises(ValueError, match=r"table:2: there is no tab: write the source, a tab, and the target"):
+        [*read_columns(write("table", "a\tb\nc d\n"))]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no named pipes")
+def test_a_pipe_is_read_once(tmp_path):
+    path = str(tmp_path / "pipe")
+    os.mkfifo(path)
+    assert count_lines(path) is None
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("one\ntwo\n"))
+    writer.start()
+    assert [*read_lines(path)] == ["one", "two"]
+    writer.join()
+
+
+def test_chunks_hold_every_item_once_and_what_came_before_an_error():
+    assert [*in_chunks(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [*in_chunks([], 3)] == []
+
+    def failing():
+        yield from range(5)
+        raise ValueError("the sixth")
+
+    seen = []
+    with pytest.raises(ValueError, match="the sixth"):
+        seen.extend(in_chunks(failing(), 3))
+    assert seen == [[0, 1, 2], [3, 4]]
+
+
+def test_an_output_needs_a_folder_and_is_not_what_is_read(tmp_path, write):
+    source = write("source", "one\n")
+    check_output("--output", str(tmp_path / "new"), [source, None])
+    for path, message in (
+        (tmp_path / "none" / "new", "there is no folder"),
+        (tmp_path, "a folder: name a file in it"),
+        (tmp_path / "." / "source", "is read as well"),
+    ):
+        with pytest.raises(ValueError, match=f"--output is .*{message}"):
+            check_output("--output", str(path), [source, None])
+
+
+def test_an_output_replaces_what_was_there(tmp_path, write):
+    path = write("out", "a long line\n")
+    with open_output(path) as file:
+        file.write(b"short\n")
+    assert (tmp_path / "out").read_bytes() == b"short\n"
+
+
+def test_json_is_one_line_that_every_reader_takes():
+    fields = {"text": 'ಕನ್ನಡ\u2028 "a"\n', "scores": (-0.123456789, float("-inf")), "number": 3}
+    line = json_line(fields)
+    assert "\n" not in line and "ಕನ್ನಡ" in line
+    assert json.loads(line) == fields | {"scores": [-0.123457, None]}
+
+
+@pytest.mark.parametrize(("terminals", "beside", "shown"), [
+    ({"stderr"}, "-", True),
+    ({"stderr", "stdout"}, "out.txt", True),
+    ({"stderr", "stdout"}, "-", False),
+    (set(), "out.txt", False),
+])  # fmt: skip
+def test_progress_is_shown_to_a_person_whose_terminal_is_free(monkeypatch, terminals, beside, shown):
+    for name in ("stderr", "stdout"):
+        monkeypatch.setattr(getattr(sys, name), "isatty", lambda name=name: name in terminals, raising=False)
+    with progress_bar(3, beside=beside) as bar:
+        assert bar.disable is not shown

@@ -1,0 +1,170 @@
+"""Takes the program as a shell does and leaves a verdict: help is quick, mistakes take one line, defaults are set."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flax_transformer.__main__ as program
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def test_help_imports_nothing_heavy():
+    asked = """
+import sys
+from flax_transformer.__main__ import VERBS, main
+for arguments in ([], *([verb] for verb in VERBS)):
+    try:
+        main([*arguments, "--help"])
+    except SystemExit as stopped:
+        assert not stopped.code
+print(*sys.modules)
+"""
+    done = python("-c", asked)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: flax-transformer") == 1 + len(program.VERBS)
+    modules = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert not modules & {"jax", "flax", "orbax", "tensorflow_datasets", "grain", "matplotlib"}
+
+
+def test_a_verb_that_fails_has_an_exit_status_and_no_traceback(tmp_path):
+    done = python("-m", "flax_transformer", "translate", "--workdir", str(tmp_path), "--input", os.devnull)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(
+        r"flax-transformer translate: .* is not a work directory, config.json is missing: .*\n", done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"flax-transformer: name a verb, translate, .* \(see flax-transformer --help\)"),
+        (["translat"], r"invalid choice: 'translat' \(choose from .*translate.*average"),
+        (["translate"], r"flax-transformer translate: .*--workdir"),
+        (["average", "--workdir=x"], r"flax-transformer average: .*--last --best"),
+        (["average", "--workdir=x", "--last=2", "--best=2"], r"--best: not allowed with argument --last"),
+        (["score", "--workdir=x", "--targte=x"], r"--targte is no option: did you mean --target\?"),
+        (["score", "--workdir=x", "x.de", "y.de"], r"x.de stands alone: every value follows its option"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_told_in_one_line(fail, unloaded, arguments, message):
+    assert re.search(message, fail(*arguments))
+
+
+def test_compiled_programs_are_kept_where_the_user_keeps_caches(monkeypatch, tmp_path):
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+
+    def folder():
+        program._prepare_libraries()
+        return os.environ.pop(names[0])
+
+    assert folder() == str(tmp_path / "caches" / "flax-transformer" / "jax")
+    assert os.environ[names[1]] == "0"
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # relative: no such thing
+    assert folder() == str(tmp_path / ".cache" / "flax-transformer" / "jax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert folder() == str(tmp_path / ".cache" / "flax-transformer" / "jax")
+    monkeypatch.setenv(names[0], "mine")
+    assert folder() == "mine"
+
+
+def test_ctrl_c_stops_without_a_word(monkeypatch, run, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flax_transformer.commands.average.run", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        run("average", "--workdir=x", "--last=2")
+    assert stopped.value.code == 128 + 2  # SIGINT, as a shell tells it
+    assert capsys.readouterr().err == ""
+
+
+def test_too_little_memory_names_the_option_to_lower(monkeypatch, fail):
+    def allocate(options):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 34359738368 bytes.")
+
+    monkeypatch.setattr("flax_transformer.commands.average.run", allocate)
+    assert "too little memory: lower --batch_tokens" in fail("average", "--workdir=x", "--last=2")
+
+
+def damage_config(folder):
+    (folder / "config.json").write_text('{"model": {"d_model"')
+
+
+def drop_model_section(folder):
+    (folder / "config.json").write_text("{}")
+
+
+def drop_vocabulary(folder):
+    (folder / "joint.model").unlink()
+
+
+def damage_vocabulary(folder):
+    (folder / "joint.model").write_bytes(b"not a model")
+
+
+def drop_parameters(folder):
+    for file in (folder / "checkpoints" / "1" / "params" / "d").iterdir():
+        file.unlink()
+
+
+def cut_parameters(folder):
+    for file in (folder / "checkpoints" / "1" / "params" / "d").iterdir():
+        file.write_bytes(file.read_bytes()[:7])
+
+
+def damage_metadata(folder):
+    (folder / "checkpoints" / "1" / "params" / "_METADATA").write_text("{")
+
+
+def drop_checkpoints(folder):
+    for file in (folder / "checkpoints").iterdir():
+        file.rename(folder / file.name)
+
+
+def change_width(folder):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"d_model": 16', '"d_model": 32'))
+
+
+def change_vocabulary_size(folder):
+    config = folder / "config.json"
+    config.write_text(re.sub(r'_vocab_size": \d+', '_vocab_size": 999', config.read_text()))
+
+
+# Where one read fails, Orbax closes its event loop under those that are still under way.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_config, "config.json is damaged"),
+        (drop_model_section, "config.json is damaged"),
+        (drop_vocabulary, "holds no vocabulary"),
+        (damage_vocabulary, "no SentencePiece model"),
+        (drop_parameters, "broken is damaged .*: copy it again, or choose another --checkpoint"),
+        (cut_parameters, "broken is damaged .*: copy it again, or choose another --checkpoint"),
+        (damage_metadata, "broken is damaged .*: copy it again, or choose another --checkpoint"),
+        (drop_checkpoints, "holds no checkpoint"),
+        (change_width, "does not fit config.json"),
+        (change_vocabulary_size, "does not fit config.json"),
+    ],
+)
+def test_a_damaged_work_directory_is_told_in_one_line(fail, broken, damage, message):
+    damage(broken)
+    said = fail("translate", "--workdir", broken, given="the cat\n")
+    assert re.search(message, said) and len(said) < 600

@@ -1,0 +1,82 @@
+"""Takes options that several verbs share and leaves a verdict: what is said is what is searched, and no more."""
+
+import argparse
+
+import pytest
+
+from flax_transformer.commands.options import (
+    add_search_options,
+    checkpoint,
+    explain_damage,
+    pair_checkpoints,
+    positive,
+    search_settings,
+)
+from flax_transformer.decoding.settings import BeamSearch, Sampling
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_search_options(parser)
+    return search_settings(parser.parse_args(arguments))
+
+
+def test_what_is_not_given_is_the_librarys_default():
+    assert parse() == BeamSearch()
+    assert parse("--sample") == Sampling()
+
+
+def test_every_setting_can_be_given():
+    limits = ["--min_length=2", "--max_length=9", "--extra_length=4", "--no_repeat_ngram=3"]
+    penalty = ["--length_penalty=length", "--alpha=1"]
+    common = {"min_length": 2, "max_length": 9, "extra_length": 4, "no_repeat_ngram": 3}
+    common |= {"length_penalty": "length", "alpha": 1.0}
+    assert parse("--beam_size=7", "--stopping=first", *limits, *penalty) == BeamSearch(
+        beam_size=7, stopping="first", **common
+    )
+    assert parse("--sample", "--temperature=.5", "--top_k=3", "--top_p=.9", *limits, *penalty) == Sampling(
+        temperature=0.5, top_k=3, top_p=0.9, **common
+    )
+
+
+@pytest.mark.parametrize("option", ["--beam_size=1", "--stopping=first"])
+def test_an_option_of_the_search_that_is_not_made_is_an_error(option):
+    with pytest.raises(ValueError, match=f"{option.partition('=')[0]} is for beam search: leave it or --sample out"):
+        parse("--sample", option)
+
+
+def test_an_error_names_the_option():
+    with pytest.raises(ValueError, match="^--top_p is 2.0: it must be above 0 and at most 1$"):
+        parse("--sample", "--top_p=2")
+
+
+def test_checkpoints_and_work_directories_pair_up():
+    assert pair_checkpoints(["a"], ["best"]) == [("a", "best")]
+    assert pair_checkpoints(["a"], [1, 2]) == [("a", 1), ("a", 2)]
+    assert pair_checkpoints(["a", "b"], ["best"]) == [("a", "best"), ("b", "best")]
+    assert pair_checkpoints(["a", "b"], [1, 2]) == [("a", 1), ("b", 2)]
+    with pytest.raises(ValueError, match="names 2, --workdir 3: give one for all, or one for each"):
+        pair_checkpoints(["a", "b", "c"], [1, 2])
+
+
+def test_values_that_make_no_sense_name_those_that_do():
+    assert [checkpoint(text) for text in ("best", "latest", "averaged", "120")] == ["best", "latest", "averaged", 120]
+    with pytest.raises(argparse.ArgumentTypeError, match="'-1': choose best, latest, averaged or the number of a step"):
+        checkpoint("-1")
+    assert positive("3") == 3
+    for text in ("0", "-1", "x", "1.5"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give a whole number above 0"):
+            positive(text)
+
+
+def test_whatever_reading_raises_names_the_work_directory_and_the_mend():
+    for failure in (KeyError("model"), RuntimeError("cannot parse"), ValueError("NOT_FOUND: " + 999 * "d ")):
+        with pytest.raises(ValueError, match=f"runs/a is damaged .{type(failure).__name__}: .*: copy it again"):
+            with explain_damage("runs/a"):
+                raise failure
+
+
+def test_this_librarys_own_errors_keep_their_words():
+    with pytest.raises(ValueError, match="^runs/a: beam_size is 0: it must be at least 1$"):
+        with explain_damage("runs/a"):
+            BeamSearch(beam_size=0)
