@@ -58,14 +58,14 @@ def dot_product_attention(
     kept = weights
     if dropout_rng is not None and dropout_rate > 0:
         kept = dropout(weights, dropout_rate, dropout_rng)
-    gathered = jnp.einsum("bhqm,bmhk->bqhk", kept.astype(value.dtype), value)
+    gathered = jnp.einsum("bhqm,bmhk->bhqk", kept.astype(value.dtype), value).swapaxes(1, 2)
     return (gathered, weights) if return_weights else gathered
 
 
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of memory positions: of a whole memory, or of the target positions decoded so far.
 
-    Positions come last, as matrix products want them: no step of a search has to transpose the whole past.
+    They lie as matrix products want them, so that no step of a search has to transpose the whole past.
 
     Attributes:
         key: the keys of every head.
@@ -73,11 +73,14 @@ class KVCache(flax.struct.PyTreeNode):
     """
 
     key: Float[Array, "B H K M"]
-    value: Float[Array, "B H K M"]
+    value: Float[Array, "B H M K"]
 
     def write(self, position: Int[Array, ""], new: "KVCache") -> "KVCache":
         """The cache with `new` at `position` and after it; `new` must fit (`Decoder.step` sees to it)."""
-        return jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part, position, 3), self, new)
+        return KVCache(
+            key=jax.lax.dynamic_update_slice_in_dim(self.key, new.key, position, axis=3),
+            value=jax.lax.dynamic_update_slice_in_dim(self.value, new.value, position, axis=2),
+        )
 
 
 class MultiHeadAttention(nn.Module):
@@ -113,7 +116,7 @@ class MultiHeadAttention(nn.Module):
     def project_memory(self, memory: Float[Array, "B M D"]) -> KVCache:
         """Keys and values of a memory, to attend to once or many times."""
         key, value = self._split_heads(self.key(memory)), self._split_heads(self.value(memory))
-        return KVCache(key=key.transpose(0, 2, 3, 1), value=value.transpose(0, 2, 3, 1))
+        return KVCache(key=key.transpose(0, 2, 3, 1), value=value.swapaxes(1, 2))
 
     def attend(
         self,
@@ -130,7 +133,7 @@ class MultiHeadAttention(nn.Module):
         gathered = dot_product_attention(
             query,
             memory.key.transpose(0, 3, 1, 2),
-            memory.value.transpose(0, 3, 1, 2),
+            memory.value.swapaxes(1, 2),
             mask,
             dropout_rate=self.dropout_rate,
             dropout_rng=dropout_rng,

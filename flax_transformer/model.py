@@ -236,13 +236,17 @@ class Transformer(nn.Module):
             check_length(max_length, config.max_length)
         segments = self._segments(source)
         memory = self.encode(source, segments=segments, deterministic=True)
-        shape = (source.shape[0], config.num_heads, config.d_model // config.num_heads, max_length * hypotheses)
-        empty = KVCache(key=jnp.zeros(shape, config.dtype), value=jnp.zeros(shape, config.dtype))
+        heads, size, room = config.num_heads, config.d_model // config.num_heads, max_length * hypotheses
+        empty = KVCache(
+            key=jnp.zeros((source.shape[0], heads, size, room), config.dtype),
+            value=jnp.zeros((source.shape[0], heads, room, size), config.dtype),
+        )
         return DecodingState(
             position=jnp.zeros((), jnp.int32),
             ancestors=first_ancestors(source.shape[0], hypotheses, max_length),
             target=(empty,) * config.num_decoder_layers,
-            memory=self.decoder.project_memory(memory),
+            # The barrier keeps XLA from moving the layout of the memory into the loop, to be made anew at each step.
+            memory=jax.lax.optimization_barrier(self.decoder.project_memory(memory)),
             memory_mask=padding_mask(segments > 0),
         )
 

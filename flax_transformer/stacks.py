@@ -20,7 +20,7 @@ from flax_transformer.positions import LearnedPositions, sinusoidal_positions
 class DecodingState(flax.struct.PyTreeNode):
     """All that step-by-step decoding remembers: a plain pytree that goes in and comes out.
 
-    The hypotheses of a sentence share one cache, [B, H, K, L * N], ordered by position, then by hypothesis. Where a
+    The hypotheses of a sentence share one cache of L * N places, ordered by position, then by hypothesis. Where a
     search lets one go on from another's beginning, only `ancestors` changes: no key or value is ever moved.
 
     Attributes:
