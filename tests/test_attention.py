@@ -124,12 +124,14 @@ def test_a_mask_of_three_dimensions_is_an_error():
 
 
 def test_writing_into_a_cache_replaces_what_stands_there_and_nothing_else():
-    _, key, value = random_inputs()
-    cache, new = KVCache(key=key, value=value), KVCache(key=1 + key[:, :2], value=2 + value[:, :2])
-    written = jax.jit(KVCache.write)(cache, jnp.array(3), new)
-    for old, part, after in [(key, new.key, written.key), (value, new.value, written.value)]:
-        assert np.array_equal(after[:, 3:5], part)
-        assert np.array_equal(after[:, :3], old[:, :3]) and np.array_equal(after[:, 5:], old[:, 5:])
+    _, key, value = random_inputs()  # [B, M, H, K]
+
+    def lie(key, value):
+        return KVCache(key=key.transpose(0, 2, 3, 1), value=value.transpose(0, 2, 1, 3))
+
+    written = jax.jit(KVCache.write)(lie(key, value), jnp.array(3), lie(1 + key[:, :2], 2 + value[:, :2]))
+    expected = lie(key.at[:, 3:5].set(1 + key[:, :2]), value.at[:, 3:5].set(2 + value[:, :2]))
+    assert np.array_equal(written.key, expected.key) and np.array_equal(written.value, expected.value)
 
 
 def multi_head_attention(dropout_rate=0.0):

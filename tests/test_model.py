@@ -161,6 +161,31 @@ def test_step_by_step_logits_equal_those_of_one_pass(options, hypotheses, chunks
     assert int(state.position) == T
 
 
+@both_options
+@pytest.mark.parametrize("chunks", [(1,) * T, (2, 1, 3, 1)])
+def test_a_hypothesis_that_follows_another_goes_on_as_if_the_others_beginning_were_its_own(options, chunks):
+    model, variables = build(**options)
+    hypotheses, rng = 3, np.random.default_rng(3)
+    state = jitted(model, "start_decoding", max_length=T, hypotheses=hypotheses)(variables, SOURCE)
+    said = np.zeros((B, hypotheses, 0), "int32")
+    for step, length in enumerate(chunks):
+        tokens = rng.integers(3, V, (B, hypotheses, length), "int32")
+        if step == 0:
+            tokens[:, :, 0] = model.config.start_id
+        said = np.concatenate([said, tokens], axis=2)
+        state, logits = jitted(model, "decode_step")(variables, state, tokens.reshape(-1, length))
+        begun = np.concatenate([said[:, :, 1:], np.full((B, hypotheses, T + 1 - said.shape[2]), 3)], axis=2)
+        afresh = logits_of(
+            model, variables, np.repeat(SOURCE, hypotheses, axis=0), begun.reshape(-1, T).astype("int32")
+        )
+        stop = said.shape[2]
+        np.testing.assert_allclose(logits, afresh[:, stop - length : stop], atol=1e-5)
+        # Some are followed by several, some by none; each sentence has its own parents, and new ones each time.
+        parents = np.array([[2, 0, 2], [1, 1, 0]], "int32") if step % 2 else rng.integers(0, 3, (B, 3), "int32")
+        state = state.follow(jnp.asarray(parents))
+        said = np.take_along_axis(said, parents[..., None], axis=1)
+
+
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (2, 2)])
 def test_a_step_past_the_room_that_was_made_gives_nan(chunks):
     model, variables = build()

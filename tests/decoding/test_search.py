@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flax_transformer.decoding.search import Hypotheses, Search
-from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.decoding.settings import BeamSearch, Sampling
 
 PAD, START, EOS = 0, 1, 2
 B, V, L = 7, 5, 5
@@ -51,31 +51,36 @@ class Language:
                 yield (*tokens, EOS)
 
 
-def search_tables(logits, shifts, limits, *, beam_size, max_length, alpha=0.6, num_return=1):
-    """Searches a language; greedily where no beam is given."""
+def search_tables(logits, shifts, limits, prefix=None, rngs=None, *, settings, max_length):
+    """Searches a language."""
 
     def step(state, tokens):
         beginning = state["beginning"] * logits.shape[-1] + tokens
         next_logits = logits[state["sentence"], beginning] + shifts[state["steps"]]
         return {**state, "beginning": beginning, "steps": state["steps"] + 1}, next_logits
 
-    sentence = jnp.repeat(jnp.arange(B), beam_size or 1)
+    sentence = jnp.repeat(jnp.arange(B), settings.hypotheses)
     state = {"sentence": sentence, "beginning": jnp.zeros_like(sentence), "steps": jnp.zeros((), jnp.int32)}
-    settings = BeamSearch(beam_size=beam_size or 1, alpha=alpha, num_return=num_return)
     ids = {"start_id": START, "eos_id": EOS, "pad_id": PAD}
-    return Search(step_fn=step, limits=limits, settings=settings, max_length=max_length, **ids).run(state)
+    options = {"settings": settings, "max_length": max_length, "prefix": prefix, "rngs": rngs, **ids}
+    search = Search(step_fn=step, limits=limits, **options)
+    progress = search.run(state)
+    return search.result(progress), search.open(progress)
 
 
 # One program for all languages of one size.
-search_jitted = jax.jit(search_tables, static_argnames=("beam_size", "max_length", "alpha", "num_return"))
+search_jitted = jax.jit(search_tables, static_argnames=("settings", "max_length"))
 
 
-def search(language, limits, *, beam_size=None, max_length=L, alpha=0.6, run=search_jitted, **options):
-    """The hypotheses as numpy arrays."""
+def search(language, limits, settings=None, *, prefix=None, rngs=None, max_length=L, run=search_jitted, **wishes):
+    """The hypotheses as numpy arrays, and `is_open`; of a beam with these wishes, greedily where no beam is given."""
+    if settings is None:
+        settings = BeamSearch(beam_size=wishes.pop("beam_size", None) or 1, **wishes)
     arrays = map(jnp.asarray, (language.logits, language.shifts, limits))
-    found = run(*arrays, beam_size=beam_size, max_length=max_length, alpha=alpha, **options)
+    prefix = None if prefix is None else jnp.asarray(prefix)
+    found, is_open = run(*arrays, prefix, rngs, settings=settings, max_length=max_length)
     assert isinstance(found, Hypotheses)
-    return SimpleNamespace(**jax.device_get(vars(found)))
+    return SimpleNamespace(**jax.device_get(vars(found)), is_open=np.asarray(is_open))
 
 
 def outputs(found, sentence):
@@ -88,22 +93,33 @@ def paper_score(log_prob, length, alpha=0.6):
     return log_prob / ((5 + length) / 6) ** alpha
 
 
+def length_score(log_prob, length, alpha=0.6):
+    return log_prob / length**alpha
+
+
+SCORES = {"paper": paper_score, "length": length_score}
+
+
 @pytest.mark.parametrize(
-    "vocabulary, limits, alpha",
+    "vocabulary, limits, penalty, alpha",
     [
-        (5, [4, 1, 3, 2, 4, 4, 3], 0),
-        (5, [4, 1, 3, 2, 4, 4, 3], 0.6),
-        (5, [4, 1, 3, 2, 4, 4, 3], 1),
-        (4, [5, 1, 3, 2, 4, 5, 3], -0.5),
+        (5, [4, 1, 3, 2, 4, 4, 3], "paper", 0),
+        (5, [4, 1, 3, 2, 4, 4, 3], "paper", 0.6),
+        (5, [4, 1, 3, 2, 4, 4, 3], "paper", 1),
+        (4, [5, 1, 3, 2, 4, 5, 3], "paper", -0.5),
+        (5, [4, 1, 3, 2, 4, 4, 3], "length", 0.6),
+        (4, [5, 1, 3, 2, 4, 5, 3], "length", 1),
+        (4, [5, 1, 3, 2, 4, 5, 3], "length", -0.5),
     ],
 )
-def test_a_beam_as_wide_as_the_language_finds_what_trying_everything_finds(vocabulary, limits, alpha):
+def test_a_beam_as_wide_as_the_language_finds_what_trying_everything_finds(vocabulary, limits, penalty, alpha):
     language = Language(0, vocabulary)
     beam_size = (vocabulary - 1) ** (max(limits) - 1)
-    found = search(language, limits, beam_size=beam_size, alpha=alpha, num_return=beam_size)
+    options = {"beam_size": beam_size, "num_return": beam_size, "alpha": alpha, "length_penalty": penalty}
+    found = search(language, limits, **options)
     for sentence, limit in enumerate(limits):
         log_probs = {tokens: language.log_prob(sentence, tokens) for tokens in language.every_output(limit)}
-        scores = {tokens: paper_score(log_prob, len(tokens), alpha) for tokens, log_prob in log_probs.items()}
+        scores = {tokens: SCORES[penalty](log_prob, len(tokens), alpha) for tokens, log_prob in log_probs.items()}
         best = sorted(scores, key=scores.get, reverse=True)[:beam_size]
         count = len(best)
         assert outputs(found, sentence)[:count] == best
@@ -115,32 +131,127 @@ def test_a_beam_as_wide_as_the_language_finds_what_trying_everything_finds(vocab
         assert not found.lengths[sentence, count:].any() and (found.tokens[sentence, count:] == PAD).all()
 
 
-def plain_beam_search(language, sentence, limit, beam_size, alpha):
-    """Beam search as one would write it on paper: no state, no arrays, and no stopping early."""
-    live, finished = [((), 0.0)], []
+def may_come(tokens, limit, settings, prefix, vocabulary):
+    """As one would say it, one wish after the other; the first that speaks decides."""
+    if len(tokens) == limit - 1:
+        return {EOS}
+    if len(tokens) < len(prefix):
+        return {prefix[len(tokens)]}
+    allowed = set(range(vocabulary)) - set(settings.banned)
+    if len(tokens) + 1 < settings.min_length:
+        allowed -= {EOS}
+    if size := settings.no_repeat_ngram:
+        seen = {tokens[start : start + size] for start in range(len(tokens) - size + 1)}
+        allowed = {token for token in allowed if (*tokens, token)[-size:] not in seen}
+    return allowed or {EOS}
+
+
+def plain_beam_search(language, sentence, limit, settings, prefix=()):
+    """Beam search as one would write it on paper: no state and no arrays, and the optimal one does not stop early.
+
+    "first" is the rule of transformers' `early_stopping=True`.
+    """
+    size, first, live, ended = settings.beam_size, settings.stopping == "first", [((), 0.0)], []
     for length in range(1, limit + 1):
-        grown = [
-            ((*tokens, token), total + log_prob)
-            for tokens, total in live
-            for token, log_prob in enumerate(language.log_probs(sentence, tokens))
-        ]
-        finished += [(paper_score(total, length, alpha), tokens) for tokens, total in grown if tokens[-1] == EOS]
-        going_on = [(tokens, total) for tokens, total in grown if tokens[-1] != EOS]
-        live = sorted(going_on, key=lambda hypothesis: hypothesis[1], reverse=True)[:beam_size]
-    return sorted(finished, reverse=True)
+        grown = []
+        for tokens, total in live:
+            log_probs = language.log_probs(sentence, tokens)
+            allowed = may_come(tokens, limit, settings, prefix, len(log_probs))
+            grown += [((*tokens, token), total + log_probs[token]) for token in allowed]
+        grown = sorted(grown, key=lambda hypothesis: hypothesis[1], reverse=True)[: 2 * size if first else None]
+        ends = [hypothesis for hypothesis in grown[: size if first else None] if hypothesis[0][-1] == EOS]
+        scored = [(SCORES[settings.length_penalty](total, length, settings.alpha), tokens) for tokens, total in ends]
+        ended = sorted([*ended, *scored], reverse=True)[:size]
+        if first and len(ended) == size:
+            break
+        live = [hypothesis for hypothesis in grown if hypothesis[0][-1] != EOS][:size]
+    return ended[: settings.num_return]
+
+
+def check_against_paper(language, limits, settings, prefixes=((),) * B):
+    """What is found is what is found on paper, with its scores."""
+    longest = max(map(len, prefixes))
+    prefix = np.array([[*row, *[PAD] * (longest - len(row))] for row in prefixes], "int32") if longest else None
+    found = search(language, limits, settings, prefix=prefix, max_length=max(limits))
+    for sentence, limit in enumerate(limits):
+        expected = plain_beam_search(language, sentence, limit, settings, prefixes[sentence])
+        places = settings.num_return - len(expected)
+        assert outputs(found, sentence) == [tokens for _, tokens in expected] + [()] * places
+        scores = [score for score, _ in expected] + [-np.inf] * places
+        np.testing.assert_allclose(found.scores[sentence], scores, rtol=1e-5)
+    return found
 
 
 @pytest.mark.parametrize(
     "beam_size, num_return, alpha", [(2, 1, 0.6), (3, 1, 0), (3, 1, 0.6), (3, 1, 1), (3, 1, -0.5), (3, 3, 0.6)]
 )
 def test_a_narrow_beam_finds_what_it_finds_on_paper_without_stopping_early(beam_size, num_return, alpha):
-    limits = [5, 2, 5, 4, 5, 3, 5]
-    language = Language(1)
-    found = search(language, limits, beam_size=beam_size, alpha=alpha, num_return=num_return)
-    for sentence, limit in enumerate(limits):
-        expected = plain_beam_search(language, sentence, limit, beam_size, alpha)[:num_return]
-        assert outputs(found, sentence) == [tokens for _, tokens in expected]
-        np.testing.assert_allclose(found.scores[sentence], [score for score, _ in expected], rtol=1e-5)
+    settings = BeamSearch(beam_size=beam_size, alpha=alpha, num_return=num_return)
+    check_against_paper(Language(1), [5, 2, 5, 4, 5, 3, 5], settings)
+
+
+@pytest.mark.parametrize(
+    "beam_size, num_return, penalty, alpha",
+    [(2, 2, "length", 0), (3, 3, "length", 0.6), (4, 1, "paper", 1)],
+)
+def test_a_search_that_stops_first_finds_what_it_finds_on_paper(beam_size, num_return, penalty, alpha):
+    settings = BeamSearch(
+        beam_size=beam_size, num_return=num_return, length_penalty=penalty, alpha=alpha, stopping="first"
+    )
+    others = 0
+    for seed in range(20, 23):
+        found = check_against_paper(Language(seed), [5, 2, 5, 4, 5, 3, 5], settings)
+        patient = search(Language(seed), [5, 2, 5, 4, 5, 3, 5], settings.replace(stopping="optimal"))
+        others += sum(outputs(found, sentence) != outputs(patient, sentence) for sentence in range(B))
+    assert others > 0  # or the two rules would not have been told apart
+
+
+WISHES = {
+    "all banned": {"banned": (0, 1, 3)},
+    "longer": {"min_length": 4},
+    "longer than the limit": {"min_length": 9},
+    "no word twice": {"no_repeat_ngram": 1},
+    "no two words twice": {"no_repeat_ngram": 2},
+    "no three words twice": {"no_repeat_ngram": 3},
+    "all together": {"banned": (1,), "min_length": 5, "no_repeat_ngram": 2},
+    "all together, first": {"banned": (1,), "min_length": 5, "no_repeat_ngram": 2, "stopping": "first"},
+}
+
+
+@pytest.mark.parametrize("name", WISHES)
+def test_wishes_are_kept_as_on_paper(name):
+    settings = BeamSearch(beam_size=3, num_return=2, **WISHES[name])
+    language = Language(30, vocabulary=4, longest=7)
+    language.shifts[:, [EOS, 3]] += [-3, 3]  # longer outputs that repeat themselves
+    limits = [7, 2, 7, 4, 6, 1, 7]
+    # None for some, one as long as fits for another; a prefix is kept against the wishes.
+    prefixes = [(3, 3, 3), (1,), (), (3, 1, 3), (), (), (3, 3, 1, 1, 3, 3)]
+    check_against_paper(language, limits, settings, prefixes)
+    kept, free = (
+        [plain_beam_search(language, sentence, limit, wished)[0] for sentence, limit in enumerate(limits)]
+        for wished in (settings, BeamSearch(beam_size=3))
+    )
+    assert kept != free
+
+
+@pytest.mark.parametrize("settings", [BeamSearch(beam_size=1), BeamSearch(beam_size=3, num_return=3), Sampling()])
+def test_each_tokens_log_probability_is_the_languages_own_and_they_sum_to_the_outputs(settings):
+    """Wishes and the limit take no probability from a token that comes."""
+    language = Language(31)
+    settings = settings.replace(banned=(1,), min_length=3, no_repeat_ngram=2)
+    found = search(language, [5, 4, 5, 3, 5, 2, 1], settings, prefix=[[4]] * 6 + [[PAD]], rngs=keys(0))
+    for sentence in range(B):
+        for rank, tokens in enumerate(outputs(found, sentence)):
+            expected = [language.log_probs(sentence, tokens[:place])[token] for place, token in enumerate(tokens)]
+            each = found.token_log_probs[sentence, rank]
+            np.testing.assert_allclose(each[: len(tokens)], expected, atol=1e-5)
+            assert not each[len(tokens) :].any()
+            if tokens:
+                np.testing.assert_allclose(found.log_probs[sentence, rank], sum(expected), atol=1e-5)
+
+
+def keys(seed):
+    return jax.random.split(jax.random.key(seed), B)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +301,6 @@ def test_greedy_takes_the_most_probable_token_each_time():
         np.testing.assert_allclose(found.scores[sentence], [expected], rtol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(4, 10))
-def test_a_beam_of_one_is_greedy_search(seed):
-    greedy, beam = search(Language(seed), [5] * B), search(Language(seed), [5] * B, beam_size=1, num_return=1)
-    for sentence in range(B):
-        assert outputs(greedy, sentence) == outputs(beam, sentence)
-    np.testing.assert_array_equal(greedy.scores, beam.scores)
-
-
 def test_no_beam_beats_the_widest():
     language, limits = Language(10), [4] * B
     widest = search(language, limits, beam_size=64, num_return=64).scores[:, :1]
@@ -234,6 +337,22 @@ def test_more_room_than_the_limits_allow_is_only_padding(beam_size):
         assert np.array_equal(getattr(roomy, name), getattr(exact, name))
 
 
+@pytest.mark.parametrize("wishes", [{}, {"beam_size": 3, "num_return": 2}, {"beam_size": 3, "stopping": "first"}])
+def test_what_is_closed_when_there_is_no_more_room_is_what_it_would_be_with_more(wishes):
+    open_ones = 0
+    for seed in range(40, 43):
+        limits = [5, 3, 5, 4, 5, 2, 5]
+        cramped, roomy = (search(Language(seed), limits, max_length=room, **wishes) for room in (3, L))
+        assert not roomy.is_open.any()
+        for sentence in np.flatnonzero(~cramped.is_open):
+            assert outputs(cramped, sentence) == outputs(roomy, sentence)
+            assert np.array_equal(cramped.scores[sentence], roomy.scores[sentence])
+        assert not cramped.is_open[[1, 5]].any()  # whose limits there is room for
+        open_ones += cramped.is_open.sum()
+        assert not cramped.is_open.all()
+    assert open_ones
+
+
 @greedy_and_beam
 def test_a_search_that_has_its_answers_asks_no_further(beam_size):
     language = Language(15)
@@ -267,28 +386,6 @@ def test_tokens_of_no_probability_are_never_chosen_and_make_no_nan(options):
     nothing = options.get("num_return", 1) - 1
     assert outputs(found, 0) == [(EOS,)] + [()] * nothing
     assert found.scores[0].tolist() == [0.0] + [-np.inf] * nothing
-
-
-@pytest.mark.parametrize(
-    ("name", "alpha", "penalties"),
-    [
-        ("paper", 0, [1, 1, 1]),
-        ("paper", 1, [1, 2, 4]),
-        ("paper", 0.5, [1, 2**0.5, 2]),
-        ("length", 0, [1, 1, 1]),
-        ("length", 1, [1, 7, 19]),
-        ("length", 0.5, [1, 7**0.5, 19**0.5]),
-    ],
-)
-def test_the_length_penalty_is_wus_or_a_power_of_the_length(name, alpha, penalties):
-    settings = BeamSearch(length_penalty=name, alpha=alpha)
-    np.testing.assert_allclose(settings.penalty(jnp.array([1, 7, 19])), penalties, rtol=1e-6)
-    np.testing.assert_allclose([settings.penalty(length) for length in (1, 7, 19)], penalties, rtol=1e-6)
-
-
-def test_more_to_return_than_the_beam_holds_is_an_error():
-    with pytest.raises(ValueError, match="num_return is 4, beam_size is 3"):
-        search(Language(18), [5] * B, beam_size=3, num_return=4)
 
 
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])

@@ -1,143 +1,32 @@
-"""Takes a small random Transformer and a vocabulary and leaves a verdict: searching and translating do as they say.
+"""Takes sentences and a small random Transformer and leaves a verdict: each line has an answer, and it is its own.
 
 What an untrained model says means nothing, but it depends on every token of the source, so whatever is mixed up shows.
 """
 
-import dataclasses
-from functools import partial
+import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.decoding.translator import EXTRA_LENGTH, SMALLEST_BUCKET, Translator, search_translations
+from flax_transformer.decoding.programs import search_translations
+from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.translator import Translation, Translator
 from flax_transformer.experiment import VocabularyConfig
-from flax_transformer.model import Transformer
-from flax_transformer.workdir import WorkDirectory
 
-V, EOS = 12, 2
-WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
-SOURCE = np.array([[4, 9, 5, 2, 0, 0, 0], [6, 3, 7, 8, 10, 11, 2], [5, 2, 0, 0, 0, 0, 0]], "int32")
-LIMITS = np.array([9, 6, 8], "int32")
-LONGEST = 9
-
-
-def small_config(size):
-    return TransformerConfig(
-        source_vocab_size=size,
-        target_vocab_size=size,
-        d_model=16,
-        num_heads=2,
-        d_ff=24,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        tie_embeddings="none",  # or whatever was said last would be said again
-    )
-
-
-def random_params(config, seed):
-    """Matrices large enough that the model is sure of itself, and that its outputs differ from source to source."""
-    tokens, rng = jnp.ones((1, 2), jnp.int32), np.random.default_rng(seed)
-    shapes = jax.eval_shape(partial(Transformer(config).init, deterministic=True), jax.random.key(0), tokens, tokens)
-
-    def fill(path, leaf):
-        constants = {"scale": np.ones, "bias": np.zeros}
-        return jnp.asarray(constants.get(path[-1].key, partial(rng.normal, 0.0, 0.7))(leaf.shape), "float32")
-
-    return jax.tree_util.tree_map_with_path(fill, shapes["params"])
+# With so little extra room no output needs a longer bucket than its source.
+GREEDY = BeamSearch(beam_size=1, extra_length=4)
+BEAM = BeamSearch(beam_size=3, num_return=3, extra_length=4)
+SAMPLING = Sampling(num_return=2, extra_length=4)
+SHORT = ["the cat", "a dog sat", "red mouse", "up", "slow cat"]  # of one bucket
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = small_config(V)
-    return config, random_params(config, 290)  # One whose outputs end at their limits, and before them.
-
-
-@pytest.fixture(scope="module")
-def parallel(model):
-    """The log-probabilities [B, T, V] of one pass over whole targets, in which every token is a word like any other."""
-    config, params = model
-    apply = jax.jit(partial(Transformer(config).apply, deterministic=True))
-
-    def log_probs(target):
-        segments = np.ones_like(target)
-        return np.asarray(jax.nn.log_softmax(apply({"params": params}, SOURCE, target, target_segments=segments)))
-
-    return log_probs
-
-
-def search(model, source=SOURCE, limits=LIMITS, *, beam_size, max_length=LONGEST):
-    config, params = model
-    options = {"config": config, "beam_size": beam_size, "alpha": 0.6, "max_length": max_length}
-    return jax.device_get(vars(search_translations(params, jnp.array(source), jnp.array(limits), **options)))
-
-
-def test_greedy_search_equals_a_loop_that_runs_the_whole_model_at_each_step(model, parallel):
-    target, lengths = np.zeros((len(SOURCE), LONGEST), "int32"), np.zeros(len(SOURCE), int)
-    for step in range(LONGEST):
-        best = parallel(target)[:, step].argmax(-1)
-        best = np.where(step + 1 >= LIMITS, EOS, best)
-        target[:, step] = np.where(lengths == 0, best, 0)
-        lengths = np.where((lengths == 0) & (best == EOS), step + 1, lengths)
-    assert (lengths < LIMITS).any() and (lengths == LIMITS).any()
-    found = search(model, beam_size=1)
-    assert np.array_equal(found["lengths"][:, 0], lengths)
-    assert np.array_equal(found["tokens"][:, 0], target)
-
-
-@pytest.mark.parametrize("beam_size", [1, 4])
-def test_log_probabilities_are_those_of_one_parallel_pass(model, parallel, beam_size):
-    found = search(model, beam_size=beam_size)
-    tokens, lengths = found["tokens"][:, 0], found["lengths"]
-    each = np.take_along_axis(parallel(tokens), tokens[..., None], axis=-1)[..., 0]
-    expected = np.where(np.arange(LONGEST) < lengths, each, 0).sum(-1)
-    np.testing.assert_allclose(found["log_probs"][:, 0], expected, atol=1e-5)
-    np.testing.assert_allclose(found["scores"], expected[:, None] / ((5 + lengths) / 6) ** 0.6, atol=1e-5)
-
-
-@pytest.mark.parametrize("beam_size", [1, 4])
-def test_padding_and_neighbours_do_not_change_a_sentences_result(model, beam_size):
-    together = search(model, beam_size=beam_size)
-    assert SOURCE[0].tolist() == [4, 9, 5, 2, 0, 0, 0]
-    alone = search(model, SOURCE[:1, :4], LIMITS[:1], beam_size=beam_size, max_length=LONGEST + 2)
-    assert np.array_equal(alone["tokens"][0, :, :LONGEST], together["tokens"][0])
-    np.testing.assert_allclose(alone["scores"][0], together["scores"][0], atol=1e-5)
-
-
-SENTENCES = [
-    " ".join(np.random.default_rng(number).choice(WORDS, length))
-    for number, length in enumerate([3, 9, 1, 14, 2, 5, 4, 11, 6, 3, 3, 8])
-]
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """Two checkpoints: step 1 has the better BLEU, step 2 the better loss, and BLEU is what training chose by."""
-    lines = [" ".join(np.random.default_rng(100 + number).choice(WORDS, 6)) for number in range(40)]
-    vocabularies = VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
-    config = small_config(vocabularies.source.size)
-    workdir = WorkDirectory(tmp_path_factory.mktemp("work") / "run")
-    workdir.write_config({"model": dataclasses.asdict(config), "training": {"best_metric": "bleu"}})
-    workdir.write_vocabularies(vocabularies)
-    with workdir.open_checkpoints() as checkpoints:
-        for step, metrics in ((1, {"bleu": 9.0, "loss": 3.0}), (2, {"bleu": 8.0, "loss": 2.0})):
-            checkpoints.save(step, random_params(config, 2 + step), {"count": jnp.array(step)}, {}, metrics)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def translator(workdir):
-    return Translator.from_workdir(workdir.path)
-
-
-@pytest.fixture(scope="module")
-def first_run(translator):
+def first_run(translator, sentences):
     """The sentences' translations, and how many programs they took."""
     before = search_translations._cache_size()
-    return translator.translate(SENTENCES, beam_size=1), search_translations._cache_size() - before
+    return translator.translate(sentences, GREEDY), search_translations._cache_size() - before
 
 
 @pytest.fixture(scope="module")
@@ -145,74 +34,258 @@ def translations(first_run):
     return first_run[0]
 
 
-def test_every_line_has_one_line_and_each_its_own(translations):
-    assert len(translations) == len(SENTENCES)
-    assert len(set(translations)) == len(set(SENTENCES))
+@pytest.fixture(scope="module")
+def short_sighted(make_translator):
+    """Knows sentences of at most eight tokens."""
+    return make_translator(max_length=8)
+
+
+def test_every_line_has_one_line_and_each_its_own(sentences, translations):
+    assert len(translations) == len(sentences)
+    assert len(set(translations)) == len(set(sentences))
     assert all(translation and "\n" not in translation for translation in translations)
 
 
-def test_translations_come_in_the_order_of_their_sentences(translator, translations):
-    order = np.random.default_rng(0).permutation(len(SENTENCES))
-    shuffled = translator.translate([SENTENCES[number] for number in order], beam_size=1)
-    assert shuffled == [translations[number] for number in order]
-
-
-def test_empty_and_blank_lines_stay_empty_among_the_others(translator, translations):
-    blank = ["", " ", "\t", "\u3000 "]
-    lines = [line for sentence in SENTENCES for line in (*blank, sentence)]
-    expected = [line for translation in translations for line in (*[""] * len(blank), translation)]
-    assert translator.translate(lines, beam_size=1) == expected
-    assert translator.translate(["", " "]) == ["", ""]
-    assert translator.translate([]) == []
-
-
-def test_where_a_batch_ends_changes_no_translation(workdir, translations):
-    tight = Translator.from_workdir(workdir.path, batch_tokens=4 * SMALLEST_BUCKET)
-    short = {line: translation for line, translation in zip(SENTENCES, translations, strict=True) if len(line) < 20}
-    assert len(short) > 4 and len(short) % 4  # more than one batch, and the last one not full
-    assert tight.translate(list(short), beam_size=1) == list(short.values())
-
-
-def test_beam_search_is_the_default_and_does_not_depend_on_neighbours(translator):
-    lines = ["the cat", "a dog sat", "red mouse", "up"]
-    together = translator.translate(lines)
-    assert together == translator.translate(lines, beam_size=4, alpha=0.6)
-    assert together[1:] == translator.translate(lines[1:])  # in a batch that is not full
-    assert together[::-1] == translator.translate(lines[::-1])
-
-
-def test_a_text_of_many_lengths_compiles_one_program_a_bucket(translator, first_run):
-    lengths = {len(ids) for ids in translator.vocabularies.source.encode(SENTENCES)}
-    buckets = {max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()) for length in lengths}
+def test_a_text_of_many_lengths_compiles_one_program_a_bucket(translator, sentences, first_run):
+    lengths = {len(ids) for ids in translator.vocabularies.source.encode(sentences)}
+    buckets = {max(8, 1 << (length - 1).bit_length()) for length in lengths}
     assert len(lengths) > 2 * len(buckets)
     assert 1 <= first_run[1] <= len(buckets)
 
 
-def test_a_translation_is_at_most_fifty_tokens_longer_than_its_source(translator, monkeypatch):
-    longer = []
-
-    def watch(params, source, limits, **options):
-        hypotheses = search_translations(params, source, limits, **options)
-        longer.extend((hypotheses.lengths[:, 0] - (source != 0).sum(1))[source.any(1)].tolist())
-        return hypotheses
-
-    monkeypatch.setattr("flax_transformer.decoding.translator.search_translations", watch)
-    translator.translate(SENTENCES, beam_size=1)
-    assert len(longer) == len(SENTENCES)
-    assert max(longer) == EXTRA_LENGTH == 50  # section 6.1
+def test_translations_come_in_the_order_of_their_sentences(translator, sentences, translations):
+    order = np.random.default_rng(0).permutation(len(sentences))
+    shuffled = translator.translate([sentences[number] for number in order], GREEDY)
+    assert shuffled == [translations[number] for number in order]
 
 
-def test_learned_positions_bound_the_output_and_a_longer_source_is_an_error_that_names_the_mend(translator):
-    config = dataclasses.replace(translator.config, positions="learned", max_length=6)
-    learned = Translator(config, random_params(config, 0), translator.vocabularies)
-    assert learned.translate(["the cat"], beam_size=1)[0]
-    with pytest.raises(ValueError, match=r"^.*8 positions, model.max_length is 6: raise it.*$"):
-        learned.translate(["the cat sat on the red mouse"], beam_size=1)
+def test_empty_and_blank_lines_stay_empty_among_the_others(translator, sentences, translations):
+    blank = ["", " ", "\t", "\u3000 ", "\n", "\x85"]
+    lines = [line for sentence in sentences for line in (*blank, sentence)]
+    expected = [line for translation in translations for line in (*[""] * len(blank), translation)]
+    assert translator.translate(lines, GREEDY) == expected
+    for settings in (GREEDY, BEAM, SAMPLING):
+        assert translator.hypotheses(["", " "], settings) == [[Translation()]] * 2
+    assert translator.translate([]) == [] and translator.score([], []) == [] and translator.align([], []) == []
 
 
-def test_the_best_checkpoint_is_the_best_by_the_metric_that_training_chose_by(workdir, translations):
+@pytest.mark.parametrize("penalty", ["paper", "length"])
+def test_an_empty_translation_can_be_scored_and_aligned(translator, penalty):
+    (scored,) = translator.score([""], [Translation()], GREEDY.replace(length_penalty=penalty))
+    assert (scored.ids, scored.log_prob, scored.score) == ((), 0.0, 0.0)
+    assert translator.align([""], [Translation()])[0].weights.shape == (0, 1)
+
+
+def test_whatever_stands_in_a_line_it_has_an_answer_and_the_others_have_theirs(translator):
+    odd = [
+        "\x00",
+        "\x1b[31m cat",
+        "a\nb\rc",
+        "\u200b",
+        "\ufeff",
+        "😀 👩‍👩‍👧 cat",
+        "ಕನ್ನಡ",
+        "\ud800 cat",
+        "▁",
+        "x" * 60,
+        "\U0010ffff",
+    ]
+    found = translator.translate([line for other in odd for line in (other, "the cat")], GREEDY)
+    assert found[1::2] == translator.translate(["the cat"], GREEDY) * len(odd)
+    assert all(isinstance(translation, str) for translation in found[::2])
+
+
+def check_numbers(translation, settings):
+    """Token by token they sum to the whole's, and tokens and text say the same."""
+    assert len(translation.token_log_probs) == len(translation.ids) == len(translation.tokens)
+    assert translation.tokens[-1] == "</s>" and translation.tokens.count("</s>") == 1
+    assert translation.log_prob == pytest.approx(sum(translation.token_log_probs), abs=1e-4)
+    assert translation.score == pytest.approx(translation.log_prob / settings.penalty(len(translation.ids)), abs=1e-4)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one model", "ensemble"])
+@pytest.mark.parametrize("settings", [GREEDY, BEAM, SAMPLING], ids=["greedy", "beam", "sampling"])
+def test_scoring_a_translation_gives_the_numbers_it_came_with(translator, make_translator, settings, several):
+    if several:
+        translator = Translator.ensemble([translator, make_translator(4, d_model=8)])
+    settings = settings.replace(alpha=1.0, length_penalty="length")
+    found = translator.hypotheses(SHORT, settings)
+    pairs = [(source, each) for source, hypotheses in zip(SHORT, found, strict=True) for each in hypotheses]
+    assert len(pairs) == len(SHORT) * settings.num_return
+    lengths = translator.vocabularies.source.encode(SHORT)
+    # Ends that the limit forced have their own log-probability, like any other.
+    assert any(len(each.ids) == len(ids) + 4 for ids, (each, *_) in zip(lengths, found, strict=True))
+    for (_, each), scored in zip(pairs, translator.score(*zip(*pairs, strict=True), settings), strict=True):
+        check_numbers(each, settings)
+        assert scored.text == each.text and scored.ids == each.ids and scored.tokens == each.tokens
+        np.testing.assert_allclose(scored.token_log_probs, each.token_log_probs, atol=1e-4)
+        assert scored.score == pytest.approx(each.score, abs=1e-4)
+    for hypotheses in found:
+        if isinstance(settings, BeamSearch):
+            scores = [each.score for each in hypotheses]
+            assert scores == sorted(scores, reverse=True) and len({each.ids for each in hypotheses}) == len(scores)
+    assert translator.translate(SHORT, settings) == [hypotheses[0].text for hypotheses in found]
+
+
+def test_a_text_is_scored_by_the_tokens_that_the_vocabulary_gives_it(translator):
+    (scored,) = translator.score(["the cat"], ["a dog"])
+    assert list(scored.ids) == translator.vocabularies.target.encode(["a dog"])[0] and scored.text == "a dog"
+    # How probable it is depends on the source.
+    assert translator.score(["red mouse"], ["a dog"])[0].log_prob != pytest.approx(scored.log_prob, abs=1e-2)
+
+
+def test_an_ensemble_of_a_model_and_itself_translates_as_the_model(translator):
+    twice = Translator.ensemble([translator, translator])
+    assert twice.translate(SHORT, GREEDY) == translator.translate(SHORT, GREEDY)
+    assert twice.config == translator.config
+
+
+def test_an_ensemble_of_none_or_of_other_vocabularies_is_an_error_that_names_the_mend(translator, make_model, say):
+    with pytest.raises(ValueError, match="give at least one translator"):
+        Translator.ensemble([])
+    lines = [say(200 + number, 6) for number in range(40)]
+    others = VocabularyPair.train(lines, lines, VocabularyConfig(size=105))
+    other = Translator(*make_model(others.source.size), others)
+    with pytest.raises(ValueError, match="model 2 has another vocabulary than the first: .* train its models with one"):
+        Translator.ensemble([translator, other])
+    with pytest.raises(
+        ValueError, match="has 105 source and 105 target pieces, the model 110 and 110: put the model's"
+    ):
+        Translator(translator.config, translator.params, others)
+
+
+def test_samples_depend_on_the_seed_and_on_no_neighbour_and_no_batch(make_translator, translator, short_sighted):
+    found = translator.hypotheses(SHORT, SAMPLING, seed=1)
+    assert found == translator.hypotheses(SHORT, SAMPLING, seed=1) != translator.hypotheses(SHORT, SAMPLING, seed=2)
+    assert all(first.ids != second.ids for first, second in found[:3])
+    assert translator.translate(["the cat"] * 5, SAMPLING) != translator.translate(["the cat"], SAMPLING) * 5
+    ids = [[each.ids for each in hypotheses] for hypotheses in found]
+    # Neighbours that are empty, or many parts, take no place and no key; batches are of other sizes.
+    small = make_translator(batch_tokens=16)
+    mixed = small.hypotheses(["", *SHORT[1:3], "a black cat runs on", "up"], SAMPLING, seed=1)
+    assert [[each.ids for each in hypotheses] for hypotheses in mixed[1:3]] == ids[1:3]
+    with pytest.warns(UserWarning, match="is longer than"):
+        mixed = short_sighted.hypotheses([" ".join(SHORT), *SHORT[1:]], SAMPLING, seed=1)
+    assert [[each.ids for each in hypotheses] for hypotheses in mixed[1:]] == ids[1:]
+
+
+def test_translations_begin_with_their_prefixes(translator):
+    prefixes = ["", "the dog", "", "white mouse runs", ""]
+    found, free = translator.hypotheses(SHORT, BEAM, prefixes=prefixes), translator.hypotheses(SHORT, BEAM)
+    for hypotheses, prefix, others in zip(found, prefixes, free, strict=True):
+        begun = tuple(translator.vocabularies.target.encode([prefix])[0][:-1])
+        assert all(each.ids[: len(begun)] == begun and each.text.startswith(prefix) for each in hypotheses)
+        if not prefix:
+            assert [each.ids for each in hypotheses] == [each.ids for each in others]
+
+
+def test_banned_pieces_stay_away(translator):
+    usual = translator.hypotheses(SHORT, GREEDY)
+    banned = {usual[0][0].ids[0], usual[1][0].ids[1]} - {2}
+    for (each,) in translator.hypotheses(SHORT, GREEDY.replace(banned=tuple(banned))):
+        assert not banned & set(each.ids)
+
+
+def test_a_longer_sentence_than_the_model_knows_is_split_and_told_and_the_others_go_on(short_sighted):
+    encode = short_sighted.vocabularies.source.encode
+    parts = ["the cat sat.", "a dog runs.", "is it red?"]
+    assert all(len(ids) <= 8 for ids in encode(parts)) and len(encode([" ".join(parts[:2])])[0]) > 8
+    with pytest.warns(
+        UserWarning, match=r'^a sentence of \d+ tokens \("the cat sat\. a dog .*…"\) is longer than'
+    ) as told:
+        found = short_sighted.translate(["up", " ".join(parts), "red"], GREEDY)
+    assert len(told) == 1 and "model.max_length = 8: it is translated in 3 parts" in str(told[0].message)
+    up, *own, red = short_sighted.translate(["up", *parts, "red"], GREEDY)
+    assert found == [up, " ".join(own), red]
+
+
+def test_a_sentence_of_just_the_length_that_the_model_knows_is_not_split(short_sighted):
+    encode = short_sighted.vocabularies.source.encode
+    exact = next(" ".join(["up"] * count) for count in range(9) if len(encode([" ".join(["up"] * count)])[0]) == 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short_sighted.translate([exact], GREEDY)
+    with pytest.warns(UserWarning, match="a sentence of 9 tokens .* in 2 parts"):
+        short_sighted.translate([f"{exact} up"], GREEDY)
+
+
+def test_a_line_of_ten_thousand_words_has_an_answer(make_translator, say):
+    line, translator = say(7, 10_000), make_translator(max_length=128)
+    with pytest.warns(UserWarning, match="is longer than model.max_length = 128: it is translated in"):
+        found, other = translator.translate([line, "the cat"], GREEDY.replace(max_length=3))
+    assert len(found.split()) >= 50 and other == translator.translate(["the cat"], GREEDY.replace(max_length=3))[0]
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLING.replace(num_return=1)], ids=["greedy", "sampling"])
+def test_the_pieces_of_a_stream_are_the_translation(short_sighted, settings):
+    for sentence in ("the cat", "", " "):
+        pieces = list(short_sighted.stream(sentence, settings, seed=3))
+        assert "".join(pieces) == short_sighted.translate([sentence], settings, seed=3)[0]
+    assert len(list(short_sighted.stream("the cat", settings))) > 1
+    long = "the cat sat. a dog runs. is it red?"
+    with pytest.warns(UserWarning, match="in 3 parts"):
+        assert "".join(short_sighted.stream(long, settings)) == short_sighted.translate([long], settings)[0]
+
+
+def test_a_stream_of_a_beam_is_an_error_that_names_the_mend(translator):
+    for settings in (BeamSearch(), SAMPLING):
+        with pytest.raises(ValueError, match="a stream follows one hypothesis, not .: search with a beam of 1"):
+            translator.stream("the cat", settings)
+
+
+def test_an_alignment_names_the_tokens_of_both_sides(translator):
+    sources = ["the black cat", "up"]
+    targets = ["a dog", translator.hypotheses(["up"], GREEDY)[0][0]]
+    for source, target, aligned in zip(sources, targets, translator.align(sources, targets), strict=True):
+        source_ids = translator.vocabularies.source.encode([source])[0]
+        assert list(aligned.source_tokens) == translator.vocabularies.source.pieces(source_ids)
+        if isinstance(target, Translation):
+            assert aligned.target_tokens == target.tokens
+        else:
+            assert "".join(aligned.target_tokens) == "▁a▁dog</s>"
+        assert aligned.weights.shape == (len(aligned.target_tokens), len(aligned.source_tokens))
+        np.testing.assert_allclose(aligned.weights.sum(-1), 1, atol=1e-5)
+
+
+def test_eight_devices_translate_as_one(make_translator, translator, sentences, translations):
+    eight = make_translator(devices=jax.local_devices())
+    assert len(jax.local_devices()) == 8
+    assert eight.translate(sentences, GREEDY) == translations
+    assert eight.translate(SHORT, SAMPLING) == translator.translate(SHORT, SAMPLING)
+
+
+def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
+    settings = BeamSearch(beam_size=2, extra_length=4)
+    translator.compile(settings, longest=8, sentences=len(SHORT))
+    compiled = search_translations._cache_size()
+    translator.translate(SHORT, settings)
+    assert search_translations._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda each: each.translate("the cat"), "sentences is one string: give a list"),
+        (lambda each: each.translate(["the cat"], prefixes="a"), "prefixes is one string: give a list"),
+        (lambda each: each.translate(["a", "b"], prefixes=["a"]), "there are 1 prefixes for 2 sentences: give one for"),
+        (lambda each: each.score(["a", "b"], ["a"]), "there are 1 targets for 2 sources: give one for each"),
+        (lambda each: each.score("a", ["a"]), "sources is one string: give a list"),
+        (lambda each: each.align(["a"], "a"), "targets is one string: give a list"),
+        (lambda each: each.align(["a"], ["a"], layer=1), "layer is 1, the decoder has 1: choose one from -1 to 0"),
+        (
+            lambda each: each.translate(["up"], GREEDY, prefixes=["up " * 9]),
+            "a prefix has 9 tokens, its output may have",
+        ),
+    ],
+)
+def test_a_wrong_call_is_an_error_that_names_the_mend(translator, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(translator)
+
+
+def test_the_best_checkpoint_is_the_best_by_the_metric_that_training_chose_by(workdir, sentences, translations):
     def translate(step):
-        return Translator.from_workdir(workdir.path, step=step).translate(SENTENCES, beam_size=1)
+        return Translator.from_workdir(workdir.path, step=step).translate(sentences, GREEDY)
 
     assert translate("best") == translate(1) == translations
     assert translate("latest") == translate(2) != translations
@@ -247,5 +320,7 @@ def test_a_folder_without_a_checkpoint_is_an_error_and_stays_without(workdir, tm
 
 @pytest.mark.parametrize("step", [3, "newest"])
 def test_a_checkpoint_that_is_not_there_is_an_error_that_names_those_that_are(workdir, step):
-    with pytest.raises(ValueError, match=rf"^.* holds no checkpoint {step!r}: choose best, latest or one of \[1, 2\]$"):
+    with pytest.raises(
+        ValueError, match=rf"^.* holds no checkpoint {step!r}: choose best, latest, averaged or one of \[1, 2\]$"
+    ):
         Translator.from_workdir(workdir.path, step=step)
