@@ -28,7 +28,7 @@ class Translation:
 
     Attributes:
         text: what it says.
-        tokens: its pieces, the end of sentence included; "▁" stands for a space.
+        tokens: its pieces, the end of sentence included, of each part where the sentence was split; "▁" is a space.
         ids: the same as token ids.
         token_log_probs: the log-probability of each token, in nats.
         log_prob: their sum.
