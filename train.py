@@ -1,7 +1,7 @@
 """Trains a Transformer: `python train.py --config=configs/quickstart.py --workdir=runs/quickstart`.
 
 Any value of the config can be changed on the command line, e.g. `--config.training.steps=1000`. Run again, the same
-command goes on where it stopped.
+command goes on where it stopped; SIGTERM and Ctrl-C write a checkpoint first.
 """
 
 import sys
@@ -21,10 +21,14 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     # jax and flax load here, so that --help answers at once.
     from flax_transformer.experiment import Experiment
+    from flax_transformer.training.interruption import Interrupted
     from flax_transformer.training.loop import train_and_evaluate
 
     try:
         train_and_evaluate(Experiment.from_mapping(CONFIG.value.to_dict()), WORKDIR.value)
+    except Interrupted as interrupted:
+        print(f"train.py: {interrupted}", file=sys.stderr)
+        sys.exit(interrupted.exit_status)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {' '.join(str(error).split())}")
 

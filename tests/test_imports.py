@@ -49,6 +49,7 @@ LAYOUT = {
     "decoding.engine": "config positions decoding.settings decoding.search decoding.batching decoding.programs",
     "decoding.translator": "config model workdir data.vocabulary decoding",
     "training.__init__": "",
+    "training.interruption": "",
     "training.loss": "",
     "training.optimizer": "experiment",
     "training.step": "model data.batch training.loss",

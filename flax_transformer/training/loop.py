@@ -22,6 +22,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.model import Transformer
 from flax_transformer.training.evaluation import Evaluation, Scores
+from flax_transformer.training.interruption import Interrupted, Interruption
 from flax_transformer.training.optimizer import learning_rate_schedule, make_optimizer
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.report import Report, show_samples, show_test
@@ -52,6 +53,7 @@ def train_and_evaluate(experiment: Experiment, path: epath.PathLike) -> Scores |
 
     Raises:
         ValueError: a corpus cannot be read, or the work directory belongs to another experiment.
+        Interrupted: SIGTERM or SIGINT came; the step in hand was finished and a checkpoint written.
     """
     training = _Training(experiment, WorkDirectory(path))
     training.run()
@@ -121,7 +123,10 @@ class _Training:
             print(f"{parameters:,} parameters, {self.parallelism}, steps {first} to {self.config.steps}", flush=True)
             clock = _Clock(seconds)
             window = _Window(self.config.log_every)
-            with Report(self.workdir, first_step=first, steps=self.config.steps) as report:
+            with (
+                Report(self.workdir, first_step=first, steps=self.config.steps) as report,
+                Interruption() as interruption,
+            ):
                 for step, batch in enumerate(self.packed["train"].batches(first, self.config.steps), first + 1):
                     state, metrics = self.train_step(state, batch)
                     report.step_done()
@@ -134,6 +139,9 @@ class _Training:
                         jax.block_until_ready(state)
                         with window.paused():
                             self._evaluate_and_save(step, state, checkpoints, report, clock)
+                    if interruption.signal is not None:
+                        checkpoints.save(step, state.params, _rest(state), {"seconds": clock.seconds}, None)
+                        raise Interrupted(step, interruption.signal)
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, float]:
         """The state to go on from, and the seconds trained before."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import signal
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from flax_transformer.config import TransformerConfig
 from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
 from flax_transformer.training.evaluation import Evaluation, Scores
+from flax_transformer.training.interruption import Interrupted
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.training.report import Report
 from flax_transformer.workdir import WorkDirectory
@@ -117,6 +119,25 @@ def test_a_stopped_training_goes_on_to_the_same_bits(whole, tmp_path, monkeypatc
     assert after == expected[EVERY:]
     assert same_checkpoint(tmp_path, unbroken, STEPS)
     assert again == scores
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_training_behind_a_checkpoint_of_the_step_in_hand(whole, tmp_path, monkeypatch, number):
+    experiment, unbroken, scores = whole
+    in_hand, handlers = 7, [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
+    done = iter(range(in_hand - 1))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match=f"{number.name}: .* step {in_hand};") as ended,
+    ):
+        patch.setattr(Report, "step_done", lambda report: next(done, None) is None and signal.raise_signal(number))
+        train_and_evaluate(experiment, tmp_path)
+    assert (ended.value.step, ended.value.exit_status) == (in_hand, 128 + number)
+    assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == handlers
+    before = losses_of(tmp_path)
+    assert train_and_evaluate(experiment, tmp_path) == scores
+    assert losses_of(tmp_path)[len(before) :] == losses_of(unbroken)[in_hand:]
+    assert same_checkpoint(tmp_path, unbroken, STEPS)
 
 
 def test_lines_of_metrics_tell_the_mean_loss_the_rate_and_the_speed(whole):
