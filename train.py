@@ -1,31 +1,48 @@
 """Trains a Transformer: `python train.py --config=configs/quickstart.py --workdir=runs/quickstart`.
 
 Any value of the config can be changed on the command line, e.g. `--config.training.steps=1000`. Run again, the same
-command goes on where it stopped; SIGTERM and Ctrl-C write a checkpoint first.
+command goes on where it stopped; SIGTERM and Ctrl-C write a checkpoint first. On several hosts the same command runs on
+each, with `--distributed` where the cluster tells them apart (Cloud TPU, Slurm), else with three flags:
+`--coordinator=HOST:PORT --num_processes=2 --process_id=0`.
 """
 
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
+
+from flax_transformer.commands.process import prepare_libraries, warnings_in_one_line
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file in configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the vocabulary, checkpoints and metrics go; made if missing.")
+ACCEPT = flags.DEFINE_bool("accept_changed_corpus", False, "Goes on with a text that was edited since the last run.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Joins the other hosts of a cluster that tells their addresses.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Host and port of process 0, e.g. 10.0.0.1:8476.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.", 1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0, with --coordinator.", 0)
+CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes.", 1)
 
 
 def main(argv: list[str]) -> None:
     """Trains; what a user can mend ends in one line and exit status 1."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.ERROR)
+    prepare_libraries()
     # jax and flax load here, so that --help answers at once.
     from flax_transformer.experiment import Experiment
+    from flax_transformer.training.hosts import Cluster, cluster_of_environment
     from flax_transformer.training.interruption import Interrupted
     from flax_transformer.training.loop import train_and_evaluate
 
     try:
-        train_and_evaluate(Experiment.from_mapping(CONFIG.value.to_dict()), WORKDIR.value)
+        named = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        asked = DISTRIBUTED.value or any(value is not None for value in named)
+        if cluster := Cluster(*named) if asked else cluster_of_environment():
+            cluster.connect(CONNECT_TIMEOUT.value)
+        with warnings_in_one_line("train.py"):
+            experiment = Experiment.from_mapping(CONFIG.value.to_dict())
+            train_and_evaluate(experiment, WORKDIR.value, accept_changed_corpus=ACCEPT.value)
     except Interrupted as interrupted:
         print(f"train.py: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)

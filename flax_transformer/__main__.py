@@ -1,20 +1,16 @@
 """Takes a verb and its options and leaves the work to that verb's file in `commands/`, the only one imported."""
 
 import argparse
-import contextlib
 import difflib
 import importlib
 import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
-
-from absl import logging
-from tqdm import tqdm
+from collections.abc import Sequence
+from typing import NoReturn
 
 import flax_transformer
+from flax_transformer.commands.process import prepare_libraries, warnings_in_one_line
 
 PROGRAM = "flax-transformer"
 VERBS = {
@@ -67,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     command.add_arguments(parser)
     options = parser.parse_all(arguments[1:])
-    _prepare_libraries()
+    prepare_libraries()
     try:
-        with _warnings_in_one_line(program):
+        with warnings_in_one_line(program):
             command.run(options)
     except BrokenPipeError:
         # The reader has enough, as `head` does. What Python would still write when it ends goes nowhere.
@@ -95,30 +91,6 @@ def _overview() -> Parser:
     overview.add_argument("--version", action="version", version=f"{PROGRAM} {flax_transformer.__version__}")
     overview.add_argument("verb", metavar="VERB", choices=VERBS, help=f"see below; `{PROGRAM} VERB --help` tells more")
     return overview
-
-
-def _prepare_libraries() -> None:
-    """Lets jax keep what it compiles from run to run, and Orbax be quiet; what the user has set stays."""
-    # The specification wants a relative path to be ignored: https://specifications.freedesktop.org/basedir-spec
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, PROGRAM, "jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    logging.set_verbosity(logging.ERROR)
-
-
-@contextlib.contextmanager
-def _warnings_in_one_line(program: str) -> Iterator[None]:
-    """Shows this library's warnings to the user, above a progress bar; those of others are for developers."""
-
-    def show(message: Warning | str, *where: Any, **options: Any) -> None:
-        tqdm.write(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", module="flax_transformer|__main__")
-        warnings.showwarning = show
-        yield
 
 
 if __name__ == "__main__":

@@ -1,62 +1,73 @@
-"""Takes parameters and what else training needs and leaves them as numbered checkpoints (Orbax), newest and best kept.
+"""Takes the trees of a training and leaves them as numbered checkpoints (Orbax), the newest and the best of them kept.
 
-It knows pytrees, no model.
+A checkpoint is written first and scored later, so that a training that is killed while it evaluates has lost nothing:
+the scores of all steps stand in a file of their own. It knows pytrees, no model.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 LESS_IS_BETTER = ("loss",)
+TREES = ("params", "ema", "training")
+
+Scores = Mapping[str, float]
 
 
 class Checkpoints:
-    """Checkpoints of parameters, of what else training needs, and of metrics."""
+    """Checkpoints, each with the parameters and whatever trees else, and the scores of the steps that have some."""
 
-    def __init__(self, path: epath.Path, keep_latest: int | None, keep_best: int, best_metric: str, read_only: bool):
-        """Opens them; arguments as in `WorkDirectory.open_checkpoints`."""
-        self._path = path
-        self._best_metric = best_metric
-
-        def metric(metrics: Mapping[str, float]) -> float:
-            return metrics[best_metric]
-
-        # BestN sorts upwards and keeps the last ones.
-        best = checkpoint_managers.BestN(
-            get_metric_fn=metric,
-            reverse=best_metric in LESS_IS_BETTER,
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
+    def __init__(
+        self,
+        path: epath.Path,
+        *,
+        scores_file: epath.Path | None,
+        keep_latest: int | None,
+        keep_best: int,
+        best_metric: str,
+        read_only: bool,
+    ):
+        """Opens them; arguments as in `WorkDirectory.open_checkpoints`, and where the scores are, if there are any."""
+        self._path, self._scores_file, self._best_metric = path, scores_file, best_metric
+        self._scores = _read_scores(scores_file)
         options = ocp.CheckpointManagerOptions(
-            best_fn=metric,
-            best_mode="min" if best_metric in LESS_IS_BETTER else "max",
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [checkpoint_managers.LatestN(keep_latest), best]
+                [checkpoint_managers.LatestN(keep_latest), _Best(self, keep_best)]
             ),
             # What is left of a save that was killed; to a reader it may be one that is under way.
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
         # Handlers that are named here, rather than found when first used, can tell what a checkpoint holds.
-        handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "training": ocp.StandardCheckpointHandler(),
-            "notes": ocp.JsonCheckpointHandler(),
-        }
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in TREES}
+        handlers["notes"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+        # The step whose checkpoint is being written.
+        self._writing: int | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            with self._explain_failure():
+                self._manager.close()
+        except OSError:
+            # A failure that has been told of is not told twice.
+            if kind is None or not issubclass(kind, OSError):
+                raise
 
     @property
     def latest_step(self) -> int | None:
@@ -66,8 +77,47 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the best checkpoint, the newest where none was scored, `None` if there is none."""
-        best = self._manager.best_step()
-        return self.latest_step if best is None else best
+        ranked = [step for step in self._ranked() if step in self._manager.all_steps()]
+        return ranked[0] if ranked else self.latest_step
+
+    @property
+    def scores(self) -> dict[int, Scores]:
+        """The scores of each step that has some, also of those whose checkpoints are gone."""
+        return dict(self._scores)
+
+    @property
+    def evaluations_since_best(self) -> int:
+        """How many evaluations came after the first one with the best score; 0 if there was none."""
+        if not self._scores:
+            return 0
+        best = max(map(self._value, self._scores))
+        first = min(step for step in self._scores if self._value(step) == best)
+        return sum(step > first for step in self._scores)
+
+    def record_scores(self, step: int, scores: Scores) -> None:
+        """Writes down how good the parameters of a step are."""
+        self._write_scores({**self._scores, step: dict(scores)})
+
+    def forget_scores(self) -> None:
+        """Drops all scores: those of another corpus cannot be compared."""
+        self._write_scores({})
+
+    def _write_scores(self, scores: dict[int, Scores]) -> None:
+        assert self._scores_file is not None, "only a training's checkpoints are scored"
+        self._scores = scores
+        if jax.process_index() == 0:
+            draft = self._scores_file.with_name(f"{self._scores_file.name}.tmp")
+            draft.write_text(json.dumps(scores, indent=1) + "\n")
+            draft.replace(self._scores_file)
+
+    def _value(self, step: int) -> float:
+        """A step's score, larger is better."""
+        value = self._scores[step][self._best_metric]
+        return -math.inf if math.isnan(value) else -value if self._best_metric in LESS_IS_BETTER else value
+
+    def _ranked(self) -> list[int]:
+        """The scored steps, the best first, of equally good ones the newest."""
+        return sorted(self._scores, key=lambda step: (self._value(step), step), reverse=True)
 
     def _steps(self) -> list[int]:
         steps = self._manager.all_steps()
@@ -81,12 +131,8 @@ class Checkpoints:
 
     def best_steps(self, count: int) -> list[int]:
         """The steps of so many of the best checkpoints, best first; ValueError where fewer were scored."""
-        sign = -1 if self._best_metric in LESS_IS_BETTER else 1
-        scored = []
-        for step in self._steps():
-            if metrics := self._manager.metrics(step):
-                scored.append((sign * metrics[self._best_metric], step))
-        return self._take(count, [step for _, step in sorted(scored, reverse=True)], "best", "keep_best")
+        steps = self._steps()
+        return self._take(count, [step for step in self._ranked() if step in steps], "best", "keep_best")
 
     def _take(self, count: int, steps: list[int], kind: str, setting: str) -> list[int]:
         if count < 1:
@@ -103,48 +149,100 @@ class Checkpoints:
         """The newest checkpoint's notes."""
         return self._manager.restore(self.latest_step, args=ocp.args.Composite(notes=ocp.args.JsonRestore())).notes
 
-    def save(
-        self,
-        step: int,
-        params: PyTree,
-        training: PyTree | None,
-        notes: Mapping[str, Any],
-        metrics: Mapping[str, float] | None,
-    ) -> None:
+    def save(self, step: int, trees: Mapping[str, PyTree], notes: Mapping[str, Any]) -> None:
         """Begins to write a checkpoint; the arrays may be spent as soon as it returns.
 
         Args:
             step: its number; one that exists already is left as it is.
-            params: the model's parameters.
-            training: what else training needs to go on; `None` where none will.
+            trees: by name: "params", and what else there is of `TREES`; of all processes together.
             notes: plain values, kept as JSON.
-            metrics: of the validation corpus, if it was scored at this step.
+
+        Raises:
+            OSError: this one, or the one before, which was still being written, could not be.
         """
         if step in self._manager.all_steps():
             return
-        items = {"params": ocp.args.StandardSave(params), "notes": ocp.args.JsonSave(dict(notes))}
-        if training is not None:
-            items["training"] = ocp.args.StandardSave(training)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        with self._explain_failure():
+            self._manager.wait_until_finished()
+            self._writing = step
+            self._manager.save(step, args=ocp.args.Composite(**items, notes=ocp.args.JsonSave(dict(notes))))
 
-    def restore(self, params: PyTree, training: PyTree) -> tuple[PyTree, PyTree, dict[str, Any]]:
-        """The newest checkpoint's parameters, training state and notes, placed and typed as the given trees are."""
-        restored = self._manager.restore(
-            self._manager.latest_step(),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                training=ocp.args.StandardRestore(training),
-                notes=ocp.args.JsonRestore(),
-            ),
-        )
-        return restored.params, restored.training, restored.notes
+    def check(self) -> None:
+        """Raises OSError if the checkpoint that is being written cannot be; else it would be told at the next one."""
+        with self._explain_failure():
+            self._manager.check_for_errors()
 
-    def restore_params(self, step: str | int, shapes: PyTree) -> PyTree:
+    @contextlib.contextmanager
+    def _explain_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Whatever Orbax and the storage under it raise, the mend is the same.
+            complete = [step for step in self._manager.all_steps() if step != self._writing]
+            goes_on = f"goes on from step {max(complete)}" if complete else "begins anew"
+            raise OSError(
+                f"the checkpoint of step {self._writing} could not be written to {self._path} ({_reason(error)}): "
+                f"make room or mend the disk; the same command {goes_on}"
+            ) from error
+
+    def restore(self, trees: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+        """The newest checkpoint that can be read, `None` if there is none at all.
+
+        Newer ones that cannot be read are moved to `damaged/`, with a warning: their steps will be written again.
+
+        Args:
+            trees: what is read, placed and typed as these trees are.
+
+        Returns:
+            The step, its trees by name, and its notes.
+
+        Raises:
+            ValueError: there are checkpoints, and none can be read.
+        """
+        targets = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(step, args=ocp.args.Composite(**targets, notes=ocp.args.JsonRestore()))
+                found = {name: restored[name] for name in trees}, restored["notes"]
+            except Exception as error:  # Orbax and what it reads with raise many kinds.
+                damaged[step] = _reason(error)
+                continue
+            self._set_aside(damaged, step)
+            return step, *found
+        if damaged:
+            newest = max(damaged)
+            raise ValueError(
+                f"none of the checkpoints {sorted(damaged)} in {self._path} can be read, the newest because of: "
+                f"{damaged[newest]}: copy the folder again, or give another --workdir"
+            )
+        return None
+
+    def _set_aside(self, damaged: Mapping[int, str], instead: int) -> None:
+        if not damaged:
+            return
+        folder = self._path.parent / "damaged"
+        if jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+            for step, reason in damaged.items():
+                number = len(list(folder.glob(f"{step}-*"))) + 1
+                (self._path / str(step)).rename(folder / f"{step}-{number}")
+                warnings.warn(
+                    f"the checkpoint of step {step} cannot be read ({reason}): it was moved to {folder}, and training "
+                    f"goes on from step {instead}",
+                    stacklevel=3,
+                )
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+
+    def restore_params(self, step: str | int, shapes: PyTree, *, ema: bool = False) -> PyTree:
         """One checkpoint's parameters, on this process's first device.
 
         Args:
             step: "best" (the newest where none was scored), "latest" or a number.
             shapes: the parameters' shapes and types.
+            ema: whether their moving average is read in their place.
 
         Raises:
             ValueError: there is no such checkpoint, or it holds other shapes.
@@ -155,14 +253,15 @@ class Checkpoints:
             raise ValueError(
                 f"{self._path} holds no checkpoint {number!r}: choose best, latest, averaged or one of {steps}"
             )
-        self._check_shapes(number, shapes)
+        name = "ema" if ema else "params"
+        self._check_shapes(number, name, shapes)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-        return self._manager.restore(number, args=ocp.args.Composite(params=ocp.args.StandardRestore(target))).params
+        return self._manager.restore(number, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(target)}))[name]
 
     def average_params(self, steps: Sequence[int]) -> PyTree:
         """The mean of some checkpoints' parameters, float32 numpy arrays; two trees are in memory, however many."""
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), self._stored(steps[0]))
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), self._stored(steps[0], "params"))
         mean = jax.tree.map(np.zeros_like, target)
         for step in steps:
             params = self._manager.restore(
@@ -171,25 +270,53 @@ class Checkpoints:
             jax.tree.map(lambda total, leaf: np.add(total, leaf, out=total), mean, params)
         return jax.tree.map(lambda total: np.divide(total, len(steps), out=total), mean)
 
-    def _stored(self, step: int) -> PyTree:
-        """What the checkpoint's parameters are, without their values: leaves with `shape` and `dtype`."""
+    def _stored(self, step: int, name: str) -> PyTree:
+        """What a tree of the checkpoint is, without its values: leaves with `shape` and `dtype`."""
         self._manager.wait_until_finished()
-        stored = self._manager.item_metadata(step).get("params")
+        stored = self._manager.item_metadata(step).get(name)
         if stored is None:
             raise ValueError(
                 f"{self._path / str(step)} is not complete: copy the folder again, or choose another checkpoint"
             )
         return stored.tree
 
-    def _check_shapes(self, step: int, shapes: PyTree) -> None:
+    def _check_shapes(self, step: int, name: str, shapes: PyTree) -> None:
         """Checks names and shapes against the checkpoint's; Orbax would list every one of them."""
-        stored, wanted = _named_shapes(self._stored(step)), _named_shapes(shapes)
-        for name in wanted | stored:
-            if stored.get(name) != wanted.get(name):
+        stored, wanted = _named_shapes(self._stored(step, name)), _named_shapes(shapes)
+        for leaf in wanted | stored:
+            if stored.get(leaf) != wanted.get(leaf):
                 raise ValueError(
-                    f"{self._path / str(step)} does not fit config.json: {name} has the shape {stored.get(name)} there "
-                    f"and {wanted.get(name)} by the config: put back the config.json that it was trained with"
+                    f"{self._path / str(step)} does not fit config.json: {leaf} has the shape {stored.get(leaf)} there "
+                    f"and {wanted.get(leaf)} by the config: put back the config.json that it was trained with"
                 )
+
+
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the best checkpoints, by scores that may have come after they were written."""
+
+    def __init__(self, checkpoints: Checkpoints, count: int):
+        self._checkpoints, self._count = checkpoints, count
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = [step for step in self._checkpoints._ranked() if step in steps][: self._count]
+        return [step in best for step in steps]
+
+
+def _read_scores(file: epath.Path | None) -> dict[int, Scores]:
+    if file is None or not file.exists():
+        return {}
+    try:
+        return {int(step): dict(scores) for step, scores in json.loads(file.read_bytes()).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): put back the file that training wrote there, or remove it to forget which "
+            "checkpoint was the best"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
 
 
 def _named_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

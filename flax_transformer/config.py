@@ -13,7 +13,7 @@ CHOICES = {
     "activation": ("relu", "gelu", "swish"),
     "positions": ("sinusoidal", "sinusoidal_concatenated", "learned"),
     "tie_embeddings": ("three_way", "decoder", "none"),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "float16"),
 }
 
 Settings = TypeVar("Settings")
@@ -51,7 +51,8 @@ class TransformerConfig:
         pad_id: the id that fills up rows.
         start_id: the id that the decoder starts from.
         eos_id: the id that ends a sentence.
-        dtype: type of the activations; parameters, softmax and logits are float32 either way.
+        dtype: type of the activations; parameters, softmax and logits are float32 either way. bfloat16 is for TPUs and
+            newer GPUs; float16, for older ones such as the T4, is trained with a loss scale.
         remat: whether each layer's activations are computed again in the backward pass, to save memory.
     """
 

@@ -97,11 +97,21 @@ class TrainingConfig:
         clip_norm: the gradient's largest global norm; 0 does not clip.
         label_smoothing: the probability spread over the vocabulary (section 5.4).
         parallelism: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone) or "pmap".
+        rows_per_device: the most rows that a device takes at once; more are taken in micro-batches, whose gradients are
+            summed before they are divided, so that the update is the same. 0 takes all at once.
+        max_skipped: so many updates in a row may be left out because the loss or the gradient is not finite; then
+            training stops.
+        ema_decay: of an exponential moving average of the parameters, e.g. 0.999; 0 keeps none.
+        weights: which of its parameters a model is evaluated and translates with: "trained", "ema" (of
+            `ema_decay`) or "averaged" (the mean of checkpoints, made when training ends; until then "trained").
+        average_last: with "averaged", the number of newest checkpoints whose mean is taken; this or `average_best`.
+        average_best: with "averaged", the number of best checkpoints whose mean is taken.
         log_every: updates between two lines of metrics.
         evaluate_every: updates between two scorings of the validation corpus; 0 never.
         checkpoint_every: updates between two checkpoints; one is written at each evaluation and at the end too.
         keep_latest: how many of the newest checkpoints are kept.
         keep_best: how many of the best checkpoints are kept.
+        patience: training ends early after so many evaluations without a better `best_metric`; 0 never.
         best_metric: "bleu", "chrf", "exact_match" (more is better) or "loss" (less), on the validation corpus.
         evaluate_sentences: how many validation sentences are translated; 0 is all.
         beam_size: beam of the translations that are scored; 1 is greedy.
@@ -122,11 +132,18 @@ class TrainingConfig:
     clip_norm: float = 0.0
     label_smoothing: float = 0.1
     parallelism: str = "auto"
+    rows_per_device: int = 0
+    max_skipped: int = 20
+    ema_decay: float = 0.0
+    weights: str = "trained"
+    average_last: int = 0
+    average_best: int = 0
     log_every: int = 50
     evaluate_every: int = 1000
     checkpoint_every: int = 500
     keep_latest: int = 3
     keep_best: int = 1
+    patience: int = 0
     best_metric: str = "bleu"
     evaluate_sentences: int = 0
     beam_size: int = 1
@@ -139,14 +156,41 @@ class TrainingConfig:
         _check_choice("training", "parallelism", self.parallelism, ("auto", "jit", "pmap"))
         _check_choice("training", "best_metric", self.best_metric, ("bleu", "chrf", "exact_match", "loss"))
         _check_choice("training", "rng_impl", self.rng_impl, ("rbg", "threefry2x32", "unsafe_rbg"))
-        _check_at_least(
-            "training", self, 1, "steps", "log_every", "checkpoint_every", "keep_latest", "keep_best", "beam_size"
+        _check_choice("training", "weights", self.weights, ("trained", "ema", "averaged"))
+        at_least_one = (
+            "steps",
+            "max_skipped",
+            "log_every",
+            "checkpoint_every",
+            "keep_latest",
+            "keep_best",
+            "beam_size",
         )
-        _check_at_least(
-            "training", self, 0, "warmup_steps", "clip_norm", "evaluate_every", "evaluate_sentences", "samples"
-        )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"training.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
+        _check_at_least("training", self, 1, *at_least_one)
+        at_least_none = ("warmup_steps", "clip_norm", "rows_per_device", "average_last", "average_best")
+        _check_at_least("training", self, 0, *at_least_none)
+        _check_at_least("training", self, 0, "evaluate_every", "evaluate_sentences", "patience", "samples")
+        for name in ("label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if self.weights == "ema" and not self.ema_decay:
+            raise ValueError("training.weights is ema, but training.ema_decay is 0: set it, e.g. 0.999")
+        counts = {"last": self.average_last, "best": self.average_best}
+        if (self.weights == "averaged") != (len([count for count in counts.values() if count]) == 1):
+            raise ValueError(
+                f"training.weights is {self.weights}, average_last {self.average_last} and average_best "
+                f"{self.average_best}: for the mean of checkpoints set weights to averaged and one of the two; "
+                "else leave both at 0"
+            )
+        for kind, kept in (("last", self.keep_latest), ("best", self.keep_best)):
+            if counts[kind] > kept:
+                setting = "keep_latest" if kind == "last" else "keep_best"
+                raise ValueError(
+                    f"training.average_{kind} is {counts[kind]}, but only {kept} are kept: raise training.{setting}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ The folder holds `config.json`, the vocabulary, `checkpoints/` and `averaged/` (
 events. It knows pytrees, no model.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -30,8 +31,17 @@ class WorkDirectory:
         self.path = path if path.is_absolute() else path.resolve()
 
     @property
+    def is_remote(self) -> bool:
+        """Whether it lies in an object store such as gs://, where files cannot be locked or appended to."""
+        return "://" in str(self.path)
+
+    @property
     def _config_file(self) -> epath.Path:
         return self.path / "config.json"
+
+    @property
+    def _fingerprints_file(self) -> epath.Path:
+        return self.path / "fingerprints.json"
 
     @property
     def _metrics_file(self) -> epath.Path:
@@ -44,10 +54,14 @@ class WorkDirectory:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Writes `config.json`: its sections are model, vocabulary, data and training."""
+        self._write(self._config_file, config)
+
+    def _write(self, file: epath.Path, content: Mapping[str, Any]) -> None:
+        """Writes JSON; a reader never sees half of it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        draft = self.path / "config.json.tmp"
-        draft.write_text(json.dumps(config, indent=2) + "\n")
-        draft.replace(self._config_file)
+        draft = file.with_name(f"{file.name}.tmp")
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+        draft.replace(file)
 
     def read_config(self) -> dict[str, Any]:
         """Reads `config.json`; raises ValueError where there is none, or where it does not hold sections."""
@@ -84,19 +98,62 @@ class WorkDirectory:
         vocabularies.save(self.path)
 
     def read_vocabularies(self) -> VocabularyPair:
-        """The vocabulary stored here."""
-        return VocabularyPair.load(self.path)
+        """The vocabulary stored here; raises ValueError if it is not the one that the model was trained with."""
+        vocabularies = VocabularyPair.load(self.path)
+        if self.read_fingerprints().get("vocabulary", vocabularies.fingerprint()) != vocabularies.fingerprint():
+            raise ValueError(
+                f"the vocabulary in {self.path} is not the one that the model was trained with: put that one back, or "
+                "give another --workdir"
+            )
+        return vocabularies
+
+    def write_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
+        """Writes down by which vocabulary and texts the training is known."""
+        self._write(self._fingerprints_file, dict(fingerprints))
+
+    def read_fingerprints(self) -> dict[str, str]:
+        """What `write_fingerprints` wrote, nothing if it did not; ValueError where it is damaged."""
+        if not self._fingerprints_file.exists():
+            return {}
+        try:
+            return dict(json.loads(self._fingerprints_file.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self._fingerprints_file} is damaged ({error}): put back the file that train.py wrote there, or "
+                "remove it if vocabulary and texts are what they were"
+            ) from error
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Adds one line to `metrics.jsonl`; after an interruption some steps come twice, and the later line counts."""
-        with self._metrics_file.open("a") as file:
-            file.write(json.dumps(metrics, ensure_ascii=False) + "\n")
+        """Adds one line to `metrics.jsonl`; after an interruption some steps come twice, and the later line counts.
+
+        NaN and infinity, which JSON does not know, become null.
+        """
+        values = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
+        line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+        before = self._read_metrics_file()
+        if before and not before.endswith(b"\n"):  # a kill or a full disk cut that line off; this one must not join it
+            line = b"\n" + line
+        if self.is_remote:
+            # Object stores cannot append. They change a whole object at once, so that a draft would gain nothing.
+            self._metrics_file.write_bytes(before + line)
+        else:
+            with self._metrics_file.open("ab") as file:
+                file.write(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of `metrics.jsonl`, none if there are none."""
-        if not self._metrics_file.exists():
-            return []
-        return [json.loads(line) for line in self._metrics_file.read_text().splitlines()]
+        """All lines of `metrics.jsonl`, none if there are none; a line that was cut off is passed over."""
+        lines = []
+        # As bytes: a text splits at more than "\n", and is none where a character was cut in two.
+        for line in self._read_metrics_file().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
+
+    def _read_metrics_file(self) -> bytes:
+        try:
+            return self._metrics_file.read_bytes()
+        except FileNotFoundError:
+            return b""
 
     def open_checkpoints(
         self,
@@ -114,28 +171,46 @@ class WorkDirectory:
             best_metric: the metric by which they are compared.
             read_only: leaves the folder as it is; a training may be writing to it.
         """
-        return Checkpoints(self.path / "checkpoints", keep_latest, keep_best, best_metric, read_only)
+        return Checkpoints(
+            self.path / "checkpoints",
+            scores_file=self.path / "scores.json",
+            keep_latest=keep_latest,
+            keep_best=keep_best,
+            best_metric=best_metric,
+            read_only=read_only,
+        )
 
     def restore_params(self, step: str | int, shapes: PyTree) -> PyTree:
         """One checkpoint's parameters, or the average, on this process's first device.
 
+        Where the config's `training.weights` is "ema", those of a checkpoint are their moving average.
+
         Args:
-            step: "best" by training's own metric (the newest where none was scored), "latest", a number, or
-                "averaged", what `average_checkpoints` wrote last.
+            step: "chosen" ("averaged" where `training.weights` is that and there is an average, else "best"), "best" by
+                training's own metric (the newest where none was scored), "latest", a number, or "averaged", what
+                `average_checkpoints` wrote last.
             shapes: the parameters' shapes and types.
 
         Raises:
             ValueError: there is no such checkpoint, or it holds other shapes.
         """
+        # A converted model has no training section.
+        weights = self.read_config().get("training", {}).get("weights", "trained")
+        if step == "chosen":
+            step = "averaged" if weights == "averaged" and self._has_average() else "best"
         if step != "averaged":
             with self._read_checkpoints() as checkpoints:
-                return checkpoints.restore_params(step, shapes)
+                return checkpoints.restore_params(step, shapes, ema=weights == "ema")
         with self._open_averages(read_only=True) as averages:
             if averages.latest_step is None:
                 raise ValueError(
                     f"{self.path} holds no average: write one with `flax-transformer average --workdir={self.path}`"
                 )
             return averages.restore_params("latest", shapes)
+
+    def _has_average(self) -> bool:
+        with self._open_averages(read_only=True) as averages:
+            return averages.latest_step is not None
 
     def average_checkpoints(self, *, last: int | None = None, best: int | None = None) -> list[int]:
         """Writes the mean of some checkpoints' parameters to `averaged/`, in place of an older one.
@@ -161,7 +236,7 @@ class WorkDirectory:
             params = checkpoints.average_params(steps)
         # Numbered upwards, so that the old average goes only when the new one is complete.
         with self._open_averages(read_only=False) as averages:
-            averages.save((averages.latest_step or 0) + 1, params, None, {"steps": steps}, None)
+            averages.save((averages.latest_step or 0) + 1, {"params": params}, {"steps": steps})
         return steps
 
     def _read_checkpoints(self) -> "Checkpoints":
@@ -170,4 +245,11 @@ class WorkDirectory:
         return self.open_checkpoints(best_metric=best_metric, read_only=True)
 
     def _open_averages(self, *, read_only: bool) -> "Checkpoints":
-        return Checkpoints(self.path / "averaged", keep_latest=1, keep_best=1, best_metric="loss", read_only=read_only)
+        return Checkpoints(
+            self.path / "averaged",
+            scores_file=None,
+            keep_latest=1,
+            keep_best=1,
+            best_metric="loss",
+            read_only=read_only,
+        )

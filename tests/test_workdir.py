@@ -72,6 +72,10 @@ def rest_of(seed, impl="threefry2x32"):
     return {"step": jnp.int32(seed), "opt_state": opt_state, "rng": jax.random.key(seed, impl=impl)}
 
 
+def trees_of(seed, impl="threefry2x32"):
+    return {"params": params_of(seed), "training": rest_of(seed, impl)}
+
+
 def same(first, second):
     assert jax.tree.structure(first) == jax.tree.structure(second)
     leaves = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
@@ -82,7 +86,9 @@ def write(workdir, metrics, **options):
     """Writes one checkpoint for each step of `metrics`, its parameters made from the step."""
     with workdir.open_checkpoints(**options) as checkpoints:
         for step, values in metrics.items():
-            checkpoints.save(step, params_of(step), rest_of(step), {"seconds": step / 2}, values)
+            checkpoints.save(step, trees_of(step), {"seconds": step / 2})
+            if values is not None:
+                checkpoints.record_scores(step, values)
 
 
 def steps_of(workdir):
@@ -93,20 +99,20 @@ def steps_of(workdir):
 def test_the_newest_checkpoint_comes_back_to_the_bit(impl, workdir):
     with workdir.open_checkpoints() as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best_step is None
-        checkpoints.save(3, params_of(3), rest_of(3, impl), {"seconds": 1.5}, None)
-        checkpoints.save(5, params_of(5), rest_of(5, impl), {"seconds": 2.5}, None)
+        checkpoints.save(3, trees_of(3, impl), {"seconds": 1.5})
+        checkpoints.save(5, trees_of(5, impl), {"seconds": 2.5})
     with workdir.open_checkpoints() as checkpoints:
         assert checkpoints.latest_step == 5
-        params, rest, notes = checkpoints.restore(params_of(0), rest_of(0, impl))
-        assert checkpoints.read_notes() == notes == {"seconds": 2.5}
-    assert same(params, params_of(5)) and same(rest, rest_of(5, impl))
+        step, trees, notes = checkpoints.restore(trees_of(0, impl))
+        assert checkpoints.read_notes() == notes == {"seconds": 2.5} and step == 5
+    assert same(trees, trees_of(5, impl))
 
 
 def test_a_restored_key_gives_the_same_random_numbers(workdir):
     write(workdir, {4: None})
     with workdir.open_checkpoints() as checkpoints:
-        _, rest, _ = checkpoints.restore(params_of(0), rest_of(0))
-    draws = (jax.random.normal(jax.random.fold_in(tree["rng"], 7), (3,)) for tree in (rest, rest_of(4)))
+        _, trees, _ = checkpoints.restore(trees_of(0))
+    draws = (jax.random.normal(jax.random.fold_in(tree["rng"], 7), (3,)) for tree in (trees["training"], rest_of(4)))
     assert jnp.array_equal(*draws)
 
 
@@ -114,18 +120,18 @@ def test_arrays_may_be_overwritten_as_soon_as_save_returns(workdir):
     overwrite = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0, keep_unused=True)
     with workdir.open_checkpoints() as checkpoints:
         params = params_of(2)
-        checkpoints.save(2, params, rest_of(2), {}, None)
+        checkpoints.save(2, {"params": params}, {})
         overwrite(params)
         assert same(checkpoints.restore_params(2, params_of(0)), params_of(2))
 
 
 def test_a_step_that_is_saved_already_is_left_as_it_is(workdir):
     with workdir.open_checkpoints() as checkpoints:
-        checkpoints.save(2, params_of(2), rest_of(2), {"seconds": 1.0}, {"loss": 1.0})
-        checkpoints.save(2, params_of(9), rest_of(9), {"seconds": 9.0}, {"loss": 9.0})
+        checkpoints.save(2, trees_of(2), {"seconds": 1.0})
+        checkpoints.save(2, trees_of(9), {"seconds": 9.0})
     with workdir.open_checkpoints() as checkpoints:
-        params, rest, notes = checkpoints.restore(params_of(0), rest_of(0))
-    assert same(params, params_of(2)) and same(rest, rest_of(2)) and notes == {"seconds": 1.0}
+        _, trees, notes = checkpoints.restore(trees_of(0))
+    assert same(trees, trees_of(2)) and notes == {"seconds": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +219,7 @@ def test_a_save_that_was_killed_is_passed_over_and_cleared_away(workdir):
     unfinished.mkdir()
     with workdir.open_checkpoints() as checkpoints:
         assert checkpoints.latest_step == 2
-        checkpoints.save(3, params_of(3), rest_of(3), {}, None)
+        checkpoints.save(3, trees_of(3), {})
     assert not unfinished.exists() and steps_of(workdir) == {1, 2, 3}
 
 
@@ -225,20 +231,20 @@ def test_a_checkpoint_moves_between_eight_devices_and_one(workdir):
 
     state = eight.compile(add_one, donate_state=True)(eight.place(params_of(1)), np.zeros((8, 1), "float32"))
     with workdir.open_checkpoints() as checkpoints:
-        checkpoints.save(1, state, eight.place(rest_of(1)), {}, None)
+        checkpoints.save(1, {"params": state, "training": eight.place(rest_of(1))}, {})
     expected = add_one(params_of(1), None)
     for parallelism in (one, eight):
         with workdir.open_checkpoints() as checkpoints:
-            params, rest, _ = checkpoints.restore(parallelism.place(params_of(0)), parallelism.place(rest_of(0)))
-        assert same(params, expected) and same(rest, rest_of(1))
-        for leaf in jax.tree.leaves((params, rest)):
+            _, trees, _ = checkpoints.restore(parallelism.place(trees_of(0)))
+        assert same(trees, {"params": expected, "training": rest_of(1)})
+        for leaf in jax.tree.leaves(trees):
             assert leaf.sharding.device_set == set(parallelism.devices)
 
 
 def test_a_relative_path_is_a_work_directory_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with WorkDirectory("runs/first").open_checkpoints() as checkpoints:
-        checkpoints.save(1, params_of(1), params_of(2), {"seconds": 0.0}, None)
+        checkpoints.save(1, {"params": params_of(1), "training": params_of(2)}, {"seconds": 0.0})
     with WorkDirectory(tmp_path / "runs/first").open_checkpoints(read_only=True) as checkpoints:
         assert checkpoints.latest_step == 1
     assert str(WorkDirectory("gs://bucket/runs").path) == "gs://bucket/runs"
@@ -359,7 +365,7 @@ def test_checkpoints_of_eight_devices_are_averaged_on_one(workdir):
     eight = Parallelism("pmap")
     with workdir.open_checkpoints() as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, eight.place(params_of(step)), eight.place(rest_of(step)), {}, None)
+            checkpoints.save(step, eight.place(trees_of(step)), {})
     assert workdir.average_checkpoints(last=2) == [2, 1]
     assert is_mean_of([1, 2], workdir.restore_params("averaged", params_of(0)))
 

@@ -16,6 +16,7 @@ environment variable TFDS_DATA_DIR names, else in ~/tensorflow_datasets.
 import codecs
 import dataclasses
 import difflib
+import hashlib
 import os
 import re
 import urllib.error
@@ -23,9 +24,12 @@ import urllib.request
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from flax_transformer.data.locale_phrases import locale_phrases
+
+FINGERPRINT_CHUNK = 10_000  # sentences hashed at once: one by one takes longer, all at once takes their room again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,19 @@ class ParallelText:
     def __len__(self) -> int:
         """The number of pairs, each counted once."""
         return len(self.source)
+
+    def fingerprint(self) -> str:
+        """A hexadecimal SHA-256 of all sentences and repeats, to notice that another corpus was packed."""
+        # The number of pairs tells how long the lists of numbers are, and these where each sentence ends: no two
+        # corpora give the same bytes, whatever characters they hold.
+        digest = hashlib.sha256(len(self).to_bytes(8, "little"))
+        for numbers in (self.repeats, map(len, self.source), map(len, self.target)):
+            digest.update(np.fromiter(numbers, "<i8", len(self)).tobytes())
+        for side in (self.source, self.target):
+            for start in range(0, len(side), FINGERPRINT_CHUNK):
+                # Half a surrogate pair, which no text should hold, is no reason to stop either.
+                digest.update("".join(side[start : start + FINGERPRINT_CHUNK]).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
 
 def load_corpus(spec: str) -> ParallelText:

@@ -3,24 +3,30 @@
 Several pairs share a row: `source_slots` tokens on one side, `target_slots` on the other. Which pairs share a row is
 settled once, from the lengths and the seed; each epoch visits every row once, in an order of its own; rows follow one
 another without a gap from epoch to epoch, and batch `step` is rows `step * rows` and on. So any batch can be asked for
-directly, and resuming needs nothing but the step.
+directly, and resuming needs nothing but the step. Of several hosts each lays out a part of every batch's rows.
 Glossary: B rows of a batch, S source slots, T target slots, N sentence pairs, R packed rows of an epoch.
 """
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+from etils import epath
 from jaxtyping import Int
 
 from flax_transformer.data.batch import Batch
+from flax_transformer.data.cache import cached_arrays
 from flax_transformer.data.corpus import ParallelText
-from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.data.vocabulary import Vocabulary, VocabularyPair
 from flax_transformer.experiment import DataConfig
 
 OPEN_ROWS = 256
+TOKENISED_AT_ONCE = 100_000  # sentences; as lists of ids they take some ten times the room that they end up with
+CACHE_VERSION = 1  # of what the cached arrays are and how they are made: raise it with every change of either
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +45,18 @@ class TokenSide:
     def join(cls, sentences: Sequence[Sequence[int]]) -> "TokenSide":
         """Lays sentences end to end."""
         lengths = np.fromiter(map(len, sentences), np.int64, len(sentences))
-        tokens = np.fromiter((token for sentence in sentences for token in sentence), np.int32, lengths.sum())
-        return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+        tokens = np.fromiter(itertools.chain.from_iterable(sentences), np.int32, lengths.sum())
+        return cls(tokens, _boundaries(lengths))
+
+    @classmethod
+    def encode(cls, vocabulary: Vocabulary, sentences: Sequence[str]) -> "TokenSide":
+        """Tokenises sentences."""
+        parts = [
+            cls.join(vocabulary.encode(sentences[start : start + TOKENISED_AT_ONCE]))
+            for start in range(0, max(len(sentences), 1), TOKENISED_AT_ONCE)
+        ]
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(np.concatenate([part.tokens for part in parts]), _boundaries(lengths))
 
     @property
     def lengths(self) -> Int[np.ndarray, "sentences"]:
@@ -51,9 +67,14 @@ class TokenSide:
         return self.tokens[self.starts[sentence] : self.starts[sentence + 1]]
 
 
+def _boundaries(lengths: Int[np.ndarray, "pieces"]) -> Int[np.ndarray, "boundaries"]:
+    """Where pieces that lie end to end start, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
 def pack(
     source_lengths: Int[np.ndarray, "N"], target_lengths: Int[np.ndarray, "N"], source_slots: int, target_slots: int
-) -> list[list[int]]:
+) -> Int[np.ndarray, "N"]:
     """Lays pairs into rows, first fit: each pair goes to the first open row with room on both sides.
 
     Args:
@@ -63,9 +84,10 @@ def pack(
         target_slots: room of a row on the target side.
 
     Returns:
-        For each row the numbers of its pairs.
+        For each pair the number of its row; rows are numbered from 0 as they are opened.
     """
-    rows: list[list[int]] = []
+    row_of_pair = np.empty(len(source_lengths), np.int64)
+    opened = 0
     # Only so many rows stay open, so that a pair costs the same whatever the size of the corpus.
     open_rows = np.full(OPEN_ROWS, -1)
     source_room, target_room = np.zeros((2, OPEN_ROWS), np.int64)
@@ -74,12 +96,63 @@ def pack(
         slot = int(fits.argmax())
         if not fits[slot]:
             slot = int(np.minimum(source_room, target_room).argmin())
-            open_rows[slot], source_room[slot], target_room[slot] = len(rows), source_slots, target_slots
-            rows.append([])
-        rows[open_rows[slot]].append(pair)
+            open_rows[slot], source_room[slot], target_room[slot] = opened, source_slots, target_slots
+            opened += 1
+        row_of_pair[pair] = open_rows[slot]
         source_room[slot] -= source
         target_room[slot] -= target
-    return rows
+    return row_of_pair
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Which sentence pairs share a row; `packing[row]` are the numbers of the row's pairs in the corpus.
+
+    Attributes:
+        pairs: the pairs of all rows, row after row.
+        row_starts: where each row starts in `pairs`, and one entry more: where the last one ends.
+        too_long: the pairs that are in no row because a side does not fit.
+    """
+
+    pairs: Int[np.ndarray, "places"]
+    row_starts: Int[np.ndarray, "boundaries"]
+    too_long: Int[np.ndarray, "too_long"]
+
+    @classmethod
+    def plan(
+        cls, source: TokenSide, target: TokenSide, repeats: Sequence[int], config: DataConfig, max_length: int
+    ) -> "Packing":
+        """Settles the rows from the lengths and the seed.
+
+        Args:
+            source: the source side.
+            target: the target side.
+            repeats: how many times an epoch each pair appears.
+            config: slots and the seed.
+            max_length: the longest sentence that is kept, in tokens.
+
+        Raises:
+            ValueError: no pair fits.
+        """
+        source_limit, target_limit = min(config.source_slots, max_length), min(config.target_slots, max_length)
+        fits = (source.lengths <= source_limit) & (target.lengths <= target_limit)
+        pairs = np.repeat(np.flatnonzero(fits), np.asarray(repeats, np.int64)[fits])
+        if not len(pairs):
+            raise ValueError(
+                f"none of {len(fits)} sentence pairs fits into {source_limit} source and {target_limit} target tokens: "
+                "raise data.source_slots, data.target_slots or model.max_length"
+            )
+        pairs = np.random.default_rng([config.seed, 0]).permutation(pairs)
+        row_of_pair = pack(source.lengths[pairs], target.lengths[pairs], config.source_slots, config.target_slots)
+        by_row = np.argsort(row_of_pair, kind="stable")
+        return cls(pairs[by_row], _boundaries(np.bincount(row_of_pair)), np.flatnonzero(~fits))
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.row_starts) - 1
+
+    def __getitem__(self, row: int) -> Int[np.ndarray, "pairs"]:
+        return self.pairs[self.row_starts[row] : self.row_starts[row + 1]]
 
 
 class PackedCorpus:
@@ -88,8 +161,7 @@ class PackedCorpus:
     Attributes:
         source: the source side, every pair of the corpus, also those that are left out.
         target: the target side.
-        too_long: the numbers of the pairs that are left out because a side does not fit.
-        rows: for each packed row of an epoch the numbers of its pairs.
+        packing: which pairs share a row.
         fill_rate: the share of an epoch's slots, of both sides together, that hold a token.
     """
 
@@ -97,82 +169,130 @@ class PackedCorpus:
         self,
         source: TokenSide,
         target: TokenSide,
-        repeats: Sequence[int],
+        packing: Packing,
         config: DataConfig,
         *,
-        max_length: int,
         multiple: int = 1,
+        host: int = 0,
+        num_hosts: int = 1,
     ):
-        """Plans the packing.
+        """Takes a corpus that is tokenised and packed.
 
         Args:
             source: the source side.
             target: the target side.
-            repeats: how many times an epoch each pair appears.
+            packing: the plan for these sides and this config.
+            config: slots, rows and the seed.
+            multiple: empty rows fill a batch up to a multiple of this, the number of devices of all hosts.
+            host: which of the equal parts of a batch's rows is laid out here, from 0.
+            num_hosts: the number of parts, one after another; a divisor of `multiple`.
+        """
+        assert multiple % num_hosts == 0, f"multiple is {multiple}, num_hosts is {num_hosts}: give a multiple of it"
+        assert 0 <= host < num_hosts, f"host is {host}, num_hosts is {num_hosts}: count hosts from 0"
+        self.source, self.target, self.packing = source, target, packing
+        self._config = config
+        self._height = -(-config.rows // multiple) * multiple // num_hosts
+        self._own_rows = slice(host * self._height, (host + 1) * self._height)
+        self._order = functools.lru_cache(maxsize=4)(self._make_order)
+        tokens = source.lengths[packing.pairs].sum() + target.lengths[packing.pairs].sum()
+        self.fill_rate = float(tokens) / (len(packing) * (config.source_slots + config.target_slots))
+
+    @classmethod
+    def from_text(
+        cls,
+        text: ParallelText,
+        vocabularies: VocabularyPair,
+        config: DataConfig,
+        *,
+        max_length: int,
+        multiple: int = 1,
+        host: int = 0,
+        num_hosts: int = 1,
+        cache: epath.Path | None = None,
+        name: str = "train",
+    ) -> "PackedCorpus":
+        """Tokenises and packs a corpus, or reads what was made of it before.
+
+        Args:
+            text: the corpus.
+            vocabularies: of both sides.
             config: slots, rows and the seed.
             max_length: the longest sentence that is kept, in tokens.
-            multiple: empty rows fill a batch up to a multiple of this, the number of devices.
+            multiple: as in the constructor.
+            host: as in the constructor.
+            num_hosts: as in the constructor.
+            cache: a folder that keeps tokens and packing; without it they are made each time.
+            name: tells the corpora of one folder apart.
 
         Raises:
             ValueError: no pair fits.
         """
-        self.source, self.target = source, target
-        self._config, self._multiple = config, multiple
-        self._order = functools.lru_cache(maxsize=4)(self._make_order)
-        source_limit, target_limit = min(config.source_slots, max_length), min(config.target_slots, max_length)
-        fits = (source.lengths <= source_limit) & (target.lengths <= target_limit)
-        self.too_long = np.flatnonzero(~fits)
-        pairs = np.repeat(np.flatnonzero(fits), np.asarray(repeats, np.int64)[fits])
-        if not len(pairs):
-            raise ValueError(
-                f"none of {len(fits)} sentence pairs fits into {source_limit} source and {target_limit} target tokens: "
-                "raise data.source_slots, data.target_slots or model.max_length"
-            )
-        pairs = np.random.default_rng([config.seed, 0]).permutation(pairs)
-        rows = pack(source.lengths[pairs], target.lengths[pairs], config.source_slots, config.target_slots)
-        self.rows = [pairs[row].tolist() for row in rows]
-        tokens = source.lengths[pairs].sum() + target.lengths[pairs].sum()
-        self.fill_rate = float(tokens) / (len(rows) * (config.source_slots + config.target_slots))
 
-    @classmethod
-    def from_text(
-        cls, text: ParallelText, vocabularies: VocabularyPair, config: DataConfig, **options: int
-    ) -> "PackedCorpus":
-        """Tokenises a corpus; options as in the constructor."""
-        source = TokenSide.join(vocabularies.source.encode(text.source))
-        target = TokenSide.join(vocabularies.target.encode(text.target))
-        return cls(source, target, text.repeats, config, **options)
+        def build() -> dict[str, np.ndarray]:
+            source = TokenSide.encode(vocabularies.source, text.source)
+            target = TokenSide.encode(vocabularies.target, text.target)
+            parts = {
+                "source": source,
+                "target": target,
+                "packing": Packing.plan(source, target, text.repeats, config, max_length),
+            }
+            return {f"{part}_{field}": array for part, held in parts.items() for field, array in vars(held).items()}
+
+        if cache is None:
+            arrays = build()
+        else:
+            arrays = cached_arrays(cache, name, _cache_key(text, vocabularies, config, max_length), build)
+        return cls(
+            TokenSide(arrays["source_tokens"], arrays["source_starts"]),
+            TokenSide(arrays["target_tokens"], arrays["target_starts"]),
+            Packing(arrays["packing_pairs"], arrays["packing_row_starts"], arrays["packing_too_long"]),
+            config,
+            multiple=multiple,
+            host=host,
+            num_hosts=num_hosts,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Packed rows in one epoch."""
+        return len(self.packing)
+
+    @property
+    def too_long(self) -> Int[np.ndarray, "too_long"]:
+        """The numbers of the pairs that are left out because a side does not fit."""
+        return self.packing.too_long
 
     @property
     def epoch_steps(self) -> float:
         """Batches in one epoch."""
-        return len(self.rows) / self._config.rows
+        return self.num_rows / self._config.rows
 
     def row_ids(self, step: int) -> Int[np.ndarray, "rows"]:
-        """Which packed rows batch `step` holds."""
+        """Which packed rows batch `step` holds, those of all hosts."""
         wanted = np.arange(step * self._config.rows, (step + 1) * self._config.rows)
-        epochs, within = np.divmod(wanted, len(self.rows))
+        epochs, within = np.divmod(wanted, self.num_rows)
         return np.array([self._order(epoch)[row] for epoch, row in zip(epochs.tolist(), within.tolist(), strict=True)])
 
     def _make_order(self, epoch: int) -> Int[np.ndarray, "R"]:
-        return np.random.default_rng([self._config.seed, 1, epoch]).permutation(len(self.rows))
+        return np.random.default_rng([self._config.seed, 1, epoch]).permutation(self.num_rows)
 
     def example_ids(self, step: int) -> list[int]:
-        """Which sentence pairs batch `step` holds, by their number in the corpus."""
-        return [pair for row in self.row_ids(step) for pair in self.rows[row]]
+        """Which sentence pairs batch `step` holds, those of all hosts, by their number in the corpus."""
+        return [pair for row in self.row_ids(step).tolist() for pair in self.packing[row].tolist()]
 
     def batch(self, step: int) -> Batch:
-        """Batch `step`, the same whenever and wherever it is asked for."""
-        return self._lay_out([self.rows[row] for row in self.row_ids(step)])
+        """This host's part of batch `step`, the same whenever and wherever it is asked for."""
+        return self._lay_out(self.row_ids(step))
 
-    def _lay_out(self, rows: Sequence[Sequence[int]]) -> Batch:
-        height = -(-self._config.rows // self._multiple) * self._multiple
+    def _lay_out(self, row_ids: Int[np.ndarray, "rows"]) -> Batch:
+        """This host's part of a batch of these rows."""
+        rows = [self.packing[row].tolist() for row in row_ids[self._own_rows].tolist()]
         sides: dict[str, np.ndarray] = {}
         for name, side, slots in (
             ("source", self.source, self._config.source_slots),
             ("target", self.target, self._config.target_slots),
         ):
-            tokens, segments, positions = np.zeros((3, height, slots), np.int32)
+            tokens, segments, positions = np.zeros((3, self._height, slots), np.int32)
             for row, pairs in enumerate(rows):
                 start = 0
                 for segment, pair in enumerate(pairs, 1):
@@ -192,6 +312,20 @@ class PackedCorpus:
         return iter(grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options))
 
     def one_epoch(self) -> Iterator[Batch]:
-        """Every row once, in order, the last batch filled up with empty rows: for evaluation."""
-        for start in range(0, len(self.rows), self._config.rows):
-            yield self._lay_out(self.rows[start : start + self._config.rows])
+        """This host's part of every row once, in order, the last batch filled up with empty rows: for evaluation."""
+        for start in range(0, self.num_rows, self._config.rows):
+            yield self._lay_out(np.arange(start, min(start + self._config.rows, self.num_rows)))
+
+
+def _cache_key(text: ParallelText, vocabularies: VocabularyPair, config: DataConfig, max_length: int) -> str:
+    """A hash of everything that decides tokens and packing; the number of rows or of hosts is none of it."""
+    decisive = (
+        CACHE_VERSION,
+        text.fingerprint(),
+        vocabularies.fingerprint(),
+        config.source_slots,
+        config.target_slots,
+        config.seed,
+        max_length,
+    )
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()

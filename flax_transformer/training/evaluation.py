@@ -16,6 +16,7 @@ from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import TrainingConfig
 from flax_transformer.positions import check_length
+from flax_transformer.training import hosts
 from flax_transformer.training.loss import LossSums
 
 
@@ -92,10 +93,18 @@ class Evaluation:
         self._model_config, self._config, self._eval_step = model_config, config, eval_step
 
     def score(self, params: PyTree) -> tuple[Scores, list[str]]:
-        """The scores under these parameters, and the translations."""
+        """The scores under these parameters, and the translations; on several processes the same on each."""
         parts = [jax.device_get(self._eval_step(params, batch)) for batch in self._packed.one_epoch()]
         sums = jax.tree.map(lambda *values: float(sum(values)), *parts)
+        translations = self._translate(params)
+        return score_translations(translations, self.references, sums.cross_entropy / sums.tokens), translations
+
+    def _translate(self, params: PyTree) -> list[str]:
+        """The translations of the source; each process makes its share."""
         translator = Translator(self._model_config, params, self._vocabularies)
         search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
-        translations = translator.translate(self.source, search)
-        return score_translations(translations, self.references, sums.cross_entropy / sums.tokens), translations
+        share = translator.translate(self.source[hosts.index() :: hosts.count()], search)
+        translations = [""] * len(self.source)
+        for number, made in enumerate(hosts.gather(share)):
+            translations[number :: hosts.count()] = made
+        return translations

@@ -3,10 +3,15 @@
 SIGTERM is what a preempted machine and a cluster's scheduler send, SIGINT is Ctrl-C. A second signal ends at once.
 """
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,26 +36,58 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Notices signals while it is entered; `signal` is the one that came, or `None`."""
+    """Notices signals while it is entered, and with several processes also those of the others."""
 
     def __init__(self) -> None:
         """Notices nothing yet."""
-        self.signal: signal.Signals | None = None
+        self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._step_at_once: int | None = None
+        self._several = jax.process_count() > 1
 
     def __enter__(self) -> "Interruption":
         # Python lets only the main thread notice signals; a training in another one is not told of them.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._notice) for number in SIGNALS}
+            # With several processes jax notices SIGTERM itself, and tells the others.
+            noticed = (signal.SIGINT,) if self._several else SIGNALS
+            self._before = {number: signal.signal(number, self._notice) for number in noticed}
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
 
+    def check(self, step: int) -> signal.Signals | None:
+        """The signal behind which training stops after this step, the same step on all processes, if there is one.
+
+        Args:
+            step: the one just made; with several processes it must be asked for each.
+        """
+        if not self._several:
+            return self._signal
+        return (self._signal or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
+
+    @contextlib.contextmanager
+    def at_once(self, step: int) -> Iterator[None]:
+        """Inside, a signal raises `Interrupted` without waiting: for work behind the checkpoint of `step`.
+
+        With several processes that work is finished, since the others wait for its result.
+        """
+        if self._signal is not None and not self._several:
+            raise Interrupted(step, self._signal)
+        self._step_at_once = None if self._several else step
+        try:
+            yield
+        finally:
+            self._step_at_once = None
+
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
+        self._signal = signal.Signals(number)
         # Whoever asks twice means it.
         self._restore()
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+        if self._step_at_once is not None:
+            raise Interrupted(self._step_at_once, self._signal)
 
     def _restore(self) -> None:
         while self._before:

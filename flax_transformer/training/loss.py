@@ -29,6 +29,12 @@ class LossSums(flax.struct.PyTreeNode):
     correct: Scalar
     tokens: Scalar
 
+    @classmethod
+    def zeros(cls) -> "LossSums":
+        """The sums over no tokens."""
+        zero = jnp.zeros(())
+        return cls(smoothed=zero, cross_entropy=zero, correct=zero, tokens=zero)
+
 
 def cross_entropy_sums(
     logits: Float[Array, "B T V"], target: Int[Array, "B T"], valid: Bool[Array, "B T"], label_smoothing: float

@@ -1,9 +1,10 @@
 """Takes what training measures and leaves it where people look: the terminal, `metrics.jsonl`, TensorBoard."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, record_writer
 from tqdm import tqdm
 
 from flax_transformer.training.evaluation import Scores
@@ -20,14 +21,20 @@ def format_score(name: str, value: float) -> str:
 class Report:
     """Shows a training's progress and records it; use it in a `with` statement."""
 
-    def __init__(self, workdir: WorkDirectory, *, first_step: int, steps: int):
-        """Starts a progress bar at `first_step` of `steps`."""
-        self._workdir = workdir
-        self._events = SummaryWriter(str(workdir.path / "tensorboard"))
+    def __init__(self, workdir: WorkDirectory, *, first_step: int, steps: int, silent: bool = False):
+        """Starts a progress bar at `first_step` of `steps`; a silent one shows and records nothing."""
+        self._workdir, self._silent = workdir, silent
+        self._events = None if silent else _open_events(workdir)
         # A log file gets a line every half minute, a terminal a bar that moves.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
-            total=steps, initial=first_step, unit="step", mininterval=interval, dynamic_ncols=True, smoothing=0.05
+            total=steps,
+            initial=first_step,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=silent,
         )
         self._table_has_head = False
 
@@ -36,12 +43,14 @@ class Report:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
-        self._bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        if not self._silent:
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def step_done(self) -> None:
         """Moves the bar one step."""
@@ -49,10 +58,15 @@ class Report:
 
     def training(self, step: int, metrics: dict[str, float]) -> None:
         """Records one window of steps."""
+        left_out = f", {metrics['skipped']:,} updates left out" if metrics["skipped"] else ""
         self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} target tokens/s", refresh=False
+            f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} target tokens/s{left_out}", refresh=False
         )
         self._record("train", step, metrics)
+
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Records how long a checkpoint kept training waiting."""
+        self._record("checkpoint", step, {"blocked_seconds": seconds})
 
     def validation(self, step: int, scores: Scores, seconds: float) -> None:
         """Records the validation corpus's scores and prints them as the next row of a table."""
@@ -64,9 +78,36 @@ class Report:
         self._record("valid", step, {name: getattr(scores, name) for name in TITLES} | {"seconds": seconds})
 
     def _record(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+        if self._silent:
+            return
         self._workdir.append_metrics({"kind": kind, "step": step} | metrics)
-        for name, value in metrics.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _open_events(workdir: WorkDirectory) -> SummaryWriter:
+    """TensorBoard's events; where tensorboardX cannot write, they go nowhere, and a warning says so."""
+    folder = str(workdir.path / "tensorboard")
+    if not workdir.is_remote:
+        return SummaryWriter(folder)
+    scheme = folder.partition("://")[0]
+    # Asked beforehand: of a scheme that it does not know, tensorboardX makes a local folder.
+    if scheme == "gs" and not record_writer.GCS_ENABLED:
+        reason = 'for that, pip install "flax_transformer[gcs]"'
+    elif scheme == "s3" and not record_writer.S3_ENABLED:
+        reason = "for that, pip install boto3"
+    elif scheme not in ("gs", "s3"):
+        reason = "it is written to gs://, s3:// and local folders"
+    else:
+        try:
+            return SummaryWriter(folder)
+        except Exception as error:  # no credentials or no project, which the client of each store says in its own way
+            reason = " ".join(str(error).split())
+    warnings.warn(
+        f"{folder}: training goes on without TensorBoard, metrics.jsonl holds the same numbers: {reason}", stacklevel=3
+    )
+    return SummaryWriter(folder, write_to_disk=False)
 
 
 def show_samples(source: Sequence[str], references: Sequence[str], translations: Sequence[str], count: int) -> None:
@@ -77,16 +118,16 @@ def show_samples(source: Sequence[str], references: Sequence[str], translations:
             print(f"  {name:>11}  {text}")
 
 
-def show_test(step: int, scores: Scores, *, metric: str, seconds: float) -> None:
+def show_test(weights: str, scores: Scores, *, metric: str, seconds: float) -> None:
     """Prints the test corpus's scores; the last line tells the one that chose the checkpoint.
 
     Args:
-        step: the checkpoint's.
+        weights: which ones, in words.
         scores: the test corpus's.
         metric: a key of `TITLES`.
         seconds: spent training.
     """
-    print(f"\ntest corpus, checkpoint {step}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")
+    print(f"\ntest corpus, {weights}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")
     print(f"BLEU signature: {scores.signature}")
     corpus = (
         f"of {scores.sentences} held-out phrases" if metric == "exact_match" else f"on {scores.sentences} sentences"

@@ -3,39 +3,74 @@
 Glossary: B batch rows, S source slots, T target slots.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from flax_transformer.data.batch import Batch
 from flax_transformer.model import Transformer
 from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums
+from flax_transformer.training.loss_scale import LossScale
+
+Sums = TypeVar("Sums")
+# An array on the device, a plain number once it has been fetched.
+Count = Int[Array | np.ndarray, ""] | int
 
 
 class TrainState(flax.struct.PyTreeNode):
     """All that training remembers.
 
     Attributes:
-        step: number of updates made.
+        step: number of global batches seen.
         params: the model's parameters, float32.
         opt_state: the optimizer's state.
         rng: the key from which every step's dropout is derived; it never changes.
+        skipped: updates left out because the loss or the gradient was not finite.
+        skipped_in_a_row: how many of them came last, one after another.
+        ema: exponential moving average of the parameters, where it is asked for.
+        loss_scale: of a model in float16.
     """
 
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
     rng: PRNGKeyArray
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    ema: PyTree | None = None
+    loss_scale: LossScale | None = None
 
     @classmethod
-    def create(cls, model: Transformer, optimizer: optax.GradientTransformation, rng: PRNGKeyArray) -> "TrainState":
+    def create(
+        cls,
+        model: Transformer,
+        optimizer: optax.GradientTransformation,
+        rng: PRNGKeyArray,
+        *,
+        with_ema: bool = False,
+    ) -> "TrainState":
         """A state before the first update; parameters and dropout come from two halves of `rng`."""
         params_rng, dropout_rng = jax.random.split(rng)
         tokens = jnp.ones((1, 2), jnp.int32)
         params = model.init(params_rng, tokens, tokens, deterministic=True)["params"]
-        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=dropout_rng)
+        zero = jnp.zeros((), jnp.int32)
+        return cls(
+            step=zero,
+            params=params,
+            opt_state=optimizer.init(params),
+            rng=dropout_rng,
+            skipped=zero,
+            skipped_in_a_row=zero,
+            # A copy: a buffer that stands in a state twice cannot be donated.
+            ema=jax.tree.map(jnp.copy, params) if with_ema else None,
+            loss_scale=LossScale.create() if model.config.dtype == "float16" else None,
+        )
 
 
 class StepMetrics(flax.struct.PyTreeNode):
@@ -44,10 +79,16 @@ class StepMetrics(flax.struct.PyTreeNode):
     Attributes:
         sums: of the losses and tokens.
         gradient_norm: the gradient's global norm, before clipping.
+        module_norms: the same for each module, e.g. `encoder/layers_0`.
+        skipped: updates left out so far, this one included.
+        skipped_in_a_row: how many were left out last, one after another; 0 if this update was made.
     """
 
     sums: LossSums
     gradient_norm: Scalar
+    module_norms: dict[str, Scalar]
+    skipped: Count
+    skipped_in_a_row: Count
 
 
 def batch_sums(
@@ -70,6 +111,30 @@ def batch_sums(
     )
 
 
+def add_up(function: Callable[[Batch, int | Array], Sums], zeros: Sums, batch: Batch, micro_batches: int) -> Sums:
+    """Adds up a function of a batch over parts of its rows, so that the memory of one part is enough.
+
+    Args:
+        function: from some rows and the part's number to a tree of sums.
+        zeros: the sums of no rows.
+        batch: its rows are a multiple of `micro_batches`.
+        micro_batches: the number of parts.
+    """
+    if micro_batches == 1:
+        return function(batch, 0)
+    # Part i has the rows i, i + micro_batches, ...: so each part lies on all devices where the rows are divided.
+    parts = jax.tree.map(
+        lambda leaf: jnp.swapaxes(jnp.reshape(leaf, (-1, micro_batches, *leaf.shape[1:])), 0, 1), batch
+    )
+
+    def add(total: Sums, part: tuple[Array, Batch]) -> tuple[Sums, None]:
+        number, rows = part
+        return jax.tree.map(jnp.add, total, function(rows, number)), None
+
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), parts))
+    return total
+
+
 def loss_and_gradients(
     params: PyTree,
     batch: Batch,
@@ -77,6 +142,8 @@ def loss_and_gradients(
     model: Transformer,
     label_smoothing: float,
     dropout_rng: PRNGKeyArray | None = None,
+    loss_scale: LossScale | None = None,
+    micro_batches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[LossSums, PyTree]:
     """The global batch's summed losses, and the gradient of its mean label-smoothed loss.
@@ -87,18 +154,32 @@ def loss_and_gradients(
         model: the Transformer.
         label_smoothing: section 5.4.
         dropout_rng: the step's key; `None` drops nothing.
+        loss_scale: of a model in float16.
+        micro_batches: how many parts of its rows a device takes one after the other.
         axis_name: the axis over which the global batch is divided, under `pmap`.
     """
+    # What is differentiated is a sum over tokens; divided by the slots, it has about the size of a mean.
+    factor = None if loss_scale is None else loss_scale.factor / batch.target.size
 
-    def summed_loss(params):
-        sums = batch_sums(params, batch, model=model, label_smoothing=label_smoothing, dropout_rng=dropout_rng)
-        return sums.smoothed, sums
+    def sums_and_gradients(rows: Batch, number: int | Array) -> tuple[LossSums, PyTree]:
+        rng = dropout_rng
+        if rng is not None and micro_batches > 1:
+            rng = jax.random.fold_in(rng, number)
 
-    gradients, sums = jax.grad(summed_loss, has_aux=True)(params)
+        def summed_loss(params):
+            sums = batch_sums(params, rows, model=model, label_smoothing=label_smoothing, dropout_rng=rng)
+            return sums.smoothed if factor is None else factor * sums.smoothed, sums
+
+        gradients, sums = jax.grad(summed_loss, has_aux=True)(params)
+        return sums, gradients
+
+    zeros = LossSums.zeros(), jax.tree.map(jnp.zeros_like, params)
+    sums, gradients = add_up(sums_and_gradients, zeros, batch, micro_batches)
     if axis_name is not None:
         # Devices hold different numbers of tokens: sums are added up over devices and divided once.
         gradients, sums = jax.lax.psum((gradients, sums), axis_name)
-    return sums, jax.tree.map(lambda gradient: gradient / sums.tokens, gradients)
+    divisor = sums.tokens if factor is None else sums.tokens * factor
+    return sums, jax.tree.map(lambda gradient: gradient / divisor, gradients)
 
 
 def train_step(
@@ -108,9 +189,13 @@ def train_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
     label_smoothing: float,
+    ema_decay: float = 0.0,
+    micro_batches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One update: the same on one device and on several under `pmap`.
+
+    Where the loss or a gradient is not finite, the batch counts as seen and nothing else changes.
 
     Args:
         state: before the update.
@@ -118,6 +203,8 @@ def train_step(
         model: the Transformer.
         optimizer: from `make_optimizer`.
         label_smoothing: section 5.4.
+        ema_decay: of the moving average `ema`, if the state has one.
+        micro_batches: how many parts of its rows a device takes one after the other.
         axis_name: the axis over which the global batch is divided, under `pmap`.
 
     Returns:
@@ -132,15 +219,58 @@ def train_step(
         model=model,
         label_smoothing=label_smoothing,
         dropout_rng=dropout_rng,
+        loss_scale=state.loss_scale,
+        micro_batches=micro_batches,
         axis_name=axis_name,
     )
+    gradient_norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(sums.smoothed) & jnp.isfinite(gradient_norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    metrics = StepMetrics(sums=sums, gradient_norm=optax.tree.norm(gradients))
     params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    ema = state.ema
+    if ema is not None:
+        # Early on the parameters move fast: the average then looks back less far.
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, ema, 1 - decay)
+
+    def if_finite(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda *leaves: jnp.where(finite, *leaves), new, old)
+
+    after = TrainState(
+        step=state.step + 1,
+        params=if_finite(params, state.params),
+        opt_state=if_finite(opt_state, state.opt_state),
+        rng=state.rng,
+        skipped=state.skipped + ~finite,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        ema=if_finite(ema, state.ema),
+        loss_scale=None if state.loss_scale is None else state.loss_scale.adjust(finite),
+    )
+    metrics = StepMetrics(
+        sums=sums,
+        gradient_norm=gradient_norm,
+        module_norms=module_norms(gradients),
+        skipped=after.skipped,
+        skipped_in_a_row=after.skipped_in_a_row,
+    )
+    return after, metrics
 
 
-def eval_step(params: PyTree, batch: Batch, *, model: Transformer, axis_name: str | None = None) -> LossSums:
+def module_norms(gradients: PyTree) -> dict[str, Scalar]:
+    """The gradient's norm in each module, named by the first two parts of its path."""
+    modules: dict[str, list[Array]] = {}
+    for path, leaf in jax.tree.leaves_with_path(gradients):
+        modules.setdefault(jax.tree_util.keystr(path[:2], simple=True, separator="/"), []).append(leaf)
+    return {name: optax.tree.norm(leaves) for name, leaves in modules.items()}
+
+
+def eval_step(
+    params: PyTree, batch: Batch, *, model: Transformer, micro_batches: int = 1, axis_name: str | None = None
+) -> LossSums:
     """The summed losses of a batch without dropout; add batches up, then divide by the tokens."""
-    sums = batch_sums(params, batch, model=model, label_smoothing=0.0, dropout_rng=None)
+
+    def sums_of(rows: Batch, number: int | Array) -> LossSums:
+        return batch_sums(params, rows, model=model, label_smoothing=0.0, dropout_rng=None)
+
+    sums = add_up(sums_of, LossSums.zeros(), batch, micro_batches)
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -64,7 +64,8 @@ def workdir(tmp_path_factory):
     with workdir.open_checkpoints(best_metric="bleu") as checkpoints:
         # Seeds whose models say something else to each sentence of `source`.
         for step, seed, bleu in ((1, 54, 9.0), (2, 6, 8.0), (3, 31, 7.0)):
-            checkpoints.save(step, random_params(config, seed), {"count": jnp.array(step)}, {}, {"bleu": bleu})
+            checkpoints.save(step, {"params": random_params(config, seed)}, {})
+            checkpoints.record_scores(step, {"bleu": bleu})
     return str(workdir.path)
 
 

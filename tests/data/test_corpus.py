@@ -1,5 +1,6 @@
 """Takes small files and sets and leaves what must hold of every corpus: pairs stay pairs, and errors name the line."""
 
+import itertools
 import re
 import time
 import urllib.error
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_transformer.data.corpus import ParallelText, load_corpus
+from flax_transformer.data.corpus import FINGERPRINT_CHUNK, ParallelText, load_corpus
 from flax_transformer.data.locale_phrases import locale_phrases
 
 
@@ -128,6 +129,44 @@ def test_a_missing_file_is_named(tmp_path):
 def test_lists_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="one of each per pair"):
         ParallelText(["a"], ["b", "c"], [1])
+
+
+def test_a_fingerprint_tells_texts_apart_wherever_a_word_or_a_break_moves():
+    moved = [
+        (["one two", "three"], ["x", "y z"], [1, 1]),
+        (["one", "two three"], ["x", "y z"], [1, 1]),
+        (["one", " twothree"], ["x", "y z"], [1, 1]),
+        (["one two three", ""], ["x", "y z"], [1, 1]),
+        (["one two\nthree", ""], ["x", "y z"], [1, 1]),
+        (["one two\n", "three"], ["x", "y z"], [1, 1]),
+        (["one two", "\nthree"], ["x", "y z"], [1, 1]),
+        (["one two", "threex"], ["", "y z"], [1, 1]),
+        (["one two", "three"], ["xy", " z"], [1, 1]),
+        (["three", "one two"], ["x", "y z"], [1, 1]),
+        (["x", "y z"], ["one two", "three"], [1, 1]),
+        (["one two", "three"], ["x", "y z"], [1, 2]),
+        (["one two", "three"], ["x", "y z"], [2, 1]),
+        (["one two", "three", ""], ["x", "y z", ""], [1, 1, 1]),
+        (["one two"], ["x"], [1]),
+        ([], [], []),
+    ]
+    prints = [ParallelText(*lists).fingerprint() for lists in moved]
+    for (text, one), (other, two) in itertools.combinations(zip(moved, prints, strict=True), 2):
+        assert one != two, (text, other)
+    assert all(re.fullmatch("[0-9a-f]{64}", each) for each in prints)
+    assert prints == [ParallelText(*lists).fingerprint() for lists in moved]
+
+
+def test_a_fingerprint_reads_each_character_of_a_long_text_even_one_that_is_none():
+    count = 2 * FINGERPRINT_CHUNK + 7
+    prints = set()
+    for place in (0, FINGERPRINT_CHUNK - 1, FINGERPRINT_CHUNK, count - 1, None):
+        for character in ("ಕ", "\ud800", "\udc00"):
+            target = ["word"] * count
+            if place is not None:
+                target[place] = f"wor{character}"
+            prints.add(ParallelText(["word"] * count, target, [1] * count).fingerprint())
+    assert len(prints) == 4 * 3 + 1
 
 
 @pytest.fixture(scope="module")

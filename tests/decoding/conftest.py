@@ -98,5 +98,6 @@ def workdir(tmp_path_factory, make_model, vocabularies):
     with workdir.open_checkpoints() as checkpoints:
         for step, metrics in ((1, {"bleu": 9.0, "loss": 3.0}), (2, {"bleu": 8.0, "loss": 2.0})):
             _, params = make_model(vocabularies.source.size, 2 + step)
-            checkpoints.save(step, params, {"count": jnp.array(step)}, {}, metrics)
+            checkpoints.save(step, {"params": params}, {})
+            checkpoints.record_scores(step, metrics)
     return workdir

@@ -107,7 +107,7 @@ def test_the_loss_is_of_all_tokens_and_the_translations_are_the_translator_s(
     vocabularies, config, params, eval_on_one, expected_loss
 ):
     corpus = packed(vocabularies, config)
-    assert corpus.too_long.tolist() == [3] and len(corpus.rows) % DATA.rows
+    assert corpus.too_long.tolist() == [3] and corpus.num_rows % DATA.rows
     scores, translations = Evaluation(TEXT, corpus, vocabularies, config, SETTINGS, eval_on_one).score(params)
     assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
     assert translations == Translator(config, params, vocabularies).translate(TEXT.source, BeamSearch(beam_size=1))

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.data.pipeline import PackedCorpus, TokenSide
+from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
 from flax_transformer.experiment import DataConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.training.optimizer import make_optimizer
@@ -34,7 +34,7 @@ def batch():
     source, target = ([rng.integers(3, V, length).tolist() for length in rng.integers(1, 7, 60)] for _ in range(2))
     config = DataConfig(rows=13, source_slots=9, target_slots=11)
     sides = TokenSide.join(source), TokenSide.join(target)
-    batch = PackedCorpus(*sides, [1] * 60, config, max_length=8, multiple=DEVICES).batch(0)
+    batch = PackedCorpus(*sides, Packing.plan(*sides, [1] * 60, config, 8), config, multiple=DEVICES).batch(0)
     tokens = (batch.target_segments > 0).reshape(DEVICES, -1).sum(1)
     assert tokens[-1] == 0 and len(set(tokens)) > 3
     return batch

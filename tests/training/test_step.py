@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.data.pipeline import PackedCorpus, TokenSide
+from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
 from flax_transformer.experiment import DataConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.training.optimizer import make_optimizer
@@ -35,7 +35,8 @@ def batch():
     rng = np.random.default_rng(0)
     source, target = ([rng.integers(3, V, length).tolist() for length in rng.integers(1, 7, 40)] for _ in range(2))
     config = DataConfig(rows=ROWS, source_slots=SOURCE_SLOTS, target_slots=TARGET_SLOTS)
-    packed = PackedCorpus(TokenSide.join(source), TokenSide.join(target), [1] * 40, config, max_length=8)
+    sides = TokenSide.join(source), TokenSide.join(target)
+    packed = PackedCorpus(*sides, Packing.plan(*sides, [1] * 40, config, 8), config)
     batch = packed.batch(0)
     assert batch.target_segments.max() > 1 and not batch.target_segments.all()
     return batch
@@ -60,7 +61,11 @@ def test_equal_states_and_batches_give_equal_results_to_the_bit(state, batch):
     assert same(first, second)
     # A step is no more than its state: going on from what was stored, made anew, is the same.
     key = jax.random.wrap_key_data(np.array(jax.random.key_data(first[0].rng)))
-    stored = TrainState(step=jnp.int32(1), params=first[0].params, opt_state=first[0].opt_state, rng=key)
+    none = jnp.int32(0)
+    stored = TrainState(
+        step=jnp.int32(1), params=first[0].params, opt_state=first[0].opt_state, rng=key, skipped=none,
+        skipped_in_a_row=none,
+    )  # fmt: skip
     assert same(step_of(first[0], batch), step_of(stored, batch))
 
 

@@ -1,0 +1,173 @@
+"""Takes an experiment and a work directory and leaves what is trained on: texts, vocabulary, packed corpora.
+
+All of it is held against what the work directory was begun with, so that a training that goes on is the same one.
+"""
+
+import dataclasses
+
+from flax_transformer.data.corpus import ParallelText, load_corpus
+from flax_transformer.data.pipeline import PackedCorpus
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.experiment import Experiment
+from flax_transformer.training import hosts
+from flax_transformer.training.parallel import Parallelism
+from flax_transformer.workdir import WorkDirectory
+
+# What a training keeps from beginning to end; nothing named is all of the section.
+FIXED: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "vocabulary": (),
+    "data": ("train", "rows", "source_slots", "target_slots", "seed"),
+    "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Materials:
+    """What is trained on.
+
+    Attributes:
+        experiment: with the vocabulary's sizes filled in.
+        texts: the corpora by name: "train", and "valid" and "test" where there are such.
+        packed: the same, tokenised and packed.
+        vocabularies: of both sides.
+        micro_batches: in how many parts a device takes its rows of a batch.
+        valid_is_new: the validation corpus is another than before, so that older scores cannot be compared.
+    """
+
+    experiment: Experiment
+    texts: dict[str, ParallelText]
+    packed: dict[str, PackedCorpus]
+    vocabularies: VocabularyPair
+    micro_batches: int
+    valid_is_new: bool
+
+
+def load_texts(experiment: Experiment) -> dict[str, ParallelText]:
+    """The corpora that the experiment names, by "train", "valid" and "test"; raises ValueError with the mend."""
+    if not experiment.data.train:
+        raise ValueError("data.train is empty: name a corpus, e.g. --config.data.train=files:train.en,train.de")
+    named = {"train": experiment.data.train, "valid": experiment.data.valid, "test": experiment.data.test}
+    return {name: load_corpus(spec) for name, spec in named.items() if spec}
+
+
+def prepare(
+    experiment: Experiment,
+    texts: dict[str, ParallelText],
+    workdir: WorkDirectory,
+    parallelism: Parallelism,
+    *,
+    accept_changed_corpus: bool,
+) -> Materials:
+    """Makes or reads the vocabulary, packs the corpora, and notes in the work directory what they are.
+
+    Args:
+        experiment: what is trained on what.
+        texts: what `load_texts` read.
+        workdir: where; what is there already must belong to the same experiment.
+        parallelism: the devices that share a batch.
+        accept_changed_corpus: whether a text may be another than the one that the training began with.
+
+    Raises:
+        ValueError: the work directory belongs to another experiment, vocabulary or text.
+    """
+    vocabularies = _vocabularies(experiment, workdir, texts["train"])
+    experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
+    _check_config(experiment, workdir)
+    fingerprints = {name: text.fingerprint() for name, text in texts.items() if name != "test"}
+    changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
+    micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.rows_per_device)
+    packed = {
+        name: PackedCorpus.from_text(
+            text,
+            vocabularies,
+            experiment.data,
+            max_length=experiment.model.max_length,
+            multiple=parallelism.num_devices * micro_batches,
+            host=hosts.index(),
+            num_hosts=hosts.count(),
+            cache=workdir.path / "cache",
+            name=name,
+        )
+        for name, text in texts.items()
+    }
+    # Last, so that what stopped at a mistake can be mended in the same folder.
+    if hosts.is_first():
+        workdir.write_fingerprints(fingerprints | {"vocabulary": vocabularies.fingerprint()})
+        workdir.write_config(experiment.to_mapping())
+    for name in texts:
+        hosts.say(_describe(name, texts[name], packed[name], experiment.training.steps))
+    return Materials(experiment, texts, packed, vocabularies, micro_batches, valid_is_new="valid" in changed)
+
+
+def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: ParallelText) -> VocabularyPair:
+    if hosts.is_first() and not (workdir.exists and workdir.has_vocabularies()):
+        workdir.write_vocabularies(VocabularyPair.train(text.source, text.target, experiment.vocabulary))
+    hosts.wait("the first process has written the vocabulary")
+    if not workdir.has_vocabularies():
+        raise ValueError(
+            f"process {hosts.index()} does not see the vocabulary that process 0 wrote to {workdir.path}: give a "
+            "--workdir that all hosts share, e.g. gs://BUCKET/FOLDER"
+        )
+    return workdir.read_vocabularies()
+
+
+def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPair) -> Experiment:
+    target = vocabularies.target
+    for name, id_ in (("pad_id", target.pad_id), ("start_id", target.bos_id), ("eos_id", target.eos_id)):
+        if getattr(experiment.model, name) != id_:
+            raise ValueError(f"model.{name} is {getattr(experiment.model, name)}, the vocabulary has {id_}: set it so")
+    model = dataclasses.replace(
+        experiment.model, source_vocab_size=vocabularies.source.size, target_vocab_size=target.size
+    )
+    return dataclasses.replace(experiment, model=model)
+
+
+def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
+    """Checks that what a training cannot change on its way is what it began with.
+
+    The held-out corpora may change, and so may lengths, rates and intervals.
+    """
+    if not workdir.exists:
+        return
+    begun = Experiment.from_mapping(workdir.read_config())
+    for section, names in FIXED.items():
+        found, wanted = getattr(begun, section), getattr(experiment, section)
+        for name in names or [field.name for field in dataclasses.fields(wanted)]:
+            if getattr(found, name) != getattr(wanted, name):
+                raise ValueError(
+                    f"{workdir.path} was begun with {section}.{name} = {getattr(found, name)!r}, now it is "
+                    f"{getattr(wanted, name)!r}: set it back, or give another --workdir"
+                )
+
+
+def _check_fingerprints(
+    experiment: Experiment, workdir: WorkDirectory, fingerprints: dict[str, str], accept_changed_corpus: bool
+) -> set[str]:
+    """The names of the corpora that are not what they were; raises ValueError unless that was accepted."""
+    # Read before the processes meet: the first one writes them anew after.
+    begun = workdir.read_fingerprints() if workdir.exists else {}
+    for process, others in enumerate(hosts.gather(fingerprints)):
+        if others != fingerprints:
+            raise ValueError(
+                f"process {process} has other texts than process {hosts.index()}: give all hosts the same files"
+            )
+    changed = {name for name, found in fingerprints.items() if begun.get(name, found) != found}
+    if changed and not accept_changed_corpus:
+        specs = " and ".join(f"data.{name} ({getattr(experiment.data, name)})" for name in sorted(changed))
+        raise ValueError(
+            f"{specs} has another text than when training last ran in {workdir.path}: put the text back, give another "
+            "--workdir, or go on with the new text by --accept_changed_corpus"
+        )
+    return changed
+
+
+def _describe(name: str, text: ParallelText, packed: PackedCorpus, steps: int) -> str:
+    line = (
+        f"{name}: {len(text):,} sentence pairs in {packed.num_rows:,} rows, {packed.fill_rate:.1%} of the slots filled"
+    )
+    if len(packed.too_long):
+        line += f"; {len(packed.too_long):,} pairs too long for a row are left out of the loss"
+    if name == "train":
+        line += f"; {packed.epoch_steps:,.1f} steps an epoch, {steps / packed.epoch_steps:,.1f} epochs"
+    return line

@@ -1,0 +1,181 @@
+"""Takes the quick start, made small, and lets tests run it in processes of its own, kill it, and look at what is left."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "data.train": "locale_phrases:kn:en:train?pairs=600&parts=1",
+    "data.valid": "",
+    "data.test": "",
+    "data.rows": 8,
+    "data.source_slots": 32,
+    "data.target_slots": 32,
+    "vocabulary.size": 250,
+    "model.d_model": 32,
+    "model.num_heads": 2,
+    "model.d_ff": 64,
+    "training.steps": 30,
+    "training.warmup_steps": 10,
+    "training.log_every": 1,
+    "training.checkpoint_every": 4,
+    "training.keep_latest": 2,
+}
+
+
+class SmallTraining:
+    """The quick start's command in one work directory, with a model and a corpus that take seconds.
+
+    Attributes:
+        workdir: the work directory.
+        observed: a file with a line for each step and process, which names the sentences.
+    """
+
+    def __init__(self, folder: Path, changes: dict):
+        self.workdir, self.observed = folder / "run", folder / "observed.jsonl"
+        self._settings = SMALL | changes
+
+    def start(
+        self, *, devices: int = 1, processes: int = 1, flags: tuple[str, ...] = (), environment: dict | None = None
+    ) -> list[subprocess.Popen]:
+        """Starts the command, on so many processes with so many devices each."""
+        settings = [f"--config.{name}={value}" for name, value in self._settings.items()]
+        command = [sys.executable, ROOT / "tests" / "faults" / "observed_train.py", "--config=configs/quickstart.py"]
+        command += [f"--workdir={self.workdir}", *settings, *flags]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", "--connect_timeout=60"]
+        environment = (
+            os.environ
+            | (environment or {})
+            | {
+                "OBSERVED": str(self.observed),
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            }
+        )
+        return [
+            subprocess.Popen(
+                command + ([f"--process_id={number}"] if processes > 1 else []),
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(processes)
+        ]
+
+    def run(self, **layout) -> list[subprocess.CompletedProcess]:
+        """Runs the command to its end."""
+        return self.wait(self.start(**layout))
+
+    def wait(self, started: list[subprocess.Popen], seconds: float = 240) -> list[subprocess.CompletedProcess]:
+        """What each process said, and how it ended."""
+        deadline = time.monotonic() + seconds
+        ended = []
+        try:
+            for process in started:
+                out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+                ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        finally:
+            for process in started:
+                process.kill()
+        return ended
+
+    def finish(self, **layout) -> list[subprocess.CompletedProcess]:
+        """Runs the command to its end, which must be a good one."""
+        ended = self.run(**layout)
+        assert [process.returncode for process in ended] == [0] * len(ended), "\n".join(
+            process.stdout + process.stderr for process in ended
+        )
+        return ended
+
+    def kill(self, started: list[subprocess.Popen]) -> None:
+        """Ends processes as a machine that loses its power does."""
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+        for process in started:
+            process.communicate()
+
+    def steps(self) -> list[int]:
+        """The complete checkpoints' steps."""
+        folder = self.workdir / "checkpoints"
+        return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
+
+    def wait_for_step(self, step: int, started: list[subprocess.Popen], seconds: float = 120) -> None:
+        """Waits until a step has been begun."""
+        deadline = time.monotonic() + seconds
+        while step > max((line["step"] for line in self.lines()), default=0):
+            assert time.monotonic() < deadline and all(process.poll() is None for process in started)
+            time.sleep(0.02)
+
+    def lines(self) -> list[dict]:
+        """What was observed, in order; a line that is being written is left out."""
+        text = self.observed.read_text() if self.observed.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    def sentences(self) -> dict[int, list[str]]:
+        """The sentences of each step, those of all processes together; where a step was made again, the last time."""
+        made: dict[int, dict[int, list[str]]] = {}
+        processes: dict[int, int] = {}
+        for line in self.lines():
+            made.setdefault(line["step"], {})[line["process"]] = line["pairs"]
+            processes[line["step"]] = line["processes"]
+        return {
+            step: [pair for process in range(processes[step]) for pair in parts[process]]
+            for step, parts in sorted(made.items())
+        }
+
+    def losses(self) -> dict[int, float]:
+        """The loss of each step; where a step was made again, the last one."""
+        lines = map(json.loads, (self.workdir / "metrics.jsonl").read_text().splitlines())
+        return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+    def state(self) -> dict:
+        """All arrays of the newest checkpoint, by name."""
+        leaves = {}
+        with ocp.CheckpointManager(self.workdir / "checkpoints") as manager:
+            step = manager.latest_step()
+            for name in ("params", "training"):
+                restored = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore()}))[name]
+                for path, leaf in jax.tree.leaves_with_path(restored):
+                    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                        leaf = jax.random.key_data(leaf)
+                    leaves[name + jax.tree_util.keystr(path)] = np.asarray(leaf)
+        return leaves
+
+
+def differences(first: dict, second: dict) -> list[str]:
+    """The names of the arrays that are not the same to the bit."""
+    names = first.keys() | second.keys()
+    return sorted(
+        name
+        for name in names
+        if name not in first or name not in second or first[name].tobytes() != second[name].tobytes()
+    )
+
+
+@pytest.fixture
+def small_training(tmp_path):
+    """Makes small trainings, each in a folder of its own."""
+
+    def make(name: str = "training", **changes) -> SmallTraining:
+        folder = tmp_path / name
+        folder.mkdir()
+        return SmallTraining(folder, {key.replace("__", "."): value for key, value in changes.items()})
+
+    return make

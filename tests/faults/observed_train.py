@@ -1,0 +1,52 @@
+"""Takes train.py's own flags and trains, and leaves a line for each step: which sentences this process was given.
+
+The sentences are read off the batches themselves, so that what is logged is what was trained on. The environment
+variable OBSERVED names the file.
+"""
+
+import hashlib
+import json
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def pairs_of(batch) -> list[str]:
+    """A short hash of the tokens of each sentence pair of a batch, row by row."""
+    found = []
+    rows = zip(batch.source, batch.source_segments, batch.target, batch.target_segments, strict=True)
+    for source, source_segments, target, target_segments in rows:
+        for segment in range(1, source_segments.max() + 1):
+            tokens = [source[source_segments == segment].tolist(), target[target_segments == segment].tolist()]
+            found.append(hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:12])
+    return found
+
+
+def observe() -> None:
+    """Lets the training's batches tell what is in them as they are taken."""
+    import jax
+
+    from flax_transformer.data.pipeline import PackedCorpus
+
+    batches = PackedCorpus.batches
+
+    def observed(packed: PackedCorpus, start: int, stop: int) -> Iterator:
+        for step, batch in enumerate(batches(packed, start, stop), start + 1):
+            with open(os.environ["OBSERVED"], "a") as file:
+                which = {"step": step, "process": jax.process_index(), "processes": jax.process_count()}
+                line = which | {"pairs": pairs_of(batch)}
+                file.write(json.dumps(line) + "\n")
+            yield batch
+
+    PackedCorpus.batches = observed
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    observe()
+    sys.argv[0] = str(ROOT / "train.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")

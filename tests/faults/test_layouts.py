@@ -1,0 +1,56 @@
+"""Takes one training over several layouts of devices and processes and leaves a verdict: it saw what one would have."""
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def unbroken(small_training):
+    training = small_training("unbroken", training__steps=18)
+    training.finish(devices=8)
+    return training
+
+
+def test_eight_devices_then_two_processes_of_four_then_one_device_see_the_unbroken_sequence(unbroken, small_training):
+    moved = small_training("moved", training__steps=18, training__checkpoint_every=6)
+    for steps, layout in ((6, {"devices": 8}), (12, {"devices": 4, "processes": 2}), (18, {"devices": 1})):
+        moved.finish(flags=(f"--config.training.steps={steps}",), **layout)
+        assert moved.steps()[-1] == steps
+    assert {line["process"] for line in moved.lines()} == {0, 1}
+    assert list(moved.sentences()) == list(range(1, 19))
+    assert moved.sentences() == unbroken.sentences()
+
+
+def test_from_one_state_every_layout_makes_the_same_next_step_but_for_rounding(small_training):
+    """Without dropout, since under pmap its bits depend on the number of devices."""
+    changes = {"model__dropout_rate": 0.0, "training__checkpoint_every": 6}
+    losses = {}
+    for name, layout in (
+        ("eight", {"devices": 8}),
+        ("processes", {"devices": 4, "processes": 2}),
+        ("one", {"devices": 1}),
+    ):
+        training = small_training(name, **changes)
+        training.finish(devices=8, flags=("--config.training.steps=6",))
+        training.finish(flags=("--config.training.steps=18",), **layout)
+        losses[name] = training.losses()
+        assert list(losses[name]) == list(range(1, 19))
+    for name in ("processes", "one"):
+        drift = [abs(losses[name][step] / losses["eight"][step] - 1) for step in range(1, 19)]
+        print(f"{name}: relative difference of the loss at steps 7 to 18:", *(f"{value:.1e}" for value in drift[6:]))
+        assert max(drift[:6]) == 0
+        assert drift[6] < 1e-5
+        assert max(drift) < 1e-2
+
+
+def test_two_processes_write_the_bits_that_eight_devices_of_one_do(unbroken, small_training):
+    pair = small_training("pair", training__steps=18)
+    ended = pair.finish(devices=4, processes=2)
+    assert "pmap on 8 cpu devices of 2 processes" in ended[0].stdout
+    # The other process is silent but for the line that it connects.
+    assert [line for line in ended[1].stdout.splitlines() if "connecting" not in line and "[Gloo]" not in line] == []
+    assert pair.sentences() == unbroken.sentences()
+    for step, loss in unbroken.losses().items():
+        np.testing.assert_allclose(pair.losses()[step], loss, rtol=1e-3)
