@@ -59,6 +59,16 @@ def train_and_evaluate(
         return training.test()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """What is open while steps are made."""
+
+    checkpoints: Checkpoints
+    report: Report
+    interruption: Interruption
+    clock: Clock
+
+
 class _Training:
     """One training, prepared: everything that its loop needs."""
 
@@ -114,7 +124,7 @@ class _Training:
                 Report(self.workdir, first_step=first, steps=self.config.steps, silent=not hosts.is_first()) as report,
                 Interruption() as interruption,
             ):
-                self._steps(state, first, checkpoints, report, interruption, Clock(seconds))
+                self._steps(state, first, _Session(checkpoints, report, interruption, Clock(seconds)))
         if self.config.weights == "averaged":
             self.workdir.average_checkpoints(
                 last=self.config.average_last or None, best=self.config.average_best or None
@@ -142,84 +152,74 @@ class _Training:
         rest = {name: value for name in names if (value := getattr(state, name)) is not None}
         return self.parallelism.as_global(apart | {"training": rest})
 
-    def _steps(
-        self,
-        state: TrainState,
-        first: int,
-        checkpoints: Checkpoints,
-        report: Report,
-        interruption: Interruption,
-        clock: Clock,
-    ) -> None:
+    def _steps(self, state: TrainState, first: int, session: "_Session") -> None:
         window = Window(self.config.log_every, self._check_finite)
 
         def record(windows: list[tuple[int, dict[str, float]]]) -> None:
             for step, means in windows:
                 # An update that was left out has not moved the schedule.
-                report.training(step, means | {"learning_rate": float(self.schedule(step - 1 - means["skipped"]))})
+                rate = float(self.schedule(step - 1 - means["skipped"]))
+                session.report.training(step, means | {"learning_rate": rate})
 
-        # A training that ended in its evaluation does it now.
+        # What was stopped in its evaluation does it now.
         if first:
-            self._evaluate(first, state, checkpoints, report, interruption, clock)
-        if self._ends_early(first, checkpoints):
+            self._evaluate(first, state, session)
+        if self._ends_early(first, session):
             return
-        for step, batch in enumerate(self.materials.packed["train"].batches(first, self.config.steps), first + 1):
-            state, metrics = self.train_step(state, batch)
-            if step == first + 1:
-                jax.block_until_ready(metrics)
-                report.say(
-                    f"step {step} was done {time.monotonic() - self.began:.1f} s after the start, with compiling"
-                )
-            report.step_done()
-            record(window.add(step, metrics))
-            signal = interruption.check(step)
-            evaluate = self._is_due(step, self.config.evaluate_every)
-            if evaluate or signal or self._is_due(step, self.config.checkpoint_every):
-                record(window.flush() if signal or step == self.config.steps else [])
-                jax.block_until_ready(state)
-                with window.paused():
-                    begin = time.monotonic()
-                    checkpoints.save(step, self._trees(state), {"seconds": clock.seconds})
-                    report.checkpoint(step, time.monotonic() - begin)
-                    if signal:
-                        raise Interrupted(step, signal)
-                    self._evaluate(step, state, checkpoints, report, interruption, clock)
-                if evaluate and self._ends_early(step, checkpoints):
-                    return
-            checkpoints.check()
+        try:
+            for step, batch in enumerate(self.materials.packed["train"].batches(first, self.config.steps), first + 1):
+                state, metrics = self.train_step(state, batch)
+                if step == first + 1:
+                    jax.block_until_ready(metrics)
+                    seconds = time.monotonic() - self.began
+                    session.report.say(f"step {step} was done {seconds:.1f} s after the start, with compiling")
+                session.report.step_done()
+                record(window.add(step, metrics))
+                signal = session.interruption.check(step)
+                evaluate = self._is_due(step, self.config.evaluate_every)
+                if evaluate or signal or self._is_due(step, self.config.checkpoint_every):
+                    record(window.settle())
+                    with window.paused():
+                        self._save(step, state, session)
+                        if signal:
+                            raise Interrupted(step, signal)
+                        self._evaluate(step, state, session)
+                    if evaluate and self._ends_early(step, session):
+                        break
+                session.checkpoints.check()
+        except Interrupted:
+            record(window.close())
+            raise
+        record(window.close())
 
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
-    def _evaluate(
-        self,
-        step: int,
-        state: TrainState,
-        checkpoints: Checkpoints,
-        report: Report,
-        interruption: Interruption,
-        clock: Clock,
-    ) -> None:
+    def _save(self, step: int, state: TrainState, session: "_Session") -> None:
+        jax.block_until_ready(state)
+        begin = time.monotonic()
+        session.checkpoints.save(step, self._trees(state), {"seconds": session.clock.seconds})
+        session.report.checkpoint(step, time.monotonic() - begin)
+
+    def _evaluate(self, step: int, state: TrainState, session: "_Session") -> None:
         """Scores the validation corpus, if this step's turn has come and it was not scored before."""
-        if (
-            "valid" not in self.evaluations
-            or not self._is_due(step, self.config.evaluate_every)
-            or step in checkpoints.scores
-        ):
+        due = "valid" in self.evaluations and self._is_due(step, self.config.evaluate_every)
+        if not due or step in session.checkpoints.scores:
             return
         params = state.ema if self.config.weights == "ema" else state.params
-        with interruption.at_once(step):
+        with session.interruption.at_once(step):
             scores, _ = self.evaluations["valid"].score(params)
-        report.validation(step, scores, clock.seconds)
-        checkpoints.record_scores(
-            step, {name: getattr(scores, name) for name in ("loss", "bleu", "chrf", "exact_match")}
-        )
+        session.report.validation(step, scores, session.clock.seconds)
+        metrics = {name: getattr(scores, name) for name in ("loss", "bleu", "chrf", "exact_match")}
+        session.checkpoints.record_scores(step, metrics)
 
-    def _ends_early(self, step: int, checkpoints: Checkpoints) -> bool:
-        evaluations = checkpoints.evaluations_since_best
+    def _ends_early(self, step: int, session: "_Session") -> bool:
+        evaluations = session.checkpoints.evaluations_since_best
         if not self.config.patience or evaluations < self.config.patience or step >= self.config.steps:
             return False
-        hosts.say(f"no better {self.config.best_metric} in {evaluations} evaluations: training ends at step {step}")
+        session.report.say(
+            f"no better {self.config.best_metric} in {evaluations} evaluations: training ends at step {step}"
+        )
         return True
 
     def _check_finite(self, step: int, metrics: StepMetrics) -> None:

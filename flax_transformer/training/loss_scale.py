@@ -5,7 +5,8 @@ backward pass, and the gradient divided by it after. A factor that is too large 
 out and the factor halved; after many finite ones in a row it is doubled.
 """
 
-import flax.struct
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -13,7 +14,7 @@ FIRST = 2.0**15
 GROWTH_INTERVAL = 2000
 
 
-class LossScale(flax.struct.PyTreeNode):
+class LossScale(NamedTuple):
     """The factor, part of the training state.
 
     Attributes:

@@ -40,6 +40,7 @@ class Window:
         self._size, self._check = size, check
         self._in_flight: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._gathered: list[StepMetrics] = []
+        self._last = 0
         self._since = time.monotonic()
 
     def add(self, step: int, metrics: StepMetrics) -> list[tuple[int, dict[str, float]]]:
@@ -47,11 +48,14 @@ class Window:
         self._in_flight.append((step, metrics))
         return self._fetch(STEPS_IN_FLIGHT)
 
-    def flush(self) -> list[tuple[int, dict[str, float]]]:
-        """Waits for the steps under way; gives what is complete, and what was begun of the last window."""
-        last = self._in_flight[-1][0] if self._in_flight else 0
+    def settle(self) -> list[tuple[int, dict[str, float]]]:
+        """Waits for the steps under way; gives the windows that are complete with them."""
+        return self._fetch(0)
+
+    def close(self) -> list[tuple[int, dict[str, float]]]:
+        """Waits for the steps under way; gives the last window too, complete or not."""
         complete = self._fetch(0)
-        return [*complete, (last, self._means())] if self._gathered else complete
+        return [*complete, (self._last, self._means())] if self._gathered else complete
 
     def _fetch(self, left: int) -> list[tuple[int, dict[str, float]]]:
         complete = []
@@ -60,6 +64,7 @@ class Window:
             metrics = jax.device_get(on_device)
             self._check(step, metrics)
             self._gathered.append(metrics)
+            self._last = step
             if step % self._size == 0:
                 complete.append((step, self._means()))
         return complete

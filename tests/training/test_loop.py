@@ -1,7 +1,6 @@
 """Takes two small text files and leaves a verdict: a training that was stopped goes on as if it had not been."""
 
 import dataclasses
-import random
 import signal
 
 import jax
@@ -9,62 +8,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import Experiment
 from flax_transformer.training.evaluation import Evaluation, Scores
 from flax_transformer.training.interruption import Interrupted
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.training.report import Report
 from flax_transformer.workdir import WorkDirectory
+from tests.training.conftest import EVERY, STEPS, lines_of, losses_of, with_training, without_held_out
 
-DIGITS = "zero one two three four five six seven eight nine".split()
-STEPS, EVERY, STOPPED_AT = 12, 5, 10
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    """Digits in words to the same words in reverse order, a model that is trained in a moment, and dropout."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    for split, pairs in (("train", 40), ("valid", 4), ("test", 4)):
-        sentences = [rng.choices(DIGITS, k=rng.randint(1, 2)) for _ in range(pairs)]
-        (folder / f"{split}.in").write_text("".join(" ".join(words) + "\n" for words in sentences))
-        (folder / f"{split}.out").write_text("".join(" ".join(reversed(words)) + "\n" for words in sentences))
-    corpora = {split: f"files:{folder}/{split}.in,{folder}/{split}.out" for split in ("train", "valid", "test")}
-    return Experiment(
-        model=TransformerConfig(
-            d_model=8, num_heads=2, d_ff=12, num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.2, max_length=12
-        ),
-        vocabulary=VocabularyConfig(size=50),
-        data=DataConfig(**corpora, rows=4, source_slots=12, target_slots=12),
-        training=TrainingConfig(
-            steps=STEPS,
-            warmup_steps=4,
-            parallelism="jit",
-            log_every=1,
-            evaluate_every=0,
-            checkpoint_every=EVERY,
-            best_metric="loss",
-            samples=2,
-        ),
-    )
-
-
-def with_training(experiment, **changes):
-    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **changes))
-
-
-def without_held_out(experiment):
-    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, valid="", test=""))
-
-
-def lines_of(path, kind):
-    return [line for line in WorkDirectory(path).read_metrics() if line["kind"] == kind]
-
-
-def losses_of(path):
-    """The loss of each step; where a step was made twice, both."""
-    return [(line["step"], line["loss"]) for line in lines_of(path, "train")]
+STOPPED_AT = 10
 
 
 def same_checkpoint(first, second, step):
@@ -134,9 +86,9 @@ def test_a_signal_ends_a_training_behind_a_checkpoint_of_the_step_in_hand(whole,
         train_and_evaluate(experiment, tmp_path)
     assert (ended.value.step, ended.value.exit_status) == (in_hand, 128 + number)
     assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == handlers
-    before = losses_of(tmp_path)
+    assert losses_of(tmp_path) == losses_of(unbroken)[:in_hand]
     assert train_and_evaluate(experiment, tmp_path) == scores
-    assert losses_of(tmp_path)[len(before) :] == losses_of(unbroken)[in_hand:]
+    assert losses_of(tmp_path) == losses_of(unbroken)
     assert same_checkpoint(tmp_path, unbroken, STEPS)
 
 

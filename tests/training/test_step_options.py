@@ -213,7 +213,7 @@ def test_a_loss_scale_saves_gradients_that_float16_would_lose(half, batch):
     lost, kept, expected = (
         jax.jit(functools.partial(function, model=model))(small, batch, loss_scale=scale)[1]
         for model, scale in (
-            (half, state.loss_scale.replace(factor=jnp.float32(1.0))),
+            (half, state.loss_scale._replace(factor=jnp.float32(1.0))),
             (half, state.loss_scale),
             (MODEL, None),
         )
@@ -228,7 +228,7 @@ def test_a_loss_scale_saves_gradients_that_float16_would_lose(half, batch):
 
 def test_an_overflow_in_float16_lowers_the_factor_until_updates_go_on(half, batch):
     step, state = step_of(half), state_of(half)
-    state = state.replace(loss_scale=state.loss_scale.replace(factor=jnp.float32(2.0**30)))
+    state = state.replace(loss_scale=state.loss_scale._replace(factor=jnp.float32(2.0**30)))
     factors = []
     for _ in range(20):
         state, metrics = step(state, batch)
