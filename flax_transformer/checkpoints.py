@@ -7,6 +7,8 @@ the scores of all steps stand in a file of their own. It knows pytrees, no model
 import contextlib
 import json
 import math
+import os
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,18 +98,11 @@ class Checkpoints:
 
     def record_scores(self, step: int, scores: Scores) -> None:
         """Writes down how good the parameters of a step are."""
-        self._write_scores({**self._scores, step: dict(scores)})
-
-    def forget_scores(self) -> None:
-        """Drops all scores: those of another corpus cannot be compared."""
-        self._write_scores({})
-
-    def _write_scores(self, scores: dict[int, Scores]) -> None:
         assert self._scores_file is not None, "only a training's checkpoints are scored"
-        self._scores = scores
+        self._scores[step] = dict(scores)
         if jax.process_index() == 0:
             draft = self._scores_file.with_name(f"{self._scores_file.name}.tmp")
-            draft.write_text(json.dumps(scores, indent=1) + "\n")
+            draft.write_text(json.dumps(self._scores, indent=1) + "\n")
             draft.replace(self._scores_file)
 
     def _value(self, step: int) -> float:
@@ -170,8 +165,10 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises OSError if the checkpoint that is being written cannot be; else it would be told at the next one."""
-        with self._explain_failure():
-            self._manager.check_for_errors()
+        # Not Orbax's own `check_for_errors`: the thread that ends a save takes the error before anyone can look.
+        if not self._manager.is_saving_in_progress():
+            with self._explain_failure():
+                self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:
@@ -205,11 +202,13 @@ class Checkpoints:
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**targets, notes=ocp.args.JsonRestore()))
                 found = {name: restored[name] for name in trees}, restored["notes"]
+                _check_types(found[0], trees)
             except Exception as error:  # Orbax and what it reads with raise many kinds.
                 damaged[step] = _reason(error)
-                continue
-            self._set_aside(damaged, step)
-            return step, *found
+            if _on_all_processes(step not in damaged):
+                self._set_aside(damaged, step)
+                return step, *found
+            damaged.setdefault(step, "another process cannot read it")
         if damaged:
             newest = max(damaged)
             raise ValueError(
@@ -315,8 +314,25 @@ def _read_scores(file: epath.Path | None) -> dict[int, Scores]:
         ) from error
 
 
+def _on_all_processes(good: bool) -> bool:
+    """Whether all is well on every process, so that all take the same checkpoint."""
+    return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(good)).all())
+
+
 def _reason(error: Exception) -> str:
+    # TensorStore's number of the cause stands behind some thousand characters.
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
     return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
+
+
+def _check_types(found: Mapping[str, PyTree], wanted: Mapping[str, PyTree]) -> None:
+    """Checks that keys come back as keys: of those whose file of types is gone, Orbax returns the bits alone."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True)
+    for (path, leaf), other in leaves:
+        if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name} is {leaf.dtype}{leaf.shape}, not {other.dtype}{other.shape}")
 
 
 def _named_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -44,6 +44,10 @@ class WorkDirectory:
         return self.path / "fingerprints.json"
 
     @property
+    def _scores_file(self) -> epath.Path:
+        return self.path / "scores.json"
+
+    @property
     def _metrics_file(self) -> epath.Path:
         return self.path / "metrics.jsonl"
 
@@ -123,6 +127,10 @@ class WorkDirectory:
                 "remove it if vocabulary and texts are what they were"
             ) from error
 
+    def forget_scores(self) -> None:
+        """Drops the scores of all checkpoints: those of another text cannot be compared."""
+        self._scores_file.unlink(missing_ok=True)
+
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`; after an interruption some steps come twice, and the later line counts.
 
@@ -173,7 +181,7 @@ class WorkDirectory:
         """
         return Checkpoints(
             self.path / "checkpoints",
-            scores_file=self.path / "scores.json",
+            scores_file=self._scores_file,
             keep_latest=keep_latest,
             keep_best=keep_best,
             best_metric=best_metric,

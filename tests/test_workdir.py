@@ -1,4 +1,4 @@
-"""Takes what a training leaves in a folder and leaves a verdict: it comes back to the bit, and the best is kept."""
+"""Takes what a training leaves in a folder and leaves a verdict: all comes back, the weights asked for too."""
 
 import concurrent.futures
 import dataclasses
@@ -7,7 +7,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from flax_transformer.config import TransformerConfig
@@ -65,15 +64,8 @@ def params_of(seed):
     return {"encoder": {"kernel": jnp.float32(rng.normal(size=(3, 5))), "bias": jnp.float32(rng.normal(size=5))}}
 
 
-def rest_of(seed, impl="threefry2x32"):
-    """What a checkpoint holds beside the parameters: numbers, an optimizer's state, a typed key."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    _, opt_state = optimizer.update(params_of(seed), optimizer.init(params_of(seed)))
-    return {"step": jnp.int32(seed), "opt_state": opt_state, "rng": jax.random.key(seed, impl=impl)}
-
-
-def trees_of(seed, impl="threefry2x32"):
-    return {"params": params_of(seed), "training": rest_of(seed, impl)}
+def trees_of(seed):
+    return {"params": params_of(seed), "ema": params_of(seed + 100), "training": {"step": jnp.int32(seed)}}
 
 
 def same(first, second):
@@ -95,85 +87,33 @@ def steps_of(workdir):
     return {int(path.name) for path in (workdir.path / "checkpoints").iterdir() if path.name.isdigit()}
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_the_newest_checkpoint_comes_back_to_the_bit(impl, workdir):
-    with workdir.open_checkpoints() as checkpoints:
-        assert checkpoints.latest_step is None and checkpoints.best_step is None
-        checkpoints.save(3, trees_of(3, impl), {"seconds": 1.5})
-        checkpoints.save(5, trees_of(5, impl), {"seconds": 2.5})
-    with workdir.open_checkpoints() as checkpoints:
-        assert checkpoints.latest_step == 5
-        step, trees, notes = checkpoints.restore(trees_of(0, impl))
-        assert checkpoints.read_notes() == notes == {"seconds": 2.5} and step == 5
-    assert same(trees, trees_of(5, impl))
-
-
-def test_a_restored_key_gives_the_same_random_numbers(workdir):
-    write(workdir, {4: None})
-    with workdir.open_checkpoints() as checkpoints:
-        _, trees, _ = checkpoints.restore(trees_of(0))
-    draws = (jax.random.normal(jax.random.fold_in(tree["rng"], 7), (3,)) for tree in (trees["training"], rest_of(4)))
-    assert jnp.array_equal(*draws)
-
-
-def test_arrays_may_be_overwritten_as_soon_as_save_returns(workdir):
-    overwrite = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0, keep_unused=True)
-    with workdir.open_checkpoints() as checkpoints:
-        params = params_of(2)
-        checkpoints.save(2, {"params": params}, {})
-        overwrite(params)
-        assert same(checkpoints.restore_params(2, params_of(0)), params_of(2))
-
-
-def test_a_step_that_is_saved_already_is_left_as_it_is(workdir):
-    with workdir.open_checkpoints() as checkpoints:
-        checkpoints.save(2, trees_of(2), {"seconds": 1.0})
-        checkpoints.save(2, trees_of(9), {"seconds": 9.0})
-    with workdir.open_checkpoints() as checkpoints:
-        _, trees, notes = checkpoints.restore(trees_of(0))
-    assert same(trees, trees_of(2)) and notes == {"seconds": 1.0}
+def test_a_relative_path_is_a_work_directory_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with WorkDirectory("runs/first").open_checkpoints() as checkpoints:
+        checkpoints.save(1, {"params": params_of(1), "training": params_of(2)}, {"seconds": 0.0})
+    with WorkDirectory(tmp_path / "runs/first").open_checkpoints(read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 1
+    assert str(WorkDirectory("gs://bucket/runs").path) == "gs://bucket/runs"
 
 
 @pytest.mark.parametrize(
-    ("best_metric", "values", "kept", "best"),
+    ("content", "reason"),
     [
-        ("bleu", [1.0, 9.0, 2.0, 3.0, 4.0], {2, 4, 5}, 2),
-        ("loss", [9.0, 1.0, 4.0, 3.0, 2.0], {2, 4, 5}, 2),
-        ("bleu", [1.0, 2.0, 3.0, 4.0, 9.0], {4, 5}, 5),
-        ("exact_match", [9.0, 1.0, 2.0, 3.0, 4.0], {1, 4, 5}, 1),
+        (b"", "Expecting value"),
+        (b'{"model": {', "Expecting property name"),
+        (b"\xff", "can't decode"),
+        (b'{"model": 3}', "no mapping of sections"),
+        (b'{"data": {}}', 'no section "model"'),
+        (b'{"model": {"d_model": "wide"}}', "not supported|TransformerConfig"),
     ],
 )
-def test_the_newest_and_the_best_by_the_metric_are_kept(best_metric, values, kept, best, workdir):
-    # The other metrics all speak for the third checkpoint.
-    metrics = {
-        step: {"bleu": float(step == 3), "loss": float(step != 3), "exact_match": float(step == 3), best_metric: value}
-        for step, value in enumerate(values, 1)
-    }
-    write(workdir, metrics, keep_latest=2, keep_best=1, best_metric=best_metric)
-    assert steps_of(workdir) == kept
-    with workdir.open_checkpoints(best_metric=best_metric) as checkpoints:
-        assert (checkpoints.best_step, checkpoints.latest_step) == (best, 5)
-        assert same(checkpoints.restore_params("best", params_of(0)), params_of(best))
-
-
-def test_the_best_is_kept_among_checkpoints_without_scores_and_over_an_interruption(workdir):
-    options = {"keep_latest": 1, "keep_best": 1, "best_metric": "bleu"}
-    write(workdir, {1: {"bleu": 7.0}, 2: None, 3: {"bleu": 5.0}}, **options)
-    write(workdir, {4: None, 5: {"bleu": 6.0}, 6: None}, **options)
-    assert steps_of(workdir) == {1, 6}
-
-
-def test_several_best_are_kept_where_several_are_asked_for(workdir):
-    values = dict(enumerate([5.0, 1.0, 3.0, 4.0, 2.0, 6.0], 1))
-    write(workdir, {step: {"loss": value} for step, value in values.items()}, keep_latest=1, keep_best=2)
-    assert steps_of(workdir) == {2, 5, 6}
-
-
-def test_without_scores_the_newest_is_the_best(workdir):
-    write(workdir, {1: None, 2: None, 3: None}, keep_latest=2)
-    with workdir.open_checkpoints() as checkpoints:
-        assert checkpoints.best_step == 3
-        assert same(checkpoints.restore_params("best", params_of(0)), params_of(3))
+def test_a_damaged_config_is_an_error_of_one_line_that_names_the_mend(content, reason, workdir):
+    workdir.write_config({})
+    (workdir.path / "config.json").write_bytes(content)
+    message = rf"^.*config\.json is damaged \(.*({reason}).*\): put back the file that train\.py wrote there$"
+    with pytest.raises(ValueError, match=message) as caught:
+        workdir.read_model_config()
+    assert "\n" not in str(caught.value)
 
 
 def test_parameters_alone_come_back_by_name_or_number(workdir):
@@ -211,63 +151,6 @@ def test_reading_alone_removes_nothing(workdir):
     with workdir.open_checkpoints(read_only=True) as checkpoints:
         assert checkpoints.latest_step == 2
     assert unfinished.exists() and steps_of(workdir) == {1, 2}
-
-
-def test_a_save_that_was_killed_is_passed_over_and_cleared_away(workdir):
-    write(workdir, {1: None, 2: None})
-    unfinished = workdir.path / "checkpoints" / "3.orbax-checkpoint-tmp-0"
-    unfinished.mkdir()
-    with workdir.open_checkpoints() as checkpoints:
-        assert checkpoints.latest_step == 2
-        checkpoints.save(3, trees_of(3), {})
-    assert not unfinished.exists() and steps_of(workdir) == {1, 2, 3}
-
-
-def test_a_checkpoint_moves_between_eight_devices_and_one(workdir):
-    eight, one = Parallelism("pmap"), Parallelism("jit")
-
-    def add_one(state, batch, *, axis_name=None):
-        return jax.tree.map(lambda leaf: leaf + 1, state)
-
-    state = eight.compile(add_one, donate_state=True)(eight.place(params_of(1)), np.zeros((8, 1), "float32"))
-    with workdir.open_checkpoints() as checkpoints:
-        checkpoints.save(1, {"params": state, "training": eight.place(rest_of(1))}, {})
-    expected = add_one(params_of(1), None)
-    for parallelism in (one, eight):
-        with workdir.open_checkpoints() as checkpoints:
-            _, trees, _ = checkpoints.restore(parallelism.place(trees_of(0)))
-        assert same(trees, {"params": expected, "training": rest_of(1)})
-        for leaf in jax.tree.leaves(trees):
-            assert leaf.sharding.device_set == set(parallelism.devices)
-
-
-def test_a_relative_path_is_a_work_directory_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with WorkDirectory("runs/first").open_checkpoints() as checkpoints:
-        checkpoints.save(1, {"params": params_of(1), "training": params_of(2)}, {"seconds": 0.0})
-    with WorkDirectory(tmp_path / "runs/first").open_checkpoints(read_only=True) as checkpoints:
-        assert checkpoints.latest_step == 1
-    assert str(WorkDirectory("gs://bucket/runs").path) == "gs://bucket/runs"
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "Expecting value"),
-        (b'{"model": {', "Expecting property name"),
-        (b"\xff", "can't decode"),
-        (b'{"model": 3}', "no mapping of sections"),
-        (b'{"data": {}}', 'no section "model"'),
-        (b'{"model": {"d_model": "wide"}}', "not supported|TransformerConfig"),
-    ],
-)
-def test_a_damaged_config_is_an_error_of_one_line_that_names_the_mend(content, reason, workdir):
-    workdir.write_config({})
-    (workdir.path / "config.json").write_bytes(content)
-    message = rf"^.*config\.json is damaged \(.*({reason}).*\): put back the file that train\.py wrote there$"
-    with pytest.raises(ValueError, match=message) as caught:
-        workdir.read_model_config()
-    assert "\n" not in str(caught.value)
 
 
 def is_mean_of(steps, params):
@@ -358,6 +241,26 @@ def test_there_is_an_average_at_every_moment_while_a_new_one_takes_its_place(wor
             assert any(path.name.isdigit() for path in (workdir.path / "averaged").iterdir())
             looks += 1
     assert averaging.result() == [2, 1] and looks > 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "before", "after"),
+    [
+        ({}, params_of(2), None),  # a converted model has no such section
+        ({"weights": "trained"}, params_of(2), None),
+        ({"weights": "ema", "ema_decay": 0.9}, params_of(102), None),
+        ({"weights": "averaged", "average_last": 2}, params_of(2), "averaged"),
+    ],
+)
+def test_the_chosen_weights_are_those_that_the_config_names(weights, before, after, workdir):
+    workdir.write_config({"training": weights} if weights else {})
+    write(workdir, {1: {"loss": 4.0}, 2: {"loss": 1.0}, 3: {"loss": 2.0}})
+    assert same(workdir.restore_params("chosen", params_of(0)), before)
+    assert same(workdir.restore_params("best", params_of(0)), before)
+    assert same(workdir.restore_params(3, params_of(0)), params_of(103 if "ema_decay" in weights else 3))
+    workdir.average_checkpoints(last=2)
+    chosen = workdir.restore_params("chosen", params_of(0))
+    assert is_mean_of([2, 3], chosen) if after == "averaged" else same(chosen, before)
 
 
 def test_checkpoints_of_eight_devices_are_averaged_on_one(workdir):

@@ -15,7 +15,7 @@ from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamS
 
 # A work directory, and which of its checkpoints.
 Model = tuple[str, str | int]
-CHECKPOINTS = ("best", "latest", "averaged")
+CHECKPOINTS = ("chosen", "best", "latest", "averaged")
 BEAM, SAMPLING = BeamSearch(), Sampling()
 
 
@@ -49,10 +49,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         nargs="+",
         type=checkpoint,
-        default=["best"],
+        default=["chosen"],
         metavar="STEP",
-        help="best (default), latest, averaged (what the verb average wrote) or the number of a step; one for all "
-        "work directories or one for each; several of one work directory make an ensemble, too",
+        help="chosen (default: averaged where training.weights of the config is that and there is an average, else "
+        "best), best, latest, averaged (what was averaged last) or the number of a step; of a checkpoint the moving "
+        "average, where training.weights is ema; one for all work directories or one for each; several of one work "
+        "directory make an ensemble, too",
     )
     group.add_argument(
         "--batch_tokens",

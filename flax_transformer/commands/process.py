@@ -21,7 +21,8 @@ def prepare_libraries() -> None:
     cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "flax-transformer", "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    logging.set_verbosity(logging.ERROR)
+    # Of a save that fails Orbax logs hundreds of lines; what it means is told in one.
+    logging.set_verbosity(logging.FATAL)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ class Translator:
         cls,
         path: epath.PathLike,
         *,
-        step: str | int = "best",
+        step: str | int = "chosen",
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Translator":
@@ -119,12 +119,14 @@ class Translator:
 
         Args:
             path: the work directory.
-            step: "best" (the newest where none was scored), "latest", "averaged" or the number of a checkpoint.
+            step: "chosen" ("averaged" where the config's `training.weights` is that and there is an average, else
+                "best"), "best" (the newest where none was scored), "latest", "averaged" or the number of a checkpoint.
+                Where `training.weights` is "ema", a checkpoint's moving average is loaded.
             batch_tokens: as in the constructor.
             devices: as in the constructor.
 
         Raises:
-            ValueError: it is no work directory, or has no such checkpoint.
+            ValueError: it is no work directory, has no such checkpoint, or another vocabulary than the model's.
         """
         workdir = WorkDirectory(path)
         config = workdir.read_model_config()

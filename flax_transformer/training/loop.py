@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -45,13 +46,14 @@ def train_and_evaluate(
     Raises:
         ValueError: a corpus cannot be read, the work directory belongs to another experiment or another training is at
             work in it, or `training.max_skipped` updates in a row were not finite.
-        OSError: a checkpoint could not be written.
+        OSError: a checkpoint or another file could not be written.
         Interrupted: SIGTERM or SIGINT came; the step in hand was finished and a checkpoint written.
     """
     began = time.monotonic()
     texts = load_texts(experiment)
     workdir = WorkDirectory(path)
-    with TrainingLock(workdir.path) if hosts.is_first() else contextlib.nullcontext():
+    lock = TrainingLock(workdir.path) if hosts.is_first() else contextlib.nullcontext()
+    with _explain_full_disk(workdir), lock:
         parallelism = Parallelism(experiment.training.parallelism)
         materials = prepare(experiment, texts, workdir, parallelism, accept_changed_corpus=accept_changed_corpus)
         training = _Training(materials, workdir, parallelism, began)
@@ -67,6 +69,23 @@ class _Session:
     report: Report
     interruption: Interruption
     clock: Clock
+
+
+@contextlib.contextmanager
+def _explain_full_disk(workdir: WorkDirectory) -> Iterator[None]:
+    """Says where a training goes on whose file could not be written; of a checkpoint it has been said."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        with workdir.open_checkpoints(read_only=True) as checkpoints:
+            step = checkpoints.latest_step
+        goes_on = "begins anew" if step is None else f"goes on from step {step}"
+        raise OSError(
+            f"{error.filename or f'a file in {workdir.path}'} could not be written or read ({error.strerror}): make "
+            f"room or mend the disk; the same command {goes_on}"
+        ) from error
 
 
 class _Training:
@@ -135,8 +154,6 @@ class _Training:
         rng = jax.random.key(self.config.seed, impl=self.config.rng_impl)
         create = functools.partial(TrainState.create, self.model, self.optimizer, with_ema=self.config.ema_decay > 0)
         state = self.parallelism.place(jax.jit(create)(rng))
-        if self.materials.valid_is_new:
-            checkpoints.forget_scores()
         restored = checkpoints.restore(self._trees(state))
         if restored is None:
             return state, 0, 0.0

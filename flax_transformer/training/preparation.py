@@ -32,7 +32,6 @@ class Materials:
         packed: the same, tokenised and packed.
         vocabularies: of both sides.
         micro_batches: in how many parts a device takes its rows of a batch.
-        valid_is_new: the validation corpus is another than before, so that older scores cannot be compared.
     """
 
     experiment: Experiment
@@ -40,7 +39,6 @@ class Materials:
     packed: dict[str, PackedCorpus]
     vocabularies: VocabularyPair
     micro_batches: int
-    valid_is_new: bool
 
 
 def load_texts(experiment: Experiment) -> dict[str, ParallelText]:
@@ -75,7 +73,7 @@ def prepare(
     experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
     _check_config(experiment, workdir)
     fingerprints = {name: text.fingerprint() for name, text in texts.items() if name != "test"}
-    changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
+    begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
     micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.rows_per_device)
     packed = {
         name: PackedCorpus.from_text(
@@ -93,11 +91,15 @@ def prepare(
     }
     # Last, so that what stopped at a mistake can be mended in the same folder.
     if hosts.is_first():
-        workdir.write_fingerprints(fingerprints | {"vocabulary": vocabularies.fingerprint()})
+        if "valid" in changed:
+            workdir.forget_scores()
+        # Of a corpus that is not named now, what it was stays known.
+        workdir.write_fingerprints(begun | fingerprints | {"vocabulary": vocabularies.fingerprint()})
         workdir.write_config(experiment.to_mapping())
+    hosts.wait("the first process has written what the training is")
     for name in texts:
         hosts.say(_describe(name, texts[name], packed[name], experiment.training.steps))
-    return Materials(experiment, texts, packed, vocabularies, micro_batches, valid_is_new="valid" in changed)
+    return Materials(experiment, texts, packed, vocabularies, micro_batches)
 
 
 def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: ParallelText) -> VocabularyPair:
@@ -143,8 +145,8 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
 
 def _check_fingerprints(
     experiment: Experiment, workdir: WorkDirectory, fingerprints: dict[str, str], accept_changed_corpus: bool
-) -> set[str]:
-    """The names of the corpora that are not what they were; raises ValueError unless that was accepted."""
+) -> tuple[dict[str, str], set[str]]:
+    """What the corpora were, and which are not that now; raises ValueError unless that was accepted."""
     # Read before the processes meet: the first one writes them anew after.
     begun = workdir.read_fingerprints() if workdir.exists else {}
     for process, others in enumerate(hosts.gather(fingerprints)):
@@ -159,7 +161,7 @@ def _check_fingerprints(
             f"{specs} has another text than when training last ran in {workdir.path}: put the text back, give another "
             "--workdir, or go on with the new text by --accept_changed_corpus"
         )
-    return changed
+    return begun, changed
 
 
 def _describe(name: str, text: ParallelText, packed: PackedCorpus, steps: int) -> str:

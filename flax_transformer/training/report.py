@@ -1,13 +1,13 @@
 """Takes what training measures and leaves it where people look: the terminal, `metrics.jsonl`, TensorBoard."""
 
+import contextlib
 import sys
-import warnings
 from collections.abc import Sequence
 
-from tensorboardX import SummaryWriter, record_writer
 from tqdm import tqdm
 
 from flax_transformer.training.evaluation import Scores
+from flax_transformer.training.events import open_events
 from flax_transformer.workdir import WorkDirectory
 
 TITLES = {"loss": "loss", "bleu": "BLEU", "chrf": "chrF", "exact_match": "exact match"}
@@ -24,7 +24,7 @@ class Report:
     def __init__(self, workdir: WorkDirectory, *, first_step: int, steps: int, silent: bool = False):
         """Starts a progress bar at `first_step` of `steps`; a silent one shows and records nothing."""
         self._workdir, self._silent = workdir, silent
-        self._events = None if silent else _open_events(workdir)
+        self._events = None if silent else open_events(workdir.path / "tensorboard")
         # A log file gets a line every half minute, a terminal a bar that moves.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
@@ -41,10 +41,12 @@ class Report:
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-        if self._events is not None:
-            self._events.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # What ended the training must not give way to a terminal that is gone.
+        with contextlib.suppress(*() if kind is None else (Exception,)):
+            if self._events is not None:
+                self._events.close()
+            self._bar.close()
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
@@ -84,30 +86,6 @@ class Report:
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
-
-
-def _open_events(workdir: WorkDirectory) -> SummaryWriter:
-    """TensorBoard's events; where tensorboardX cannot write, they go nowhere, and a warning says so."""
-    folder = str(workdir.path / "tensorboard")
-    if not workdir.is_remote:
-        return SummaryWriter(folder)
-    scheme = folder.partition("://")[0]
-    # Asked beforehand: of a scheme that it does not know, tensorboardX makes a local folder.
-    if scheme == "gs" and not record_writer.GCS_ENABLED:
-        reason = 'for that, pip install "flax_transformer[gcs]"'
-    elif scheme == "s3" and not record_writer.S3_ENABLED:
-        reason = "for that, pip install boto3"
-    elif scheme not in ("gs", "s3"):
-        reason = "it is written to gs://, s3:// and local folders"
-    else:
-        try:
-            return SummaryWriter(folder)
-        except Exception as error:  # no credentials or no project, which the client of each store says in its own way
-            reason = " ".join(str(error).split())
-    warnings.warn(
-        f"{folder}: training goes on without TensorBoard, metrics.jsonl holds the same numbers: {reason}", stacklevel=3
-    )
-    return SummaryWriter(folder, write_to_disk=False)
 
 
 def show_samples(source: Sequence[str], references: Sequence[str], translations: Sequence[str], count: int) -> None:

@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from flax_transformer.commands.options import (
+    add_model_options,
     add_search_options,
     checkpoint,
     explain_damage,
@@ -59,9 +60,18 @@ def test_checkpoints_and_work_directories_pair_up():
         pair_checkpoints(["a", "b", "c"], [1, 2])
 
 
+def test_without_a_checkpoint_it_is_the_one_that_training_chose():
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    assert parser.parse_args(["--workdir=a"]).checkpoint == ["chosen"]
+    assert parser.parse_args(["--workdir=a", "--checkpoint", "best", "3"]).checkpoint == ["best", 3]
+
+
 def test_values_that_make_no_sense_name_those_that_do():
-    assert [checkpoint(text) for text in ("best", "latest", "averaged", "120")] == ["best", "latest", "averaged", 120]
-    with pytest.raises(argparse.ArgumentTypeError, match="'-1': choose best, latest, averaged or the number of a step"):
+    names = ["chosen", "best", "latest", "averaged"]
+    assert [checkpoint(text) for text in [*names, "120"]] == [*names, 120]
+    message = "'-1': choose chosen, best, latest, averaged or the number of a step"
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
         checkpoint("-1")
     assert positive("3") == 3
     for text in ("0", "-1", "x", "1.5"):

@@ -3,6 +3,7 @@
 What an untrained model says means nothing, but it depends on every token of the source, so whatever is mixed up shows.
 """
 
+import shutil
 import warnings
 
 import jax
@@ -14,6 +15,7 @@ from flax_transformer.decoding.programs import search_translations
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.translator import Translation, Translator
 from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.workdir import WorkDirectory
 
 # With so little extra room no output needs a longer bucket than its source.
 GREEDY = BeamSearch(beam_size=1, extra_length=4)
@@ -289,6 +291,30 @@ def test_the_best_checkpoint_is_the_best_by_the_metric_that_training_chose_by(wo
 
     assert translate("best") == translate(1) == translations
     assert translate("latest") == translate(2) != translations
+
+
+def test_without_a_step_the_weights_are_those_that_training_chose(workdir, make_model, vocabularies, tmp_path):
+    def loaded(folder, **options):
+        return jax.tree.leaves(Translator.from_workdir(folder, **options).params)
+
+    def same(leaves, params):
+        return all(np.array_equal(*pair) for pair in zip(leaves, jax.tree.leaves(params), strict=True))
+
+    best, newest = (make_model(vocabularies.source.size, seed)[1] for seed in (3, 4))
+    assert same(loaded(workdir.path), best)  # a config that names none
+    folder = shutil.copytree(workdir.path, tmp_path / "run")
+    copy = WorkDirectory(folder)
+    copy.write_config(copy.read_config() | {"training": {"best_metric": "bleu", "weights": "averaged"}})
+    assert same(loaded(folder), best)
+    copy.average_checkpoints(last=2)
+    assert same(loaded(folder), jax.tree.map(lambda one, other: (one + other) / 2, best, newest))
+    assert same(loaded(folder, step="best"), best) and same(loaded(folder, step="latest"), newest)
+
+    copy.write_config(copy.read_config() | {"training": {"best_metric": "bleu", "weights": "ema"}})
+    with copy.open_checkpoints(best_metric="bleu") as checkpoints:
+        checkpoints.save(3, {"params": best, "ema": newest}, {})
+        checkpoints.record_scores(3, {"bleu": 99.0})
+    assert same(loaded(folder), newest) and same(loaded(folder, step=3), newest)
 
 
 def test_loading_leaves_a_running_trainings_folder_as_it_is(workdir):

@@ -1,4 +1,4 @@
-"""Takes the quick start, made small, and lets tests run it in processes of its own, kill it, and look at what is left."""
+"""Takes the quick start, made small, and lets tests run it in other processes, kill it, and look at what is left."""
 
 import json
 import os
@@ -179,3 +179,37 @@ def small_training(tmp_path):
         return SmallTraining(folder, {key.replace("__", "."): value for key, value in changes.items()})
 
     return make
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves this folder out of a run of all tests: it is run where it, a file of it or its marker is named."""
+    named = any("faults" in argument for argument in [*config.args, config.option.markexpr])
+    return None if named else True
+
+
+def said(process: subprocess.CompletedProcess) -> list[str]:
+    """What a process said on stderr, line by line, but for the progress bar."""
+    lines = [line.strip() for line in process.stderr.replace("\r", "\n").splitlines()]
+    return [line for line in lines if line and "%|" not in line]
+
+
+# Long enough for something to happen between two checkpoints, and yet over in seconds.
+LONG = {"training__steps": 96, "training__checkpoint_every": 24}
+
+
+def _unbroken(folder: Path, **layout) -> SmallTraining:
+    training = SmallTraining(folder, {key.replace("__", "."): value for key, value in LONG.items()})
+    training.finish(**layout)
+    return training
+
+
+@pytest.fixture(scope="session")
+def unbroken_long(tmp_path_factory):
+    """A training of `LONG` on one device that nothing interrupts; do not write to it."""
+    return _unbroken(tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.fixture(scope="session")
+def unbroken_long_pair(tmp_path_factory):
+    """The same on two processes of two devices."""
+    return _unbroken(tmp_path_factory.mktemp("unbroken_pair"), devices=2, processes=2)

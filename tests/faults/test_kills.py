@@ -24,7 +24,7 @@ OFTEN = {"training__checkpoint_every": 2, "training__steps": 40}
 def kill_and_restart(training, rng, *, victims=(0,), **layout):
     """Runs a training, kills it a few times at random moments, lets it end; gives the steps at which it was killed."""
     killed_at = []
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.randint(1, 3)):
         begun = len(training.lines())
         started = training.start(**layout)
         # Most often among the steps and the saves, now and then while it starts.

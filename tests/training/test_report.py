@@ -8,22 +8,24 @@ from flax_transformer.workdir import WorkDirectory
 
 SCORES = Scores(loss=1.23456, bleu=31.44, chrf=55.06, exact_match=97.2, sentences=500, signature="case:mixed")
 NAMES = ("source", "reference", "translation")
-METRICS = {"loss": 2.5, "tokens_per_second": 1234.5, "learning_rate": 1e-3}
+METRICS = {"loss": 2.5, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "skipped": 0}
 
 
-def report_to(path):
+def report_to(path, **options):
     workdir = WorkDirectory(path)
-    with Report(workdir, first_step=3, steps=9) as report:
+    with Report(workdir, first_step=3, steps=9, **options) as report:
         report.step_done()
         report.training(4, METRICS)
+        report.checkpoint(4, 0.25)
         report.validation(4, SCORES, 61.4)
         report.validation(8, SCORES, 122.6)
     return workdir
 
 
 def test_every_measurement_becomes_a_line_of_metrics(tmp_path):
-    train, first, second = report_to(tmp_path).read_metrics()
+    train, checkpoint, first, second = report_to(tmp_path).read_metrics()
     assert train == {"kind": "train", "step": 4} | METRICS
+    assert checkpoint == {"kind": "checkpoint", "step": 4, "blocked_seconds": 0.25}
     assert first == {
         "kind": "valid", "step": 4, "loss": 1.23456, "bleu": 31.44, "chrf": 55.06, "exact_match": 97.2, "seconds": 61.4
     }  # fmt: skip
@@ -33,10 +35,38 @@ def test_every_measurement_becomes_a_line_of_metrics(tmp_path):
 def test_every_measurement_reaches_tensorboard(tmp_path):
     (events,) = (report_to(tmp_path).path / "tensorboard").glob("events.out.tfevents.*")
     written = events.read_bytes()
-    names = [f"train/{name}" for name in METRICS]
+    names = ["checkpoint/blocked_seconds", *(f"train/{name}" for name in METRICS)]
     names += [f"valid/{name}" for name in ("loss", "bleu", "chrf", "exact_match", "seconds")]
     for name in names:
         assert name.encode() in written
+
+
+def test_a_silent_report_writes_and_prints_nothing(tmp_path, capfd):
+    workdir = report_to(tmp_path / "run", silent=True)
+    assert not workdir.path.exists() and capfd.readouterr() == ("", "")
+
+
+def test_updates_that_were_left_out_are_told_of(tmp_path, capfd):
+    for skipped, told in ((0, False), (3, True)):
+        with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
+            report.training(1, METRICS | {"skipped": skipped})
+            report.step_done()
+        assert ("3 updates left out" in capfd.readouterr().err) == told
+
+
+@pytest.mark.parametrize("failure", [None, KeyError("what ended the training")])
+def test_a_terminal_that_is_gone_does_not_hide_what_ended_the_training(failure, tmp_path, monkeypatch):
+    def refuse(bar):
+        raise BrokenPipeError
+
+    report = Report(WorkDirectory(tmp_path), first_step=0, steps=1)
+    monkeypatch.setattr(report._bar, "close", lambda: refuse(report._bar))
+    with pytest.raises(BrokenPipeError if failure is None else KeyError), report:
+        report.training(1, METRICS)
+        if failure is not None:
+            raise failure
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes()
 
 
 def test_validations_are_rows_under_one_head(tmp_path, capsys):
@@ -75,7 +105,7 @@ def test_samples_stand_one_under_the_other_as_many_as_asked_for(count, capsys):
     ],
 )
 def test_the_last_line_tells_the_score_that_chose_the_checkpoint(metric, last, capsys):
-    show_test(70, SCORES, metric=metric, seconds=83.2)
+    show_test("checkpoint 70", SCORES, metric=metric, seconds=83.2)
     *others, closing = capsys.readouterr().out.splitlines()
     assert closing == last
     assert "checkpoint 70" in "\n".join(others) and "case:mixed" in "\n".join(others)

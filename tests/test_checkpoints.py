@@ -1,0 +1,396 @@
+"""Takes checkpoints, sound and damaged, and leaves a verdict: all comes back to the bit, or not at all."""
+
+import math
+import shutil
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_transformer.training.parallel import Parallelism
+from flax_transformer.workdir import WorkDirectory
+
+# Of a read or a write that fails, Orbax leaves tasks behind whose errors nobody asks for.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return WorkDirectory(tmp_path / "runs" / "first")  # made when something is written, and not before
+
+
+def params_of(seed):
+    rng = np.random.default_rng(seed)
+    # The kernel is large enough for a file of its own.
+    return {"encoder": {"kernel": jnp.float32(rng.normal(size=(30, 50))), "bias": jnp.float32(rng.normal(size=5))}}
+
+
+def rest_of(seed, impl="threefry2x32"):
+    """What a checkpoint holds beside the parameters: numbers, an optimizer's state, a typed key."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    _, opt_state = optimizer.update(params_of(seed), optimizer.init(params_of(seed)))
+    return {"step": jnp.int32(seed), "opt_state": opt_state, "rng": jax.random.key(seed, impl=impl)}
+
+
+def trees_of(seed, impl="threefry2x32"):
+    return {"params": params_of(seed), "training": rest_of(seed, impl)}
+
+
+def same(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    leaves = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    return all(one.dtype == other.dtype and jnp.array_equal(one, other) for one, other in leaves)
+
+
+def write(workdir, metrics, **options):
+    """Writes one checkpoint for each step of `metrics`, its parameters made from the step."""
+    with workdir.open_checkpoints(**options) as checkpoints:
+        for step, values in metrics.items():
+            checkpoints.save(step, trees_of(step), {"seconds": step / 2})
+            if values is not None:
+                checkpoints.record_scores(step, values)
+
+
+def steps_of(workdir):
+    return {int(path.name) for path in (workdir.path / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_the_newest_checkpoint_comes_back_to_the_bit(impl, workdir):
+    with workdir.open_checkpoints() as checkpoints:
+        assert checkpoints.latest_step is None and checkpoints.best_step is None
+        checkpoints.save(3, trees_of(3, impl), {"seconds": 1.5})
+        checkpoints.save(5, trees_of(5, impl), {"seconds": 2.5})
+    with workdir.open_checkpoints() as checkpoints:
+        assert checkpoints.latest_step == 5
+        step, trees, notes = checkpoints.restore(trees_of(0, impl))
+        assert checkpoints.read_notes() == notes == {"seconds": 2.5} and step == 5
+    assert same(trees, trees_of(5, impl))
+
+
+def test_a_restored_key_gives_the_same_random_numbers(workdir):
+    write(workdir, {4: None})
+    with workdir.open_checkpoints() as checkpoints:
+        _, trees, _ = checkpoints.restore(trees_of(0))
+    draws = (jax.random.normal(jax.random.fold_in(tree["rng"], 7), (3,)) for tree in (trees["training"], rest_of(4)))
+    assert jnp.array_equal(*draws)
+
+
+def test_arrays_may_be_overwritten_as_soon_as_save_returns(workdir):
+    overwrite = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0, keep_unused=True)
+    with workdir.open_checkpoints() as checkpoints:
+        params = params_of(2)
+        checkpoints.save(2, {"params": params}, {})
+        overwrite(params)
+        assert same(checkpoints.restore_params(2, params_of(0)), params_of(2))
+
+
+def test_a_step_that_is_saved_already_is_left_as_it_is(workdir):
+    with workdir.open_checkpoints() as checkpoints:
+        checkpoints.save(2, trees_of(2), {"seconds": 1.0})
+        checkpoints.save(2, trees_of(9), {"seconds": 9.0})
+    with workdir.open_checkpoints() as checkpoints:
+        _, trees, notes = checkpoints.restore(trees_of(0))
+    assert same(trees, trees_of(2)) and notes == {"seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("best_metric", "values", "kept", "best"),
+    [
+        ("bleu", [1.0, 9.0, 2.0, 3.0, 4.0], {2, 4, 5}, 2),
+        ("loss", [9.0, 1.0, 4.0, 3.0, 2.0], {2, 4, 5}, 2),
+        ("bleu", [1.0, 2.0, 3.0, 4.0, 9.0], {4, 5}, 5),
+        ("exact_match", [9.0, 1.0, 2.0, 3.0, 4.0], {1, 4, 5}, 1),
+    ],
+)
+def test_the_newest_and_the_best_by_the_metric_are_kept(best_metric, values, kept, best, workdir):
+    # The other metrics all speak for the third checkpoint.
+    metrics = {
+        step: {"bleu": float(step == 3), "loss": float(step != 3), "exact_match": float(step == 3), best_metric: value}
+        for step, value in enumerate(values, 1)
+    }
+    write(workdir, metrics, keep_latest=2, keep_best=1, best_metric=best_metric)
+    assert steps_of(workdir) == kept
+    with workdir.open_checkpoints(best_metric=best_metric) as checkpoints:
+        assert (checkpoints.best_step, checkpoints.latest_step) == (best, 5)
+        assert same(checkpoints.restore_params("best", params_of(0)), params_of(best))
+
+
+def test_the_best_is_kept_among_checkpoints_without_scores_and_over_an_interruption(workdir):
+    options = {"keep_latest": 1, "keep_best": 1, "best_metric": "bleu"}
+    write(workdir, {1: {"bleu": 7.0}, 2: None, 3: {"bleu": 5.0}}, **options)
+    write(workdir, {4: None, 5: {"bleu": 6.0}, 6: None}, **options)
+    assert steps_of(workdir) == {1, 6}
+
+
+def test_several_best_are_kept_where_several_are_asked_for(workdir):
+    values = dict(enumerate([5.0, 1.0, 3.0, 4.0, 2.0, 6.0], 1))
+    write(workdir, {step: {"loss": value} for step, value in values.items()}, keep_latest=1, keep_best=2)
+    assert steps_of(workdir) == {2, 5, 6}
+
+
+def test_without_scores_the_newest_is_the_best(workdir):
+    write(workdir, {1: None, 2: None, 3: None}, keep_latest=2)
+    with workdir.open_checkpoints() as checkpoints:
+        assert checkpoints.best_step == 3
+        assert same(checkpoints.restore_params("best", params_of(0)), params_of(3))
+
+
+def test_a_save_that_was_killed_is_passed_over_and_cleared_away(workdir):
+    write(workdir, {1: None, 2: None})
+    unfinished = workdir.path / "checkpoints" / "3.orbax-checkpoint-tmp-0"
+    unfinished.mkdir()
+    with workdir.open_checkpoints() as checkpoints:
+        assert checkpoints.latest_step == 2
+        checkpoints.save(3, trees_of(3), {})
+    assert not unfinished.exists() and steps_of(workdir) == {1, 2, 3}
+
+
+def test_a_checkpoint_moves_between_eight_devices_and_one(workdir):
+    eight, one = Parallelism("pmap"), Parallelism("jit")
+
+    def add_one(state, batch, *, axis_name=None):
+        return jax.tree.map(lambda leaf: leaf + 1, state)
+
+    state = eight.compile(add_one, donate_state=True)(eight.place(params_of(1)), np.zeros((8, 1), "float32"))
+    with workdir.open_checkpoints() as checkpoints:
+        checkpoints.save(1, {"params": state, "training": eight.place(rest_of(1))}, {})
+    expected = add_one(params_of(1), None)
+    for parallelism in (one, eight):
+        with workdir.open_checkpoints() as checkpoints:
+            _, trees, _ = checkpoints.restore(parallelism.place(trees_of(0)))
+        assert same(trees, {"params": expected, "training": rest_of(1)})
+        for leaf in jax.tree.leaves(trees):
+            assert leaf.sharding.device_set == set(parallelism.devices)
+
+
+def test_scores_come_back_after_reopening_to_the_bit_nan_too(workdir):
+    write(workdir, {1: {"loss": 1 / 3}, 2: None, 3: {"loss": math.nan}})
+    with workdir.open_checkpoints(read_only=True) as checkpoints:
+        assert checkpoints.scores.keys() == {1, 3} and checkpoints.scores[1] == {"loss": 1 / 3}
+        assert math.isnan(checkpoints.scores[3]["loss"]) and checkpoints.best_step == 1
+
+
+def test_a_checkpoint_is_the_best_by_scores_that_came_after_it_was_written(workdir):
+    write(workdir, {1: None, 2: None, 3: None})
+    with workdir.open_checkpoints() as checkpoints:
+        for step, loss, best in ((2, 4.0, 2), (3, 5.0, 2), (1, 3.0, 1)):
+            checkpoints.record_scores(step, {"loss": loss})
+            assert checkpoints.best_step == best
+    shutil.rmtree(workdir.path / "checkpoints" / "1")
+    with workdir.open_checkpoints(read_only=True) as checkpoints:
+        assert checkpoints.best_step == 2 and checkpoints.scores[1] == {"loss": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "expected"),
+    [
+        ("bleu", [], 0),
+        ("bleu", [1.0, 2.0, 3.0], 0),
+        ("bleu", [3.0, 1.0, 2.0], 2),
+        ("loss", [3.0, 1.0, 2.0], 1),
+        ("bleu", [1.0, 3.0, 3.0], 1),  # as good as before is no better
+        ("loss", [2.0, math.nan, math.nan], 2),
+        ("loss", [math.nan, 2.0], 0),
+        ("bleu", [math.nan, 0.0, math.nan], 1),
+    ],
+)
+def test_evaluations_are_counted_since_the_first_with_the_best_score(metric, values, expected, workdir):
+    metrics = {step: {"bleu": 0.0, "loss": 0.0, metric: value} for step, value in enumerate(values, 1)}
+    for scored in (metrics, {}):  # and again after reopening
+        with workdir.open_checkpoints(best_metric=metric) as checkpoints:
+            for step, scores in scored.items():
+                checkpoints.record_scores(step, scores)
+            assert checkpoints.evaluations_since_best == expected
+
+
+def test_forgotten_scores_stay_forgotten(workdir):
+    write(workdir, {1: {"loss": 1.0}, 2: {"loss": 2.0}})
+    with workdir.open_checkpoints() as checkpoints:
+        assert (checkpoints.best_step, checkpoints.evaluations_since_best) == (1, 1)
+    workdir.forget_scores()
+    with workdir.open_checkpoints() as checkpoints:
+        assert (checkpoints.best_step, checkpoints.evaluations_since_best, checkpoints.scores) == (2, 0, {})
+    workdir.forget_scores()  # there are none
+
+
+@pytest.mark.parametrize("content", [b"", b'{"1": {"loss"', b"3", b"[1]", b'{"1": 3}', b'{"x": {}}', b"\xff\0"])
+def test_damaged_scores_are_an_error_of_one_line_that_names_the_mend(content, workdir):
+    write(workdir, {1: {"loss": 1.0}})
+    (workdir.path / "scores.json").write_bytes(content)
+    message = (
+        r"^.*first/scores\.json is damaged \(.*\): put back the file .*, or remove it to forget which .* the best$"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        workdir.open_checkpoints()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_moving_average_stands_beside_the_parameters(workdir):
+    trees = trees_of(3) | {"ema": params_of(8)}
+    with workdir.open_checkpoints() as checkpoints:
+        checkpoints.save(3, trees, {})
+    with workdir.open_checkpoints() as checkpoints:
+        _, restored, _ = checkpoints.restore(trees_of(0) | {"ema": params_of(0)})
+        assert same(restored, trees)
+        assert same(checkpoints.restore_params(3, params_of(0), ema=True), params_of(8))
+        assert same(checkpoints.restore_params(3, params_of(0)), params_of(3))
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def complete_trees_of(seed):
+    return trees_of(seed) | {"ema": params_of(seed + 100)}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """The work directory of a training with the checkpoints 3 and 5."""
+    path = tmp_path_factory.mktemp("sound")
+    with WorkDirectory(path).open_checkpoints() as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, complete_trees_of(step), {"seconds": step / 2})
+    return path
+
+
+def restore_from(path, *, then_save=None):
+    """What is restored, and the warnings; the same process then saves a checkpoint 5 that is made of that number."""
+    with warnings.catch_warnings(record=True) as caught, WorkDirectory(path).open_checkpoints() as checkpoints:
+        warnings.simplefilter("always")
+        restored = checkpoints.restore(complete_trees_of(0))
+        assert restored[0] == checkpoints.latest_step
+        if then_save:
+            checkpoints.save(5, complete_trees_of(then_save), {"seconds": then_save / 2})
+    return restored, [str(warning.message) for warning in caught if "checkpoint of step" in str(warning.message)]
+
+
+DAMAGES = {
+    "cut in half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_whatever_file_is_damaged_the_checkpoint_or_the_one_before_comes_back_to_the_bit(damage, sound, tmp_path):
+    names = files_in(sound / "checkpoints" / "5")
+    ended = []
+    for number, name in enumerate(names):
+        path = shutil.copytree(sound, tmp_path / str(number))
+        newest, aside = path / "checkpoints" / "5", path / "damaged" / "5-1"
+        damage(newest / name)
+        left = files_in(newest)
+        (step, trees, notes), told = restore_from(path, then_save=7)
+        assert same(trees, complete_trees_of(step)) and notes == {"seconds": step / 2}, name
+        ended.append(step)
+        if step == 5:
+            assert not told and files_in(newest) == left and not (path / "damaged").exists(), name
+            continue
+        (line,) = told
+        assert line.startswith("the checkpoint of step 5 cannot be read (") and "\n" not in line
+        assert line.endswith(f": it was moved to {path}/damaged, and training goes on from step 3")
+        assert files_in(aside) == left, name
+        (step, trees, _), told = restore_from(path)
+        assert (step, told) == (5, []) and same(trees, complete_trees_of(7)), name
+        shutil.rmtree(path)
+    assert set(ended) == {3, 5}  # there are files that nothing depends on, and others
+
+
+def damage_params(path, step):
+    (path / "checkpoints" / str(step) / "params" / "manifest.ocdbt").write_bytes(b"")
+
+
+def test_a_step_that_is_damaged_twice_is_kept_twice_and_several_are_passed_over(sound, tmp_path):
+    path = shutil.copytree(sound, tmp_path / "run")
+    write(WorkDirectory(path), {6: None})
+    shutil.rmtree(path / "checkpoints" / "6" / "ema", ignore_errors=True)  # it has none
+    damage_params(path, 5)
+    (step, _, _), told = restore_from(path, then_save=5)
+    assert step == 3 and [line.split()[4] for line in told] == ["6", "5"]
+    damage_params(path, 5)
+    restore_from(path)
+    assert sorted(folder.name for folder in (path / "damaged").iterdir()) == ["5-1", "5-2", "6-1"]
+
+
+def test_where_all_are_damaged_nothing_is_moved(sound, tmp_path):
+    path = shutil.copytree(sound, tmp_path / "run")
+    for step in (3, 5):
+        damage_params(path, step)
+    left = files_in(path)
+    message = r"^none of the checkpoints \[3, 5\] in .*/run/checkpoints can be read, .*: copy the folder again, or give"
+    with pytest.raises(ValueError, match=message) as caught:
+        restore_from(path)
+    assert "\n" not in str(caught.value) and files_in(path) == left
+
+
+def large_params_of(seed):
+    """A quarter of a megabyte, whatever packs it."""
+    return {"params": {"kernel": jnp.asarray(np.random.default_rng(seed).normal(size=(250, 250)), "float32")}}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A full disk that holds a work directory with the checkpoint 1: there is room for notes, not for parameters."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is refused here: it needs root")
+    with WorkDirectory(folder).open_checkpoints() as checkpoints:
+        checkpoints.save(1, large_params_of(1), {})
+    (folder / "other").write_bytes(bytes(shutil.disk_usage(folder).free - 150_000))
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+FAILED = (
+    r"^the checkpoint of step 2 could not be written to .*/disk/checkpoints \(.*\): make room .* goes on from step 1$"
+)
+
+
+def check_goes_on(disk, before):
+    """Whether the checkpoint before is untouched and, with room again, gone on from."""
+    assert files_in(disk / "checkpoints" / "1") == before and steps_of(WorkDirectory(disk)) == {1}
+    (disk / "other").unlink()
+    for newest in (1, 2):
+        with WorkDirectory(disk).open_checkpoints() as checkpoints:
+            step, trees, _ = checkpoints.restore(large_params_of(0))
+            assert step == newest and same(trees, large_params_of(newest))
+            checkpoints.save(2, large_params_of(2), {})
+
+
+def check_until_it_fails(checkpoints):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        checkpoints.check()
+        time.sleep(0.01)
+
+
+def save_the_next(checkpoints):
+    checkpoints.save(3, large_params_of(3), {})
+
+
+@pytest.mark.parametrize("find_out", [check_until_it_fails, save_the_next])
+def test_a_save_that_failed_is_told_once_and_the_checkpoint_before_stands(find_out, small_disk):
+    before = files_in(small_disk / "checkpoints" / "1")
+    with WorkDirectory(small_disk).open_checkpoints() as checkpoints:
+        checkpoints.save(2, large_params_of(2), {})
+        with pytest.raises(OSError, match=FAILED) as caught:
+            find_out(checkpoints)
+    assert "\n" not in str(caught.value)
+    check_goes_on(small_disk, before)
+
+
+def test_a_save_that_failed_is_told_at_the_end_at_the_latest(small_disk):
+    before = files_in(small_disk / "checkpoints" / "1")
+    with pytest.raises(OSError, match=FAILED), WorkDirectory(small_disk).open_checkpoints() as checkpoints:
+        checkpoints.save(2, large_params_of(2), {})
+    check_goes_on(small_disk, before)

@@ -1,0 +1,197 @@
+"""Takes trainings whose texts, vocabulary or config were changed and leaves a verdict: they are refused."""
+
+import codecs
+import dataclasses
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.translator import Translator
+from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.training.loop import train_and_evaluate
+from flax_transformer.workdir import WorkDirectory
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The folder of six text files: digits in words to the same words in reverse order."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for split, pairs in (("train", 40), ("valid", 5), ("test", 3)):
+        sentences = [rng.choices(DIGITS, k=rng.randint(1, 2)) for _ in range(pairs)]
+        (folder / f"{split}.in").write_text("".join(" ".join(words) + "\n" for words in sentences))
+        (folder / f"{split}.out").write_text("".join(" ".join(reversed(words)) + "\n" for words in sentences))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(corpus):
+    specs = {split: f"files:{corpus}/{split}.in,{corpus}/{split}.out" for split in ("train", "valid", "test")}
+    return Experiment(
+        model=TransformerConfig(
+            d_model=8, num_heads=2, d_ff=12, num_encoder_layers=1, num_decoder_layers=1, max_length=12
+        ),
+        vocabulary=VocabularyConfig(size=50),
+        data=DataConfig(**specs, rows=4, source_slots=12, target_slots=12),
+        training=TrainingConfig(
+            steps=1, parallelism="jit", evaluate_every=1, checkpoint_every=1, best_metric="loss", samples=0
+        ),
+    )
+
+
+def change(experiment, section, **values):
+    return dataclasses.replace(experiment, **{section: dataclasses.replace(getattr(experiment, section), **values)})
+
+
+@pytest.fixture(scope="module")
+def trained(experiment, tmp_path_factory):
+    """The folder of a training of one step, scored."""
+    path = tmp_path_factory.mktemp("trained")
+    train_and_evaluate(experiment, path)
+    return path
+
+
+@pytest.fixture
+def path(trained, tmp_path):
+    """A copy of it, to be gone on with."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def edit(corpus):
+    """Adds a sentence pair to a text; when the test ends, all texts are what they were."""
+    texts = {file: file.read_bytes() for file in corpus.iterdir()}
+
+    def put_back():
+        for file, content in texts.items():
+            file.write_bytes(content)
+
+    def edit(split):
+        for side in ("in", "out"):
+            with (corpus / f"{split}.{side}").open("a") as file:
+                file.write("nine\n")
+        return put_back
+
+    yield edit
+    put_back()
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def refused(experiment, path, message):
+    """Training is refused in one line, and the work directory left as it was."""
+    left = files_in(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        train_and_evaluate(experiment, path)
+    assert "\n" not in str(caught.value) and files_in(path) == left
+
+
+def lines_of(path, kind):
+    return [line for line in WorkDirectory(path).read_metrics() if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_an_edited_text_is_refused_until_it_is_put_back_or_accepted(split, experiment, path, edit):
+    fingerprints = WorkDirectory(path).read_fingerprints()
+    put_back = edit(split)
+    spec = getattr(experiment.data, split)
+    message = (
+        rf"^data\.{split} \({spec}\) has another text .* ran in {path}: put the text back, .*--accept_changed_corpus$"
+    )
+    refused(experiment, path, message)
+
+    put_back()
+    train_and_evaluate(experiment, path)
+    assert WorkDirectory(path).read_fingerprints() == fingerprints
+
+    edit(split)
+    train_and_evaluate(change(experiment, "training", steps=2), path, accept_changed_corpus=True)
+    assert [line["step"] for line in lines_of(path, "train")] == [1, 2]
+    accepted = WorkDirectory(path).read_fingerprints()
+    assert {name for name in fingerprints | accepted if accepted.get(name) != fingerprints.get(name)} == {split}
+    train_and_evaluate(change(experiment, "training", steps=2), path)  # it is the text of this training now
+    put_back()
+    refused(experiment, path, message)
+
+
+def test_both_texts_are_named_where_both_were_edited(experiment, path, edit):
+    edit("train"), edit("valid")
+    refused(experiment, path, r"^data\.train \(.*train\.out\) and data\.valid \(.*valid\.out\) has another text")
+
+
+@pytest.mark.parametrize(("split", "scored"), [("train", {1, 2}), ("valid", {2})])
+def test_scores_are_forgotten_where_the_validation_text_is_another(split, scored, experiment, path, edit):
+    edit(split)
+    # Step 1 is not scored again, since its turn does not come.
+    later = change(experiment, "training", steps=2, evaluate_every=2)
+    train_and_evaluate(later, path, accept_changed_corpus=True)
+    with WorkDirectory(path).open_checkpoints(read_only=True) as checkpoints:
+        assert checkpoints.scores.keys() == scored
+
+
+def test_a_validation_text_that_was_left_out_for_a_while_is_still_known(experiment, path, edit):
+    without = change(change(experiment, "data", valid=""), "training", steps=2)
+    train_and_evaluate(without, path)
+    edit("valid")
+    refused(change(experiment, "training", steps=2), path, r"^data\.valid \(.*valid\.out\) has another text")
+
+
+def test_an_edited_test_text_is_no_matter(experiment, path, edit):
+    edit("test")
+    assert train_and_evaluate(experiment, path).sentences == 4
+    assert [line["sentences"] for line in lines_of(path, "test")] == [3, 4]
+
+
+def test_another_vocabulary_of_the_same_size_is_refused_by_training_and_translating(experiment, path):
+    workdir = WorkDirectory(path)
+    own = workdir.read_vocabularies()
+    assert Translator.from_workdir(path).vocabularies.fingerprint() == own.fingerprint()
+    lines = [codecs.encode(f"{first} {second}", "rot13") for first in DIGITS for second in DIGITS]
+    other = VocabularyPair.train(lines, lines, experiment.vocabulary)
+    assert other.source.size == own.source.size and other.fingerprint() != own.fingerprint()
+    workdir.write_vocabularies(other)
+    message = f"^the vocabulary in {path} is not the one that the model was trained with: put that one back, or give"
+    refused(experiment, path, message)
+    with pytest.raises(ValueError, match=message):
+        Translator.from_workdir(path)
+    workdir.write_vocabularies(own)
+    train_and_evaluate(experiment, path)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("model", "d_ff", 16),
+        ("vocabulary", "seed", 1),
+        ("data", "rows", 8),
+        ("data", "train", "locale_phrases:kn:en:train?pairs=50&parts=1"),
+        ("training", "seed", 1),
+        ("training", "clip_norm", 1.0),
+        ("training", "ema_decay", 0.5),
+    ],
+)
+def test_a_setting_that_a_training_keeps_is_refused_where_it_is_another(section, name, value, experiment, path):
+    found = getattr(getattr(experiment, section), name)
+    other = change(experiment, section, **{name: value})
+    message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, or give another"
+    refused(other, path, f"^{re.escape(message)}")
+
+
+def test_fingerprints_that_are_damaged_are_an_error_and_without_any_they_are_written(experiment, path):
+    file = path / "fingerprints.json"
+    written = file.read_bytes()
+    for content in (b"", b"{", b"3", b"\xff"):
+        file.write_bytes(content)
+        refused(experiment, path, r"fingerprints\.json is damaged \(.*\): put back the file .*, or remove it if")
+    file.unlink()
+    train_and_evaluate(experiment, path)
+    assert file.read_bytes() == written

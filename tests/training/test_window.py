@@ -1,0 +1,79 @@
+"""Takes the metrics of steps and leaves a verdict: each window's means are those of its steps, weighed by tokens."""
+
+import math
+import time
+
+import pytest
+
+from flax_transformer.training.loss import LossSums
+from flax_transformer.training.step import StepMetrics
+from flax_transformer.training.window import STEPS_IN_FLIGHT, Clock, Window
+
+
+def metrics_of(smoothed, tokens, *, norm=1.0, skipped=0, skipped_in_a_row=0):
+    sums = LossSums(smoothed=smoothed, cross_entropy=smoothed / 2, correct=tokens / 4, tokens=tokens)
+    return StepMetrics(
+        sums=sums, gradient_norm=norm, module_norms={}, skipped=skipped, skipped_in_a_row=skipped_in_a_row
+    )
+
+
+def window_of(size, seen=None):
+    return Window(size, lambda step, metrics: seen.append(step) if seen is not None else None)
+
+
+def test_a_window_is_the_mean_over_tokens_of_its_steps():
+    window = window_of(3)
+    assert window.add(1, metrics_of(10.0, 5.0)) == window.add(2, metrics_of(40.0, 10.0, norm=4.0)) == []
+    window.add(3, metrics_of(10.0, 5.0))
+    ((step, means),) = window.settle()
+    assert step == 3
+    assert means["loss"] == pytest.approx(60 / 20) and means["cross_entropy"] == pytest.approx(30 / 20)
+    assert means["accuracy"] == pytest.approx(0.25) and means["gradient_norm"] == pytest.approx(2.0)
+
+
+def test_steps_are_fetched_only_when_enough_others_are_under_way():
+    seen = []
+    window = window_of(1, seen)
+    for step in range(1, 6):
+        window.add(step, metrics_of(1.0, 1.0))
+        assert seen == list(range(1, step - STEPS_IN_FLIGHT + 1))
+    assert [step for step, _ in window.settle()] == [4, 5] and seen == [1, 2, 3, 4, 5]
+
+
+def test_settling_leaves_a_window_open_and_closing_gives_what_it_has():
+    window = window_of(4)
+    for step in range(1, 7):
+        window.add(step, metrics_of(float(step), 1.0))
+    assert [step for step, _ in window.settle()] in ([4], [])  # 4 may have been told by `add`
+    ((step, means),) = window.close()
+    assert step == 6 and means["loss"] == pytest.approx((5 + 6) / 2)
+    assert window.close() == window.settle() == []
+
+
+def test_updates_that_were_left_out_are_counted_and_no_part_of_a_mean():
+    window = window_of(3)
+    nan = float("nan")
+    window.add(1, metrics_of(10.0, 5.0))
+    window.add(2, metrics_of(nan, 5.0, norm=nan, skipped=1, skipped_in_a_row=1))
+    window.add(3, metrics_of(20.0, 5.0, skipped=1))
+    ((_, means),) = window.settle()
+    assert means["loss"] == pytest.approx(3.0) and means["gradient_norm"] == 1.0 and means["skipped"] == 1
+    for step in (4, 5, 6):
+        window.add(step, metrics_of(nan, 5.0, norm=nan, skipped=step - 2, skipped_in_a_row=step - 3))
+    ((_, means),) = window.settle()
+    assert math.isnan(means["loss"]) and math.isnan(means["tokens_per_second"]) and means["skipped"] == 4
+
+
+def test_time_that_was_spent_on_something_else_is_no_part_of_the_speed():
+    window = window_of(1)
+    with window.paused():
+        time.sleep(0.3)
+    window.add(1, metrics_of(1.0, 100.0))
+    ((_, means),) = window.settle()
+    assert means["tokens_per_second"] > 100 / 0.3
+
+
+def test_the_clock_goes_on_from_the_time_before():
+    clock = Clock(100.0)
+    time.sleep(0.02)
+    assert 100.02 <= clock.seconds < 110
