@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check peers clean
+.PHONY: help venv quickstart test test-faults check peers clean
 
 help:
 	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
 	@echo "make venv        installs the library, editable, with everything that tests need, into .venv"
 	@echo "make test        runs the tests (WORKERS=$(WORKERS) processes)"
+	@echo "make test-faults kills trainings, stops them and fills their disks: some minutes"
 	@echo "make check       ruff and mypy"
 	@echo "make peers       installs the libraries that some tests compare with"
 	@echo "make clean       removes .venv, caches and build products; runs/ stays"
@@ -42,6 +43,9 @@ quickstart: $(VENV)/library.stamp
 
 test: $(VENV)/tools.stamp
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
+
+test-faults: $(VENV)/tools.stamp
+	$(BIN)/python -m pytest -m faults --numprocesses=$(WORKERS) --dist=loadfile tests/faults
 
 check: $(VENV)/tools.stamp
 	$(BIN)/ruff check

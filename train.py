@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     prepare_libraries()
     # jax and flax load here, so that --help answers at once.
     from flax_transformer.experiment import Experiment
-    from flax_transformer.training.hosts import Cluster, cluster_of_environment
+    from flax_transformer.training.hosts import Cluster, cluster_of_environment, ending_together
     from flax_transformer.training.interruption import Interrupted
     from flax_transformer.training.loop import train_and_evaluate
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         asked = DISTRIBUTED.value or any(value is not None for value in named)
         if cluster := Cluster(*named) if asked else cluster_of_environment():
             cluster.connect(CONNECT_TIMEOUT.value)
-        with warnings_in_one_line("train.py"):
+        with ending_together("train.py", unless=Interrupted), warnings_in_one_line("train.py"):
             experiment = Experiment.from_mapping(CONFIG.value.to_dict())
             train_and_evaluate(experiment, WORKDIR.value, accept_changed_corpus=ACCEPT.value)
     except Interrupted as interrupted:

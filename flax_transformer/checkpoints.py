@@ -319,7 +319,9 @@ def _on_all_processes(good: bool) -> bool:
     return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(good)).all())
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax shows the whole layout of an array, and the cause behind it
+        error = error.__cause__
     # TensorStore's number of the cause stands behind some thousand characters.
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))

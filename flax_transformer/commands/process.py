@@ -4,13 +4,16 @@ It loads no jax, so that whoever uses it still answers at once.
 """
 
 import contextlib
+import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
-from absl import logging
+import absl.logging  # noqa: F401  makes the logger that is set below
 from tqdm import tqdm
 
 
@@ -21,8 +24,16 @@ def prepare_libraries() -> None:
     cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "flax-transformer", "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # Of a save that fails Orbax logs hundreds of lines; what it means is told in one.
-    logging.set_verbosity(logging.FATAL)
+    # Of one save that fails Orbax tells the trace of each array, on every way there is: one error stands for them all.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda raised: None if _of_storage(raised.exc_traceback) else show(raised)
+
+
+def _of_storage(trace: TracebackType | None) -> bool:
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
+    return any(part in file for file in files for part in ("orbax", "asyncio"))
 
 
 @contextlib.contextmanager

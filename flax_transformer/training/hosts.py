@@ -1,14 +1,27 @@
 """Takes several processes, one a host, and lets them train as one: they connect, agree, and one speaks for all."""
 
+import atexit
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # its store of keys and values has no public name; Orbax takes it from here too
 from jax.experimental import multihost_utils
+
+# Where a process that fails leaves word for the others, and where all of them meet before they end.
+FAILURE, FAREWELL = "flax_transformer/failure", "flax_transformer/farewell"
+
+# In seconds: how often a process looks whether another one failed, and how long one that has failed stays until all
+# others have looked.
+LOOK_INTERVAL, FAREWELL_TIMEOUT = 0.5, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,3 +124,56 @@ def gather(value: Any) -> list[Any]:
     lengths = multihost_utils.process_allgather(np.int32(len(text)))
     texts = multihost_utils.process_allgather(np.pad(text, (0, max(lengths) - len(text))))
     return [json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths.tolist(), strict=True)]
+
+
+@contextlib.contextmanager
+def ending_together(program: str, *, unless: type[BaseException]) -> Iterator[None]:
+    """Inside, an error of one process ends the others too, which would wait for it in jax for minutes.
+
+    A process that dies without an error is noticed by jax, which then ends the others: process 0's death at once,
+    another's after some 90 seconds.
+
+    Args:
+        program: is named to the user where another process failed.
+        unless: an exception that all processes raise together, and that is none of their errors.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        yield
+        return
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(client, ended, program), name="other processes", daemon=True)
+    watch.start()
+    try:
+        yield
+    except unless:
+        raise
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # another one failed before, or the store is gone with process 0
+            reason = " ".join(f"{error}".split()) or type(error).__name__
+            client.key_value_set(FAILURE, f"process {distributed.global_state.process_id} failed: {reason}")
+        # Registered after jax's own, it runs before: jax would wait there for processes that are gone.
+        atexit.register(_leave, client)
+        raise
+    finally:
+        ended.set()
+        watch.join()
+
+
+def _watch(client: Any, ended: threading.Event, program: str) -> None:
+    """Ends this process when another one has failed, whatever it waits for."""
+    while not ended.wait(LOOK_INTERVAL):
+        with contextlib.suppress(Exception):  # nobody has failed
+            print(f"{program}: {client.key_value_try_get(FAILURE)}; this process ends with it", file=sys.stderr)
+            _leave(client)
+
+
+def _leave(client: Any) -> None:
+    """Ends this process without jax's own way out, once all know why; process 0 goes last, since the store is its."""
+    with contextlib.suppress(Exception):  # one that knows nothing of it is waited for no longer
+        client.wait_at_barrier(FAREWELL, FAREWELL_TIMEOUT * 1000)
+    if distributed.global_state.process_id == 0:
+        time.sleep(LOOK_INTERVAL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,98 @@
+"""Takes trainings that are told to stop and leaves a verdict: each stops behind a checkpoint and goes on to the bit."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.faults.conftest import LONG, differences, said
+
+pytestmark = pytest.mark.faults
+
+PAIR = {"devices": 2, "processes": 2}
+# Translating so many takes a while, since a model that has learned little finds no end.
+EVALUATED = LONG | {
+    "training__steps": 20,
+    "training__checkpoint_every": 10,
+    "training__evaluate_every": 10,
+    "training__evaluate_sentences": 0,
+    "data__valid": "locale_phrases:kn:en:valid?pairs=1200&parts=1",
+}
+
+
+def stopped_behind(ended, training, status, name):
+    """The step that a process stopped behind, which stands in its only line, in the checkpoints and in the metrics."""
+    (line,) = said(ended)
+    step = training.steps()[-1]
+    assert line == f"train.py: {name}: stopped behind the checkpoint of step {step}; the same command goes on there"
+    assert ended.returncode == status
+    return step
+
+
+def assert_equal(training, unbroken):
+    assert differences(training.state(), unbroken.state()) == []
+    assert training.losses() == unbroken.losses()
+    assert training.sentences() == unbroken.sentences()
+
+
+def test_sigterm_and_ctrl_c_stop_behind_a_checkpoint_from_which_the_same_command_goes_on(unbroken_long, small_training):
+    training, steps = small_training(**LONG), [0]
+    for number, status, begun in ((signal.SIGTERM, 143, 30), (signal.SIGINT, 130, 60)):
+        started = training.start()
+        training.wait_for_step(begun, started)
+        started[0].send_signal(number)
+        (ended,) = training.wait(started)
+        step = stopped_behind(ended, training, status, number.name)
+        assert begun <= step < 96
+        assert list(training.losses()) == list(range(1, step + 1))
+        assert training.lines()[-1]["step"] == step
+        steps.append(step)
+    (ended,) = training.finish()
+    assert f"steps {steps[-1]} to 96" in ended.stdout
+    assert_equal(training, unbroken_long)
+
+
+def test_sigterm_in_an_evaluation_ends_at_once_and_the_evaluation_is_made_first_thereafter(small_training):
+    unbroken = small_training("unbroken", **EVALUATED)
+    unbroken.finish()
+    training = small_training(**EVALUATED)
+    started = training.start()
+    while 10 not in training.steps():
+        assert started[0].poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert not (training.workdir / "scores.json").exists()
+    begin = time.monotonic()
+    started[0].send_signal(signal.SIGTERM)
+    (ended,) = training.wait(started)
+    print(f"ended {time.monotonic() - begin:.1f} s after the signal")
+    assert time.monotonic() - begin < 10
+    assert stopped_behind(ended, training, 143, "SIGTERM") == 10
+    assert not (training.workdir / "scores.json").exists()
+    training.finish()
+    assert list(scores(training)) == ["10", "20"]
+    assert scores(training) == scores(unbroken)
+    assert_equal(training, unbroken)
+
+
+def scores(training):
+    return json.loads((training.workdir / "scores.json").read_text())
+
+
+def test_two_processes_stop_behind_the_same_step_whichever_of_them_is_told(unbroken_long_pair, small_training):
+    training = small_training(**LONG)
+    for number, told, names, begun in (
+        (signal.SIGTERM, 1, ("SIGTERM", "SIGTERM"), 30),
+        (signal.SIGINT, 0, ("SIGINT", "SIGTERM"), 60),
+    ):
+        started = training.start(**PAIR)
+        training.wait_for_step(begun, started)
+        started[told].send_signal(number)
+        ended = training.wait(started)
+        for process, name in zip(ended, names, strict=True):
+            step = stopped_behind(process, training, {"SIGTERM": 143, "SIGINT": 130}[name], name)
+        assert begun <= step < 96
+        assert list(training.losses()) == list(range(1, step + 1))
+    training.finish(**PAIR)
+    assert_equal(training, unbroken_long_pair)
