@@ -61,28 +61,6 @@ def test_a_command_line_that_makes_no_sense_is_told_in_one_line(fail, unloaded, 
     assert re.search(message, fail(*arguments))
 
 
-def test_compiled_programs_are_kept_where_the_user_keeps_caches(monkeypatch, tmp_path):
-    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    for name in names:
-        monkeypatch.setenv(name, "")  # so that it is put back
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-
-    def folder():
-        program._prepare_libraries()
-        return os.environ.pop(names[0])
-
-    assert folder() == str(tmp_path / "caches" / "flax-transformer" / "jax")
-    assert os.environ[names[1]] == "0"
-    monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # relative: no such thing
-    assert folder() == str(tmp_path / ".cache" / "flax-transformer" / "jax")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert folder() == str(tmp_path / ".cache" / "flax-transformer" / "jax")
-    monkeypatch.setenv(names[0], "mine")
-    assert folder() == "mine"
-
-
 def test_ctrl_c_stops_without_a_word(monkeypatch, run, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
