@@ -163,10 +163,15 @@ class Checkpoints:
             self._writing = step
             self._manager.save(step, args=ocp.args.Composite(**items, notes=ocp.args.JsonSave(dict(notes))))
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._manager.is_saving_in_progress()
+
     def check(self) -> None:
         """Raises OSError if the checkpoint that is being written cannot be; else it would be told at the next one."""
         # Not Orbax's own `check_for_errors`: the thread that ends a save takes the error before anyone can look.
-        if not self._manager.is_saving_in_progress():
+        if not self.is_writing:
             with self._explain_failure():
                 self._manager.wait_until_finished()
 

@@ -145,7 +145,7 @@ def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, 
         (["--top_k=3"], r"--top_k is for sampling: add --sample"),
         (["--sample", "--temperature=0"], r"--temperature is 0.0: it must be above 0"),
         (["--length_penalty=none"], r"--length_penalty: invalid choice: 'none'"),
-        (["--checkpoint=newest"], r"--checkpoint: 'newest': choose best, latest, averaged or the number"),
+        (["--checkpoint=newest"], r"--checkpoint: 'newest': choose chosen, best, latest, averaged or the number"),
         (
             ["--checkpoint", "1", "2", "--workdir", "a", "b", "c"],
             r"--checkpoint names 2, --workdir 3: give one for all",

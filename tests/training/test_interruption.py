@@ -3,7 +3,9 @@
 import signal
 import threading
 
-from flax_transformer.training.interruption import Interruption
+import pytest
+
+from flax_transformer.training.interruption import Interrupted, Interruption
 
 
 def test_the_first_signal_is_noticed_and_the_second_does_what_it_did_before():
@@ -13,9 +15,9 @@ def test_the_first_signal_is_noticed_and_the_second_does_what_it_did_before():
     try:
         before = signal.getsignal(signal.SIGINT)
         with Interruption() as interruption:
-            assert interruption.signal is None
+            assert interruption.check(1) is None
             signal.raise_signal(signal.SIGINT)
-            assert interruption.signal is signal.SIGINT and not told
+            assert interruption.check(2) is signal.SIGINT and not told
             signal.raise_signal(signal.SIGINT)
             assert told == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is before
@@ -28,9 +30,25 @@ def test_a_thread_that_can_notice_no_signals_trains_all_the_same():
 
     def enter():
         with Interruption() as interruption:
-            noticed.append(interruption.signal)
+            noticed.append(interruption.check(1))
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
     assert noticed == [None]
+
+
+def test_what_may_be_done_again_is_ended_at_once_and_only_that():
+    before, after = [], []
+    with Interruption() as interruption, pytest.raises(Interrupted, match="SIGINT: stopped behind .* step 5;"):
+        with interruption.at_once(4):
+            before.append("done")
+        with interruption.at_once(5):
+            signal.raise_signal(signal.SIGINT)
+            after.append("not reached")
+    assert before == ["done"] and after == []
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted, match="SIGTERM: stopped behind .* step 6;"), interruption.at_once(6):
+            after.append("it came before")
+    assert after == []
