@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from flax_transformer.workdir import WorkDirectory
+
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "data.train": "locale_phrases:kn:en:train?pairs=600&parts=1",
@@ -145,7 +147,7 @@ class SmallTraining:
 
     def losses(self) -> dict[int, float]:
         """The loss of each step; where a step was made again, the last one."""
-        lines = map(json.loads, (self.workdir / "metrics.jsonl").read_text().splitlines())
+        lines = WorkDirectory(self.workdir).read_metrics()
         return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
     def state(self) -> dict:
