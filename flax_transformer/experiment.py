@@ -5,6 +5,7 @@ one, the command line changes single values of it, and the work directory keeps 
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,9 +97,13 @@ class TrainingConfig:
         weight_decay: decoupled (AdamW), on matrices only; the paper has none.
         clip_norm: the gradient's largest global norm; 0 does not clip.
         label_smoothing: the probability spread over the vocabulary (section 5.4).
-        parallelism: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone) or "pmap".
+        parallelism: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone), "pmap", or `jit`
+            over a mesh: "data" (parameters whole on each device), "fsdp" (each device keeps a part of them), or the
+            sizes of both, e.g. "data=2,fsdp=4".
         rows_per_device: the most rows that a device takes at once; more are taken in micro-batches, whose gradients are
             summed before they are divided, so that the update is the same. 0 takes all at once.
+        loss_chunks: into how many parts the target slots are divided for the loss, so that the logits of one part at a
+            time are in memory; worth it for a large vocabulary.
         max_skipped: so many updates in a row may be left out because the loss or the gradient is not finite; then
             training stops.
         ema_decay: of an exponential moving average of the parameters, e.g. 0.999; 0 keeps none.
@@ -133,6 +138,7 @@ class TrainingConfig:
     label_smoothing: float = 0.1
     parallelism: str = "auto"
     rows_per_device: int = 0
+    loss_chunks: int = 1
     max_skipped: int = 20
     ema_decay: float = 0.0
     weights: str = "trained"
@@ -153,12 +159,17 @@ class TrainingConfig:
     def __post_init__(self):
         """Checks each field; raises ValueError naming the mend."""
         _check_choice("training", "schedule", self.schedule, ("paper", "inverse_sqrt", "cosine", "linear", "constant"))
-        _check_choice("training", "parallelism", self.parallelism, ("auto", "jit", "pmap"))
+        if not re.fullmatch(r"auto|jit|pmap|data|fsdp|data=[1-9]\d*|(data=[1-9]\d*,)?fsdp=[1-9]\d*", self.parallelism):
+            raise ValueError(
+                f"training.parallelism is {self.parallelism!r}: choose auto, jit, pmap, data, fsdp, or the sizes of a "
+                'mesh such as "data=2,fsdp=4"'
+            )
         _check_choice("training", "best_metric", self.best_metric, ("bleu", "chrf", "exact_match", "loss"))
         _check_choice("training", "rng_impl", self.rng_impl, ("rbg", "threefry2x32", "unsafe_rbg"))
         _check_choice("training", "weights", self.weights, ("trained", "ema", "averaged"))
         at_least_one = (
             "steps",
+            "loss_chunks",
             "max_skipped",
             "log_every",
             "checkpoint_every",
@@ -204,6 +215,11 @@ class Experiment:
 
     def __post_init__(self):
         """Checks what no section can check alone; raises ValueError naming the mend."""
+        if self.data.target_slots % self.training.loss_chunks:
+            raise ValueError(
+                f"training.loss_chunks is {self.training.loss_chunks}, which does not divide data.target_slots = "
+                f"{self.data.target_slots}: set it to a number that does"
+            )
         if self.model.tie_embeddings == "three_way" and not self.vocabulary.joint:
             raise ValueError(
                 "model.tie_embeddings is three_way, but vocabulary.joint is false: source and target ids would share "

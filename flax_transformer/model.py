@@ -81,7 +81,8 @@ class Transformer(nn.Module):
     def _embed_target(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return (self.shared_embedding if self.config.tie_embeddings == "three_way" else self.target_embedding)(tokens)
 
-    def _logits(self, outputs: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, outputs: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The logits, float32, of what the decoder puts out (section 3.4)."""
         if self.config.tie_embeddings == "none":
             kernel = self.output_kernel
         else:
@@ -129,12 +130,63 @@ class Transformer(nn.Module):
         Returns:
             Logits, float32; with `return_weights` a pair of them and `AttentionWeights`.
         """
+        outputs, encoder_weights, decoder_weights = self._run(
+            source,
+            target,
+            source_segments,
+            target_segments,
+            source_positions,
+            target_positions,
+            deterministic,
+            return_weights,
+        )
+        if not return_weights:
+            return self.logits(outputs)
+        self_weights, cross_weights = zip(*decoder_weights, strict=True)
+        return self.logits(outputs), AttentionWeights(
+            encoder=encoder_weights, decoder=self_weights, cross=cross_weights
+        )
+
+    def outputs(
+        self,
+        source: Int[Array, "B S"],
+        target: Int[Array, "B T"],
+        *,
+        source_segments: Int[Array, "B S"] | None = None,
+        target_segments: Int[Array, "B T"] | None = None,
+        source_positions: Int[Array, "B S"] | None = None,
+        target_positions: Int[Array, "B T"] | None = None,
+        deterministic: bool,
+    ) -> Float[Array, "B T D"]:
+        """What `logits` makes the logits of, for whoever wants them in parts; arguments as in `__call__`."""
+        return self._run(
+            source,
+            target,
+            source_segments,
+            target_segments,
+            source_positions,
+            target_positions,
+            deterministic,
+            return_weights=False,
+        )[0]
+
+    def _run(
+        self,
+        source,
+        target,
+        source_segments,
+        target_segments,
+        source_positions,
+        target_positions,
+        deterministic,
+        return_weights,
+    ):
         source_positions = self._positions(source, source_segments) if source_positions is None else source_positions
         target_positions = self._positions(target, target_segments) if target_positions is None else target_positions
         source_segments = self._segments(source) if source_segments is None else source_segments
         target_segments = self._segments(target) if target_segments is None else target_segments
         memory, encoder_weights = self._encode(source, source_segments, source_positions, deterministic, return_weights)
-        logits, decoder_weights = self._decode(
+        outputs, decoder_weights = self._decode(
             memory,
             shift_right(target, target_positions, self.config.start_id),
             source_segments,
@@ -143,10 +195,7 @@ class Transformer(nn.Module):
             deterministic,
             return_weights,
         )
-        if not return_weights:
-            return logits
-        self_weights, cross_weights = zip(*decoder_weights, strict=True)
-        return logits, AttentionWeights(encoder=encoder_weights, decoder=self_weights, cross=cross_weights)
+        return outputs, encoder_weights, decoder_weights
 
     def encode(
         self,
@@ -187,7 +236,7 @@ class Transformer(nn.Module):
             source_segments = jnp.ones(memory.shape[:2], jnp.int32)
         if target_segments is None:
             target_segments = jnp.ones_like(decoder_input)
-        return self._decode(
+        outputs, _ = self._decode(
             memory,
             decoder_input,
             source_segments,
@@ -195,7 +244,8 @@ class Transformer(nn.Module):
             target_positions,
             deterministic,
             return_weights=False,
-        )[0]
+        )
+        return self.logits(outputs)
 
     def _encode(self, source, segments, positions, deterministic, return_weights):
         return self.encoder(
@@ -209,7 +259,7 @@ class Transformer(nn.Module):
     def _decode(
         self, memory, decoder_input, source_segments, target_segments, positions, deterministic, return_weights
     ):
-        outputs, weights = self.decoder(
+        return self.decoder(
             self._embed_target(decoder_input),
             positions,
             self.decoder.project_memory(memory),
@@ -218,7 +268,6 @@ class Transformer(nn.Module):
             deterministic=deterministic,
             return_weights=return_weights,
         )
-        return self._logits(outputs), weights
 
     def start_decoding(self, source: Int[Array, "B S"], *, max_length: int, hypotheses: int = 1) -> DecodingState:
         """Encodes the source and makes room for its translations.
@@ -269,5 +318,5 @@ class Transformer(nn.Module):
         by_position = tokens.reshape(batch, hypotheses, length).swapaxes(1, 2).reshape(batch, -1)
         self_mask = ancestor_mask(state.ancestors, length, state.position)
         state, outputs = self.decoder.step(self._embed_target(by_position), state, self_mask)
-        logits = self._logits(outputs).reshape(batch, length, hypotheses, -1)
+        logits = self.logits(outputs).reshape(batch, length, hypotheses, -1)
         return state, logits.swapaxes(1, 2).reshape(*tokens.shape, -1)

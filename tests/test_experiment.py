@@ -58,12 +58,28 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(mapping, message):
         (DataConfig, "source_slots", 0, "data.source_slots is 0"),
         (DataConfig, "target_slots", 0, "data.target_slots is 0"),
         (TrainingConfig, "schedule", "step", "training.schedule is 'step': choose one of paper, "),
-        (TrainingConfig, "parallelism", "tpu", "training.parallelism is 'tpu': choose one of auto, "),
+        *[
+            (
+                TrainingConfig,
+                "parallelism",
+                kind,
+                f"training.parallelism is '{kind}': choose auto, jit, pmap, data, fsdp",
+            )
+            for kind in ("tpu", "fsdp=2,data=4", "data=0", "data=2,", "model=2")
+        ],
         (TrainingConfig, "best_metric", "rouge", "training.best_metric is 'rouge': choose one of bleu, "),
         (TrainingConfig, "rng_impl", "dice", "training.rng_impl is 'dice': choose one of rbg, "),
         *[
             (TrainingConfig, name, 0, f"training.{name} is 0: it must be at least 1")
-            for name in ("steps", "log_every", "checkpoint_every", "keep_latest", "keep_best", "beam_size")
+            for name in (
+                "steps",
+                "loss_chunks",
+                "log_every",
+                "checkpoint_every",
+                "keep_latest",
+                "keep_best",
+                "beam_size",
+            )
         ],
         *[
             (TrainingConfig, name, -1, f"training.{name} is -1: it must be at least 0")
@@ -75,6 +91,12 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(mapping, message):
 def test_a_setting_out_of_range_is_an_error_that_names_it(settings, name, wrong, message):
     with pytest.raises(ValueError, match=message):
         settings(**{name: wrong})
+
+
+def test_chunks_of_the_loss_divide_the_target_slots():
+    with pytest.raises(ValueError, match="loss_chunks is 5, which does not divide data.target_slots = 64: set it to"):
+        Experiment(training=TrainingConfig(loss_chunks=5))
+    assert Experiment(training=TrainingConfig(loss_chunks=8)).training.loss_chunks == 8
 
 
 def test_three_way_tying_needs_a_joint_vocabulary():

@@ -67,6 +67,7 @@ class Evaluation:
         model_config: TransformerConfig,
         config: TrainingConfig,
         eval_step: Callable[[PyTree, Batch], LossSums],
+        as_whole: Callable[[PyTree], PyTree] = lambda params: params,
         *,
         sentences: int = 0,
     ):
@@ -79,6 +80,7 @@ class Evaluation:
             model_config: the model's.
             config: beam and alpha.
             eval_step: compiled, from parameters and a batch to summed losses.
+            as_whole: from parameters as `eval_step` takes them to the same, whole on a device of this process.
             sentences: how many of the corpus are translated; 0 is all.
 
         Raises:
@@ -90,13 +92,14 @@ class Evaluation:
         count = sentences or len(text)
         self.source, self.references = text.source[:count], text.target[:count]
         self._packed, self._vocabularies = packed, vocabularies
-        self._model_config, self._config, self._eval_step = model_config, config, eval_step
+        self._model_config, self._config = model_config, config
+        self._eval_step, self._as_whole = eval_step, as_whole
 
     def score(self, params: PyTree) -> tuple[Scores, list[str]]:
         """The scores under these parameters, and the translations; on several processes the same on each."""
         parts = [jax.device_get(self._eval_step(params, batch)) for batch in self._packed.one_epoch()]
         sums = jax.tree.map(lambda *values: float(sum(values)), *parts)
-        translations = self._translate(params)
+        translations = self._translate(self._as_whole(params))
         return score_translations(translations, self.references, sums.cross_entropy / sums.tokens), translations
 
     def _translate(self, params: PyTree) -> list[str]:

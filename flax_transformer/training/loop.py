@@ -106,9 +106,15 @@ class _Training:
             label_smoothing=self.config.label_smoothing,
             ema_decay=self.config.ema_decay,
             micro_batches=self.materials.micro_batches,
+            loss_chunks=self.config.loss_chunks,
         )
         self.train_step = self.parallelism.compile(step, donate_state=True)
-        evaluate = functools.partial(eval_step, model=self.model, micro_batches=self.materials.micro_batches)
+        evaluate = functools.partial(
+            eval_step,
+            model=self.model,
+            micro_batches=self.materials.micro_batches,
+            loss_chunks=self.config.loss_chunks,
+        )
         compiled = self.parallelism.compile(evaluate, donate_state=False)
         self.evaluations = {
             name: Evaluation(
@@ -118,6 +124,7 @@ class _Training:
                 self.model_config,
                 self.config,
                 compiled,
+                self.parallelism.as_whole,
                 sentences=self.config.evaluate_sentences if name == "valid" else 0,
             )
             for name, text in self.materials.texts.items()
@@ -153,7 +160,7 @@ class _Training:
         """The state to go on from, its step, and the seconds trained before."""
         rng = jax.random.key(self.config.seed, impl=self.config.rng_impl)
         create = functools.partial(TrainState.create, self.model, self.optimizer, with_ema=self.config.ema_decay > 0)
-        state = self.parallelism.place(jax.jit(create)(rng))
+        state = self.parallelism.create(create, rng)
         restored = checkpoints.restore(self._trees(state))
         if restored is None:
             return state, 0, 0.0

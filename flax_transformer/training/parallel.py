@@ -1,9 +1,14 @@
-"""Takes a pure step and leaves it running on the devices at hand: `jit` on one, `pmap` on several, of all processes.
+"""Takes a pure step and leaves it running on the devices of all processes: `jit` on one, `pmap`, or `jit` over a mesh.
 
 Whatever the way, the compiled step takes and returns the same un-stacked state, so that checkpoints, losses and the
 loop around it are the same. A process gives its own rows of the global batch, those of its own devices.
+
+A mesh has two axes: over "data" the parameters lie whole on each device, over "fsdp" each device keeps a part of them
+and of the optimizer's state (Zhao et al., 2023; ZeRO stage 3 of Rajbhandari et al., 2020). The rows of a batch are
+divided over both.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +20,21 @@ from jaxtyping import PyTree
 
 AXIS = "batch"
 
+# What is divided over "fsdp": by the end of its name, the dimension; the rest (biases, norms, counters) is small. The
+# first rule that fits counts; a dimension that the axis does not divide stays whole.
+RULES = (
+    ("embedding", 0),
+    ("output_kernel", 1),
+    ("outer/kernel", 0),
+    ("kernel", 1),
+)
+
 
 class Parallelism:
     """A way of running steps on devices.
 
     Attributes:
-        kind: "jit" or "pmap".
+        kind: "jit", "pmap" or "mesh".
         devices: of all processes.
         num_devices: by which the rows of a global batch are divided.
     """
@@ -29,11 +43,13 @@ class Parallelism:
         """Chooses devices.
 
         Args:
-            kind: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone) or "pmap".
+            kind: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone), "pmap", "data" or
+                "fsdp" (a mesh with that axis alone), or the size of one or both, e.g. "data=2,fsdp=4".
             devices: those of all processes if not given.
 
         Raises:
-            ValueError: one device is asked for, and there are several processes.
+            ValueError: one device is asked for, and there are several processes, or a mesh has not as many places as
+                there are devices.
         """
         devices = jax.devices() if devices is None else devices
         if kind == "auto":
@@ -43,37 +59,83 @@ class Parallelism:
                 f'training.parallelism is "jit", one device of one process, and there are {jax.process_count()} '
                 'processes: set it to "pmap" or "auto"'
             )
-        self.kind = kind
-        self.devices = devices if kind == "pmap" else devices[:1]
+        self.kind = kind if kind in ("jit", "pmap") else "mesh"
+        self.devices = devices[:1] if kind == "jit" else devices
         self.num_devices = len(self.devices)
-        self._mesh = _mesh(self.devices)
-        self._local_mesh = _mesh([device for device in self.devices if device.process_index == jax.process_index()])
+        if self.kind == "mesh":
+            self._mesh = self._local_mesh = _mesh(self.devices, mesh_shape(kind, self.num_devices))
+        else:
+            local = [device for device in self.devices if device.process_index == jax.process_index()]
+            self._mesh = _mesh(self.devices, {AXIS: self.num_devices})
+            self._local_mesh = _mesh(local, {AXIS: len(local)})
 
     def __str__(self) -> str:
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         device = f"{self.devices[0].device_kind} device{'s'[: self.num_devices > 1]}"
-        return f"{self.kind} on {self.num_devices} {device}{processes}"
+        kind = self.kind
+        if kind == "mesh":
+            kind = "jit over a mesh of " + " x ".join(f"{size} {name}" for name, size in self._mesh.shape.items())
+        return f"{kind} on {self.num_devices} {device}{processes}"
 
     def micro_batches(self, rows: int, rows_per_device: int) -> int:
         """In how many parts each device takes its share of `rows`, if it takes `rows_per_device` at most; 0 is all."""
         share = -(-rows // self.num_devices)
         return -(-share // rows_per_device) if rows_per_device else 1
 
+    def sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where an array of the state lies.
+
+        Args:
+            name: its path, e.g. "params/encoder/layers_0/feed_forward/inner/kernel".
+            shape: of the whole array.
+        """
+        spec = PartitionSpec()
+        if self.kind == "mesh":
+            dimension = next((dimension for ending, dimension in RULES if name.endswith(ending)), None)
+            if dimension is not None and len(shape) == 2 and shape[dimension] % self._mesh.shape["fsdp"] == 0:
+                spec = PartitionSpec(*[None] * dimension, "fsdp")
+        return NamedSharding(self._local_mesh, spec)
+
+    def create(self, function: Callable[..., PyTree], *arguments: Any) -> PyTree:
+        """What a pure function makes, made where it will lie: no device ever holds more than its part."""
+        structure = None
+        names: list[str] = []
+
+        def leaves_of(*arguments: Any) -> list[jax.Array]:
+            nonlocal structure
+            with_paths, structure = jax.tree.flatten_with_path(function(*arguments))
+            names[:] = [_name(path) for path, _ in with_paths]
+            return [leaf for _, leaf in with_paths]
+
+        shapes = jax.eval_shape(leaves_of, *arguments)
+        shardings = [self.sharding(name, shape.shape) for name, shape in zip(names, shapes, strict=True)]
+        leaves = jax.jit(leaves_of, out_shardings=shardings)(*arguments)
+        return jax.tree.unflatten(structure, leaves)
+
     def place(self, state: PyTree) -> PyTree:
-        """Puts a state on every device, whole; a step that donates the result spends what was given too."""
-        return jax.device_put(state, NamedSharding(self._local_mesh, PartitionSpec()))
+        """Puts a state where it belongs; a step that donates the result spends what was given too."""
+        return jax.tree.map_with_path(
+            lambda path, leaf: jax.device_put(leaf, self.sharding(_name(path), leaf.shape)), state
+        )
 
     def as_global(self, state: PyTree) -> PyTree:
         """The state as arrays of all processes together, as checkpoints hold it; no copy."""
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or self.kind == "mesh":
             return state
         return multihost_utils.host_local_array_to_global_array(state, self._mesh, PartitionSpec())
 
     def as_local(self, state: PyTree) -> PyTree:
         """The way back from `as_global`: as the compiled step takes it."""
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or self.kind == "mesh":
             return state
         return multihost_utils.global_array_to_host_local_array(state, self._mesh, PartitionSpec())
+
+    def as_whole(self, params: PyTree) -> PyTree:
+        """Parameters whole on each of this process's devices, as translating wants them."""
+        if self.kind != "mesh":
+            return params
+        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(params)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole) if jax.process_count() > 1 else whole
 
     def compile(self, step: Callable[..., Any], *, donate_state: bool) -> Callable[[PyTree, PyTree], Any]:
         """Makes a step of (state, batch, *, axis_name) run on the devices.
@@ -82,10 +144,17 @@ class Parallelism:
             step: pure; sums over `axis_name` if it is given one.
             donate_state: whether the state's memory is reused for the result, which spends the state passed in.
         """
+        compiled = self.transform(step, donate_state=donate_state)
+        return lambda state, batch: compiled(state, self.divide(batch))
+
+    def transform(self, step: Callable[..., Any], *, donate_state: bool) -> Any:
+        """The step under `jit` or `pmap`, which takes batches from `divide`, and can also be lowered."""
         donated = (0,) if donate_state else ()
         if self.kind == "jit":
             return jax.jit(step, donate_argnums=donated)
-        parallel_step = jax.pmap(
+        if self.kind == "mesh":
+            return jax.jit(lambda state, batch: self._constrain(step(state, batch)), donate_argnums=donated)
+        return jax.pmap(
             lambda state, batch: step(state, batch, axis_name=AXIS),
             axis_name=AXIS,
             in_axes=(None, 0),
@@ -93,12 +162,46 @@ class Parallelism:
             donate_argnums=donated,
             devices=self.devices,
         )
-        return lambda state, batch: parallel_step(state, self._divide(batch))
 
-    def _divide(self, batch: PyTree) -> PyTree:
+    def _constrain(self, tree: PyTree) -> PyTree:
+        """Keeps what a step makes where its state lay, or a state would wander from step to step."""
+        return jax.tree.map_with_path(
+            lambda path, leaf: jax.lax.with_sharding_constraint(leaf, self.sharding(_name(path), leaf.shape)), tree
+        )
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """How the rows of a batch are divided over a mesh."""
+        return NamedSharding(self._mesh, PartitionSpec(tuple(self._mesh.axis_names)))
+
+    def divide(self, batch: PyTree) -> PyTree:
+        """This process's rows of a batch, divided among its devices as the step under `transform` takes them."""
+        if self.kind == "jit":
+            return batch
+        if self.kind == "mesh":
+            return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self.batch_sharding, leaf), batch)
         devices = self._local_mesh.size
         return jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
 
 
-def _mesh(devices: list[jax.Device]) -> Mesh:
-    return Mesh(np.array(devices), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+def mesh_shape(kind: str, num_devices: int) -> dict[str, int]:
+    """The sizes of a mesh's axes, as `training.parallelism` names them; raises ValueError unless they fit."""
+    sizes = {"data": 1, "fsdp": 1}
+    if kind in sizes:
+        return sizes | {kind: num_devices}
+    sizes |= {name: int(size) for name, size in re.findall(r"(data|fsdp)=(\d+)", kind)}
+    if sizes["data"] * sizes["fsdp"] != num_devices:
+        raise ValueError(
+            f"training.parallelism is {kind!r}, {sizes['data'] * sizes['fsdp']} places for {num_devices} devices: "
+            "let the sizes multiply to the number of devices"
+        )
+    return sizes
+
+
+def _mesh(devices: list[jax.Device], shape: dict[str, int]) -> Mesh:
+    axis_types = (jax.sharding.AxisType.Auto,) * len(shape)
+    return Mesh(np.array(devices).reshape(*shape.values()), tuple(shape), axis_types=axis_types)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

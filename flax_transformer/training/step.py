@@ -92,10 +92,26 @@ class StepMetrics(flax.struct.PyTreeNode):
 
 
 def batch_sums(
-    params: PyTree, batch: Batch, *, model: Transformer, label_smoothing: float, dropout_rng: PRNGKeyArray | None
+    params: PyTree,
+    batch: Batch,
+    *,
+    model: Transformer,
+    label_smoothing: float,
+    dropout_rng: PRNGKeyArray | None,
+    loss_chunks: int = 1,
 ) -> LossSums:
-    """The summed losses of a batch; without `dropout_rng` nothing is dropped."""
-    logits = model.apply(
+    """The summed losses of a batch.
+
+    Args:
+        params: the model's parameters.
+        batch: rows.
+        model: the Transformer.
+        label_smoothing: section 5.4.
+        dropout_rng: the step's key; `None` drops nothing.
+        loss_chunks: into how many parts the target slots are divided, so that the logits of one part at a time are in
+            memory, which are made once more in the backward pass; it divides the slots.
+    """
+    outputs = model.apply(
         {"params": params},
         batch.source,
         batch.target,
@@ -105,10 +121,26 @@ def batch_sums(
         target_positions=batch.target_positions,
         deterministic=dropout_rng is None,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+        method="outputs",
     )
-    return cross_entropy_sums(
-        logits, jnp.asarray(batch.target), jnp.asarray(batch.target_segments) > 0, label_smoothing
-    )
+
+    def sums_of(outputs: Array, target: Array, segments: Array) -> LossSums:
+        logits = model.apply({"params": params}, outputs, method="logits")
+        return cross_entropy_sums(logits, target, segments > 0, label_smoothing)
+
+    target, segments = jnp.asarray(batch.target), jnp.asarray(batch.target_segments)
+    if loss_chunks == 1:
+        return sums_of(outputs, target, segments)
+
+    def add(total: LossSums, chunk: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+        return jax.tree.map(jnp.add, total, jax.checkpoint(sums_of)(*chunk)), None
+
+    # Chunks of slots, not of rows: the rows may be divided among devices.
+    def divide(array: Array) -> Array:
+        return jnp.moveaxis(jnp.reshape(array, (array.shape[0], loss_chunks, -1, *array.shape[2:])), 1, 0)
+
+    total, _ = jax.lax.scan(add, LossSums.zeros(), (divide(outputs), divide(target), divide(segments)))
+    return total
 
 
 def add_up(function: Callable[[Batch, int | Array], Sums], zeros: Sums, batch: Batch, micro_batches: int) -> Sums:
@@ -144,6 +176,7 @@ def loss_and_gradients(
     dropout_rng: PRNGKeyArray | None = None,
     loss_scale: LossScale | None = None,
     micro_batches: int = 1,
+    loss_chunks: int = 1,
     axis_name: str | None = None,
 ) -> tuple[LossSums, PyTree]:
     """The global batch's summed losses, and the gradient of its mean label-smoothed loss.
@@ -156,6 +189,7 @@ def loss_and_gradients(
         dropout_rng: the step's key; `None` drops nothing.
         loss_scale: of a model in float16.
         micro_batches: how many parts of its rows a device takes one after the other.
+        loss_chunks: as in `batch_sums`.
         axis_name: the axis over which the global batch is divided, under `pmap`.
     """
     # What is differentiated is a sum over tokens; divided by the slots, it has about the size of a mean.
@@ -167,7 +201,14 @@ def loss_and_gradients(
             rng = jax.random.fold_in(rng, number)
 
         def summed_loss(params):
-            sums = batch_sums(params, rows, model=model, label_smoothing=label_smoothing, dropout_rng=rng)
+            sums = batch_sums(
+                params,
+                rows,
+                model=model,
+                label_smoothing=label_smoothing,
+                dropout_rng=rng,
+                loss_chunks=loss_chunks,
+            )
             return sums.smoothed if factor is None else factor * sums.smoothed, sums
 
         gradients, sums = jax.grad(summed_loss, has_aux=True)(params)
@@ -191,6 +232,7 @@ def train_step(
     label_smoothing: float,
     ema_decay: float = 0.0,
     micro_batches: int = 1,
+    loss_chunks: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One update: the same on one device and on several under `pmap`.
@@ -205,6 +247,7 @@ def train_step(
         label_smoothing: section 5.4.
         ema_decay: of the moving average `ema`, if the state has one.
         micro_batches: how many parts of its rows a device takes one after the other.
+        loss_chunks: as in `batch_sums`.
         axis_name: the axis over which the global batch is divided, under `pmap`.
 
     Returns:
@@ -221,6 +264,7 @@ def train_step(
         dropout_rng=dropout_rng,
         loss_scale=state.loss_scale,
         micro_batches=micro_batches,
+        loss_chunks=loss_chunks,
         axis_name=axis_name,
     )
     gradient_norm = optax.tree.norm(gradients)
@@ -265,12 +309,18 @@ def module_norms(gradients: PyTree) -> dict[str, Scalar]:
 
 
 def eval_step(
-    params: PyTree, batch: Batch, *, model: Transformer, micro_batches: int = 1, axis_name: str | None = None
+    params: PyTree,
+    batch: Batch,
+    *,
+    model: Transformer,
+    micro_batches: int = 1,
+    loss_chunks: int = 1,
+    axis_name: str | None = None,
 ) -> LossSums:
     """The summed losses of a batch without dropout; add batches up, then divide by the tokens."""
 
     def sums_of(rows: Batch, number: int | Array) -> LossSums:
-        return batch_sums(params, rows, model=model, label_smoothing=0.0, dropout_rng=None)
+        return batch_sums(params, rows, model=model, label_smoothing=0.0, dropout_rng=None, loss_chunks=loss_chunks)
 
     sums = add_up(sums_of, LossSums.zeros(), batch, micro_batches)
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -45,6 +45,23 @@ def test_from_one_state_every_layout_makes_the_same_next_step_but_for_rounding(s
         assert max(drift) < 1e-2
 
 
+def test_what_two_processes_keep_in_parts_goes_on_anywhere(unbroken, small_training):
+    # A rate that does not depend on the number of steps.
+    changes = {"training__schedule": "inverse_sqrt", "training__checkpoint_every": 6, "model__dropout_rate": 0.0}
+    pmapped = small_training("pmapped", training__steps=18, **changes)
+    pmapped.finish(devices=4)
+    parts = small_training("parts", training__steps=18, **changes)
+    (first, _) = parts.finish(
+        devices=2, processes=2, flags=("--config.training.steps=6", "--config.training.parallelism=data=2,fsdp=2")
+    )
+    assert "jit over a mesh of 2 data x 2 fsdp on 4 cpu devices of 2 processes" in first.stdout
+    parts.finish(devices=4, flags=("--config.training.steps=12",))
+    parts.finish(devices=2, processes=2, flags=("--config.training.parallelism=fsdp",))
+    assert parts.sentences() == unbroken.sentences()
+    for step, loss in pmapped.losses().items():
+        np.testing.assert_allclose(parts.losses()[step], loss, rtol=1e-4)
+
+
 def test_two_processes_write_the_bits_that_eight_devices_of_one_do(unbroken, small_training):
     pair = small_training("pair", training__steps=18)
     ended = pair.finish(devices=4, processes=2)

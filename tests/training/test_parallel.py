@@ -15,6 +15,7 @@ from flax_transformer.model import Transformer
 from flax_transformer.training.optimizer import make_optimizer
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import TrainState, batch_sums, loss_and_gradients, train_step
+from flax_transformer.workdir import WorkDirectory
 
 DEVICES, V = 8, 31
 CONFIG = TransformerConfig(
@@ -45,25 +46,102 @@ def state():
     return jax.jit(functools.partial(TrainState.create, MODEL, OPTIMIZER))(jax.random.key(0))
 
 
-def test_eight_devices_give_the_sums_and_the_gradient_of_one(state, batch):
-    one, eight = Parallelism("jit"), Parallelism("pmap")
-    (sums, expected), (eight_sums, found) = (
-        jax.device_get(parallelism.compile(gradients_of, donate_state=False)(parallelism.place(state.params), batch))
-        for parallelism in (one, eight)
-    )
+@pytest.fixture(scope="module")
+def expected(state, batch):
+    """The sums and the gradient on one device."""
+    one = Parallelism("jit")
+    return jax.device_get(one.compile(gradients_of, donate_state=False)(one.place(state.params), batch))
+
+
+@pytest.mark.parametrize("loss_chunks", [1, 11])
+@pytest.mark.parametrize("kind", ["pmap", "data", "fsdp", "data=2,fsdp=4"])
+def test_eight_devices_give_the_sums_and_the_gradient_of_one(kind, loss_chunks, expected, state, batch):
+    eight = Parallelism(kind)
+    compiled = eight.compile(functools.partial(gradients_of, loss_chunks=loss_chunks), donate_state=False)
+    eight_sums, found = jax.device_get(compiled(eight.place(state.params), batch))
+    sums, gradients = expected
     assert eight_sums.tokens == sums.tokens == (batch.target_segments > 0).sum()
     for name in ("smoothed", "cross_entropy", "correct"):
         np.testing.assert_allclose(getattr(eight_sums, name), getattr(sums, name), rtol=1e-6)
 
-    differences = jax.tree.map(lambda *leaves: np.subtract(*leaves), found, expected)
-    assert optax.tree.norm(differences) / optax.tree.norm(expected) < 2e-6
+    differences = jax.tree.map(lambda *leaves: np.subtract(*leaves), found, gradients)
+    assert optax.tree.norm(differences) / optax.tree.norm(gradients) < 2e-6
     leaves = jax.tree.leaves_with_path(differences)
-    for (path, difference), gradient in zip(leaves, jax.tree.leaves(expected), strict=True):
+    for (path, difference), gradient in zip(leaves, jax.tree.leaves(gradients), strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("key/bias"):  # moves all scores of a query alike: its gradient is 0 but for rounding
             assert max(abs(difference)) < 1e-7, name
         else:
             assert np.linalg.norm(difference) / np.linalg.norm(gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"), [("pmap", 1), ("data", 1), ("fsdp", 8), ("data=2,fsdp=4", 4), ("data=8", 1), ("fsdp=8", 8)]
+)
+def test_over_fsdp_each_device_keeps_a_part_of_parameters_and_optimizer_from_step_to_step(kind, share, batch):
+    eight = Parallelism(kind)
+    state = eight.create(functools.partial(TrainState.create, MODEL, OPTIMIZER), jax.random.key(0))
+    compiled = eight.compile(step_of, donate_state=True)
+    for _ in range(3):
+        mean = state.opt_state[0].mu
+        for tree in (state.params, mean):
+            kernel = tree["encoder"]["layers_0"]["feed_forward"]["inner"]["kernel"]
+            assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // share}
+            norm = tree["encoder"]["layers_0"]["feed_forward_norm"]["scale"]
+            assert norm.sharding.is_fully_replicated
+        state, metrics = compiled(state, batch)
+        assert metrics.gradient_norm.sharding.is_fully_replicated
+    # A vocabulary of 31 pieces is divided by nothing: the embedding stays whole.
+    assert state.params["shared_embedding"]["embedding"].sharding.is_fully_replicated
+
+
+def test_a_state_is_the_same_wherever_it_is_made(state):
+    for kind in ("jit", "pmap", "data", "fsdp", "data=4,fsdp=2"):
+        made = Parallelism(kind).create(functools.partial(TrainState.create, MODEL, OPTIMIZER), jax.random.key(0))
+        assert jax.tree.all(jax.tree.map(np.array_equal, made.params, state.params)), kind
+
+
+def test_a_mesh_drops_the_units_that_one_device_drops(state, batch):
+    rng = jax.random.key(3)
+    one, eight = (
+        jax.device_get(
+            parallelism.compile(functools.partial(gradients_of, dropout_rng=rng), donate_state=False)(
+                parallelism.place(state.params), batch
+            )[0]
+        )
+        for parallelism in (Parallelism("jit"), Parallelism("data=2,fsdp=4"))
+    )
+    np.testing.assert_allclose(eight.smoothed, one.smoothed, rtol=1e-6)
+
+
+@pytest.mark.parametrize("written_by", ["jit", "pmap", "data", "fsdp", "data=2,fsdp=4"])
+def test_each_way_reads_the_checkpoints_of_every_other(written_by, tmp_path, batch):
+    kinds = ["jit", "pmap", "data", "fsdp", "data=2,fsdp=4"]
+    create = functools.partial(TrainState.create, MODEL, OPTIMIZER)
+
+    def trees_of(parallelism, state):
+        return parallelism.as_global({"params": state.params, "training": {"opt_state": state.opt_state}})
+
+    writer = Parallelism(written_by)
+    state, _ = writer.compile(step_of, donate_state=True)(writer.create(create, jax.random.key(0)), batch)
+    with WorkDirectory(tmp_path).open_checkpoints() as checkpoints:
+        checkpoints.save(1, trees_of(writer, state), {})
+    expected = jax.device_get(trees_of(writer, state))
+    for kind in kinds:
+        reader = Parallelism(kind)
+        targets = trees_of(reader, reader.create(create, jax.random.key(1)))
+        with WorkDirectory(tmp_path).open_checkpoints() as checkpoints:
+            _, trees, _ = checkpoints.restore(targets)
+        assert jax.tree.all(jax.tree.map(np.array_equal, trees, expected)), kind
+        for leaf, target in zip(jax.tree.leaves(trees), jax.tree.leaves(targets), strict=True):
+            assert leaf.sharding == target.sharding, kind
+        whole = reader.as_whole(reader.as_local(trees)["params"])
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error_that_names_both():
+    with pytest.raises(ValueError, match="'data=3,fsdp=2', 6 places for 8 devices: let the sizes multiply"):
+        Parallelism("data=3,fsdp=2")
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +193,4 @@ def test_auto_is_pmap_on_several_devices_and_jit_on_one():
 def test_it_says_how_it_runs():
     assert str(Parallelism("auto")) == "pmap on 8 cpu devices"
     assert str(Parallelism("jit")) == "jit on 1 cpu device"
+    assert str(Parallelism("data=2,fsdp=4")) == "jit over a mesh of 2 data x 4 fsdp on 8 cpu devices"
