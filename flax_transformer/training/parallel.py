@@ -114,6 +114,9 @@ class Parallelism:
 
     def place(self, state: PyTree) -> PyTree:
         """Puts a state where it belongs; a step that donates the result spends what was given too."""
+        if self.kind == "mesh" and jax.process_count() > 1:
+            # From a device of its own a process can give no other one its part.
+            state = jax.device_get(state)
         return jax.tree.map_with_path(
             lambda path, leaf: jax.device_put(leaf, self.sharding(_name(path), leaf.shape)), state
         )

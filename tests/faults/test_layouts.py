@@ -45,18 +45,31 @@ def test_from_one_state_every_layout_makes_the_same_next_step_but_for_rounding(s
         assert max(drift) < 1e-2
 
 
+HELD_OUT = (
+    "--config.data.valid=locale_phrases:kn:en:valid?pairs=11&parts=1",
+    "--config.data.test=locale_phrases:kn:en:test?pairs=13&parts=1",
+    "--config.training.evaluate_every=18",
+)
+
+
 def test_what_two_processes_keep_in_parts_goes_on_anywhere(unbroken, small_training):
     # A rate that does not depend on the number of steps.
     changes = {"training__schedule": "inverse_sqrt", "training__checkpoint_every": 6, "model__dropout_rate": 0.0}
     pmapped = small_training("pmapped", training__steps=18, **changes)
-    pmapped.finish(devices=4)
+    (expected,) = pmapped.finish(devices=4, flags=HELD_OUT)
     parts = small_training("parts", training__steps=18, **changes)
     (first, _) = parts.finish(
         devices=2, processes=2, flags=("--config.training.steps=6", "--config.training.parallelism=data=2,fsdp=2")
     )
     assert "jit over a mesh of 2 data x 2 fsdp on 4 cpu devices of 2 processes" in first.stdout
     parts.finish(devices=4, flags=("--config.training.steps=12",))
-    parts.finish(devices=2, processes=2, flags=("--config.training.parallelism=fsdp",))
+    (last, _) = parts.finish(devices=2, processes=2, flags=("--config.training.parallelism=fsdp", *HELD_OUT))
+    # The parameters are brought together to translate, and divided again to be scored.
+    for line in ("test corpus, ", "exact match: "):
+        (ours,), (theirs,) = (
+            [said for said in process.stdout.splitlines() if said.startswith(line)] for process in (last, expected)
+        )
+        assert ours.partition(", trained in")[0] == theirs.partition(", trained in")[0]
     assert parts.sentences() == unbroken.sentences()
     for step, loss in pmapped.losses().items():
         np.testing.assert_allclose(parts.losses()[step], loss, rtol=1e-4)
