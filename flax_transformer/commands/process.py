@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-import absl.logging  # noqa: F401  makes the logger that is set below
+import absl.logging
 from tqdm import tqdm
 
 
@@ -24,6 +24,7 @@ def prepare_libraries() -> None:
     cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "flax-transformer", "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    absl.logging.set_verbosity(absl.logging.ERROR)
     # Of one save that fails Orbax tells the trace of each array, on every way there is: one error stands for them all.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
