@@ -1,6 +1,6 @@
 """Takes a preset and leaves how long a checkpoint of its training state keeps the loop waiting.
 
-    python benchmarks/save.py tiny base
+    python -m benchmarks.save tiny base
 
 Each save is followed by a step that spends the state, as in training, while the checkpoint is written behind it.
 """
