@@ -15,7 +15,7 @@ from tests.faults.conftest import differences
 
 pytestmark = pytest.mark.faults
 
-RUNS = int(os.environ.get("KILLS", "3"))
+RUNS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("SEED", "0"))
 # A checkpoint after every second step, so that many a kill hits one that is being written.
 OFTEN = {"training__checkpoint_every": 2, "training__steps": 40}

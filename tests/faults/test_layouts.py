@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from tests.faults.conftest import SmallTraining
+
 pytestmark = pytest.mark.faults
 
 
-@pytest.fixture
-def unbroken(small_training):
-    training = small_training("unbroken", training__steps=18)
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    training = SmallTraining(tmp_path_factory.mktemp("unbroken"), {"training.steps": 18})
     training.finish(devices=8)
     return training
 

@@ -233,10 +233,9 @@ def test_accumulation_reaches_the_losses_of_the_whole_batch(experiment, tmp_path
     np.testing.assert_allclose([loss for _, loss in whole], [loss for _, loss in parts], rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_stopped_training_in_half_precision_goes_on_to_the_same_bits(dtype, experiment, tmp_path, monkeypatch):
+def test_a_stopped_training_in_half_precision_goes_on_to_the_same_bits(experiment, tmp_path, monkeypatch):
     experiment = without_held_out(experiment)
-    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dtype=dtype))
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dtype="float16"))
     train_and_evaluate(experiment, tmp_path / "unbroken")
     done = iter(range(6))
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
