@@ -35,6 +35,17 @@ def same(first, second):
     return jax.tree.all(jax.tree.map(np.array_equal, first, second))
 
 
+def train_with_a_break(experiment, path, monkeypatch, *, after):
+    """Trains to the end, with a SIGTERM after so many steps, between two checkpoints."""
+    done = iter(range(after - 1))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(
+            Report, "step_done", lambda report: next(done, None) is None and signal.raise_signal(signal.SIGTERM)
+        )
+        train_and_evaluate(experiment, path)
+    train_and_evaluate(experiment, path)
+
+
 def params_of(path, step):
     return Translator.from_workdir(path, step=step).params
 
@@ -125,13 +136,7 @@ def test_evaluations_and_translations_use_the_moving_average_where_the_config_na
 def test_a_stopped_training_goes_on_to_the_same_moving_average(experiment, tmp_path, monkeypatch):
     experiment = with_training(without_held_out(experiment), ema_decay=0.9, weights="ema")
     train_and_evaluate(experiment, tmp_path / "unbroken")
-    done = iter(range(7))
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(
-            Report, "step_done", lambda report: next(done, None) is None and signal.raise_signal(signal.SIGTERM)
-        )
-        train_and_evaluate(experiment, tmp_path / "broken")
-    train_and_evaluate(experiment, tmp_path / "broken")
+    train_with_a_break(experiment, tmp_path / "broken", monkeypatch, after=8)
     assert same(params_of(tmp_path / "broken", "latest"), params_of(tmp_path / "unbroken", "latest"))
 
 
@@ -237,13 +242,7 @@ def test_a_stopped_training_in_half_precision_goes_on_to_the_same_bits(experimen
     experiment = without_held_out(experiment)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dtype="float16"))
     train_and_evaluate(experiment, tmp_path / "unbroken")
-    done = iter(range(6))
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(
-            Report, "step_done", lambda report: next(done, None) is None and signal.raise_signal(signal.SIGTERM)
-        )
-        train_and_evaluate(experiment, tmp_path / "broken")
-    train_and_evaluate(experiment, tmp_path / "broken")
+    train_with_a_break(experiment, tmp_path / "broken", monkeypatch, after=7)
     assert losses_of(tmp_path / "broken") == losses_of(tmp_path / "unbroken")
     assert same(params_of(tmp_path / "broken", "latest"), params_of(tmp_path / "unbroken", "latest"))
 
