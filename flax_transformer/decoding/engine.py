@@ -4,7 +4,7 @@ Glossary: B sentences of a batch, S source, T target, L longest output, P longes
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -78,6 +78,7 @@ class Engine:
         *,
         prefixes: Sequence[Ids],
         rngs: Key[Array, "sources"] | None,
+        after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Output]]:
         """The outputs of each source, in order: the best first, or samples as they were drawn.
 
@@ -89,6 +90,7 @@ class Engine:
             settings: what is searched.
             prefixes: what each output begins with, without an end of sentence.
             rngs: a random key for each source; sampling needs them.
+            after_batch: called after each batch; what it raises ends the search.
 
         Raises:
             ValueError: a source does not fit learned positions, or a prefix its output.
@@ -109,6 +111,7 @@ class Engine:
                         moved.add(number)
                         waiting[2 * width if self._room is None else min(2 * width, self._room)].append(number)
                     outputs[number] = hypotheses
+                after_batch()
         return outputs
 
     def _search_batch(

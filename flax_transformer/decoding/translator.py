@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -169,9 +169,11 @@ class Translator:
         *,
         prefixes: Sequence[str] | None = None,
         seed: int = 0,
+        after_batch: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """The best translation of each sentence, or the first sample, in order; arguments as in `hypotheses`."""
-        return [found[0].text for found in self.hypotheses(sentences, search, prefixes=prefixes, seed=seed)]
+        found = self.hypotheses(sentences, search, prefixes=prefixes, seed=seed, after_batch=after_batch)
+        return [translations[0].text for translations in found]
 
     def hypotheses(
         self,
@@ -180,6 +182,7 @@ class Translator:
         *,
         prefixes: Sequence[str] | None = None,
         seed: int = 0,
+        after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
         """Translations of each sentence, in order: the best first, or samples as they were drawn.
 
@@ -191,6 +194,7 @@ class Translator:
             search: how translations are searched, and how many are returned.
             prefixes: what each translation begins with; an empty one is no wish.
             seed: for sampling: equal seeds draw equal translations, whatever the batches.
+            after_batch: called after each batch of sentences; what it raises ends the search.
 
         Raises:
             ValueError: `sentences` is one string, or prefixes are too many, too few or too long.
@@ -209,6 +213,7 @@ class Translator:
             search,
             prefixes=[ids[:-1] for ids in begun],
             rngs=_random_keys(search, seed, places),
+            after_batch=after_batch,
         )
         outputs = iter(found)
         return [self._join([next(outputs) for _ in parts], search) for parts in all_parts]

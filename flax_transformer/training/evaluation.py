@@ -95,18 +95,27 @@ class Evaluation:
         self._model_config, self._config = model_config, config
         self._eval_step, self._as_whole = eval_step, as_whole
 
-    def score(self, params: PyTree) -> tuple[Scores, list[str]]:
-        """The scores under these parameters, and the translations; on several processes the same on each."""
-        parts = [jax.device_get(self._eval_step(params, batch)) for batch in self._packed.one_epoch()]
+    def score(self, params: PyTree, *, after_batch: Callable[[], None] = lambda: None) -> tuple[Scores, list[str]]:
+        """The scores under these parameters, and the translations; on several processes the same on each.
+
+        Args:
+            params: of the model.
+            after_batch: called after each batch that was scored or translated; what it raises ends the evaluation.
+        """
+        parts = []
+        for batch in self._packed.one_epoch():
+            parts.append(jax.device_get(self._eval_step(params, batch)))
+            after_batch()
         sums = jax.tree.map(lambda *values: float(sum(values)), *parts)
-        translations = self._translate(self._as_whole(params))
+        translations = self._translate(self._as_whole(params), after_batch)
         return score_translations(translations, self.references, sums.cross_entropy / sums.tokens), translations
 
-    def _translate(self, params: PyTree) -> list[str]:
+    def _translate(self, params: PyTree, after_batch: Callable[[], None]) -> list[str]:
         """The translations of the source; each process makes its share."""
         translator = Translator(self._model_config, params, self._vocabularies)
         search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
-        share = translator.translate(self.source[hosts.index() :: hosts.count()], search)
+        mine = self.source[hosts.index() :: hosts.count()]
+        share = translator.translate(mine, search, after_batch=after_batch)
         translations = [""] * len(self.source)
         for number, made in enumerate(hosts.gather(share)):
             translations[number :: hosts.count()] = made

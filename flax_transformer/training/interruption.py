@@ -3,10 +3,8 @@
 SIGTERM is what a preempted machine and a cluster's scheduler send, SIGINT is Ctrl-C. A second signal ends at once.
 """
 
-import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -42,7 +40,6 @@ class Interruption:
         """Notices nothing yet."""
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._step_at_once: int | None = None
         self._several = jax.process_count() > 1
 
     def __enter__(self) -> "Interruption":
@@ -66,19 +63,13 @@ class Interruption:
             return self._signal
         return (self._signal or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
 
-    @contextlib.contextmanager
-    def at_once(self, step: int) -> Iterator[None]:
-        """Inside, a signal raises `Interrupted` without waiting: for work behind the checkpoint of `step`.
+    def stop_behind(self, step: int) -> None:
+        """Raises `Interrupted` if there was a signal: for work behind the checkpoint of `step` that may be done again.
 
-        With several processes that work is finished, since the others wait for its result.
+        With several processes it does nothing, since the others wait for the result of that work.
         """
         if self._signal is not None and not self._several:
             raise Interrupted(step, self._signal)
-        self._step_at_once = None if self._several else step
-        try:
-            yield
-        finally:
-            self._step_at_once = None
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)
@@ -86,8 +77,6 @@ class Interruption:
         self._restore()
         if self._several:
             signal.raise_signal(signal.SIGTERM)
-        if self._step_at_once is not None:
-            raise Interrupted(self._step_at_once, self._signal)
 
     def _restore(self) -> None:
         while self._before:

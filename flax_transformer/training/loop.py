@@ -231,8 +231,8 @@ class _Training:
         if not due or step in session.checkpoints.scores:
             return
         params = state.ema if self.config.weights == "ema" else state.params
-        with session.interruption.at_once(step):
-            scores, _ = self.evaluations["valid"].score(params)
+        stop = functools.partial(session.interruption.stop_behind, step)
+        scores, _ = self.evaluations["valid"].score(params, after_batch=stop)
         session.report.validation(step, scores, session.clock.seconds)
         metrics = {name: getattr(scores, name) for name in ("loss", "bleu", "chrf", "exact_match")}
         session.checkpoints.record_scores(step, metrics)

@@ -38,17 +38,9 @@ def test_a_thread_that_can_notice_no_signals_trains_all_the_same():
     assert noticed == [None]
 
 
-def test_what_may_be_done_again_is_ended_at_once_and_only_that():
-    before, after = [], []
-    with Interruption() as interruption, pytest.raises(Interrupted, match="SIGINT: stopped behind .* step 5;"):
-        with interruption.at_once(4):
-            before.append("done")
-        with interruption.at_once(5):
-            signal.raise_signal(signal.SIGINT)
-            after.append("not reached")
-    assert before == ["done"] and after == []
+def test_what_may_be_done_again_is_ended_by_a_signal_and_by_nothing_else():
     with Interruption() as interruption:
+        interruption.stop_behind(4)
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Interrupted, match="SIGTERM: stopped behind .* step 6;"), interruption.at_once(6):
-            after.append("it came before")
-    assert after == []
+        with pytest.raises(Interrupted, match="SIGTERM: stopped behind .* step 5;"):
+            interruption.stop_behind(5)

@@ -167,7 +167,7 @@ def test_the_best_checkpoint_is_the_one_that_is_tested(experiment, tmp_path, mon
     scored = []
     losses = [3.0, 1.0, 2.0]  # of the validations at steps 4, 8 and 12; the test is after them
 
-    def score(evaluation, params):
+    def score(evaluation, params, **options):
         scored.append(jax.device_get(params))
         loss = losses[len(scored) - 1] if len(scored) <= 3 else 7.0
         scores = Scores(loss=loss, bleu=loss, chrf=loss, exact_match=loss, sentences=4, signature="")

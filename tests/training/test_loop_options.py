@@ -21,7 +21,7 @@ def let_losses_be(monkeypatch, values):
     """Lets the validations have these losses, one after the other; gives the list of parameters that they were of."""
     scored, left = [], list(values)
 
-    def score(evaluation, params):
+    def score(evaluation, params, **options):
         scored.append(jax.device_get(params))
         loss = left.pop(0)
         scores = Scores(loss=loss, bleu=-loss, chrf=-loss, exact_match=0.0, sentences=4, signature="")
@@ -61,7 +61,7 @@ def test_a_training_that_dies_while_it_evaluates_has_its_checkpoint_and_evaluate
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     scores = train_and_evaluate(experiment, unbroken)
 
-    def die(evaluation, params):
+    def die(evaluation, params, **options):
         raise Died
 
     with monkeypatch.context() as patch, pytest.raises(Died):
@@ -74,19 +74,24 @@ def test_a_training_that_dies_while_it_evaluates_has_its_checkpoint_and_evaluate
     assert [line["step"] for line in lines_of(broken, "valid")] == [4, 8, 12]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_an_evaluation_ends_it_at_once(experiment, tmp_path, monkeypatch, number):
+def test_a_signal_during_an_evaluation_ends_it_behind_the_batch_in_hand(experiment, tmp_path, monkeypatch):
     experiment = with_training(experiment, evaluate_every=4)
-    after = []
+    batches = []
+    whole = Evaluation.score
 
-    def score(evaluation, params):
-        signal.raise_signal(number)
-        after.append("the signal")
+    def score(evaluation, params, *, after_batch):
+        def told_in_the_second():
+            batches.append("done")
+            if len(batches) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            after_batch()
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"{number.name}: .* step 4;") as ended:
+        return whole(evaluation, params, after_batch=told_in_the_second)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGTERM: .* step 4;") as ended:
         patch.setattr(Evaluation, "score", score)
         train_and_evaluate(experiment, tmp_path)
-    assert after == [] and ended.value.exit_status == 128 + number
+    assert len(batches) == 2 and ended.value.exit_status == 143
     with WorkDirectory(tmp_path).open_checkpoints() as checkpoints:
         assert checkpoints.latest_step == 4 and checkpoints.scores == {}
     train_and_evaluate(experiment, tmp_path)
