@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "BLEU, chrF and TER of a model on a test set, or of two models compared",
     "score": "log-probabilities and perplexity of given translations",
     "average": "average the weights of several checkpoints into one",
+    "plan": "what training would take on a TPU slice that is not here, from its compiler",
 }
 
 
@@ -55,14 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = importlib.import_module(f"flax_transformer.commands.{verb}")
     parser = Parser(
         prog=program,
-        usage=f"{program} --workdir FOLDER [OPTIONS]",
+        usage=f"{program} {getattr(command, 'USAGE', '--workdir FOLDER [OPTIONS]')}",
         description=command.__doc__,
         epilog=command.EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # or an option added later would break a script that abbreviates another
     )
     command.add_arguments(parser)
-    options = parser.parse_all(arguments[1:])
+    # A verb that takes a config takes changes of it too, which its own flags read.
+    changes = [word for word in arguments[1:] if word.startswith("--config.")] if verb == "plan" else []
+    options = parser.parse_all([word for word in arguments[1:] if word not in changes])
+    options.changes = changes
     prepare_libraries()
     try:
         with warnings_in_one_line(program):

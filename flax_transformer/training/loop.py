@@ -21,11 +21,11 @@ from flax_transformer.training import hosts
 from flax_transformer.training.evaluation import Evaluation, Scores
 from flax_transformer.training.interruption import Interrupted, Interruption
 from flax_transformer.training.lock import TrainingLock
-from flax_transformer.training.optimizer import learning_rate_schedule, make_optimizer
+from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.preparation import Materials, load_texts, prepare
 from flax_transformer.training.report import Report, show_samples, show_test
-from flax_transformer.training.step import StepMetrics, TrainState, eval_step, train_step
+from flax_transformer.training.step import StepMetrics, TrainState, create_state, eval_step, make_train_step
 from flax_transformer.training.window import Clock, Window
 from flax_transformer.workdir import WorkDirectory
 
@@ -97,18 +97,9 @@ class _Training:
         experiment = materials.experiment
         self.config, self.model_config = experiment.training, experiment.model
         self.model = Transformer(self.model_config)
-        self.optimizer = make_optimizer(self.config, self.model_config.d_model)
         self.schedule = learning_rate_schedule(self.config, self.model_config.d_model)
-        step = functools.partial(
-            train_step,
-            model=self.model,
-            optimizer=self.optimizer,
-            label_smoothing=self.config.label_smoothing,
-            ema_decay=self.config.ema_decay,
-            micro_batches=self.materials.micro_batches,
-            loss_chunks=self.config.loss_chunks,
-        )
-        self.train_step = self.parallelism.compile(step, donate_state=True)
+        step = make_train_step(experiment, materials.micro_batches)
+        self.train_step = parallelism.compile(step, donate_state=True)
         evaluate = functools.partial(
             eval_step,
             model=self.model,
@@ -159,8 +150,7 @@ class _Training:
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, int, float]:
         """The state to go on from, its step, and the seconds trained before."""
         rng = jax.random.key(self.config.seed, impl=self.config.rng_impl)
-        create = functools.partial(TrainState.create, self.model, self.optimizer, with_ema=self.config.ema_decay > 0)
-        state = self.parallelism.create(create, rng)
+        state = self.parallelism.create(functools.partial(create_state, self.materials.experiment), rng)
         restored = checkpoints.restore(self._trees(state))
         if restored is None:
             return state, 0, 0.0
@@ -267,7 +257,7 @@ class _Training:
         """Translates the test corpus with the weights that training chose, and shows how well."""
         if "test" not in self.evaluations:
             return None
-        shapes = jax.eval_shape(lambda: TrainState.create(self.model, self.optimizer, jax.random.key(0)).params)
+        shapes = jax.eval_shape(lambda: create_state(self.materials.experiment, jax.random.key(0)).params)
         params = self.workdir.restore_params("chosen", shapes)
         averaged = self.config.weights == "averaged"
         with self.open_checkpoints() as checkpoints:

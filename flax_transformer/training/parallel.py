@@ -98,6 +98,16 @@ class Parallelism:
 
     def create(self, function: Callable[..., PyTree], *arguments: Any) -> PyTree:
         """What a pure function makes, made where it will lie: no device ever holds more than its part."""
+        shapes, structure = self.shapes(function, *arguments)
+
+        def leaves_of(*arguments: Any) -> list[jax.Array]:
+            return jax.tree.leaves(function(*arguments))
+
+        leaves = jax.jit(leaves_of, out_shardings=[shape.sharding for shape in shapes])(*arguments)
+        return jax.tree.unflatten(structure, leaves)
+
+    def shapes(self, function: Callable[..., PyTree], *arguments: Any) -> tuple[list[jax.ShapeDtypeStruct], Any]:
+        """What a pure function would make: its leaves' shapes, types and places, and the structure that holds them."""
         structure = None
         names: list[str] = []
 
@@ -108,9 +118,39 @@ class Parallelism:
             return [leaf for _, leaf in with_paths]
 
         shapes = jax.eval_shape(leaves_of, *arguments)
-        shardings = [self.sharding(name, shape.shape) for name, shape in zip(names, shapes, strict=True)]
-        leaves = jax.jit(leaves_of, out_shardings=shardings)(*arguments)
-        return jax.tree.unflatten(structure, leaves)
+        placed = [
+            jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=self.sharding(name, shape.shape))
+            for name, shape in zip(names, shapes, strict=True)
+        ]
+        return placed, structure
+
+    def lower(
+        self, step: Callable[..., Any], state: tuple[list[jax.ShapeDtypeStruct], Any], batch: PyTree
+    ) -> jax.stages.Lowered:
+        """A step that donates its state, ready to be compiled for the devices, which need not be there.
+
+        Args:
+            step: as in `compile`.
+            state: from `shapes`.
+            batch: the shapes of all rows.
+        """
+        leaves, structure = state
+        rows, layout = jax.tree.flatten(batch)
+        if self.kind == "pmap":
+            # It finds places for itself.
+            leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+            rows = [
+                jax.ShapeDtypeStruct((self.num_devices, leaf.shape[0] // self.num_devices, *leaf.shape[1:]), leaf.dtype)
+                for leaf in rows
+            ]
+        else:
+            sharding = self.batch_sharding
+            rows = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in rows]
+
+        def on_leaves(leaves: list[jax.Array], rows: list[jax.Array], **axis: Any) -> Any:
+            return step(jax.tree.unflatten(structure, leaves), jax.tree.unflatten(layout, rows), **axis)
+
+        return self.transform(on_leaves, donate_state=True).lower(leaves, rows)
 
     def place(self, state: PyTree) -> PyTree:
         """Puts a state where it belongs; a step that donates the result spends what was given too."""

@@ -3,6 +3,7 @@
 Glossary: B batch rows, S source slots, T target slots.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,9 +15,11 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from flax_transformer.data.batch import Batch
+from flax_transformer.experiment import Experiment
 from flax_transformer.model import Transformer
 from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums
 from flax_transformer.training.loss_scale import LossScale
+from flax_transformer.training.optimizer import make_optimizer
 
 Sums = TypeVar("Sums")
 # An array on the device, a plain number once it has been fetched.
@@ -71,6 +74,13 @@ class TrainState(flax.struct.PyTreeNode):
             ema=jax.tree.map(jnp.copy, params) if with_ema else None,
             loss_scale=LossScale.create() if model.config.dtype == "float16" else None,
         )
+
+
+def create_state(experiment: Experiment, rng: PRNGKeyArray) -> TrainState:
+    """An experiment's state before its first update."""
+    model, training = Transformer(experiment.model), experiment.training
+    optimizer = make_optimizer(training, experiment.model.d_model)
+    return TrainState.create(model, optimizer, rng, with_ema=training.ema_decay > 0)
 
 
 class StepMetrics(flax.struct.PyTreeNode):
@@ -298,6 +308,20 @@ def train_step(
         skipped_in_a_row=after.skipped_in_a_row,
     )
     return after, metrics
+
+
+def make_train_step(experiment: Experiment, micro_batches: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """An experiment's `train_step`, from a state, a batch and the name of an axis."""
+    training = experiment.training
+    return functools.partial(
+        train_step,
+        model=Transformer(experiment.model),
+        optimizer=make_optimizer(training, experiment.model.d_model),
+        label_smoothing=training.label_smoothing,
+        ema_decay=training.ema_decay,
+        micro_batches=micro_batches,
+        loss_chunks=training.loss_chunks,
+    )
 
 
 def module_norms(gradients: PyTree) -> dict[str, Scalar]:

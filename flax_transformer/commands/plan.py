@@ -1,0 +1,138 @@
+"""Compiles the training step of an experiment for a slice that need not be there, and tells what it would take.
+
+Memory, collectives and the estimate of time are the compiler's; nothing runs. Where the step does not fit, it is
+compiled again with one remedy more each time, until it does.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+EXAMPLES = """examples:
+  flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:4x4
+  flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:16x16 --parallel=fsdp --config.data.rows=1024
+  flax-transformer plan --config=configs/quickstart.py --topology=cpu:8
+
+topologies, by product: v4-8 is v4:2x2x1; v5e-4 v5e:2x2, v5e-16 v5e:4x4, v5e-256 v5e:16x16; v5p-128 v5p:4x4x4;
+v6e-16 v6e:4x4; a host of tpu7x tpu7x:2x2x1. Compiling for a TPU takes minutes on a small machine."""
+USAGE = "--config FILE --topology NAME [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
+GB = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment, as train.py takes it")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="the slice: a TPU and its chips, e.g. v5e:4x4 (needs the extra libtpu), cpu:N, or here for the devices at "
+        "hand",
+    )
+    parser.add_argument(
+        "--parallel",
+        metavar="KIND",
+        help="in place of the config's training.parallelism: pmap, data, fsdp, data=2,fsdp=4 or jit",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compiles and prints; ValueError with the mend."""
+    if options.topology != "here":
+        # Before jax loads: the compiler is wanted, not a device.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        # What libtpu says of the machine that it is not on helps nobody.
+        os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    kind, _, size = options.topology.partition(":")
+    if kind == "cpu" and size.isdecimal() and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        count = f"--xla_force_host_platform_device_count={size}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+    # jax loads here, so that --help answers at once.
+    from flax_transformer.training import planning
+
+    experiment = _load(options)
+    devices = planning.find_devices(options.topology)
+    memory = planning.device_memory(devices[0])
+    room = "" if memory is None else f", {_gb(memory)} each"
+    print(f"{options.topology}: {len(devices)} devices of kind {devices[0].device_kind}{room}")
+    print(
+        f"{planning.count_parameters(experiment):,} parameters, {experiment.model.dtype}; rows of "
+        f"{experiment.data.source_slots} source and {experiment.data.target_slots} target slots"
+    )
+    print("compiling ...", flush=True)
+    fits = False
+    for plan in planning.plans(experiment, devices, memory):
+        print()
+        fits = _show(plan, memory)
+        sys.stdout.flush()
+    if not fits:
+        sys.exit(1)
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """The experiment with the vocabulary's wished-for size filled in, since no text is read."""
+    import dataclasses
+
+    from ml_collections import config_flags
+
+    from flax_transformer.experiment import Experiment
+
+    # As train.py reads it, so that its flags can be copied.
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    path = options.config.partition(":")[0]
+    if not Path(path).is_file():
+        raise ValueError(f"--config: {path} is no file: give an experiment, e.g. configs/wmt14_en_de_base.py")
+    try:
+        values(["plan", f"--config={options.config}", *options.changes])
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
+        raise ValueError(f"--config: {cause}") from error
+    experiment = Experiment.from_mapping(holder.value.to_dict())
+    size = experiment.vocabulary.size
+    model = dataclasses.replace(experiment.model, source_vocab_size=size, target_vocab_size=size)
+    training = experiment.training
+    if options.parallel:
+        training = dataclasses.replace(training, parallelism=options.parallel)
+    return dataclasses.replace(experiment, model=model, training=training)
+
+
+def _show(plan: Any, memory: float | None) -> bool:
+    """Prints one plan; whether it fits."""
+    micro_batches = f", {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
+    print(f"{plan.changes or 'as the config says'}: {plan.parallelism}, {plan.rows:,} rows a step{micro_batches}")
+    result = plan.result
+    if not plan.fits:
+        needed = "more memory than there is" if result.needed is None else f"{_gb(result.needed)} a device"
+        available = "" if result.available is None else f" of {_gb(result.available)}"
+        print(f"  does not fit: it needs {needed}{available} (compiled for {result.compile_seconds:.0f} s)")
+        return False
+    of_chip = "" if memory is None else f" of {_gb(memory)} ({result.peak / memory:.0%})"
+    print(f"  memory a device     {_gb(result.peak)}{of_chip}")
+    print(f"    state and batch   {_gb(result.arguments)}")
+    print(f"    temporaries       {_gb(result.temporaries)}")
+    counted = "" if result.flops is None else f"; the compiler counts {result.flops:.3g}"
+    print(f"  floating point      {plan.model_flops / plan.devices:.3g} operations a device and step{counted}")
+    print(f"  gradient            {plan.gradient_bytes:,} bytes, float32")
+    for collective in result.collectives:
+        print(f"  {collective.kind:<18}  {collective.bytes:,} bytes a device and step, in {collective.count}")
+    if result.seconds:
+        tokens = plan.target_slots / result.seconds
+        print(f"  a step              {1e3 * result.seconds:.1f} ms by the compiler's estimate, without collectives")
+        print(f"    target tokens/s   {tokens:,.0f}, if no slot is empty")
+        if plan.peak_flops:
+            share = plan.model_flops / plan.devices / result.seconds / plan.peak_flops
+            print(f"    utilisation       {share:.0%} of {plan.peak_flops / 1e12:.0f} TFLOP/s (model FLOPs)")
+    print(
+        f"  compiled in {result.compile_seconds:.0f} s; {'it fits' if memory else 'nobody tells what the device has'}"
+    )
+    return True
+
+
+def _gb(number: float) -> str:
+    return f"{number / GB:.3f} GB"
