@@ -7,10 +7,14 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_default_device
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.dropout import dropout
+
+# The least that "auto" takes cuDNN for: a tile of its kernel. A step of a search asks with fewer queries.
+TILE = 64
 
 
 def dot_product_attention(
@@ -22,35 +26,48 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,
     return_weights: bool = False,
+    implementation: str = "auto",
 ) -> Float[Array, "B Q H K"] | tuple[Float[Array, "B Q H K"], Float[Array, "B H Q M"]]:
     """softmax(query key^T / sqrt(K) + mask) value, equation 1 of the paper; the softmax is float32.
 
     A query that may see nothing (its row of the mask is all -inf) returns zeros and passes back zero gradients.
 
+    "cudnn" is the fused kernel of jax.nn.dot_product_attention, which never holds the weights of all pairs (Dao, 2023).
+    It needs an NVIDIA GPU of compute capability 8.0 or more (Ampere) as jax's default device, bfloat16 or float16, a
+    head size that is a multiple of 8 up to 128 and even lengths under a mask, and neither drops weights nor returns
+    them. "auto" takes it where all of that holds and there are 64 queries at least, elsewhere "xla". This is decided
+    while tracing: what is traced beside such a GPU for another device has to ask for "xla".
+
     Args:
         query: one vector a query and head.
         key: one vector a memory position and head.
         value: one vector a memory position and head.
-        mask: 0 where a query may see a memory position, -inf where it may not; `None` hides nothing.
+        mask: 0 where a query may see a memory position, -inf where it may not, nothing between; `None` hides nothing.
         dropout_rate: share of the weights that are set to zero; the paper drops none.
         dropout_rng: random key; `None` drops nothing.
         return_weights: whether the weights come too, float32, before dropout.
+        implementation: "auto", "xla" or "cudnn".
 
     Returns:
         What each query gathered, in the query's type; with `return_weights` a pair of it and the weights.
 
     Raises:
-        ValueError: the mask has not four dimensions, or is boolean.
+        ValueError: the mask has not four dimensions, or is boolean; "cudnn" is asked for where it cannot run.
     """
+    if mask is not None:
+        if mask.ndim != 4:
+            raise ValueError(f"mask has shape {mask.shape}: give it four dimensions that broadcast to [B, H, Q, M]")
+        if mask.dtype == bool:
+            raise ValueError("mask is boolean: give 0 and -inf, e.g. jnp.where(allowed, 0.0, -jnp.inf)")
+    if dropout_rng is None:
+        dropout_rate = 0.0
+    if _takes_cudnn(implementation, query, key, mask, dropout_rate, return_weights):
+        return _cudnn_attention(query, key, value, mask)
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhk,bmhk->bhqm", query * scale, key, preferred_element_type=jnp.float32)
     if mask is None:
         weights = jax.nn.softmax(logits)
     else:
-        if mask.ndim != 4:
-            raise ValueError(f"mask has shape {mask.shape}: give it four dimensions that broadcast to [B, H, Q, M]")
-        if mask.dtype == bool:
-            raise ValueError("mask is boolean: give 0 and -inf, e.g. jnp.where(allowed, 0.0, -jnp.inf)")
         sees_something = jnp.any(mask > -jnp.inf, axis=-1, keepdims=True)
         # The softmax of a row that is all -inf is NaN, and so is its gradient: such a row is masked after it instead.
         weights = jax.nn.softmax(logits + jnp.where(sees_something, mask, 0.0))
@@ -60,6 +77,66 @@ def dot_product_attention(
         kept = dropout(weights, dropout_rate, dropout_rng)
     gathered = jnp.einsum("bhqm,bmhk->bhqk", kept.astype(value.dtype), value).swapaxes(1, 2)
     return (gathered, weights) if return_weights else gathered
+
+
+def _cudnn_attention(
+    query: Float[Array, "B Q H K"],
+    key: Float[Array, "B M H K"],
+    value: Float[Array, "B M H K"],
+    mask: Float[Array, "#B #H #Q #M"] | None,
+) -> Float[Array, "B Q H K"]:
+    if mask is None:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    allowed = mask > -jnp.inf
+    sees_something = jnp.any(allowed, axis=-1, keepdims=True)
+    # Whatever the kernel makes of a row that sees nothing: such a row is shown everything, and zeroed after.
+    # It takes a boolean mask as a bias of 16 bits, and from jax 0.11.1 on makes no gradient for it. It broadcasts B and
+    # H by itself, the lengths not.
+    allowed = jnp.broadcast_to(allowed | ~sees_something, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    gathered = jax.nn.dot_product_attention(query, key, value, mask=allowed, implementation="cudnn")
+    return jnp.where(sees_something.swapaxes(1, 2), gathered, 0)
+
+
+def _takes_cudnn(
+    implementation: str,
+    query: Float[Array, "B Q H K"],
+    key: Float[Array, "B M H K"],
+    mask: Float[Array, "#B #H #Q #M"] | None,
+    dropout_rate: float,
+    return_weights: bool,
+) -> bool:
+    """Whether cuDNN computes this attention; raises ValueError where it is asked for and cannot."""
+    if implementation == "xla":
+        return False
+    if implementation not in ("auto", "cudnn"):
+        raise ValueError(f"implementation is {implementation!r}: choose one of auto, xla, cudnn")
+    (_, queries, _, size), memory = query.shape, key.shape[1]
+    obstacle = None
+    if not _gpu_has_cudnn():
+        device = get_default_device().device_kind
+        obstacle = f"it needs an NVIDIA GPU of compute capability 8.0 or more, jax runs on {device}"
+    elif query.dtype not in (jnp.bfloat16, jnp.float16):
+        obstacle = f"activations are {query.dtype}: make them bfloat16 or float16"
+    elif dropout_rate > 0:
+        obstacle = f"the dropout rate on the weights is {dropout_rate}: make it 0"
+    elif return_weights:
+        obstacle = "the weights are asked for, which it never holds: do without"
+    elif size % 8 or size > 128:
+        obstacle = f"the head size is {size}: make it a multiple of 8, at most 128"
+    elif mask is not None and (queries % 2 or memory % 2):
+        # Only gradients need even lengths, and whether one is taken is not known here.
+        obstacle = f"there are {queries} queries and {memory} memory positions under a mask: make both even"
+    if implementation == "auto":
+        return obstacle is None and queries >= TILE
+    if obstacle is not None:
+        raise ValueError(f'implementation is "cudnn" and {obstacle}; or choose "auto" or "xla"')
+    return True
+
+
+def _gpu_has_cudnn() -> bool:
+    """Whether jax's default device is a GPU of Ampere or later; its CUDA backend does not start without cuDNN."""
+    device = get_default_device()
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -91,12 +168,14 @@ class MultiHeadAttention(nn.Module):
         num_heads: H, which divides it.
         dropout_rate: on the attention weights.
         dtype: of the activations.
+        implementation: of `dot_product_attention`.
     """
 
     d_model: int
     num_heads: int
     dropout_rate: float = 0.0
     dtype: DTypeLike = "float32"
+    implementation: str = "auto"
 
     def setup(self):
         """Four projections, [D, D] each; raises ValueError where the heads do not divide D."""
@@ -138,6 +217,8 @@ class MultiHeadAttention(nn.Module):
             dropout_rate=self.dropout_rate,
             dropout_rng=dropout_rng,
             return_weights=return_weights,
+            # Parameters do not depend on it: a model begins, and is loaded, on any machine.
+            implementation="xla" if self.is_initializing() else self.implementation,
         )
         gathered, weights = gathered if isinstance(gathered, tuple) else (gathered, None)
         return self.out(gathered.reshape(inputs.shape)), weights

@@ -14,6 +14,7 @@ CHOICES = {
     "positions": ("sinusoidal", "sinusoidal_concatenated", "learned"),
     "tie_embeddings": ("three_way", "decoder", "none"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "attention_implementation": ("auto", "xla", "cudnn"),
 }
 
 Settings = TypeVar("Settings")
@@ -53,6 +54,9 @@ class TransformerConfig:
         eos_id: the id that ends a sentence.
         dtype: type of the activations; parameters, softmax and logits are float32 either way. bfloat16 is for TPUs and
             newer GPUs; float16, for older ones such as the T4, is trained with a loss scale.
+        attention_implementation: "auto" (cuDNN's fused kernel where it can and should run, as
+            `dot_product_attention` tells), "xla" (everywhere) or "cudnn" (an error where it cannot run; a translator
+            takes it as "auto"). Equal but for rounding.
         remat: whether each layer's activations are computed again in the backward pass, to save memory.
     """
 
@@ -78,6 +82,7 @@ class TransformerConfig:
     start_id: int = 1
     eos_id: int = 2
     dtype: str = "float32"
+    attention_implementation: str = "auto"
     remat: bool = False
 
     def __post_init__(self):

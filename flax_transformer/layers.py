@@ -54,7 +54,13 @@ def layer_norm(config: TransformerConfig) -> nn.LayerNorm:
 
 
 def _attention(config: TransformerConfig) -> MultiHeadAttention:
-    return MultiHeadAttention(config.d_model, config.num_heads, config.attention_dropout_rate, config.dtype)
+    return MultiHeadAttention(
+        config.d_model,
+        config.num_heads,
+        config.attention_dropout_rate,
+        config.dtype,
+        config.attention_implementation,
+    )
 
 
 def _feed_forward(config: TransformerConfig) -> FeedForward:

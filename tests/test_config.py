@@ -36,7 +36,7 @@ def test_the_defaults_are_the_papers_choices():
     assert (config.scale_embeddings, config.tie_embeddings, config.output_bias) == (True, "three_way", False)
     assert (config.attention_dropout_rate, config.activation_dropout_rate) == (0.0, 0.0)
     assert config.norm_epsilon == 1e-5
-    assert config.dtype == "float32"
+    assert (config.dtype, config.attention_implementation) == ("float32", "auto")
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -3,12 +3,14 @@
 Glossary: B sentences of a batch, S source, T target, L longest output, P longest prefix.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.extend.backend import get_default_device
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
@@ -46,7 +48,7 @@ class Engine:
     """One model, or an ensemble, on one device or several.
 
     Attributes:
-        configs: of each model.
+        configs: of each model; attention is computed where the devices are, whatever training asked for.
         models: the parameters of each, on every device.
         batch_tokens: source tokens in a batch, padding included.
         mesh: the devices.
@@ -61,7 +63,14 @@ class Engine:
         devices: Sequence[jax.Device],
     ):
         """Puts the parameters on every device."""
-        self.configs = tuple(configs)
+        # A search's steps ask with few queries, which cuDNN is not for, and its devices need not be the default ones.
+        attention = "auto" if devices[0].platform == get_default_device().platform else "xla"
+        self.configs = tuple(
+            config
+            if config.attention_implementation == "xla"
+            else dataclasses.replace(config, attention_implementation=attention)
+            for config in configs
+        )
         self.batch_tokens = batch_tokens
         self.mesh = Mesh(np.array(devices), (BATCH_AXIS,))
         self.models = tuple(jax.device_put(tuple(models), NamedSharding(self.mesh, Spec())))

@@ -20,6 +20,8 @@ FIXED: dict[str, tuple[str, ...]] = {
     "data": ("train", "rows", "source_slots", "target_slots", "seed"),
     "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay"),
 }
+# How the model is computed may change with the machine that goes on.
+FREE = ("attention_implementation",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
     begun = Experiment.from_mapping(workdir.read_config())
     for section, names in FIXED.items():
         found, wanted = getattr(begun, section), getattr(experiment, section)
-        for name in names or [field.name for field in dataclasses.fields(wanted)]:
+        for name in names or [field.name for field in dataclasses.fields(wanted) if field.name not in FREE]:
             if getattr(found, name) != getattr(wanted, name):
                 raise ValueError(
                     f"{workdir.path} was begun with {section}.{name} = {getattr(found, name)!r}, now it is "

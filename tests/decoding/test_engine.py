@@ -1,5 +1,7 @@
 """Takes token ids of many sentences and a small random model and leaves a verdict: each gets what it gets alone."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -234,3 +236,14 @@ def test_a_stream_is_the_search_token_by_token(make_engine, devices):
     steps = list(engine.stream(source, settings, rngs=keys(1)))
     ids = search(engine, [source], settings, rngs=keys(1))[0][0].ids.tolist()
     assert steps == [ids[: length + 1] for length in range(len(ids))]
+
+
+@pytest.mark.parametrize(("trained_with", "used"), [("auto", "auto"), ("cudnn", "auto"), ("xla", "xla")])
+def test_attention_is_computed_where_the_devices_are_whatever_training_insisted_on(trained_with, used, make_engine):
+    engine = make_engine(attention_implementation=trained_with)
+    assert [config.attention_implementation for config in engine.configs] == [used]
+
+
+def test_devices_that_are_not_the_default_ones_are_left_to_xla(make_engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "get_default_device", lambda: SimpleNamespace(platform="gpu"))
+    assert make_engine().configs[0].attention_implementation == "xla"

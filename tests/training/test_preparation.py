@@ -186,6 +186,10 @@ def test_a_setting_that_a_training_keeps_is_refused_where_it_is_another(section,
     refused(other, path, f"^{re.escape(message)}")
 
 
+def test_how_attention_is_computed_may_change_with_the_machine(experiment, path):
+    train_and_evaluate(change(experiment, "model", attention_implementation="xla"), path)
+
+
 def test_fingerprints_that_are_damaged_are_an_error_and_without_any_they_are_written(experiment, path):
     file = path / "fingerprints.json"
     written = file.read_bytes()
