@@ -21,6 +21,7 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Joins the other hosts of 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Host and port of process 0, e.g. 10.0.0.1:8476.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.", 1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0, with --coordinator.", 0)
+PROFILE = flags.DEFINE_string("profile", "", "The first and the last step that jax's profiler watches, e.g. 20:25.")
 CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes.", 1)
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
             cluster.connect(CONNECT_TIMEOUT.value)
         with ending_together("train.py", unless=Interrupted), warnings_in_one_line("train.py"):
             experiment = Experiment.from_mapping(CONFIG.value.to_dict())
-            train_and_evaluate(experiment, WORKDIR.value, accept_changed_corpus=ACCEPT.value)
+            train_and_evaluate(experiment, WORKDIR.value, accept_changed_corpus=ACCEPT.value, profile=PROFILE.value)
     except Interrupted as interrupted:
         print(f"train.py: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)

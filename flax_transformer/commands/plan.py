@@ -117,20 +117,19 @@ def _show(plan: Any, memory: float | None) -> bool:
     print(f"    state and batch   {_gb(result.arguments)}")
     print(f"    temporaries       {_gb(result.temporaries)}")
     counted = "" if result.flops is None else f"; the compiler counts {result.flops:.3g}"
-    print(f"  floating point      {plan.model_flops / plan.devices:.3g} operations a device and step{counted}")
+    print(f"  floating point      {plan.work.flops / plan.devices:.3g} operations a device and step{counted}")
     print(f"  gradient            {plan.gradient_bytes:,} bytes, float32")
     for collective in result.collectives:
         print(f"  {collective.kind:<18}  {collective.bytes:,} bytes a device and step, in {collective.count}")
     if result.seconds:
-        tokens = plan.target_slots / result.seconds
+        tokens = plan.work.target_slots / result.seconds
         print(f"  a step              {1e3 * result.seconds:.1f} ms by the compiler's estimate, without collectives")
         print(f"    target tokens/s   {tokens:,.0f}, if no slot is empty")
-        if plan.peak_flops:
-            share = plan.model_flops / plan.devices / result.seconds / plan.peak_flops
-            print(f"    utilisation       {share:.0%} of {plan.peak_flops / 1e12:.0f} TFLOP/s (model FLOPs)")
-    print(
-        f"  compiled in {result.compile_seconds:.0f} s; {'it fits' if memory else 'nobody tells what the device has'}"
-    )
+        if plan.work.peak_flops:
+            share, peak = plan.work.flops / result.seconds / plan.work.peak_flops, plan.work.peak_flops / plan.devices
+            print(f"    utilisation       {share:.0%} of {peak / 1e12:.0f} TFLOP/s (model FLOPs)")
+    verdict = "it fits" if memory else "nobody tells what the device has"
+    print(f"  compiled in {result.compile_seconds:.0f} s; {verdict}")
     return True
 
 

@@ -191,6 +191,7 @@ class PackedCorpus:
         assert 0 <= host < num_hosts, f"host is {host}, num_hosts is {num_hosts}: count hosts from 0"
         self.source, self.target, self.packing = source, target, packing
         self._config = config
+        self._num_hosts = num_hosts
         self._height = -(-config.rows // multiple) * multiple // num_hosts
         self._own_rows = slice(host * self._height, (host + 1) * self._height)
         self._order = functools.lru_cache(maxsize=4)(self._make_order)
@@ -256,6 +257,11 @@ class PackedCorpus:
     def num_rows(self) -> int:
         """Packed rows in one epoch."""
         return len(self.packing)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a batch of all hosts, the empty ones that fill it up included."""
+        return self._height * self._num_hosts
 
     @property
     def too_long(self) -> Int[np.ndarray, "too_long"]:

@@ -24,14 +24,17 @@ from flax_transformer.training.lock import TrainingLock
 from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.preparation import Materials, load_texts, prepare
+from flax_transformer.training.profile import Profile
+from flax_transformer.training.provenance import provenance
 from flax_transformer.training.report import Report, show_samples, show_test
 from flax_transformer.training.step import StepMetrics, TrainState, create_state, eval_step, make_train_step
+from flax_transformer.training.utilization import Work, device_memory_peak
 from flax_transformer.training.window import Clock, Window
 from flax_transformer.workdir import WorkDirectory
 
 
 def train_and_evaluate(
-    experiment: Experiment, path: epath.PathLike, *, accept_changed_corpus: bool = False
+    experiment: Experiment, path: epath.PathLike, *, accept_changed_corpus: bool = False, profile: str = ""
 ) -> Scores | None:
     """Trains in a work directory until `training.steps`, then translates the test corpus.
 
@@ -39,6 +42,7 @@ def train_and_evaluate(
         experiment: what is trained on what.
         path: the work directory; if a training has begun there, it goes on from the newest checkpoint.
         accept_changed_corpus: whether it goes on where a text is another than the one that it began with.
+        profile: the first and the last step that jax's profiler watches, e.g. "20:25"; none if empty.
 
     Returns:
         The test corpus's scores under the weights that `training.weights` names, `None` without a test corpus.
@@ -52,11 +56,12 @@ def train_and_evaluate(
     began = time.monotonic()
     texts = load_texts(experiment)
     workdir = WorkDirectory(path)
+    watched = Profile(profile, workdir.path / "profile")
     lock = TrainingLock(workdir.path) if hosts.is_first() else contextlib.nullcontext()
     with _explain_full_disk(workdir), lock:
         parallelism = Parallelism(experiment.training.parallelism)
         materials = prepare(experiment, texts, workdir, parallelism, accept_changed_corpus=accept_changed_corpus)
-        training = _Training(materials, workdir, parallelism, began)
+        training = _Training(materials, workdir, parallelism, began, watched)
         training.run()
         return training.test()
 
@@ -91,9 +96,17 @@ def _explain_full_disk(workdir: WorkDirectory) -> Iterator[None]:
 class _Training:
     """One training, prepared: everything that its loop needs."""
 
-    def __init__(self, materials: Materials, workdir: WorkDirectory, parallelism: Parallelism, began: float):
+    def __init__(
+        self,
+        materials: Materials,
+        workdir: WorkDirectory,
+        parallelism: Parallelism,
+        began: float,
+        profile: Profile,
+    ):
         """Builds the compiled steps and evaluations; `began` is when training was asked for, by `time.monotonic`."""
-        self.materials, self.workdir, self.parallelism, self.began = materials, workdir, parallelism, began
+        self.materials, self.workdir, self.parallelism = materials, workdir, parallelism
+        self.began, self.profile = began, profile
         experiment = materials.experiment
         self.config, self.model_config = experiment.training, experiment.model
         self.model = Transformer(self.model_config)
@@ -141,6 +154,8 @@ class _Training:
                 Report(self.workdir, first_step=first, steps=self.config.steps, silent=not hosts.is_first()) as report,
                 Interruption() as interruption,
             ):
+                if hosts.is_first():
+                    self.workdir.append_metrics({"kind": "start", "step": first} | provenance())
                 self._steps(state, first, _Session(checkpoints, report, interruption, Clock(seconds)))
         if self.config.weights == "averaged":
             self.workdir.average_checkpoints(
@@ -167,13 +182,16 @@ class _Training:
         return self.parallelism.as_global(apart | {"training": rest})
 
     def _steps(self, state: TrainState, first: int, session: "_Session") -> None:
-        window = Window(self.config.log_every, self._check_finite)
+        rows = self.materials.packed["train"].batch_rows
+        work = Work.of(self.materials.experiment, rows, self.parallelism.devices)
+        window = Window(self.config.log_every, self._check_finite, work)
 
         def record(windows: list[tuple[int, dict[str, float]]]) -> None:
             for step, means in windows:
                 # An update that was left out has not moved the schedule.
                 rate = float(self.schedule(step - 1 - means["skipped"]))
-                session.report.training(step, means | {"learning_rate": rate})
+                memory = device_memory_peak(self.parallelism.devices)
+                session.report.training(step, means | {"learning_rate": rate} | memory)
 
         # What was stopped in its evaluation does it now.
         if first:
@@ -181,12 +199,16 @@ class _Training:
         if self._ends_early(first, session):
             return
         try:
-            for step, batch in enumerate(self.materials.packed["train"].batches(first, self.config.steps), first + 1):
+            batches = self.materials.packed["train"].batches(first, self.config.steps)
+            for step, batch in enumerate(window.timed(batches), first + 1):
+                self.profile.before(step)
                 state, metrics = self.train_step(state, batch)
+                if told := self.profile.after(step, metrics):
+                    session.report.say(told)
                 if step == first + 1:
                     jax.block_until_ready(metrics)
-                    seconds = time.monotonic() - self.began
-                    session.report.say(f"step {step} was done {seconds:.1f} s after the start, with compiling")
+                    session.report.compiled(step, self.train_step, time.monotonic() - self.began)
+                    window.begin_anew()
                 session.report.step_done()
                 record(window.add(step, metrics))
                 signal = session.interruption.check(step)
@@ -204,6 +226,8 @@ class _Training:
         except Interrupted:
             record(window.close())
             raise
+        finally:
+            self.profile.close()
         record(window.close())
 
     def _is_due(self, step: int, every: int) -> bool:

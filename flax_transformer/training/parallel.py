@@ -9,6 +9,7 @@ divided over both.
 """
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from flax_transformer.training.utilization import memory_of
 
 AXIS = "batch"
 
@@ -147,10 +150,7 @@ class Parallelism:
             sharding = self.batch_sharding
             rows = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in rows]
 
-        def on_leaves(leaves: list[jax.Array], rows: list[jax.Array], **axis: Any) -> Any:
-            return step(jax.tree.unflatten(structure, leaves), jax.tree.unflatten(layout, rows), **axis)
-
-        return self.transform(on_leaves, donate_state=True).lower(leaves, rows)
+        return self.transform(_on_leaves(step, structure, layout), donate_state=True).lower(leaves, rows)
 
     def place(self, state: PyTree) -> PyTree:
         """Puts a state where it belongs; a step that donates the result spends what was given too."""
@@ -180,15 +180,14 @@ class Parallelism:
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(params)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole) if jax.process_count() > 1 else whole
 
-    def compile(self, step: Callable[..., Any], *, donate_state: bool) -> Callable[[PyTree, PyTree], Any]:
+    def compile(self, step: Callable[..., Any], *, donate_state: bool) -> "ParallelStep":
         """Makes a step of (state, batch, *, axis_name) run on the devices.
 
         Args:
             step: pure; sums over `axis_name` if it is given one.
             donate_state: whether the state's memory is reused for the result, which spends the state passed in.
         """
-        compiled = self.transform(step, donate_state=donate_state)
-        return lambda state, batch: compiled(state, self.divide(batch))
+        return ParallelStep(self, step, donate_state=donate_state)
 
     def transform(self, step: Callable[..., Any], *, donate_state: bool) -> Any:
         """The step under `jit` or `pmap`, which takes batches from `divide`, and can also be lowered."""
@@ -225,6 +224,46 @@ class Parallelism:
             return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self.batch_sharding, leaf), batch)
         devices = self._local_mesh.size
         return jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
+
+
+class ParallelStep:
+    """A step of (state, batch) that is compiled for the first two that it gets; all others have their shapes.
+
+    Attributes:
+        trace_seconds: what tracing and lowering took; 0 before the first call.
+        compile_seconds: what compiling took, or reading what was compiled by an earlier run.
+        memory: bytes of a device that it takes.
+    """
+
+    def __init__(self, parallelism: Parallelism, step: Callable[..., Any], *, donate_state: bool):
+        """Compiles nothing yet; arguments as in `Parallelism.compile`."""
+        self._parallelism, self._step, self._donate_state = parallelism, step, donate_state
+        self._compiled: jax.stages.Compiled | None = None
+        self.trace_seconds = self.compile_seconds = 0.0
+        self.memory = 0
+
+    def __call__(self, state: PyTree, batch: PyTree) -> Any:
+        """What the step makes."""
+        leaves, structure = jax.tree.flatten(state)
+        rows, layout = jax.tree.flatten(self._parallelism.divide(batch))
+        if self._compiled is None:
+            begin = time.monotonic()
+            step = _on_leaves(self._step, structure, layout)
+            lowered = self._parallelism.transform(step, donate_state=self._donate_state).lower(leaves, rows)
+            self.trace_seconds, begin = time.monotonic() - begin, time.monotonic()
+            self._compiled = lowered.compile()
+            self.compile_seconds = time.monotonic() - begin
+            self.memory = memory_of(self._compiled)
+        return self._compiled(leaves, rows)
+
+
+def _on_leaves(step: Callable[..., Any], structure: Any, layout: Any) -> Callable[..., Any]:
+    """The same step of the leaves of a state and of a batch: what jax tells of lists has no types that must hold."""
+
+    def on_leaves(leaves: list[jax.Array], rows: list[jax.Array], **axis: Any) -> Any:
+        return step(jax.tree.unflatten(structure, leaves), jax.tree.unflatten(layout, rows), **axis)
+
+    return on_leaves
 
 
 def mesh_shape(kind: str, num_devices: int) -> dict[str, int]:

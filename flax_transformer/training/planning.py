@@ -20,7 +20,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import Experiment
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import TrainState, create_state, make_train_step
-from flax_transformer.training.utilization import CHIPS, model_flops, peak_flops
+from flax_transformer.training.utilization import CHIPS, Work, memory_of
 
 # A step that the chip has no room for is tried again with so many chunks, if the slots can be divided.
 LOSS_CHUNKS = 8
@@ -92,10 +92,8 @@ class Plan:
         rows: of the global batch, filled up to a multiple of the devices.
         micro_batches: in how many parts a device takes its rows.
         devices: their number.
-        target_slots: of the global batch.
         gradient_bytes: of the whole gradient, in float32.
-        model_flops: of a step, all devices together.
-        peak_flops: of one device a second, if it is known.
+        work: what a step asks of the devices.
         result: the program, or why there is none.
     """
 
@@ -104,10 +102,8 @@ class Plan:
     rows: int
     micro_batches: int
     devices: int
-    target_slots: int
     gradient_bytes: int
-    model_flops: float
-    peak_flops: float | None
+    work: Work
     result: Program | TooLarge
 
     @property
@@ -249,10 +245,8 @@ def make_plan(experiment: Experiment, devices: list[jax.Device], memory: float |
         rows=rows,
         micro_batches=parts,
         devices=parallelism.num_devices,
-        target_slots=rows * data.target_slots,
         gradient_bytes=4 * count_parameters(experiment),
-        model_flops=model_flops(experiment.model, rows, data.source_slots, data.target_slots),
-        peak_flops=peak_flops(devices[0], experiment.model.dtype),
+        work=Work.of(experiment, rows, parallelism.devices),
         result=result,
     )
 
@@ -277,8 +271,6 @@ def _lower(experiment: Experiment, parallelism: Parallelism, rows: int, micro_ba
 
 def _read_program(compiled: Any, seconds: float) -> Program:
     memory, costs, module = compiled.memory_analysis(), compiled.cost_analysis(), Module(compiled.as_text())
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    working = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     estimate = costs.get("optimal_seconds")
     if estimate is not None:
         # For each operation that it has no estimate of, the TPU's compiler adds -1 second. It counts loops as one turn.
@@ -287,7 +279,7 @@ def _read_program(compiled: Any, seconds: float) -> Program:
     return Program(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes + results + working,
+        peak=memory_of(compiled),
         flops=None if module.has_loops else costs.get("flops"),
         seconds=estimate,
         collectives=read_collectives(module),

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from flax_transformer.training.evaluation import Scores
 from flax_transformer.training.events import open_events
+from flax_transformer.training.parallel import ParallelStep
 from flax_transformer.workdir import WorkDirectory
 
 TITLES = {"loss": "loss", "bleu": "BLEU", "chrf": "chrF", "exact_match": "exact match"}
@@ -60,11 +61,30 @@ class Report:
 
     def training(self, step: int, metrics: dict[str, float]) -> None:
         """Records one window of steps."""
-        left_out = f", {metrics['skipped']:,} updates left out" if metrics["skipped"] else ""
-        self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} target tokens/s{left_out}", refresh=False
-        )
+        parts = [
+            f"loss {metrics['loss']:.3f}",
+            f"{metrics['tokens_per_second']:,.0f} target tokens/s",
+            f"{metrics['fill_rate']:.0%} full",
+            f"{metrics['input_wait']:.0%} waiting for input",
+            f"step {1e3 * metrics['step_seconds_p50']:.0f} ms, p95 {1e3 * metrics['step_seconds_p95']:.0f} ms",
+        ]
+        if "model_flops_utilization" in metrics:
+            parts.append(f"{metrics['model_flops_utilization']:.0%} of peak")
+        if "memory_bytes" in metrics:
+            parts.append(f"{metrics['memory_bytes'] / 1e9:.1f} GB")
+        if metrics["skipped"]:
+            parts.append(f"{metrics['skipped']:,} updates left out")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._record("train", step, metrics)
+
+    def compiled(self, step: int, compiled: ParallelStep, seconds: float) -> None:
+        """Tells of the first step: what compiling took, the memory of the program, and the time since the start."""
+        self.say(
+            f"step {step} was done {seconds:.1f} s after the start; tracing took {compiled.trace_seconds:.1f} s, "
+            f"compiling {compiled.compile_seconds:.1f} s; the program takes {compiled.memory / 1e9:.2f} GB of a device"
+        )
+        times = {"trace_seconds": compiled.trace_seconds, "compile_seconds": compiled.compile_seconds}
+        self._record("compile", step, times | {"program_bytes": compiled.memory, "seconds_from_start": seconds})
 
     def checkpoint(self, step: int, seconds: float) -> None:
         """Records how long a checkpoint kept training waiting."""

@@ -4,10 +4,12 @@ Glossary: S source and T target slots of a row, D d_model, F d_ff, V target voca
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from flax_transformer.config import TransformerConfig
+from flax_transformer.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,17 +18,17 @@ class Chip:
 
     Attributes:
         product: its name where it is rented or bought.
-        flops: floating-point operations a second of its matrix units, in `dtype`, without sparsity.
+        flops: floating-point operations a second of its matrix units, in `dtypes`, without sparsity.
         memory: bytes of high-bandwidth memory.
         devices: how many devices jax makes of one chip.
-        dtype: in which it is that fast.
+        dtypes: in which it is that fast.
     """
 
     product: str
     flops: float
     memory: float
     devices: int = 1
-    dtype: str = "bfloat16"
+    dtypes: tuple[str, ...] = ("bfloat16", "float16")
 
 
 GB, GIB, TERA = 1e9, 2.0**30, 1e12
@@ -39,8 +41,8 @@ CHIPS = {
     "TPU v5": Chip("v5p", 459 * TERA, 95 * GB),
     "TPU v6 lite": Chip("v6e", 918 * TERA, 32 * GB),
     "TPU7x": Chip("tpu7x", 2307 * TERA, 192 * GIB, devices=2),
-    "Tesla V100-SXM2-16GB": Chip("V100", 125 * TERA, 16 * GB, dtype="float16"),
-    "Tesla T4": Chip("T4", 65 * TERA, 16 * GB, dtype="float16"),
+    "Tesla V100-SXM2-16GB": Chip("V100", 125 * TERA, 16 * GB, dtypes=("float16",)),
+    "Tesla T4": Chip("T4", 65 * TERA, 16 * GB, dtypes=("float16",)),
     "NVIDIA A100-SXM4-40GB": Chip("A100", 312 * TERA, 40 * GB),
     "NVIDIA A100-SXM4-80GB": Chip("A100", 312 * TERA, 80 * GB),
     "NVIDIA L4": Chip("L4", 121 * TERA, 24 * GB),
@@ -50,12 +52,51 @@ CHIPS = {
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """Floating-point operations a second of a device at its best; `None` where nobody has told, and in float32."""
+    """Floating-point operations a second of a device at its best; `None` where nobody has told, as in float32."""
     chip = CHIPS.get(device.device_kind)
-    # Every chip of the table multiplies the two 16-bit types equally fast, or has one of them only.
-    if chip is None or dtype == "float32":
+    if chip is None or dtype not in chip.dtypes:
         return None
     return chip.flops / chip.devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one step asks of all devices together, and what they can do.
+
+    Attributes:
+        target_slots: of the global batch.
+        flops: the model's floating-point operations.
+        peak_flops: of all devices a second; `None` where nobody has told.
+    """
+
+    target_slots: int
+    flops: float
+    peak_flops: float | None
+
+    @classmethod
+    def of(cls, experiment: Experiment, rows: int, devices: list[jax.Device]) -> "Work":
+        """The work of an experiment's step on so many rows, those that fill up the batch included."""
+        data = experiment.data
+        peak = peak_flops(devices[0], experiment.model.dtype)
+        return cls(
+            target_slots=rows * data.target_slots,
+            flops=model_flops(experiment.model, rows, data.source_slots, data.target_slots),
+            peak_flops=None if peak is None else len(devices) * peak,
+        )
+
+
+def device_memory_peak(devices: list[jax.Device]) -> dict[str, float]:
+    """The most bytes that one of this process's devices has held so far, under its metric's name; nothing on a CPU."""
+    statistics = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
+    peaks = [stats["peak_bytes_in_use"] for stats in statistics if stats and "peak_bytes_in_use" in stats]
+    return {"memory_bytes": float(max(peaks))} if peaks else {}
+
+
+def memory_of(compiled: jax.stages.Compiled) -> int:
+    """Bytes of a device that a program takes: arguments, results that take no argument's place, temporaries, code."""
+    memory: Any = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 def model_flops(config: TransformerConfig, rows: int, source_slots: int, target_slots: int) -> float:

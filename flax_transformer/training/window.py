@@ -1,4 +1,4 @@
-"""Takes the metrics of steps that are still under way and leaves their means over some steps, and the time trained."""
+"""Takes the metrics of steps that are still under way and leaves their means over some steps, and their speed."""
 
 import collections
 import contextlib
@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from flax_transformer.data.batch import Batch
 from flax_transformer.training.step import StepMetrics
+from flax_transformer.training.utilization import Work
 
 # Steps run ahead of the host; more than two of them on several CPU devices can deadlock jax's runtime.
 STEPS_IN_FLIGHT = 2
@@ -30,18 +32,21 @@ class Clock:
 class Window:
     """Gathers the metrics of some steps without making the device wait for the host."""
 
-    def __init__(self, size: int, check: Callable[[int, StepMetrics], None]):
+    def __init__(self, size: int, check: Callable[[int, StepMetrics], None], work: Work):
         """Begins the first window.
 
         Args:
             size: steps in a window.
             check: is shown the number and the metrics of each step, once they are there.
+            work: what a step asks of the devices.
         """
-        self._size, self._check = size, check
+        self._size, self._check, self._work = size, check, work
         self._in_flight: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._gathered: list[StepMetrics] = []
         self._last = 0
-        self._since = time.monotonic()
+        self._since = self._step_since = time.monotonic()
+        self._step_seconds: list[float] = []
+        self._waited = 0.0
 
     def add(self, step: int, metrics: StepMetrics) -> list[tuple[int, dict[str, float]]]:
         """Takes a step's metrics; gives the step and the means of each window that is complete."""
@@ -64,6 +69,9 @@ class Window:
             metrics = jax.device_get(on_device)
             self._check(step, metrics)
             self._gathered.append(metrics)
+            now = time.monotonic()
+            self._step_seconds.append(now - self._step_since)
+            self._step_since = now
             self._last = step
             if step % self._size == 0:
                 complete.append((step, self._means()))
@@ -71,26 +79,53 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of the tokens a second."""
+        """Leaves the time inside out of the speed."""
         begin = time.monotonic()
         yield
-        self._since += time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        self._since += seconds
+        self._step_since += seconds
+
+    def begin_anew(self) -> None:
+        """Forgets the time so far, that of the first step, which was compiled in it."""
+        self._since = self._step_since = time.monotonic()
+        self._waited = 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Hands batches on, and counts the time that they are waited for."""
+        while True:
+            begin = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - begin
+            if batch is None:
+                return
+            yield batch
 
     def _means(self) -> dict[str, float]:
         skipped = int(self._gathered[-1].skipped)
         made = [metrics for metrics in self._gathered if not metrics.skipped_in_a_row]
         now = time.monotonic()
         seconds, self._since, self._gathered = now - self._since, now, []
+        steps, self._step_seconds = self._step_seconds, []
+        waited, self._waited = self._waited, 0.0
 
         def total(name: str) -> float:
             return float(np.sum([getattr(metrics.sums, name) for metrics in made], dtype=np.float64))
 
         tokens = total("tokens") if made else float("nan")
-        return {
+        slots = self._work.target_slots * len(made)
+        utilization = {}
+        if self._work.peak_flops is not None:
+            utilization["model_flops_utilization"] = self._work.flops * len(steps) / seconds / self._work.peak_flops
+        return utilization | {
             "loss": total("smoothed") / tokens,
             "cross_entropy": total("cross_entropy") / tokens,
             "accuracy": total("correct") / tokens,
             "gradient_norm": float(np.mean([metrics.gradient_norm for metrics in made])) if made else float("nan"),
             "tokens_per_second": tokens / seconds,
+            "fill_rate": tokens / slots if made else float("nan"),
+            "input_wait": waited / seconds,
+            "step_seconds_p50": float(np.percentile(steps, 50)),
+            "step_seconds_p95": float(np.percentile(steps, 95)),
             "skipped": skipped,
         }

@@ -8,7 +8,8 @@ from flax_transformer.workdir import WorkDirectory
 
 SCORES = Scores(loss=1.23456, bleu=31.44, chrf=55.06, exact_match=97.2, sentences=500, signature="case:mixed")
 NAMES = ("source", "reference", "translation")
-METRICS = {"loss": 2.5, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "skipped": 0}
+SPEED = {"fill_rate": 0.94, "input_wait": 0.02, "step_seconds_p50": 0.1, "step_seconds_p95": 0.25}
+METRICS = {"loss": 2.5, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "skipped": 0} | SPEED
 
 
 def report_to(path, **options):
@@ -52,6 +53,14 @@ def test_updates_that_were_left_out_are_told_of(tmp_path, capfd):
             report.training(1, METRICS | {"skipped": skipped})
             report.step_done()
         assert ("3 updates left out" in capfd.readouterr().err) == told
+
+
+def test_the_progress_line_tells_the_speed_and_what_it_could_be(tmp_path, capfd):
+    with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
+        report.training(1, METRICS | {"model_flops_utilization": 0.41, "memory_bytes": 3.14e9})
+        report.step_done()
+    told = "1,234 target tokens/s, 94% full, 2% waiting for input, step 100 ms, p95 250 ms, 41% of peak, 3.1 GB"
+    assert told in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("failure", [None, KeyError("what ended the training")])

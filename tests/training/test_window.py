@@ -7,6 +7,7 @@ import pytest
 
 from flax_transformer.training.loss import LossSums
 from flax_transformer.training.step import StepMetrics
+from flax_transformer.training.utilization import Work
 from flax_transformer.training.window import STEPS_IN_FLIGHT, Clock, Window
 
 
@@ -17,8 +18,11 @@ def metrics_of(smoothed, tokens, *, norm=1.0, skipped=0, skipped_in_a_row=0):
     )
 
 
-def window_of(size, seen=None):
-    return Window(size, lambda step, metrics: seen.append(step) if seen is not None else None)
+WORK = Work(target_slots=20, flops=1e6, peak_flops=None)
+
+
+def window_of(size, seen=None, work=WORK):
+    return Window(size, lambda step, metrics: seen.append(step) if seen is not None else None, work)
 
 
 def test_a_window_is_the_mean_over_tokens_of_its_steps():
@@ -71,6 +75,35 @@ def test_time_that_was_spent_on_something_else_is_no_part_of_the_speed():
     window.add(1, metrics_of(1.0, 100.0))
     ((_, means),) = window.settle()
     assert means["tokens_per_second"] > 100 / 0.3
+
+
+def test_the_speed_tells_of_full_slots_of_waiting_and_of_single_steps():
+    def slow():
+        for number in range(4):
+            time.sleep(0.1)
+            yield number
+
+    window = window_of(4, work=Work(target_slots=20, flops=1e6, peak_flops=4e7))
+    begin = time.monotonic()
+    for step, _ in enumerate(window.timed(slow()), 1):
+        time.sleep(0.3 if step == 2 else 0.1)
+        window.add(step, metrics_of(1.0, 5.0))
+    ((_, means),) = window.settle()
+    seconds = time.monotonic() - begin
+    assert means["fill_rate"] == pytest.approx(0.25)
+    assert means["input_wait"] == pytest.approx(0.4 / seconds, rel=0.2)
+    assert means["model_flops_utilization"] == pytest.approx(4 * 1e6 / 4e7 / seconds, rel=0.1)
+    assert means["step_seconds_p50"] < means["step_seconds_p95"] <= seconds
+
+
+def test_the_first_step_in_which_compiling_was_is_no_part_of_the_speed():
+    window = window_of(1)
+    time.sleep(0.3)
+    window.begin_anew()
+    window.add(1, metrics_of(1.0, 100.0))
+    ((_, means),) = window.settle()
+    assert means["step_seconds_p95"] < 0.3 and means["tokens_per_second"] > 100 / 0.3
+    assert "model_flops_utilization" not in means  # nobody told the device's peak
 
 
 def test_the_clock_goes_on_from_the_time_before():
