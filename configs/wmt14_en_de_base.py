@@ -4,8 +4,8 @@
 
 It needs the TFDS data set `wmt14_translate/de-en` (prepared on first use where there is a network), and one host with
 TPUs or GPUs and room for 25,000 source and 25,000 target tokens a batch. The paper reports BLEU 27.3 on newstest2014
-after 100,000 steps, 12 hours on 8 P100 GPUs, from an average of the last five checkpoints, which this project does not
-make yet, with beam 4 and alpha 0.6.
+after 100,000 steps, 12 hours on 8 P100 GPUs, from the mean of the last five checkpoints (here `training.weights`), with
+beam 4 and alpha 0.6.
 
 Not run.
 """
@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
                 evaluate_every=5000,
                 checkpoint_every=1000,
                 keep_latest=5,
+                weights="averaged",
+                average_last=5,
                 beam_size=4,
             ),
         ).to_mapping()

@@ -67,6 +67,15 @@ class Cluster:
         jax.distributed.initialize(self.address, self.num_processes, self.process_id, initialization_timeout=timeout)
 
 
+def check_connected() -> None:
+    """Raises ValueError where jax sees devices of other processes, and nobody has connected this one with them."""
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"this process is one of {jax.process_count()} that share their devices, and was not connected with the "
+            "others: give --distributed to all of them"
+        )
+
+
 def cluster_of_environment(environment: Mapping[str, str] = os.environ) -> Cluster | None:
     """The cluster that environment variables name, `None` where they name none.
 

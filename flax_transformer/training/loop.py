@@ -54,6 +54,7 @@ def train_and_evaluate(
         Interrupted: SIGTERM or SIGINT came; the step in hand was finished and a checkpoint written.
     """
     began = time.monotonic()
+    hosts.check_connected()
     texts = load_texts(experiment)
     workdir = WorkDirectory(path)
     watched = Profile(profile, workdir.path / "profile")

@@ -55,6 +55,8 @@ class Parallelism:
                 there are devices.
         """
         devices = jax.devices() if devices is None else devices
+        # A process reads rows that lie one after another.
+        devices = sorted(devices, key=lambda device: device.process_index)
         if kind == "auto":
             kind = "pmap" if len(devices) > 1 else "jit"
         if kind == "jit" and jax.process_count() > 1:

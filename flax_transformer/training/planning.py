@@ -362,9 +362,9 @@ def read_collectives(module: Module) -> list[Collective]:
             kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
             channel = re.search(r"channel_id=(\d+)", line)
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            size = sum(
-                ITEM_BYTES[dtype] * math.prod(map(int, filter(None, shape.split(",")))) for dtype, shape in shapes
-            )
+            if match[2] == "all-gather" and "-start(" in line:
+                shapes = shapes[len(shapes) // 2 :]  # what is given stands before what is made
+            size = sum(ITEM_BYTES[dtype] * math.prod(map(int, re.findall(r"\d+", shape))) for dtype, shape in shapes)
             places = found[kind, channel[1] if channel else f"{name}:{number}", str(shapes)]
             count, total = places.get(name, (0, 0))
             places[name] = (count + module.times[name], total + module.times[name] * size)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import flax_transformer.training.loop as loop
+import flax_transformer.training.step as step_module
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.training.evaluation import Evaluation, Scores
 from flax_transformer.training.interruption import Interrupted
@@ -162,7 +163,7 @@ def test_a_training_ends_with_the_mean_of_checkpoints_and_tests_it(kind, experim
 
 def explode_from(monkeypatch, first, last):
     """Lets the gradient of some steps be infinite, by what the batch holds: its first segment's number."""
-    step = loop.train_step
+    step = step_module.train_step
 
     def train_step(state, batch, **options):
         bad = (state.step + 1 >= first) & (state.step + 1 <= last)
@@ -171,7 +172,7 @@ def explode_from(monkeypatch, first, last):
         kept = jax.tree.map(lambda old, new: jax.numpy.where(bad, old, new), state.params, after.params)
         return after.replace(params=kept), metrics
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(step_module, "train_step", train_step)
 
 
 def test_updates_that_are_not_finite_are_left_out_counted_and_told(experiment, tmp_path, monkeypatch):

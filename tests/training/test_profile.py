@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from flax_transformer.training import profile
 from flax_transformer.training.profile import Profile
@@ -16,7 +17,7 @@ def traces(monkeypatch):
 
 
 def watch(wish, first, last, tmp_path, traces):
-    watched = Profile(wish, tmp_path / "profile")
+    watched = Profile(wish, epath.Path(tmp_path) / "profile")
     said = []
     for step in range(first, last + 1):
         watched.before(step)
@@ -49,4 +50,4 @@ def test_a_training_may_begin_or_end_among_them(wish, first, last, seen, tmp_pat
 @pytest.mark.parametrize("wish", ["5", "5:2", "0:3", "a:b", "3-5"])
 def test_what_is_no_range_is_an_error(wish, tmp_path):
     with pytest.raises(ValueError, match="--profile is .*e.g. 20:25"):
-        Profile(wish, tmp_path)
+        Profile(wish, epath.Path(tmp_path))

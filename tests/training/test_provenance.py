@@ -12,10 +12,11 @@ from flax_transformer.training.provenance import provenance
 ROOT = Path(__file__).parents[2]
 
 
-def test_versions_command_and_devices_are_noted():
+def test_versions_command_and_devices_are_noted(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--workdir=my runs"])
     noted = provenance()
     assert noted["versions"]["jax"] == jax.__version__ and noted["versions"]["flax_transformer"]
-    assert noted["devices"] == f"{jax.device_count()} cpu" and "pytest" in noted["command"]
+    assert noted["devices"] == f"{jax.device_count()} cpu" and noted["command"] == "train.py '--workdir=my runs'"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")

@@ -1,10 +1,10 @@
 """Takes shapes and devices and leaves a verdict: XLA counts the same operations, a device has its peak."""
 
 import functools
-from types import SimpleNamespace
+from unittest import mock
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from flax_transformer.config import TransformerConfig
@@ -13,6 +13,10 @@ from flax_transformer.experiment import DataConfig, Experiment
 from flax_transformer.model import Transformer
 from flax_transformer.training.step import batch_sums
 from flax_transformer.training.utilization import CHIPS, Work, model_flops, peak_flops
+
+
+def device(kind):
+    return mock.Mock(spec=jax.devices()[0], device_kind=kind)
 
 
 @pytest.mark.parametrize("layers", [(1, 2), (2, 1)])
@@ -28,7 +32,7 @@ def test_the_models_operations_are_those_that_xla_counts(layers):
         num_decoder_layers=layers[1],
         dropout_rate=0.0,
     )
-    source, target = np.ones((3, 40), np.int32), np.ones((3, 56), np.int32)
+    source, target = jnp.ones((3, 40), jnp.int32), jnp.ones((3, 56), jnp.int32)
     batch = Batch(source, source, source, target, target, target)
     model = Transformer(config)
     params = model.init(jax.random.key(0), source, target, deterministic=True)["params"]
@@ -38,18 +42,18 @@ def test_the_models_operations_are_those_that_xla_counts(layers):
 
 
 def test_a_device_has_its_part_of_its_chip_and_an_unknown_one_no_peak():
-    v5e, half = (SimpleNamespace(device_kind=kind) for kind in ("TPU v5 lite", "TPU7x"))
+    v5e, half = (device(kind) for kind in ("TPU v5 lite", "TPU7x"))
     assert peak_flops(v5e, "bfloat16") == 197e12 and peak_flops(half, "bfloat16") == CHIPS["TPU7x"].flops / 2
     assert peak_flops(v5e, "float32") is None and peak_flops(jax.devices()[0], "bfloat16") is None
 
 
 def test_a_chip_without_bfloat16_has_no_peak_in_it():
-    t4 = SimpleNamespace(device_kind="Tesla T4")
+    t4 = device("Tesla T4")
     assert peak_flops(t4, "bfloat16") is None and peak_flops(t4, "float16") == 65e12
 
 
 def test_the_work_of_a_step_is_that_of_all_devices():
     model = TransformerConfig.tiny(source_vocab_size=50, target_vocab_size=50, dtype="bfloat16")
     experiment = Experiment(model=model, data=DataConfig(rows=6, source_slots=8, target_slots=12))
-    work = Work.of(experiment, 8, [SimpleNamespace(device_kind="TPU v4")] * 4)
+    work = Work.of(experiment, 8, [device("TPU v4")] * 4)
     assert work.target_slots == 96 and work.flops == model_flops(model, 8, 8, 12) and work.peak_flops == 4 * 275e12

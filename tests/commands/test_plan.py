@@ -1,0 +1,39 @@
+"""Takes the verb `plan` and leaves a verdict: a person reads what a slice would take, and how to mend a mistake."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def plan(*arguments):
+    command = [sys.executable, "-m", "flax_transformer", "plan", "--config=configs/quickstart.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_plan_tells_memory_collectives_and_verdict():
+    small = ["model.d_model=16", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "data.rows=10"]
+    done = plan("--topology=cpu:4", "--parallel=data=2,fsdp=2", *(f"--config.{change}" for change in small))
+    assert done.returncode == 0, done.stderr
+    head, what, *lines = [line for line in done.stdout.splitlines() if line]
+    assert head == "cpu:4: 4 devices of kind cpu" and what.endswith("rows of 64 source and 64 target slots")
+    assert lines[1] == "as the config says: jit over a mesh of 2 data x 2 fsdp on 4 cpu devices, 12 rows a step"
+    for word in ("memory a device", "state and batch", "temporaries", "floating point", "gradient", "all-reduce"):
+        assert any(line.strip().startswith(word) for line in lines)
+    assert lines[-1].endswith("nobody tells what the device has")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=cpu:0"], "give cpu:N"),
+        (["--topology=cpu:4", "--parallel=data=3"], "3 places for 4 devices"),
+        (["--topology=cpu:2", "--parallel=both"], "choose auto, jit, pmap"),
+        (["--topology=cpu:2", "--config.data.row=4"], "row"),
+        (["--topology=cpu:2", "--config=configs/none.py"], "configs/none.py is no file"),
+        (["--topology=cpu:2", "--config.data.rows=many"], "rows"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+    done = plan(*arguments)
+    assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1
