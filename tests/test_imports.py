@@ -203,3 +203,9 @@ def test_a_wrong_shape_is_an_error_while_tests_run():
     assert dot_product_attention(jnp.zeros((2, 5, 3, 4)), memory, memory).shape == (2, 5, 3, 4)
     with pytest.raises(jaxtyping.TypeCheckError):
         dot_product_attention(jnp.zeros((5, 3, 4)), memory, memory)
+
+
+def test_training_does_not_wait_for_pytorch_where_it_is_installed():
+    code = "import sys, flax_transformer.training.loop; print('torch' in sys.modules, 'tensorboardX' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"

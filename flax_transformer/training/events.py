@@ -5,10 +5,28 @@ measurement waits for it for ever; so the file that it is given here does not fa
 """
 
 import contextlib
+import sys
 import warnings
+from collections.abc import Iterator
 
 from etils import epath
-from tensorboardX import SummaryWriter, record_writer
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Inside, PyTorch is not loaded: tensorboardX tries to, two seconds at each start, for nothing that is used here."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way of saying that there is none
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+with _without_torch():
+    from tensorboardX import SummaryWriter, record_writer
 
 SCHEME = "epath"
 
