@@ -14,7 +14,7 @@ from etils import epath
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Inside, PyTorch is not loaded: tensorboardX tries to, two seconds at each start, for nothing that is used here."""
+    """Inside, PyTorch is not loaded: tensorboardX wants it, two seconds at each start, for what is not used."""
     if "torch" in sys.modules:
         yield
         return
