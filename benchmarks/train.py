@@ -129,12 +129,14 @@ class Run:
 
     Attributes:
         seconds: from the first batch until the last update was done.
+        cpu_seconds: of all of the process's threads meanwhile, those that wait busily too; other programs hardly move it.
         updates: how many.
         tokens: target tokens, padding left out.
         loss: label-smoothed, of the last update, in nats a token.
     """
 
     seconds: float
+    cpu_seconds: float
     updates: int
     tokens: int
     loss: float
@@ -176,14 +178,14 @@ class Ours:
 
     def train(self) -> Run:
         updates, tokens, batches = 0, [], self._data.packed()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for batch in batches:
             self._state, metrics = self._step(self._state, batch)
             updates, tokens = updates + 1, [*tokens, metrics.sums.tokens]
         jax.block_until_ready((self._state, metrics))
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         loss = metrics.sums.smoothed / metrics.sums.tokens
-        return Run(seconds, updates, round(sum(map(float, tokens))), float(loss))
+        return Run(seconds, cpu_seconds, updates, round(sum(map(float, tokens))), float(loss))
 
     def matmul_rate(self) -> float:
         size = MATMUL_SIZE[self._device]
@@ -196,7 +198,6 @@ class InTorch:
     """`nn.Transformer`; its padded batches are ready before the clock starts."""
 
     def __init__(self, experiment: Experiment, data: Data, device: str, *, compiled: bool = False):
-        torch.set_num_threads(THREADS)
         torch.manual_seed(SEED)
         self._device, self._dtype = {"cpu": "cpu", "gpu": "cuda"}[device], experiment.model.dtype
         self._size, pad_id = MATMUL_SIZE[device], experiment.model.pad_id
@@ -222,11 +223,11 @@ class InTorch:
         return {"first_call_s": time.perf_counter() - start}
 
     def train(self) -> Run:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for batch in self._batches:
             loss = self._step(*batch)
         loss = loss.item()
-        return Run(time.perf_counter() - start, len(self._batches), self._tokens, loss)
+        return Run(time.perf_counter() - start, time.process_time() - cpu_start, len(self._batches), self._tokens, loss)
 
     def matmul_rate(self) -> float:
         matrix = torch.ones(self._size, self._size, dtype=getattr(torch, self._dtype), device=self._device)
@@ -251,8 +252,12 @@ def _best_rate(size: int, product: Any) -> float:
 _in_this_process: list[Any] = []  # an engine
 
 
-def _build(name: str, experiment: Experiment, data: Data, device: str) -> None:
+def _build(name: str, experiment: Experiment, data: Data, device: str, threads: int) -> None:
     """Makes one engine, in a process of its own."""
+    if threads < THREADS:
+        # XLA makes as many threads as it has cores.
+        os.sched_setaffinity(0, range(threads))
+    torch.set_num_threads(threads)
     makers = {"torch": InTorch, "torch_compiled": functools.partial(InTorch, compiled=True), "flax_transformer": Ours}
     _in_this_process[:] = [makers[name](experiment, data, device)]
 
@@ -295,6 +300,7 @@ def measure(engines: dict[str, Executor], repeats: int, flops: float | None) -> 
             "updates": run.updates,
             "target_tokens": run.tokens,
             "seconds": seconds,
+            "cpu_seconds": [run.cpu_seconds for run in runs[name]],
             "update_ms": 1e3 * median / run.updates,
             "target_tokens_per_s": run.tokens / median,
             "last_loss": run.loss,
@@ -311,8 +317,8 @@ def table(records: list[dict[str, Any]]) -> str:
     first = records[0]
     lines = [
         "| engine | trace + compile, or first calls, s | update, ms | target tokens/s | times torch's "
-        "| share of matmul rate | matmul, GFLOP/s |",
-        "|---|---|---|---|---|---|---|",
+        "| share of matmul rate | matmul, GFLOP/s | CPU time, ms |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     torch_rate = next((record["target_tokens_per_s"] for record in records if "torch" in record["engine"]), None)
     for record in records:
@@ -325,6 +331,7 @@ def table(records: list[dict[str, Any]]) -> str:
             f"{record['target_tokens_per_s'] / torch_rate:.2f}" if torch_rate else "",
             f"{record['share_of_matmul_rate']:.0%}" if "share_of_matmul_rate" in first else "",
             f"{record['matmul_gflops']:.0f}",
+            f"{1e3 * statistics.median(record['cpu_seconds']) / record['updates']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -347,10 +354,10 @@ def _sentences(text: ParallelText, vocabularies: VocabularyPair, updates: int | 
     return Sentences(source, target, packing, MULTI30K, updates)
 
 
-def _start(names: Iterable[str], experiment: Experiment, data: Data, device: str) -> dict[str, Executor]:
+def _start(names: Iterable[str], experiment: Experiment, data: Data, device: str, threads: int) -> dict[str, Executor]:
     return {
         name: ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=_build, initargs=(name, experiment, data, device)
+            1, mp_context=get_context("spawn"), initializer=_build, initargs=(name, experiment, data, device, threads)
         )
         for name in names
     }
@@ -382,6 +389,7 @@ def main() -> None:
     )
     parser.add_argument("--updates", type=int, help="in a run (default 5, on a GPU 20; of text a whole epoch)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each engine (default 5)")
+    parser.add_argument("--threads", type=int, default=THREADS, help="and cores, of each engine (default all)")
     parser.add_argument("--output", type=Path, help="where the JSON goes (default benchmarks/results/...)")
     options = parser.parse_args()
     on_gpu = options.device == "gpu"
@@ -414,7 +422,7 @@ def main() -> None:
             data = dataclasses.replace(data, updates=options.updates or 50)
     if on_gpu:
         engines = ["torch_compiled" if name == "torch" else name for name in engines]
-    processes = _start(engines, _experiment(model, options.device), data, options.device)
+    processes = _start(engines, _experiment(model, options.device), data, options.device, options.threads)
     if on_gpu:
         machine = next(iter(processes.values())).submit(report.machine).result()
     records = measure(processes, options.repeats, flops)
