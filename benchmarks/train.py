@@ -129,7 +129,7 @@ class Run:
 
     Attributes:
         seconds: from the first batch until the last update was done.
-        cpu_seconds: of all of the process's threads meanwhile, those that wait busily too; other programs hardly move it.
+        cpu_seconds: of all threads of the process, busy waiting among it; other programs hardly change it.
         updates: how many.
         tokens: target tokens, padding left out.
         loss: label-smoothed, of the last update, in nats a token.
