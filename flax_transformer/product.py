@@ -6,6 +6,7 @@ Glossary: D inner width, F outer width.
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -26,7 +27,7 @@ def _forward(inputs: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax
     return product(inputs, kernel), (inputs, kernel)
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = residuals
     rows = tuple(range(inputs.ndim - 1))
     to_inputs = jax.lax.dot_general(gradient, kernel, (((gradient.ndim - 1,), (1,)), ((), ())))
