@@ -10,16 +10,12 @@ of them down. A first call, which compiles, is timed apart. Run it on a machine 
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,8 +27,8 @@ import numpy as np
 import torch
 import transformers
 
-import flax_transformer
-from benchmarks import peers
+from benchmarks import peers, report
+from benchmarks.report import RESULTS, SEED, THREADS
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import Vocabulary, VocabularyPair
 from flax_transformer.decoding.programs import search_translations
@@ -43,9 +39,6 @@ from flax_transformer.experiment import VocabularyConfig
 ENGINES = ("flax_transformer", "transformers", "ctranslate2")
 SENTENCES, SOURCE_LENGTH, TARGET_LENGTH = 32, 20, 24
 ALPHA, EXTRA_LENGTH = 0.6, 50
-SEED = 0
-THREADS = os.cpu_count() or 1
-RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[Sequence[int]]
 Tokens = list[list[int]]
@@ -292,22 +285,6 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _machine() -> dict[str, Any]:
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
-    device = jax.devices()[0]
-    return {
-        "system": platform.platform(),
-        "processor": processor,
-        "cores": THREADS,
-        "device": f"{device.platform}: {device.device_kind}",
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def main() -> None:
     """Reads the command line, measures, writes and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.split("\n")[0])
@@ -343,7 +320,7 @@ def main() -> None:
         except ValueError as error:
             parser.error(f"{error} (here --vocabulary_size)")
     _, workload = fixed_workload(config) if text is None else text_workload(config, text)
-    machine = _machine()
+    machine = report.machine()
     engines = {
         name: ProcessPoolExecutor(
             1,
@@ -354,22 +331,12 @@ def main() -> None:
         for name in options.engines
     }
     records = [record for beam in options.beams for record in measure(engines, workload, beam, options.repeats)]
-    report = {
-        "command": ["python", "-m", "benchmarks.decode", *sys.argv[1:]],
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine,
-        "versions": {"python": platform.python_version(), "flax_transformer": flax_transformer.__version__}
-        | {name: version(name) for name in ("jax", "flax", "torch", "transformers", "ctranslate2", "sentencepiece")},
-        "seed": SEED,
-        "model": dataclasses.asdict(config),
-        "results": records,
-    }
     kind = "text" if options.text else "fixed"
     path = options.output or RESULTS / f"decode_{kind}_{jax.default_backend()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    packages = ("jax", "flax", "torch", "transformers", "ctranslate2", "sentencepiece")
+    measured = {"machine": machine, "model": dataclasses.asdict(config), "results": records}
     print(table(records))
-    print(f"written to {path}", file=sys.stderr)
+    report.write(path, "benchmarks.decode", packages, measured)
 
 
 if __name__ == "__main__":

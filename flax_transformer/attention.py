@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.dropout import dropout
+from flax_transformer.product import dense_product
 
 # The least that "auto" takes cuDNN for: a tile of its kernel. A step of a search asks with fewer queries.
 TILE = 64
@@ -187,7 +188,12 @@ class MultiHeadAttention(nn.Module):
         self.out = self._projection()
 
     def _projection(self) -> nn.Dense:
-        return nn.Dense(self.d_model, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        return nn.Dense(
+            self.d_model,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            dot_general=dense_product,
+        )
 
     def _split_heads(self, inputs: Float[Array, "B P D"]) -> Float[Array, "B P H K"]:
         return inputs.reshape(*inputs.shape[:2], self.num_heads, self.d_model // self.num_heads)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from flax_transformer.attention import KVCache, MultiHeadAttention
 from flax_transformer.config import TransformerConfig
 from flax_transformer.dropout import Dropout
+from flax_transformer.product import dense_product
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -41,11 +42,15 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "B S D"], *, deterministic: bool) -> Float[Array, "B S D"]:
         """Maps each position; `deterministic` switches dropout off."""
-        kernel_init = nn.initializers.xavier_uniform()
-        inner = nn.Dense(self.d_ff, dtype=self.dtype, kernel_init=kernel_init, name="inner")(inputs)
+        options = {
+            "dtype": self.dtype,
+            "kernel_init": nn.initializers.xavier_uniform(),
+            "dot_general": dense_product,
+        }
+        inner = nn.Dense(self.d_ff, name="inner", **options)(inputs)
         inner = ACTIVATIONS[self.activation](inner)
         inner = Dropout(self.dropout_rate)(inner, deterministic=deterministic)
-        return nn.Dense(self.d_model, dtype=self.dtype, kernel_init=kernel_init, name="outer")(inner)
+        return nn.Dense(self.d_model, name="outer", **options)(inner)
 
 
 def layer_norm(config: TransformerConfig) -> nn.LayerNorm:

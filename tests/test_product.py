@@ -1,0 +1,42 @@
+"""Takes vectors and a matrix and leaves a verdict: the product and its gradients are those of plain mathematics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from flax_transformer.product import product
+
+D, F = 7, 11
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 5)])
+def test_product_and_gradients_equal_numpys(leading):
+    rng = np.random.default_rng(0)
+    inputs, kernel, weights = (rng.normal(size=shape) for shape in ((*leading, D), (D, F), (*leading, F)))
+    outputs, gradients = jax.vjp(product, jnp.asarray(inputs, "float32"), jnp.asarray(kernel, "float32"))
+    to_inputs, to_kernel = gradients(jnp.asarray(weights, "float32"))
+    np.testing.assert_allclose(outputs, inputs @ kernel, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(to_inputs, weights @ kernel.T, rtol=1e-4, atol=1e-5)
+    by_row = inputs.reshape(-1, D).T @ weights.reshape(-1, F)
+    np.testing.assert_allclose(to_kernel, by_row, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_gradients_agree_with_differences():
+    rng = np.random.default_rng(1)
+    inputs, kernel = (jnp.asarray(rng.normal(size=shape), "float32") for shape in ((2, 5, D), (D, F)))
+    check_grads(
+        lambda *arrays: product(*map(jnp.asarray, arrays)),
+        (inputs, kernel),
+        order=2,
+        modes=["rev"],
+        rtol=1e-2,
+        atol=1e-2,
+    )
+
+
+def test_gradients_have_the_type_of_what_they_are_of():
+    inputs, kernel = jnp.ones((2, 5, D), "bfloat16"), jnp.ones((D, F), "bfloat16")
+    gradients = jax.grad(lambda *arrays: product(*arrays).astype("float32").sum(), argnums=(0, 1))(inputs, kernel)
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16] * 2
