@@ -277,7 +277,8 @@ def train_step(
         loss_chunks=loss_chunks,
         axis_name=axis_name,
     )
-    gradient_norm = optax.tree.norm(gradients)
+    norms = module_norms(gradients)
+    gradient_norm = optax.tree.norm(norms)
     finite = jnp.isfinite(sums.smoothed) & jnp.isfinite(gradient_norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -303,7 +304,7 @@ def train_step(
     metrics = StepMetrics(
         sums=sums,
         gradient_norm=gradient_norm,
-        module_norms=module_norms(gradients),
+        module_norms=norms,
         skipped=after.skipped,
         skipped_in_a_row=after.skipped_in_a_row,
     )
