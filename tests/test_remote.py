@@ -120,7 +120,8 @@ def test_orbax_gets_the_path_in_the_bucket_as_it_is(workdir, monkeypatch):
     assert list(map(str, paths)) == ["gs://bucket/runs/first/checkpoints"]
 
 
-METRICS = {"loss": 2.5, "tokens_per_second": 1.0, "skipped": 0}
+SPEED = {"fill_rate": 0.9, "input_wait": 0.0, "step_seconds_p50": 0.1, "step_seconds_p95": 0.1}
+METRICS = {"loss": 2.5, "tokens_per_second": 1.0, "skipped": 0} | SPEED
 
 
 def events_of(workdir):
