@@ -271,17 +271,17 @@ def _lower(experiment: Experiment, parallelism: Parallelism, rows: int, micro_ba
 
 def _read_program(compiled: Any, seconds: float) -> Program:
     memory, costs, module = compiled.memory_analysis(), compiled.cost_analysis(), Module(compiled.as_text())
-    estimate = costs.get("optimal_seconds")
-    if estimate is not None:
+    seconds_of_step, cycles = None, module.cycles(loops=False)
+    if cycles:
         # For each operation that it has no estimate of, the TPU's compiler adds -1 second. It counts loops as one turn.
-        estimate -= math.floor(min(estimate, 0))
-        estimate *= module.cycles(loops=True) / module.cycles(loops=False)
+        estimate = costs["optimal_seconds"]
+        seconds_of_step = (estimate - math.floor(min(estimate, 0))) * module.cycles(loops=True) / cycles
     return Program(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory_of(compiled),
         flops=None if module.has_loops else costs.get("flops"),
-        seconds=estimate,
+        seconds=seconds_of_step,
         collectives=read_collectives(module),
         compile_seconds=seconds,
     )
