@@ -4,6 +4,7 @@ The step is the one that training runs, lowered for shapes alone: no array is ma
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -131,20 +132,20 @@ def find_devices(topology: str) -> list[jax.Device]:
                 "cpu:N, and let no XLA_FLAGS set another number of devices"
             )
         return jax.devices("cpu")[: int(size)]
-    # Nothing is there to be asked what machine this is.
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the TPU's compiler is not installed: pip install 'flax_transformer[libtpu]'")
+    # Nothing is there to be asked what machine this is, or to be kept from other processes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Both cores of a v4 chip are one device, as they are on a Cloud TPU.
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
-    except (RuntimeError, ImportError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
-        if "libtpu" in reason.lower() or "INVALID_ARGUMENT" not in reason:
-            raise ValueError(
-                "the TPU's compiler is not installed: pip install 'flax_transformer[libtpu]' "
-                f"({reason or type(error).__name__})"
-            ) from error
+        if "INVALID_ARGUMENT" not in reason:
+            raise ValueError(f"the TPU's compiler does not start: {reason}") from error
         raise ValueError(
             f"--topology is {topology!r}: {reason.partition('INVALID_ARGUMENT: ')[2]}; give here, cpu:8, or a TPU and "
             "its chips, e.g. v5e:4x4, v4:2x2x1, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1"
