@@ -79,9 +79,12 @@ class Report:
 
     def compiled(self, step: int, compiled: ParallelStep, seconds: float) -> None:
         """Tells of the first step: what compiling took, the memory of the program, and the time since the start."""
+        trace = (
+            f"tracing took {compiled.trace_seconds:.1f} s, compiling" if compiled.trace_seconds else "compiling took"
+        )
+        memory = f"; the program takes {compiled.memory / 1e9:.2f} GB of a device" if compiled.memory else ""
         self.say(
-            f"step {step} was done {seconds:.1f} s after the start; tracing took {compiled.trace_seconds:.1f} s, "
-            f"compiling {compiled.compile_seconds:.1f} s; the program takes {compiled.memory / 1e9:.2f} GB of a device"
+            f"step {step} was done {seconds:.1f} s after the start; {trace} {compiled.compile_seconds:.1f} s{memory}"
         )
         times = {"trace_seconds": compiled.trace_seconds, "compile_seconds": compiled.compile_seconds}
         self._record("compile", step, times | {"program_bytes": compiled.memory, "seconds_from_start": seconds})
