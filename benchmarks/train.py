@@ -17,237 +17,26 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import torch
 
 from benchmarks import report
-from benchmarks.report import RESULTS, SEED, THREADS
-from benchmarks.torch_training import make_step
+from benchmarks.report import RESULTS, THREADS
+from benchmarks.training_data import Data, FullRows, Sentences, pipeline_rates
+from benchmarks.training_engines import LEARNING_RATE, InTorch, Ours, Run
 from flax_transformer.config import TransformerConfig
-from flax_transformer.data.batch import Batch
-from flax_transformer.data.corpus import ParallelText, load_corpus
-from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
+from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
-from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import create_state, make_train_step
+from flax_transformer.experiment import Experiment, TrainingConfig, VocabularyConfig
 from flax_transformer.training.utilization import model_flops
 
 ENGINES = ("flax_transformer", "torch", "torch_compiled")
-# As in configs/multi30k_en_de.py.
-MULTI30K = DataConfig(rows=32, source_slots=64, target_slots=64, seed=SEED)
-LEARNING_RATE = 1e-4
-MATMUL_SIZE = {"cpu": 2048, "gpu": 8192}
-
-Padded = tuple[np.ndarray, np.ndarray]
-
-
-class Data(Protocol):
-    """What is trained on, as each library takes it."""
-
-    def packed(self) -> Iterable[Batch]:
-        """Batches of this library."""
-        ...
-
-    def padded(self) -> list[Padded]:
-        """Source and target of each batch, a sentence a row."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class FullRows:
-    """The same rows of random tokens again and again, none of them padding."""
-
-    source: np.ndarray
-    target: np.ndarray
-    updates: int
-
-    @classmethod
-    def draw(cls, config: TransformerConfig, rows: int, slots: int, updates: int) -> "FullRows":
-        """Rows that look like sentences to neither library."""
-        tokens = np.random.default_rng(SEED).integers(4, config.source_vocab_size, (2, rows, slots), np.int32)
-        return cls(*tokens, updates)
-
-    def packed(self) -> Iterable[Batch]:
-        ones = np.ones_like(self.source)
-        positions = ones.cumsum(axis=1, dtype=np.int32) - 1
-        return [Batch(self.source, ones, positions, self.target, ones, positions)] * self.updates
-
-    def padded(self) -> list[Padded]:
-        return [(self.source, self.target)] * self.updates
-
-
-@dataclasses.dataclass(frozen=True)
-class Sentences:
-    """A corpus, tokenised; of an epoch's batches `updates` are taken, or all."""
-
-    source: TokenSide
-    target: TokenSide
-    packing: Packing
-    config: DataConfig
-    updates: int | None
-
-    def corpus(self) -> PackedCorpus:
-        """The corpus as training has it."""
-        return PackedCorpus(self.source, self.target, self.packing, self.config)
-
-    def packed(self) -> Iterator[Batch]:
-        corpus = self.corpus()
-        return corpus.batches(0, self.updates or round(corpus.epoch_steps))
-
-    def padded(self) -> list[Padded]:
-        """Sentences of like length together, as many target tokens a batch as a packed one has on average."""
-        pairs = np.concatenate([self.packing[row] for row in range(len(self.packing))])
-        lengths = self.source.lengths[pairs], self.target.lengths[pairs]
-        pairs = pairs[np.lexsort(lengths)]
-        tokens = self.target.lengths[pairs]
-        a_batch = tokens.sum() / (len(self.packing) / self.config.rows)
-        number = (np.cumsum(tokens) - 1) // a_batch
-        batches = np.split(pairs, np.flatnonzero(np.diff(number)) + 1)
-        order = np.random.default_rng(SEED).permutation(len(batches))[: self.updates]
-        return [(_pad(self.source, batches[place]), _pad(self.target, batches[place])) for place in order]
-
-
-def _pad(side: TokenSide, pairs: np.ndarray) -> np.ndarray:
-    rows = np.zeros((len(pairs), side.lengths[pairs].max()), np.int32)
-    for row, pair in zip(rows, pairs, strict=True):
-        row[: len(side[pair])] = side[pair]
-    return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What an engine's updates took.
-
-    Attributes:
-        seconds: from the first batch until the last update was done.
-        cpu_seconds: of all threads of the process, busy waiting among it; other programs hardly change it.
-        updates: how many.
-        tokens: target tokens, padding left out.
-        loss: label-smoothed, of the last update, in nats a token.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    updates: int
-    tokens: int
-    loss: float
-
-
-class Engine(Protocol):
-    """One way to train."""
-
-    def first_call(self) -> dict[str, float]:
-        """Seconds of what only a first call does, by its name; done at most once."""
-        ...
-
-    def train(self) -> Run:
-        """Makes the updates of one run."""
-        ...
-
-    def matmul_rate(self) -> float:
-        """Floating-point operations a second of one large product in the model's type."""
-        ...
-
-
-class Ours:
-    """This library, as the training loop runs it; the step also takes norms of gradients and counts right tokens."""
-
-    def __init__(self, experiment: Experiment, data: Data, device: str):
-        self._data, self._device, self._dtype = data, device, experiment.model.dtype
-        self._parallelism = Parallelism("jit")
-        rng = jax.random.key(SEED, impl=experiment.training.rng_impl)
-        self._state = self._parallelism.create(functools.partial(create_state, experiment), rng)
-        self._step: Any = self._parallelism.transform(make_train_step(experiment, 1), donate_state=True)
-
-    def first_call(self) -> dict[str, float]:
-        batch = next(iter(self._data.packed()))
-        start = time.perf_counter()
-        lowered = self._step.lower(self._state, batch)
-        traced = time.perf_counter()
-        self._step = lowered.compile()
-        return {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
-
-    def train(self) -> Run:
-        updates, tokens, batches = 0, [], self._data.packed()
-        start, cpu_start = time.perf_counter(), time.process_time()
-        for batch in batches:
-            self._state, metrics = self._step(self._state, batch)
-            updates, tokens = updates + 1, [*tokens, metrics.sums.tokens]
-        jax.block_until_ready((self._state, metrics))
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        loss = metrics.sums.smoothed / metrics.sums.tokens
-        return Run(seconds, cpu_seconds, updates, round(sum(map(float, tokens))), float(loss))
-
-    def matmul_rate(self) -> float:
-        size = MATMUL_SIZE[self._device]
-        matrix = jnp.ones((size, size), self._dtype)
-        product = jax.jit(jnp.matmul)
-        return _best_rate(size, lambda: product(matrix, matrix).block_until_ready())
-
-
-class InTorch:
-    """`nn.Transformer`; its padded batches are ready before the clock starts."""
-
-    def __init__(self, experiment: Experiment, data: Data, device: str, *, compiled: bool = False):
-        torch.manual_seed(SEED)
-        self._device, self._dtype = {"cpu": "cpu", "gpu": "cuda"}[device], experiment.model.dtype
-        self._size, pad_id = MATMUL_SIZE[device], experiment.model.pad_id
-        self._batches = []
-        for source, target in data.padded():
-            source, target = (torch.tensor(side, dtype=torch.long, device=self._device) for side in (source, target))
-            self._batches.append((source, target, source == pad_id if (source == pad_id).any() else None))
-        self._tokens = sum(int((target != pad_id).sum()) for _, target, _ in self._batches)
-        length = max(max(source.shape[1], target.shape[1]) for source, target, _ in self._batches)
-        self._step = make_step(
-            experiment.model,
-            length,
-            learning_rate=LEARNING_RATE,
-            label_smoothing=experiment.training.label_smoothing,
-            device=self._device,
-            compiled=compiled,
-        )
-
-    def first_call(self) -> dict[str, float]:
-        start = time.perf_counter()
-        for batch in self._batches[:3]:
-            self._step(*batch).item()
-        return {"first_call_s": time.perf_counter() - start}
-
-    def train(self) -> Run:
-        start, cpu_start = time.perf_counter(), time.process_time()
-        for batch in self._batches:
-            loss = self._step(*batch)
-        loss = loss.item()
-        return Run(time.perf_counter() - start, time.process_time() - cpu_start, len(self._batches), self._tokens, loss)
-
-    def matmul_rate(self) -> float:
-        matrix = torch.ones(self._size, self._size, dtype=getattr(torch, self._dtype), device=self._device)
-
-        def product() -> None:
-            torch.matmul(matrix, matrix)
-            if self._device == "cuda":
-                torch.cuda.synchronize()
-
-        return _best_rate(self._size, product)
-
-
-def _best_rate(size: int, product: Any) -> float:
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
 
 _in_this_process: list[Any] = []  # an engine
 
@@ -347,13 +136,6 @@ def _experiment(model: TransformerConfig, device: str) -> Experiment:
     return Experiment(model=model, training=training)
 
 
-def _sentences(text: ParallelText, vocabularies: VocabularyPair, updates: int | None) -> Sentences:
-    source = TokenSide.encode(vocabularies.source, text.source)
-    target = TokenSide.encode(vocabularies.target, text.target)
-    packing = Packing.plan(source, target, text.repeats, MULTI30K, max_length=256)
-    return Sentences(source, target, packing, MULTI30K, updates)
-
-
 def _start(names: Iterable[str], experiment: Experiment, data: Data, device: str, threads: int) -> dict[str, Executor]:
     return {
         name: ProcessPoolExecutor(
@@ -361,18 +143,6 @@ def _start(names: Iterable[str], experiment: Experiment, data: Data, device: str
         )
         for name in names
     }
-
-
-def _pipeline(sentences: Sentences, repeats: int) -> list[float]:
-    """Target tokens a second that the pipeline alone makes, as often as asked."""
-    corpus, rates = sentences.corpus(), []
-    steps = round(corpus.epoch_steps)
-    for number in range(repeats):
-        start, tokens = time.perf_counter(), 0
-        for batch in corpus.batches(number * steps, (number + 1) * steps):
-            tokens += np.count_nonzero(batch.target_segments)
-        rates.append(tokens / (time.perf_counter() - start))
-    return rates
 
 
 def main() -> None:
@@ -415,10 +185,10 @@ def main() -> None:
         vocabularies = VocabularyPair.train(text.source, text.target, VocabularyConfig(size=4000))
         size = vocabularies.target.size
         model = TransformerConfig.tiny(norm="pre", source_vocab_size=size, target_vocab_size=size)
-        data, engines = _sentences(text, vocabularies, options.updates), options.engines
+        data, engines = Sentences.encode(text, vocabularies, options.updates), options.engines
         if options.what == "pipeline":
             # What is made is held against what is taken: some batches are enough to tell.
-            pipeline, engines = _pipeline(data, options.repeats), ["flax_transformer"]
+            pipeline, engines = pipeline_rates(data, options.repeats), ["flax_transformer"]
             data = dataclasses.replace(data, updates=options.updates or 50)
     if on_gpu:
         engines = ["torch_compiled" if name == "torch" else name for name in engines]

@@ -1,0 +1,114 @@
+"""Takes random tokens or a corpus and leaves batches for `benchmarks.train`, in the shape each library takes them."""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from benchmarks.report import SEED
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.batch import Batch
+from flax_transformer.data.corpus import ParallelText
+from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.experiment import DataConfig
+
+# As in configs/multi30k_en_de.py.
+MULTI30K = DataConfig(rows=32, source_slots=64, target_slots=64, seed=SEED)
+
+Padded = tuple[np.ndarray, np.ndarray]
+
+
+class Data(Protocol):
+    """What is trained on, as each library takes it."""
+
+    def packed(self) -> Iterable[Batch]:
+        """Batches of this library."""
+        ...
+
+    def padded(self) -> list[Padded]:
+        """Source and target of each batch, a sentence a row."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FullRows:
+    """The same rows of random tokens again and again, none of them padding."""
+
+    source: np.ndarray
+    target: np.ndarray
+    updates: int
+
+    @classmethod
+    def draw(cls, config: TransformerConfig, rows: int, slots: int, updates: int) -> "FullRows":
+        """Rows that look like sentences to neither library."""
+        tokens = np.random.default_rng(SEED).integers(4, config.source_vocab_size, (2, rows, slots), np.int32)
+        return cls(*tokens, updates)
+
+    def packed(self) -> Iterable[Batch]:
+        ones = np.ones_like(self.source)
+        positions = ones.cumsum(axis=1, dtype=np.int32) - 1
+        return [Batch(self.source, ones, positions, self.target, ones, positions)] * self.updates
+
+    def padded(self) -> list[Padded]:
+        return [(self.source, self.target)] * self.updates
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences:
+    """A corpus, tokenised; of an epoch's batches `updates` are taken, or all."""
+
+    source: TokenSide
+    target: TokenSide
+    packing: Packing
+    config: DataConfig
+    updates: int | None
+
+    @classmethod
+    def encode(cls, text: ParallelText, vocabularies: VocabularyPair, updates: int | None) -> "Sentences":
+        """A corpus laid out as Multi30k's config has it."""
+        source = TokenSide.encode(vocabularies.source, text.source)
+        target = TokenSide.encode(vocabularies.target, text.target)
+        packing = Packing.plan(source, target, text.repeats, MULTI30K, max_length=256)
+        return cls(source, target, packing, MULTI30K, updates)
+
+    def corpus(self) -> PackedCorpus:
+        """The corpus as training has it."""
+        return PackedCorpus(self.source, self.target, self.packing, self.config)
+
+    def packed(self) -> Iterator[Batch]:
+        corpus = self.corpus()
+        return corpus.batches(0, self.updates or round(corpus.epoch_steps))
+
+    def padded(self) -> list[Padded]:
+        """Sentences of like length together, as many target tokens a batch as a packed one has on average."""
+        pairs = np.concatenate([self.packing[row] for row in range(len(self.packing))])
+        lengths = self.source.lengths[pairs], self.target.lengths[pairs]
+        pairs = pairs[np.lexsort(lengths)]
+        tokens = self.target.lengths[pairs]
+        a_batch = tokens.sum() / (len(self.packing) / self.config.rows)
+        number = (np.cumsum(tokens) - 1) // a_batch
+        batches = np.split(pairs, np.flatnonzero(np.diff(number)) + 1)
+        order = np.random.default_rng(SEED).permutation(len(batches))[: self.updates]
+        return [(_pad(self.source, batches[place]), _pad(self.target, batches[place])) for place in order]
+
+
+def _pad(side: TokenSide, pairs: np.ndarray) -> np.ndarray:
+    rows = np.zeros((len(pairs), side.lengths[pairs].max()), np.int32)
+    for row, pair in zip(rows, pairs, strict=True):
+        row[: len(side[pair])] = side[pair]
+    return rows
+
+
+def pipeline_rates(sentences: Sentences, repeats: int) -> list[float]:
+    """Target tokens a second that the pipeline alone makes, as often as asked."""
+    corpus, rates = sentences.corpus(), []
+    steps = round(corpus.epoch_steps)
+    for number in range(repeats):
+        start, tokens = time.perf_counter(), 0
+        for batch in corpus.batches(number * steps, (number + 1) * steps):
+            tokens += np.count_nonzero(batch.target_segments)
+        rates.append(tokens / (time.perf_counter() - start))
+    return rates
