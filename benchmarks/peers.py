@@ -4,7 +4,7 @@ Ours must be one that both can express: post-norm, `sinusoidal_concatenated` pos
 bias, as Marian's models are. In CTranslate2 a token's spelling is its id.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import ctranslate2
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from ctranslate2.converters.converter import Converter
-from ctranslate2.specs import common_spec
-from ctranslate2.specs.transformer_spec import TransformerSpec
+from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
+from flax_transformer.interop.ctranslate2 import write_model
+from flax_transformer.interop.marian_fields import write_fields
+from flax_transformer.interop.marian_tensors import OUTPUT, SOURCE, TARGET, embeddings, to_tensors
 from flax_transformer.model import Transformer
-from flax_transformer.positions import sinusoidal_positions
 
 REQUIRED = {"norm": "post", "positions": "sinusoidal_concatenated", "scale_embeddings": True, "output_bias": True}
 
@@ -60,7 +60,7 @@ def random_params(
 
     params = jax.tree_util.tree_map_with_path(draw, shapes["params"])
     clock = _slow_coordinates(config, np.pi / 4 / end_at)
-    source, target, output = _embeddings(config, params)
+    source, target, output = embeddings(config, params)
     target[:, clock] = output[:, clock] = output[config.eos_id] = 0.0
     # The difference of a sine and its cosine: no mean that a norm takes off changes it.
     output[config.eos_id, clock] = end_slope, -end_slope
@@ -108,129 +108,17 @@ def _put_back(attention: PyTree, clock: list[int], source_clock: list[int], conf
 def marian_model(config: TransformerConfig, params: PyTree) -> transformers.MarianMTModel:
     """The model in transformers, float32 and in evaluation mode; ValueError for what Marian cannot express."""
     _check(config)
-    model = transformers.MarianMTModel(
-        transformers.MarianConfig(
-            vocab_size=config.source_vocab_size,
-            decoder_vocab_size=config.target_vocab_size,
-            max_position_embeddings=config.max_length,
-            encoder_layers=config.num_encoder_layers,
-            decoder_layers=config.num_decoder_layers,
-            encoder_ffn_dim=config.d_ff,
-            decoder_ffn_dim=config.d_ff,
-            encoder_attention_heads=config.num_heads,
-            decoder_attention_heads=config.num_heads,
-            activation_function=config.activation,
-            d_model=config.d_model,
-            scale_embedding=True,
-            pad_token_id=config.pad_id,
-            eos_token_id=config.eos_id,
-            decoder_start_token_id=config.start_id,
-            forced_eos_token_id=None,
-            share_encoder_decoder_embeddings=config.tie_embeddings == "three_way",
-            tie_word_embeddings=config.tie_embeddings != "none",
-        )
+    tensors, sharing = to_tensors(config, params)
+    fields, _ = write_fields(config)
+    model = transformers.MarianMTModel(transformers.MarianConfig(**fields | sharing | {"forced_eos_token_id": None}))
+    if sharing["tie_word_embeddings"]:  # a state has every name
+        tensors |= dict(zip((SOURCE, TARGET, OUTPUT), embeddings(config, params), strict=True))
+    missing, unexpected = model.load_state_dict(
+        {name: torch.tensor(each) for name, each in tensors.items()}, strict=False
     )
-    state = {name: torch.tensor(np.asarray(array)) for name, array in _marian_state(config, params)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
     # transformers works its positions out; whatever else was left over would stay as it was initialised.
     assert not unexpected and all("embed_positions" in name for name in missing), (missing, unexpected)
     return model.eval()
-
-
-def _marian_state(config: TransformerConfig, params: PyTree) -> Iterator[tuple[str, jax.Array]]:
-    source, target, output = _embeddings(config, params)
-    if config.tie_embeddings == "three_way":
-        yield "model.shared.weight", source
-    yield "model.encoder.embed_tokens.weight", source
-    yield "model.decoder.embed_tokens.weight", target
-    yield "lm_head.weight", output
-    yield "final_logits_bias", params["output_bias"][None]
-    attentions = {"self_attention": ("self_attn", "self_attn_layer_norm")}
-    attentions["cross_attention"] = ("encoder_attn", "encoder_attn_layer_norm")
-    for stack in ("encoder", "decoder"):
-        for number, layer in enumerate(_layers(params[stack])):
-            prefix = f"model.{stack}.layers.{number}"
-            for ours, (theirs, norm) in attentions.items():
-                if ours in layer:
-                    for part in ("query", "key", "value", "out"):
-                        name = f"{prefix}.{theirs}.{part if part == 'out' else part[0]}_proj"
-                        yield from _torch_linear(name, layer[ours][part])
-                    yield from _torch_norm(f"{prefix}.{norm}", layer[f"{ours}_norm"])
-            yield from _torch_linear(f"{prefix}.fc1", layer["feed_forward"]["inner"])
-            yield from _torch_linear(f"{prefix}.fc2", layer["feed_forward"]["outer"])
-            yield from _torch_norm(f"{prefix}.final_layer_norm", layer["feed_forward_norm"])
-
-
-def _torch_linear(name: str, dense: PyTree) -> Iterator[tuple[str, jax.Array]]:
-    yield f"{name}.weight", dense["kernel"].T
-    yield f"{name}.bias", dense["bias"]
-
-
-def _torch_norm(name: str, norm: PyTree) -> Iterator[tuple[str, jax.Array]]:
-    yield f"{name}.weight", norm["scale"]
-    yield f"{name}.bias", norm["bias"]
-
-
-class _FromParams(Converter):
-    """Fills CTranslate2's description of a Transformer."""
-
-    def __init__(self, config: TransformerConfig, params: PyTree):
-        self.config = config
-        self.params = params
-
-    def _load(self) -> TransformerSpec:
-        config, params = self.config, self.params
-        activation = {"relu": "RELU", "gelu": "GELU", "swish": "SWISH"}[config.activation]
-        spec = TransformerSpec.from_config(
-            (config.num_encoder_layers, config.num_decoder_layers),
-            config.num_heads,
-            pre_norm=False,
-            activation=common_spec.Activation[activation],
-        )
-        spec.config.layer_norm_epsilon = config.norm_epsilon
-        spec.config.bos_token = spec.config.decoder_start_token = str(config.start_id)
-        spec.config.unk_token = str(config.pad_id)
-        spec.config.eos_token = str(config.eos_id)
-        spec.register_source_vocabulary([str(token) for token in range(config.source_vocab_size)])
-        spec.register_target_vocabulary([str(token) for token in range(config.target_vocab_size)])
-
-        source, target, output = (np.array(matrix) for matrix in _embeddings(config, params))
-        spec.encoder.embeddings[0].weight = source
-        spec.decoder.embeddings.weight = target
-        spec.decoder.projection.weight = output
-        spec.decoder.projection.bias = np.array(params["output_bias"])
-        # The table that CTranslate2 makes where none is given starts from position 1, with other wavelengths.
-        positions = np.array(sinusoidal_positions(jnp.arange(config.max_length), config.d_model, interleaved=False))
-        spec.encoder.position_encodings.encodings = positions
-        spec.decoder.position_encodings.encodings = positions
-        for theirs, ours in zip(spec.encoder.layer, _layers(params["encoder"]), strict=True):
-            _fill_layer(theirs, ours)
-        for theirs, ours in zip(spec.decoder.layer, _layers(params["decoder"]), strict=True):
-            _fill_layer(theirs, ours)
-            query, key, value, out = (ours["cross_attention"][part] for part in ("query", "key", "value", "out"))
-            for linear, parts in zip(theirs.attention.linear, ([query], [key, value], [out]), strict=True):
-                _fill_linear(linear, parts)
-            _fill_norm(theirs.attention.layer_norm, ours["cross_attention_norm"])
-        return spec
-
-
-def _fill_layer(theirs, ours: PyTree) -> None:
-    query, key, value, out = (ours["self_attention"][part] for part in ("query", "key", "value", "out"))
-    _fill_linear(theirs.self_attention.linear[0], [query, key, value])
-    _fill_linear(theirs.self_attention.linear[1], [out])
-    _fill_norm(theirs.self_attention.layer_norm, ours["self_attention_norm"])
-    _fill_linear(theirs.ffn.linear_0, [ours["feed_forward"]["inner"]])
-    _fill_linear(theirs.ffn.linear_1, [ours["feed_forward"]["outer"]])
-    _fill_norm(theirs.ffn.layer_norm, ours["feed_forward_norm"])
-
-
-def _fill_linear(theirs: common_spec.LinearSpec, parts: Iterable[PyTree]) -> None:
-    theirs.weight = np.concatenate([np.asarray(part["kernel"]).T for part in parts])
-    theirs.bias = np.concatenate([np.asarray(part["bias"]) for part in parts])
-
-
-def _fill_norm(theirs: common_spec.LayerNormSpec, ours: PyTree) -> None:
-    theirs.gamma, theirs.beta = np.array(ours["scale"]), np.array(ours["bias"])
 
 
 def ctranslate2_model(
@@ -242,7 +130,8 @@ def ctranslate2_model(
         ValueError: for what Marian cannot express.
     """
     _check(config)
-    _FromParams(config, params).convert(directory, force=True)
+    pieces = [[str(token) for token in range(size)] for size in (config.source_vocab_size, config.target_vocab_size)]
+    write_model(epath.Path(directory), config, params, *pieces, unk_id=config.pad_id)
     return ctranslate2.Translator(
         directory, device=device, compute_type="float32", inter_threads=1, intra_threads=threads
     )
@@ -257,15 +146,6 @@ def _check(config: TransformerConfig) -> None:
     for name, value in REQUIRED.items():
         if getattr(config, name) != value:
             raise ValueError(f"model.{name} is {getattr(config, name)!r}: the peers have {value!r}")
-
-
-def _embeddings(config: TransformerConfig, params: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    """Source, target and output matrix, each [V, D]."""
-    if config.tie_embeddings == "three_way":
-        shared = params["shared_embedding"]["embedding"]
-        return shared, shared, shared
-    source, target = params["source_embedding"]["embedding"], params["target_embedding"]["embedding"]
-    return source, target, params["output_kernel"].T if config.tie_embeddings == "none" else target
 
 
 def _layers(stack: PyTree) -> list[PyTree]:

@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "BLEU, chrF and TER of a model on a test set, or of two models compared",
     "score": "log-probabilities and perplexity of given translations",
     "average": "average the weights of several checkpoints into one",
+    "convert": "OPUS-MT (Marian) models in; CTranslate2, Marian and StableHLO out",
     "plan": "what training would take on a TPU slice that is not here, from its compiler",
 }
 

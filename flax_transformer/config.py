@@ -5,7 +5,7 @@ Glossary: D is `d_model`, H is `num_heads`, K = D / H is the size of one head, F
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 CHOICES = {
@@ -52,6 +52,7 @@ class TransformerConfig:
         pad_id: the id that fills up rows.
         start_id: the id that the decoder starts from.
         eos_id: the id that ends a sentence.
+        banned_ids: ids that no search chooses, beside padding and start.
         dtype: type of the activations; parameters, softmax and logits are float32 either way. bfloat16 is for TPUs and
             newer GPUs; float16, for older ones such as the T4, is trained with a loss scale.
         attention_implementation: "auto" (cuDNN's fused kernel where it can and should run, as
@@ -81,12 +82,14 @@ class TransformerConfig:
     pad_id: int = 0
     start_id: int = 1
     eos_id: int = 2
+    banned_ids: Sequence[int] = ()
     dtype: str = "float32"
     attention_implementation: str = "auto"
     remat: bool = False
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        object.__setattr__(self, "banned_ids", tuple(self.banned_ids))  # JSON has lists, and only a tuple is hashable
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")

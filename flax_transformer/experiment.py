@@ -86,6 +86,9 @@ class TrainingConfig:
 
     Attributes:
         steps: number of updates.
+        start_from: a work directory whose model training begins with, vocabulary and all; empty for a new one.
+        freeze: the parts that keep what they begin with, "embeddings", "encoder" or "embeddings,encoder"; empty for
+            none.
         seed: of the parameters and of dropout.
         rng_impl: random bits for dropout, a name that `jax.random.key` takes; "rbg" is meant for TPUs.
         schedule: "paper" (section 5.3), "inverse_sqrt", "cosine", "linear" or "constant", all after a linear warm-up.
@@ -125,6 +128,8 @@ class TrainingConfig:
     """
 
     steps: int = 100_000
+    start_from: str = ""
+    freeze: str = ""
     seed: int = 0
     rng_impl: str = "threefry2x32"
     schedule: str = "paper"
@@ -164,6 +169,7 @@ class TrainingConfig:
                 f"training.parallelism is {self.parallelism!r}: choose auto, jit, pmap, data, fsdp, or the sizes of a "
                 'mesh such as "data=2,fsdp=4"'
             )
+        _check_choice("training", "freeze", self.freeze, ("", "embeddings", "encoder", "embeddings,encoder"))
         _check_choice("training", "best_metric", self.best_metric, ("bleu", "chrf", "exact_match", "loss"))
         _check_choice("training", "rng_impl", self.rng_impl, ("rbg", "threefry2x32", "unsafe_rbg"))
         _check_choice("training", "weights", self.weights, ("trained", "ema", "averaged"))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
 from flax_transformer.masks import ancestor_mask, causal_mask, combine_masks, padding_mask, segment_mask
-from flax_transformer.positions import check_length
+from flax_transformer.positions import Length, check_length
 from flax_transformer.stacks import Decoder, DecodingState, Encoder, first_ancestors
 
 
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
             return_weights=return_weights,
         )
 
-    def start_decoding(self, source: Int[Array, "B S"], *, max_length: int, hypotheses: int = 1) -> DecodingState:
+    def start_decoding(self, source: Int[Array, "B S"], *, max_length: Length, hypotheses: int = 1) -> DecodingState:
         """Encodes the source and makes room for its translations.
 
         Args:

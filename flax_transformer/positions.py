@@ -3,6 +3,8 @@
 Glossary: B batch, S positions in a row, D d_model.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,10 @@ def sinusoidal_positions(
     angles = positions[..., None] * frequencies
     waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1 if interleaved else -2)
     return waves.reshape(*positions.shape, d_model)
+
+
+# A number; a symbol of one where a program is exported for any length (jax.export's symbolic dimensions).
+Length = Any
 
 
 class LearnedPositions(nn.Module):
@@ -50,7 +56,7 @@ class LearnedPositions(nn.Module):
         return jnp.take(table, positions, axis=0, mode="fill", fill_value=jnp.nan)
 
 
-def check_length(length: int, max_length: int) -> None:
+def check_length(length: Length, max_length: int) -> None:
     """Raises ValueError where `length` positions do not fit into a learned table of `max_length`."""
     if length > max_length:
         raise ValueError(

@@ -14,7 +14,7 @@ from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
 from flax_transformer.dropout import Dropout
 from flax_transformer.layers import DecoderLayer, EncoderLayer, layer_norm
-from flax_transformer.positions import LearnedPositions, sinusoidal_positions
+from flax_transformer.positions import LearnedPositions, Length, sinusoidal_positions
 
 
 class DecodingState(flax.struct.PyTreeNode):
@@ -44,7 +44,7 @@ class DecodingState(flax.struct.PyTreeNode):
         return self.replace(ancestors=jnp.where(decoded, inherited, first_ancestors(*self.ancestors.shape)))
 
 
-def first_ancestors(batch: int, hypotheses: int, length: int) -> Int[Array, "B N L"]:
+def first_ancestors(batch: Length, hypotheses: int, length: Length) -> Int[Array, "B N L"]:
     """Every hypothesis its own ancestor."""
     return jnp.broadcast_to(jnp.arange(hypotheses, dtype=jnp.int32)[:, None], (batch, hypotheses, length))
 

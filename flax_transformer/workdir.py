@@ -94,7 +94,7 @@ class WorkDirectory:
 
     def has_vocabularies(self) -> bool:
         """Whether a vocabulary is stored here."""
-        return any(self.path.glob("*.model")) if self.path.exists() else False
+        return VocabularyPair.is_in(self.path)
 
     def write_vocabularies(self, vocabularies: VocabularyPair) -> None:
         """Stores the vocabulary."""

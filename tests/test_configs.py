@@ -1,6 +1,7 @@
 """Takes every file in `configs/` and leaves a verdict: it is an experiment, and says with which command it runs."""
 
 import ast
+import dataclasses
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.experiment import Experiment, TrainingConfig
+from flax_transformer.workdir import WorkDirectory
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 COMMAND = re.compile(r"python train\.py --config=(configs/\w+\.py)(?::(\S+))? --workdir=\S+")
@@ -24,6 +26,14 @@ def experiments_of(file):
     get_config = runpy.run_path(str(file))["get_config"]
     configs = [get_config(choice) if choice else get_config() for _, choice in commands_of(file)]
     return [Experiment.from_mapping(config.to_dict()) for config in [get_config(), *configs]]
+
+
+@pytest.fixture(autouse=True)
+def converted(tmp_path, monkeypatch):
+    """The work directory that a config may start from, under its name in the docstrings."""
+    monkeypatch.chdir(tmp_path)
+    model = TransformerConfig(source_vocab_size=50, target_vocab_size=50, max_length=512)
+    WorkDirectory("runs/opus").write_config({"model": dataclasses.asdict(model)})
 
 
 every_config = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

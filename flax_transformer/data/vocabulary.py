@@ -1,15 +1,18 @@
 """Takes sentences and leaves token ids, and goes the way back: SentencePiece models, trained, saved and applied.
 
-Ids 0 to 3 are padding, beginning, end and unknown in every vocabulary; the pieces follow. There is no byte fallback:
-a character that training did not see becomes the unknown id, and decodes as " ⁇ ".
+Ids 0 to 3 are padding, beginning, end and unknown in every vocabulary that is trained here; the pieces follow. There is
+no byte fallback: a character that training did not see becomes the unknown id, and decodes as " ⁇ ". A converted
+OPUS-MT model brings a `MarianVocabulary`, which says itself which ids mean what.
 """
 
 import dataclasses
 import hashlib
 import io
+import json
 import re
+import textwrap
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsIndex
 
 import numpy as np
@@ -19,6 +22,9 @@ from etils import epath
 from flax_transformer.experiment import VocabularyConfig
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
+# As OPUS-MT models have them.
+SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
+FILES = (JOINT_FILE, SOURCE_FILE, TARGET_FILE, SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS)
 
 
 class Vocabulary:
@@ -31,19 +37,14 @@ class Vocabulary:
         unk_id: 3, stands for a character that has no piece.
     """
 
-    pad_id = 0
-    bos_id = 1
-    eos_id = 2
-    unk_id = 3
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_id: int = 3
 
     def __init__(self, model: bytes):
         """Reads a serialised SentencePiece model; ValueError if it is none, or if ids 0 to 3 mean something else."""
-        if not model:  # SentencePiece takes no bytes for "load later" and fails only when it is used.
-            raise ValueError("a SentencePiece model of 0 bytes: the file is empty, train the vocabulary again")
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise ValueError(f"these {len(model)} bytes are no SentencePiece model: {error}") from error
+        self._processor = _read_pieces(model)
         self._model = model
         expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
         processor = self._processor
@@ -65,6 +66,11 @@ class Vocabulary:
 
     def to_bytes(self) -> bytes:
         """The serialised model, which `Vocabulary(model)` reads back."""
+        return self._model
+
+    @property
+    def pieces_model(self) -> bytes:
+        """The serialised SentencePiece model alone."""
         return self._model
 
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
@@ -142,6 +148,79 @@ class Vocabulary:
         return vocabulary
 
 
+class MarianVocabulary(Vocabulary):
+    """One side of an OPUS-MT (Marian) model: pieces from its SentencePiece model, their ids from a list of its own.
+
+    A sentence may begin with a token such as ">>fra<<", which names the language that is wanted; a piece without an id
+    becomes the unknown id.
+
+    Attributes:
+        pad_id: fills up rows; the decoder starts from it.
+        bos_id: the id of "<s>" if there is one, else `pad_id`.
+        eos_id: the end of a sentence.
+        unk_id: stands for a piece that has no id.
+    """
+
+    def __init__(self, model: bytes, ids: Mapping[str, int]):
+        """Takes a serialised SentencePiece model, and the id of each piece; ValueError if one of them is not that."""
+        if sorted(map(repr, ids.values())) != sorted(map(repr, range(len(ids)))):
+            raise ValueError(f"a list of pieces must give each an id, and no id twice, from 0 on: {_shorten(ids)}")
+        if missing := [piece for piece in ("<pad>", "</s>", "<unk>") if piece not in ids]:
+            raise ValueError(f"the list of pieces lacks {', '.join(missing)}: take the one that belongs to the model")
+        self._processor = _read_pieces(model)
+        self._model = model
+        self._ids = dict(ids)
+        self._pieces = sorted(ids, key=self._ids.__getitem__)
+        self.pad_id, self.eos_id, self.unk_id = ids["<pad>"], ids["</s>"], ids["<unk>"]
+        self.bos_id = ids.get("<s>", self.pad_id)
+        self.languages = tuple(piece for piece in self._pieces if _LANGUAGE.fullmatch(piece))
+
+    def __reduce__(self):
+        """Pickles as the model's bytes and the list of ids."""
+        return MarianVocabulary, (self._model, self._ids)
+
+    @property
+    def size(self) -> int:
+        """The number of ids."""
+        return len(self._ids)
+
+    def ids_file(self) -> bytes:
+        """The list of ids as JSON, in their order."""
+        ids = {piece: number for number, piece in enumerate(self._pieces)}
+        return json.dumps(ids, ensure_ascii=False, indent=1).encode() + b"\n"
+
+    def to_bytes(self) -> bytes:
+        """All that makes this vocabulary: the list of ids, then the model."""
+        return self.ids_file() + self._model
+
+    def encode(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Ids of each sentence, ending with `eos_id`; ValueError for a language token that the vocabulary lacks."""
+        return [self._encode(sentence) for sentence in sentences]
+
+    def _encode(self, sentence: str) -> list[int]:
+        language, text = [], sentence
+        if self.languages and (begin := _LANGUAGE.match(sentence)):
+            if begin[0] not in self._ids:
+                few = ", ".join(self.languages[:8]) + (", …" if len(self.languages) > 8 else "")
+                raise ValueError(f"the model knows no language {begin[0]}: begin the sentence with one of {few}")
+            language, text = [begin[0]], sentence[begin.end() :]
+        pieces = self._processor.encode(text.encode(errors="replace"), out_type=str)
+        return [*(self._ids.get(piece, self.unk_id) for piece in [*language, *pieces]), self.eos_id]
+
+    def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
+        """As of any `Vocabulary`."""
+        return [self._processor.decode_pieces(self.pieces(self._spelling(row))) for row in ids]
+
+    def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
+        """As of any `Vocabulary`."""
+        return [self._pieces[int(token)] for token in ids]
+
+    @classmethod
+    def train(cls, sentences: Sequence[str], config: VocabularyConfig) -> "Vocabulary":
+        """Not for this one: it comes with a model."""
+        raise NotImplementedError("a MarianVocabulary comes with a model: train a Vocabulary")
+
+
 @dataclasses.dataclass(frozen=True)
 class VocabularyPair:
     """The vocabularies of both sides: one object twice when they are joint (section 5.1).
@@ -173,6 +252,8 @@ class VocabularyPair:
     def load(cls, directory: epath.PathLike) -> "VocabularyPair":
         """Reads what `save` wrote; FileNotFoundError if the folder holds no vocabulary."""
         folder = epath.Path(directory)
+        if (folder / IDS).exists():
+            return cls._load_marian(folder)
         if (folder / JOINT_FILE).exists():
             vocabulary = Vocabulary((folder / JOINT_FILE).read_bytes())
             return cls(vocabulary, vocabulary)
@@ -183,22 +264,73 @@ class VocabularyPair:
             "check the path, or write one there with VocabularyPair.train(...).save(...)"
         )
 
+    @classmethod
+    def _load_marian(cls, folder: epath.Path) -> "VocabularyPair":
+        def read(name: str) -> dict[str, int]:
+            try:
+                return dict(json.loads((folder / name).read_bytes()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{folder / name} is damaged ({error}): copy it again") from error
+
+        ids = read(IDS)
+        target_ids = read(TARGET_IDS) if (folder / TARGET_IDS).exists() else ids
+        return cls(
+            MarianVocabulary((folder / SOURCE_PIECES).read_bytes(), ids),
+            MarianVocabulary((folder / TARGET_PIECES).read_bytes(), target_ids),
+        )
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by the files' names."""
+        if isinstance(self.source, MarianVocabulary) and isinstance(self.target, MarianVocabulary):
+            source, target = self.source.ids_file(), self.target.ids_file()
+            pieces = {SOURCE_PIECES: self.source.pieces_model, TARGET_PIECES: self.target.pieces_model}
+            return pieces | {IDS: source} | ({} if source == target else {TARGET_IDS: target})
+        if self.joint:
+            return {JOINT_FILE: self.source.to_bytes()}
+        return {SOURCE_FILE: self.source.to_bytes(), TARGET_FILE: self.target.to_bytes()}
+
+    @staticmethod
+    def is_in(directory: epath.PathLike) -> bool:
+        """Whether a folder holds a vocabulary, or a part of one."""
+        folder = epath.Path(directory)
+        return any((folder / name).exists() for name in FILES)
+
     def save(self, directory: epath.PathLike) -> None:
-        """Writes `joint.model`, or `source.model` and `target.model`; a reader never sees half a file."""
+        """Writes `joint.model`, or `source.model` and `target.model`, or the files that a Marian model came with.
+
+        A reader never sees half a file.
+        """
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        models = {JOINT_FILE: self.source} if self.joint else {SOURCE_FILE: self.source, TARGET_FILE: self.target}
-        for name, vocabulary in models.items():
+        files = self.files()
+        for name, content in files.items():
             draft = folder / f"{name}.{uuid.uuid4().hex}.tmp"
-            draft.write_bytes(vocabulary.to_bytes())
+            draft.write_bytes(content)
             draft.replace(folder / name)
-        for name in {JOINT_FILE, SOURCE_FILE, TARGET_FILE} - models.keys():
+        for name in set(FILES) - files.keys():
             (folder / name).unlink(missing_ok=True)
 
     def fingerprint(self) -> str:
         """A hexadecimal SHA-256 of both models, to notice that ids come from another vocabulary."""
         sides = (hashlib.sha256(side.to_bytes()).digest() for side in (self.source, self.target))
         return hashlib.sha256(b"".join(sides)).hexdigest()
+
+
+_LANGUAGE = re.compile(r">>[^<>\s]+<<")
+
+
+def _read_pieces(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Reads a serialised SentencePiece model; ValueError if it is none."""
+    if not model:  # SentencePiece takes no bytes for "load later" and fails only when it is used.
+        raise ValueError("a SentencePiece model of 0 bytes: the file is empty, train the vocabulary again")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(f"these {len(model)} bytes are no SentencePiece model: {error}") from error
+
+
+def _shorten(value: object) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" …")
 
 
 def _sample(sentences: Sequence[str], config: VocabularyConfig) -> Sequence[str]:

@@ -272,7 +272,7 @@ class Engine:
     def _completed(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings under which no output holds padding or a second start."""
         config = self.configs[0]
-        never = {*settings.banned, config.pad_id, config.start_id} - {config.eos_id}
+        never = {*settings.banned, *config.banned_ids, config.pad_id, config.start_id} - {config.eos_id}
         return settings.replace(banned=tuple(sorted(never)))
 
     def _pad(self, rows: Sequence[Ids], count: int, width: int) -> Int[np.ndarray, "B S"]:

@@ -1,7 +1,6 @@
 """Takes sentences and leaves their translations: trained models, their vocabulary and a search, put together."""
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,8 +14,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.engine import Engine, Output
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.splitting import join_parts, split_sentence
-from flax_transformer.model import Transformer
-from flax_transformer.workdir import WorkDirectory
+from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
 GREEDY = BeamSearch(beam_size=1)
@@ -86,15 +84,10 @@ class Translator:
         Raises:
             ValueError: the vocabularies are not the model's.
         """
-        sizes = (vocabularies.source.size, vocabularies.target.size)
-        if sizes != (config.source_vocab_size, config.target_vocab_size):
-            raise ValueError(
-                f"the vocabulary has {sizes[0]} source and {sizes[1]} target pieces, the model "
-                f"{config.source_vocab_size} and {config.target_vocab_size}: put the model's own vocabulary beside it"
-            )
-        self.vocabularies = vocabularies
+        model = TrainedModel(config, params, vocabularies)
+        self.vocabularies = model.vocabularies
         devices = jax.local_devices() if devices is None else devices
-        self._engine = Engine([config], [params], batch_tokens=batch_tokens, devices=devices)
+        self._engine = Engine([model.config], [model.params], batch_tokens=batch_tokens, devices=devices)
 
     @property
     def config(self) -> TransformerConfig:
@@ -128,13 +121,8 @@ class Translator:
         Raises:
             ValueError: it is no work directory, has no such checkpoint, or another vocabulary than the model's.
         """
-        workdir = WorkDirectory(path)
-        config = workdir.read_model_config()
-        tokens = jax.ShapeDtypeStruct((1, 2), "int32")
-        init = functools.partial(Transformer(config).init, deterministic=True)
-        shapes = jax.eval_shape(init, jax.random.key(0), tokens, tokens)
-        params = workdir.restore_params(step, shapes["params"])
-        return cls(config, params, workdir.read_vocabularies(), batch_tokens=batch_tokens, devices=devices)
+        model = TrainedModel.load(path, step=step)
+        return cls(model.config, model.params, model.vocabularies, batch_tokens=batch_tokens, devices=devices)
 
     @classmethod
     def ensemble(cls, translators: Sequence["Translator"]) -> "Translator":

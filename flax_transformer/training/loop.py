@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.experiment import Experiment
 from flax_transformer.model import Transformer
+from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training import hosts
 from flax_transformer.training.evaluation import Evaluation, Scores
 from flax_transformer.training.interruption import Interrupted, Interruption
@@ -169,11 +171,18 @@ class _Training:
         state = self.parallelism.create(functools.partial(create_state, self.materials.experiment), rng)
         restored = checkpoints.restore(self._trees(state))
         if restored is None:
-            return state, 0, 0.0
+            return self._with_start(state), 0, 0.0
         step, trees, notes = restored
         trees = self.parallelism.as_local(trees)
         state = state.replace(params=trees["params"], ema=trees.get("ema"), **trees["training"])
         return state, step, notes["seconds"]
+
+    def _with_start(self, state: TrainState) -> TrainState:
+        """A new state, with the parameters of the model that training starts from, where there is one."""
+        if not self.config.start_from:
+            return state
+        params = self.parallelism.place(TrainedModel.load(self.config.start_from).params)
+        return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
     def _trees(self, state: TrainState) -> dict[str, PyTree]:
         """What a checkpoint holds of a state: the parameters apart, since translating wants no more."""

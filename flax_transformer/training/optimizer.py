@@ -1,9 +1,13 @@
-"""Takes the training settings and leaves a learning-rate schedule and an optimizer, both optax's (section 5.3)."""
+"""Takes the training settings and leaves a learning-rate schedule and an optimizer, both optax's (section 5.3).
+
+It also knows which parameters are frozen, and no optimizer moves.
+"""
 
 import functools
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from flax_transformer.experiment import TrainingConfig
 
@@ -37,7 +41,7 @@ def learning_rate_schedule(config: TrainingConfig, d_model: int) -> optax.Schedu
 
 
 def make_optimizer(config: TrainingConfig, d_model: int) -> optax.GradientTransformation:
-    """Adam with the paper's betas and epsilon; clipping by global norm and weight decay if asked for.
+    """Adam with the paper's betas and epsilon; clipping by global norm, weight decay and frozen parts if asked for.
 
     Args:
         config: the training settings.
@@ -49,4 +53,25 @@ def make_optimizer(config: TrainingConfig, d_model: int) -> optax.GradientTransf
     if config.weight_decay:
         matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
         transforms.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))
-    return optax.chain(*transforms, optax.scale_by_learning_rate(learning_rate_schedule(config, d_model)))
+    optimizer = optax.chain(*transforms, optax.scale_by_learning_rate(learning_rate_schedule(config, d_model)))
+    if not config.freeze:
+        return optimizer
+    # What is frozen has no moments, and counts for no norm.
+    parts = {True: optax.set_to_zero(), False: optimizer}
+    return optax.partition(parts, functools.partial(frozen, config.freeze))
+
+
+def frozen(freeze: str, params: PyTree) -> PyTree:
+    """For each parameter whether it keeps its value.
+
+    Args:
+        freeze: as in `TrainingConfig`; embeddings are frozen with an output that is tied to them.
+        params: the model's parameters.
+    """
+    parts = freeze.split(",")
+
+    def is_frozen(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> bool:
+        name = path[0].key
+        return ("encoder" in parts and name == "encoder") or ("embeddings" in parts and name.endswith("_embedding"))
+
+    return jax.tree.map_with_path(is_frozen, params)

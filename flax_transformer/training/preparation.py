@@ -7,7 +7,7 @@ import dataclasses
 
 from flax_transformer.data.corpus import ParallelText, load_corpus
 from flax_transformer.data.pipeline import PackedCorpus
-from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.training import hosts
 from flax_transformer.training.parallel import Parallelism
@@ -18,10 +18,12 @@ FIXED: dict[str, tuple[str, ...]] = {
     "model": (),
     "vocabulary": (),
     "data": ("train", "rows", "source_slots", "target_slots", "seed"),
-    "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay"),
+    "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay", "freeze"),
 }
 # How the model is computed may change with the machine that goes on.
 FREE = ("attention_implementation",)
+# What a training may change of the model that it starts from.
+OF_TRAINING = (*FREE, "dropout_rate", "attention_dropout_rate", "activation_dropout_rate", "dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,11 @@ def prepare(
 
 def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: ParallelText) -> VocabularyPair:
     if hosts.is_first() and not (workdir.exists and workdir.has_vocabularies()):
-        workdir.write_vocabularies(VocabularyPair.train(text.source, text.target, experiment.vocabulary))
+        if experiment.training.start_from:
+            vocabularies = WorkDirectory(experiment.training.start_from).read_vocabularies()
+        else:
+            vocabularies = VocabularyPair.train(text.source, text.target, experiment.vocabulary)
+        workdir.write_vocabularies(vocabularies)
     hosts.wait("the first process has written the vocabulary")
     if not workdir.has_vocabularies():
         raise ValueError(
@@ -118,7 +124,9 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
 
 def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPair) -> Experiment:
     target = vocabularies.target
-    for name, id_ in (("pad_id", target.pad_id), ("start_id", target.bos_id), ("eos_id", target.eos_id)):
+    # A converted model starts from whatever it was trained to start from.
+    start_id = experiment.model.start_id if isinstance(target, MarianVocabulary) else target.bos_id
+    for name, id_ in (("pad_id", target.pad_id), ("start_id", start_id), ("eos_id", target.eos_id)):
         if getattr(experiment.model, name) != id_:
             raise ValueError(f"model.{name} is {getattr(experiment.model, name)}, the vocabulary has {id_}: set it so")
     model = dataclasses.replace(
@@ -133,8 +141,15 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
     The held-out corpora may change, and so may lengths, rates and intervals.
     """
     if not workdir.exists:
+        _check_start(experiment)
         return
-    begun = Experiment.from_mapping(workdir.read_config())
+    config = workdir.read_config()
+    if "training" not in config:
+        raise ValueError(
+            f"{workdir.path} holds a model and no training: give another --workdir, and start from the model there by "
+            f"--config=configs/finetune_opus_mt.py:{workdir.path}"
+        )
+    begun = Experiment.from_mapping(config)
     for section, names in FIXED.items():
         found, wanted = getattr(begun, section), getattr(experiment, section)
         for name in names or [field.name for field in dataclasses.fields(wanted) if field.name not in FREE]:
@@ -143,6 +158,20 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
                     f"{workdir.path} was begun with {section}.{name} = {getattr(found, name)!r}, now it is "
                     f"{getattr(wanted, name)!r}: set it back, or give another --workdir"
                 )
+
+
+def _check_start(experiment: Experiment) -> None:
+    """Checks that the model to start from is the one that the experiment describes."""
+    start = experiment.training.start_from
+    if not start:
+        return
+    found, wanted = WorkDirectory(start).read_model_config(), experiment.model
+    for name in (field.name for field in dataclasses.fields(wanted) if field.name not in OF_TRAINING):
+        if getattr(found, name) != getattr(wanted, name):
+            raise ValueError(
+                f"model.{name} is {getattr(wanted, name)!r}, in training.start_from = {start} it is "
+                f"{getattr(found, name)!r}: set it so, as configs/finetune_opus_mt.py does"
+            )
 
 
 def _check_fingerprints(

@@ -19,7 +19,7 @@ from flax_transformer.experiment import Experiment
 from flax_transformer.model import Transformer
 from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums
 from flax_transformer.training.loss_scale import LossScale
-from flax_transformer.training.optimizer import make_optimizer
+from flax_transformer.training.optimizer import frozen, make_optimizer
 
 Sums = TypeVar("Sums")
 # An array on the device, a plain number once it has been fetched.
@@ -187,6 +187,7 @@ def loss_and_gradients(
     loss_scale: LossScale | None = None,
     micro_batches: int = 1,
     loss_chunks: int = 1,
+    freeze: str = "",
     axis_name: str | None = None,
 ) -> tuple[LossSums, PyTree]:
     """The global batch's summed losses, and the gradient of its mean label-smoothed loss.
@@ -200,6 +201,7 @@ def loss_and_gradients(
         loss_scale: of a model in float16.
         micro_batches: how many parts of its rows a device takes one after the other.
         loss_chunks: as in `batch_sums`.
+        freeze: the parts whose gradient is zero, and is not computed; as in `TrainingConfig`.
         axis_name: the axis over which the global batch is divided, under `pmap`.
     """
     # What is differentiated is a sum over tokens; divided by the slots, it has about the size of a mean.
@@ -211,6 +213,10 @@ def loss_and_gradients(
             rng = jax.random.fold_in(rng, number)
 
         def summed_loss(params):
+            if freeze:
+                params = jax.tree.map(
+                    lambda leaf, stays: jax.lax.stop_gradient(leaf) if stays else leaf, params, frozen(freeze, params)
+                )
             sums = batch_sums(
                 params,
                 rows,
@@ -243,6 +249,7 @@ def train_step(
     ema_decay: float = 0.0,
     micro_batches: int = 1,
     loss_chunks: int = 1,
+    freeze: str = "",
     axis_name: str | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One update: the same on one device and on several under `pmap`.
@@ -258,6 +265,7 @@ def train_step(
         ema_decay: of the moving average `ema`, if the state has one.
         micro_batches: how many parts of its rows a device takes one after the other.
         loss_chunks: as in `batch_sums`.
+        freeze: the parts that stay, as in `TrainingConfig`; `optimizer` must leave them alone too.
         axis_name: the axis over which the global batch is divided, under `pmap`.
 
     Returns:
@@ -275,6 +283,7 @@ def train_step(
         loss_scale=state.loss_scale,
         micro_batches=micro_batches,
         loss_chunks=loss_chunks,
+        freeze=freeze,
         axis_name=axis_name,
     )
     norms = module_norms(gradients)
@@ -322,6 +331,7 @@ def make_train_step(experiment: Experiment, micro_batches: int) -> Callable[...,
         ema_decay=training.ema_decay,
         micro_batches=micro_batches,
         loss_chunks=training.loss_chunks,
+        freeze=training.freeze,
     )
 
 

@@ -1,0 +1,41 @@
+"""Goes on training a converted OPUS-MT model, or any model in a work directory, on two text files of your own.
+
+    flax-transformer convert from-marian downloads/opus-mt-en-de runs/opus
+    python train.py --config=configs/finetune_opus_mt.py:runs/opus --workdir=runs/finetuned
+
+The texts are `data/train.source` and `data/train.target`, with `valid` and `test` beside them, or others, e.g.
+`--config.data.train=files:mine.en,mine.de --config.data.valid= --config.data.test=`. Model and vocabulary are those of
+the work directory that follows the colon; the schedule begins anew. `--config.training.freeze=embeddings`, `=encoder`
+or `=embeddings,encoder` keeps these as they are. The rate is that of fine-tuning, small against training from nothing;
+batches are some 4,000 tokens a side.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig
+from flax_transformer.workdir import WorkDirectory
+
+
+def get_config(folder: str = "runs/opus") -> ConfigDict:
+    """The experiment; its model is the one in the folder."""
+    model = dataclasses.replace(WorkDirectory(folder).read_model_config(), dropout_rate=0.1)
+    corpora = {name: f"files:data/{name}.source,data/{name}.target" for name in ("train", "valid", "test")}
+    return ConfigDict(
+        Experiment(
+            model=model,
+            data=DataConfig(**corpora, rows=32, source_slots=128, target_slots=128),
+            training=TrainingConfig(
+                start_from=folder,
+                steps=2000,
+                schedule="linear",
+                learning_rate=1e-4,
+                warmup_steps=100,
+                clip_norm=1.0,
+                evaluate_every=500,
+                checkpoint_every=250,
+                beam_size=1,
+            ),
+        ).to_mapping()
+    )

@@ -1,0 +1,96 @@
+"""Converts OPUS-MT (Marian) models into work directories, and work directories into
+folders for CTranslate2, for transformers (Marian) and for jax alone (StableHLO). The
+folder that is made must not be there yet; what fails on its way leaves none.
+"""
+
+import argparse
+import shlex
+from typing import Any
+
+from flax_transformer.commands.options import checkpoint, explain_damage
+
+USAGE = "{from-marian,to-marian,to-ctranslate2,to-stablehlo} FROM TO [OPTIONS]"
+EXAMPLES = """\
+examples:
+  flax-transformer convert from-marian downloads/opus-mt-en-de runs/opus
+  flax-transformer convert to-ctranslate2 runs/mine deployed --quantization=int8
+  flax-transformer convert to-marian runs/mine for-transformers
+  flax-transformer convert to-stablehlo runs/mine exported
+"""
+WAYS = ("from-marian", "to-marian", "to-ctranslate2", "to-stablehlo")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `convert`."""
+    parser.add_argument("way", choices=WAYS, metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument(
+        "source", metavar="FROM", help="the folder that is read: a downloaded model, or a work directory"
+    )
+    parser.add_argument("target", metavar="TO", help="the folder that is made")
+    parser.add_argument(
+        "--checkpoint",
+        type=checkpoint,
+        metavar="STEP",
+        help="which one of a work directory: best, latest, averaged or a number (default: what training chose)",
+    )
+    parser.add_argument(
+        "--quantization",
+        metavar="TYPE",
+        help="of CTranslate2's weights: int8, int8_float16, int8_bfloat16, int16, float16, bfloat16 (default float32)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Converts and says how to go on; raises ValueError or OSError with the mend."""
+    way = options.way
+    if options.quantization and way != "to-ctranslate2":
+        raise ValueError(f"--quantization is for to-ctranslate2, not for {way}: leave it out")
+    if options.checkpoint and way == "from-marian":
+        raise ValueError("--checkpoint is for work directories, not for from-marian: leave it out")
+    # jax loads here, so that --help answers at once.
+    from flax_transformer.trained_model import TrainedModel
+
+    if way == "from-marian":
+        from flax_transformer.interop.marian import from_marian
+
+        model = from_marian(options.source, options.target)
+    else:
+        with explain_damage(options.source):
+            model = TrainedModel.load(options.source, step=options.checkpoint or "chosen")
+        if way == "to-marian":
+            from flax_transformer.interop.marian import to_marian
+
+            to_marian(model, options.target)
+        elif way == "to-ctranslate2":
+            from flax_transformer.interop.ctranslate2 import to_ctranslate2
+
+            to_ctranslate2(model, options.target, quantization=options.quantization or "none")
+        else:
+            from flax_transformer.interop.stablehlo import to_stablehlo
+
+            to_stablehlo(model, options.target)
+    print(_describe(model, options))
+
+
+def _describe(model: Any, options: argparse.Namespace) -> str:
+    config, target = model.config, shlex.quote(options.target)
+    sizes = sorted({config.source_vocab_size, config.target_vocab_size})
+    lines = [
+        f"{options.target}: {config.num_encoder_layers}+{config.num_decoder_layers} layers, d_model {config.d_model}, "
+        f"{config.activation}, {' and '.join(f'{size:,}' for size in sizes)} pieces"
+    ]
+    if options.way == "from-marian":
+        lines += [
+            f"  flax-transformer translate --workdir={target} --input=FILE",
+            f"  python train.py --config=configs/finetune_opus_mt.py:{target} --workdir=runs/finetuned "
+            "--config.data.train=files:train.SOURCE,train.TARGET",
+        ]
+        if languages := getattr(model.vocabularies.source, "languages", ()):
+            lines.append(f"each source sentence begins with the language that is wanted: {', '.join(languages)}")
+    elif options.way == "to-marian":
+        lines.append(f"  transformers.MarianMTModel.from_pretrained({options.target!r}), MarianTokenizer likewise")
+    elif options.way == "to-ctranslate2":
+        lines.append(f"  {options.target}/README.md shows how CTranslate2 translates with it")
+    else:
+        lines.append(f'  python {target}/translate.py "A sentence."    # with jax alone')
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""Takes a model of ours and leaves a folder that CTranslate2 translates with, and all else that this asks for."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import PyTree
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.vocabulary import MarianVocabulary
+from flax_transformer.interop.folders import new_folder
+from flax_transformer.interop.marian_tensors import embeddings
+from flax_transformer.positions import sinusoidal_positions
+from flax_transformer.trained_model import TrainedModel
+
+# As CTranslate2 names them; with "none" the weights stay float32.
+QUANTIZATIONS = ("none", "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16")
+# The positions that a model has which could have more: the table takes 4 * d_model bytes for each.
+POSITIONS = 1024
+EXAMPLE = """\
+import ctranslate2, sentencepiece
+
+translator = ctranslate2.Translator("{folder}")
+source, target = (sentencepiece.SentencePieceProcessor("{folder}/" + name) for name in ("source.spm", "target.spm"))
+pieces = source.encode("A dog runs.", out_type=str)
+(found,) = translator.translate_batch([pieces], beam_size=4, suppress_sequences={banned})
+print(target.decode(found.hypotheses[0]))
+"""
+
+
+def to_ctranslate2(model: TrainedModel, folder: epath.PathLike, *, quantization: str = "none") -> None:
+    """Writes a folder for CTranslate2, with the SentencePiece models and a README that shows their use.
+
+    Args:
+        model: ours.
+        folder: a new one.
+        quantization: one of `QUANTIZATIONS`.
+
+    Raises:
+        ValueError: ctranslate2 is not installed, or there is no such quantization.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"--quantization is {quantization!r}: choose one of {', '.join(QUANTIZATIONS)}")
+    vocabularies = model.vocabularies
+    source, target = (side.pieces(range(side.size)) for side in (vocabularies.source, vocabularies.target))
+    with new_folder(folder) as draft:
+        write_model(
+            draft, model.config, model.params, source, target, vocabularies.target.unk_id, quantization=quantization
+        )
+        (draft / "source.spm").write_bytes(vocabularies.source.pieces_model)
+        (draft / "target.spm").write_bytes(vocabularies.target.pieces_model)
+        (draft / "README.md").write_text(_readme(model, epath.Path(folder).name, quantization))
+
+
+def write_model(
+    folder: epath.Path,
+    config: TransformerConfig,
+    params: PyTree,
+    source_pieces: Sequence[str],
+    target_pieces: Sequence[str],
+    unk_id: int,
+    *,
+    quantization: str = "none",
+) -> None:
+    """Writes what CTranslate2 itself reads; ValueError if it is not installed.
+
+    Args:
+        folder: an existing one, whose files it takes the place of.
+        config: the model's.
+        params: its parameters.
+        source_pieces: how each source token is spelled, in the order of their ids.
+        target_pieces: the same of the target.
+        unk_id: the target token that stands for all others.
+        quantization: one of `QUANTIZATIONS`.
+    """
+    try:
+        from ctranslate2.converters.converter import Converter
+    except ImportError as error:
+        raise ValueError("ctranslate2 is not installed: pip install 'flax_transformer[interop]'") from error
+
+    class Ours(Converter):
+        def _load(self) -> Any:
+            spec = _describe(config, params)
+            spec.config.decoder_start_token = spec.config.bos_token = target_pieces[config.start_id]
+            spec.config.eos_token, spec.config.unk_token = target_pieces[config.eos_id], target_pieces[unk_id]
+            spec.register_source_vocabulary(list(source_pieces))
+            spec.register_target_vocabulary(list(target_pieces))
+            return spec
+
+    weights = None if quantization == "none" else quantization
+    Ours().convert(str(folder), quantization=weights, force=True)
+
+
+def _describe(config: TransformerConfig, params: PyTree) -> Any:
+    """What CTranslate2 calls a specification: the model's shape and its arrays."""
+    from ctranslate2.specs import common_spec
+    from ctranslate2.specs.transformer_spec import TransformerSpec
+
+    spec = TransformerSpec.from_config(
+        (config.num_encoder_layers, config.num_decoder_layers),
+        config.num_heads,
+        pre_norm=config.norm == "pre",
+        activation=common_spec.Activation[config.activation.upper()],
+    )
+    spec.config.layer_norm_epsilon = config.norm_epsilon
+    spec.config.add_source_bos, spec.config.add_source_eos = False, True
+    # Copies, since quantizing changes arrays where they are.
+    source, target, output = (np.array(matrix) for matrix in embeddings(config, params))
+    spec.encoder.embeddings[0].weight, spec.decoder.embeddings.weight = source, target
+    spec.encoder.scale_embeddings = spec.decoder.scale_embeddings = config.scale_embeddings
+    spec.decoder.projection.weight = output
+    if config.output_bias:
+        spec.decoder.projection.bias = np.array(params["output_bias"])
+    for theirs, name in ((spec.encoder, "encoder"), (spec.decoder, "decoder")):
+        # Without a table CTranslate2 makes one, from position 1 and of other wavelengths.
+        theirs.position_encodings.encodings = _positions(config, params[name])
+        if config.norm == "pre":
+            _fill_norm(theirs.layer_norm, params[name]["norm"])
+        for number, layer in enumerate(theirs.layer):
+            _fill_layer(layer, params[name][f"layers_{number}"])
+    return spec
+
+
+def _positions(config: TransformerConfig, stack: PyTree) -> np.ndarray:
+    if config.positions == "learned":
+        return np.array(stack["learned_positions"]["embedding"])
+    positions = jnp.arange(max(config.max_length, POSITIONS))
+    return np.array(sinusoidal_positions(positions, config.d_model, interleaved=config.positions == "sinusoidal"))
+
+
+def _fill_layer(theirs: Any, ours: PyTree) -> None:
+    def parts(attention: str) -> list[PyTree]:
+        return [ours[attention][part] for part in ("query", "key", "value", "out")]
+
+    query, key, value, out = parts("self_attention")
+    _fill_linear(theirs.self_attention.linear[0], [query, key, value])
+    _fill_linear(theirs.self_attention.linear[1], [out])
+    _fill_norm(theirs.self_attention.layer_norm, ours["self_attention_norm"])
+    if "cross_attention" in ours:
+        query, key, value, out = parts("cross_attention")
+        for linear, together in zip(theirs.attention.linear, ([query], [key, value], [out]), strict=True):
+            _fill_linear(linear, together)
+        _fill_norm(theirs.attention.layer_norm, ours["cross_attention_norm"])
+    _fill_linear(theirs.ffn.linear_0, [ours["feed_forward"]["inner"]])
+    _fill_linear(theirs.ffn.linear_1, [ours["feed_forward"]["outer"]])
+    _fill_norm(theirs.ffn.layer_norm, ours["feed_forward_norm"])
+
+
+def _fill_linear(theirs: Any, parts: Iterable[PyTree]) -> None:
+    theirs.weight = np.concatenate([np.asarray(part["kernel"]).T for part in parts])
+    theirs.bias = np.concatenate([np.asarray(part["bias"]) for part in parts])
+
+
+def _fill_norm(theirs: Any, ours: PyTree) -> None:
+    theirs.gamma, theirs.beta = np.array(ours["scale"]), np.array(ours["bias"])
+
+
+def _readme(model: TrainedModel, name: str, quantization: str) -> str:
+    config, vocabulary = model.config, model.vocabularies.target
+    banned = sorted({*config.banned_ids, config.pad_id, config.start_id} - {config.eos_id})
+    languages = vocabulary.languages if isinstance(vocabulary, MarianVocabulary) else ()
+    example = EXAMPLE.format(folder=name, banned=[[piece] for piece in vocabulary.pieces(banned)])
+    return (
+        f"# {name}\n\nA Transformer of {config.num_encoder_layers}+{config.num_decoder_layers} layers for CTranslate2 "
+        f"(`pip install ctranslate2 sentencepiece`), weights {'float32' if quantization == 'none' else quantization}. "
+        f"It knows sentences of up to {config.max_length} tokens.\n\n```python\n{example}```\n\n"
+        "CTranslate2 adds the end of a sentence itself; its `length_penalty` divides by length ^ penalty.\n"
+        + (
+            f"The source begins with a language token, put before its pieces: {', '.join(languages)}.\n"
+            if languages
+            else ""
+        )
+    )

@@ -1,0 +1,169 @@
+"""Takes an OPUS-MT (Marian) model as transformers stores it and leaves ours, and goes the way back.
+
+The folder is one as downloaded from the hub: `config.json`, the weights, `source.spm`, `target.spm`, `vocab.json`, and
+perhaps `target_vocab.json`, `generation_config.json` and `tokenizer_config.json`.
+"""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.vocabulary import (
+    IDS,
+    SOURCE_PIECES,
+    TARGET_IDS,
+    TARGET_PIECES,
+    MarianVocabulary,
+    Vocabulary,
+    VocabularyPair,
+)
+from flax_transformer.interop.folders import new_folder
+from flax_transformer.interop.marian_fields import (
+    check_expressible,
+    check_fields,
+    join_fields,
+    read_fields,
+    write_fields,
+)
+from flax_transformer.interop.marian_tensors import concatenate_waves, from_tensors, to_tensors
+from flax_transformer.interop.tensor_files import SAFETENSORS, read_tensors
+from flax_transformer.trained_model import TrainedModel
+
+
+def read_marian(folder: epath.PathLike) -> TrainedModel:
+    """Reads a Marian model.
+
+    Args:
+        folder: where its files are.
+
+    Raises:
+        ValueError: a file is missing or damaged, the files do not belong together, or the model has something that ours
+            cannot express; names the field and its value.
+    """
+    folder = epath.Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: download the model first, all of its files")
+    fields = _read_json(folder / "config.json")
+    generation = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    for name, file in ((folder / "config.json", fields), (folder / "generation_config.json", generation)):
+        check_fields(name, file)
+    vocabularies = _read_vocabularies(folder)
+    config = read_fields(join_fields(fields, generation))
+    _check_vocabularies(config, vocabularies)
+    config, params = from_tensors(
+        config,
+        read_tensors(folder),
+        shared=fields.get("share_encoder_decoder_embeddings", True),
+        tied=fields.get("tie_word_embeddings", True),
+    )
+    return TrainedModel(config, params, vocabularies)
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{file.parent} lacks {file.name}: download all files of the model") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (no mapping of fields): download it again")
+    return content
+
+
+def _read_vocabularies(folder: epath.Path) -> VocabularyPair:
+    tokenizer = folder / "tokenizer_config.json"
+    separate = (folder / TARGET_IDS).exists()
+    if tokenizer.exists():
+        separate = bool(_read_json(tokenizer).get("separate_vocabs", separate))
+    ids = _read_json(folder / IDS)
+    target_ids = _read_json(folder / TARGET_IDS) if separate else ids
+    sides = []
+    for name, known in ((SOURCE_PIECES, ids), (TARGET_PIECES, target_ids)):
+        try:
+            sides.append(MarianVocabulary((folder / name).read_bytes(), known))
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} lacks {name}: download all files of the model") from error
+        except ValueError as error:
+            raise ValueError(f"{folder / name}, with {IDS if known is ids else TARGET_IDS}: {error}") from error
+    return VocabularyPair(*sides)
+
+
+def _check_vocabularies(config: TransformerConfig, vocabularies: VocabularyPair) -> None:
+    for side, size in (("source", config.source_vocab_size), ("target", config.target_vocab_size)):
+        vocabulary: Vocabulary = getattr(vocabularies, side)
+        if vocabulary.size != size:
+            raise ValueError(
+                f"the {side} vocabulary has {vocabulary.size} pieces, config.json says {size}: download all files again"
+            )
+        for name, found, wanted in (
+            ("pad_token_id", vocabulary.pad_id, config.pad_id),
+            ("eos_token_id", vocabulary.eos_id, config.eos_id),
+        ):
+            if found != wanted:
+                raise ValueError(
+                    f"config.json: {name} is {wanted}, the {side} vocabulary has {found}: download both again"
+                )
+    outside = [number for number in (config.start_id, *config.banned_ids) if number >= config.target_vocab_size]
+    if outside:
+        raise ValueError(
+            f"config.json: decoder_start_token_id or bad_words_ids names {outside[0]}, the vocabulary ends at "
+            f"{config.target_vocab_size - 1}: download both again"
+        )
+
+
+def from_marian(folder: epath.PathLike, workdir: epath.PathLike) -> TrainedModel:
+    """Makes a work directory of a Marian model; arguments and errors as of `read_marian` and `new_folder`."""
+    model = read_marian(folder)
+    with new_folder(workdir) as draft:
+        model.save(draft)
+    return model
+
+
+def to_marian(model: TrainedModel, folder: epath.PathLike) -> None:
+    """Writes a folder that transformers' `MarianMTModel` and `MarianTokenizer` load.
+
+    Args:
+        model: ours.
+        folder: a new one.
+
+    Raises:
+        ValueError: Marian cannot express the model; names the option that does not fit.
+    """
+    import safetensors.numpy
+
+    config = model.config
+    check_expressible(config)
+    config, params = concatenate_waves(config, model.params)
+    tensors, sharing = to_tensors(config, params)
+    fields, searching = write_fields(config)
+    vocabulary = _marian_files(model.vocabularies)
+    tokenizer = {
+        "tokenizer_class": "MarianTokenizer",
+        "model_max_length": config.max_length,
+        "separate_vocabs": TARGET_IDS in vocabulary,
+    }
+    with new_folder(folder) as draft:
+        for name, stored in vocabulary.items():
+            (draft / name).write_bytes(stored)
+        (draft / SAFETENSORS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+        for name, content in (
+            ("config.json", fields | sharing),
+            ("generation_config.json", searching),
+            ("tokenizer_config.json", tokenizer),
+        ):
+            (draft / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _marian_files(vocabularies: VocabularyPair) -> dict[str, bytes]:
+    """The vocabulary as Marian has it: one SentencePiece model a side, and the lists of ids."""
+    if not isinstance(vocabularies.source, MarianVocabulary):
+        vocabularies = VocabularyPair(*map(_with_list_of_ids, (vocabularies.source, vocabularies.target)))
+    return vocabularies.files()
+
+
+def _with_list_of_ids(vocabulary: Vocabulary) -> MarianVocabulary:
+    pieces = vocabulary.pieces(range(vocabulary.size))
+    return MarianVocabulary(vocabulary.to_bytes(), {piece: number for number, piece in enumerate(pieces)})

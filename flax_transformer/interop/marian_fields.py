@@ -1,0 +1,264 @@
+"""Takes the fields of a Marian model's configuration and leaves our config, and goes the way back.
+
+A field is read, or has one value that can be converted, or changes no translation; any other is an error, since it may
+ask for what ours does not compute. What is in no file has the default of transformers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from flax_transformer.config import TransformerConfig
+
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "swish", "silu": "swish"}
+# What a Marian model of transformers always has; another value would ask for something that it does not compute.
+FIXED = {
+    "model_type": "marian",
+    "is_encoder_decoder": True,
+    "is_decoder": False,
+    "normalize_before": False,
+    "normalize_embedding": False,
+    "add_final_layer_norm": False,
+    "static_position_embeddings": True,
+    "force_bos_token_to_be_generated": False,
+    "chunk_size_feed_forward": 0,
+    "quantization_config": None,
+    # Of how translations are searched.
+    "forced_bos_token_id": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "num_beam_groups": 1,
+    "do_sample": False,
+    "min_length": 0,
+    "prefix": None,
+    "prune_heads": None,
+    "pruned_heads": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+}
+READ = {
+    "activation_dropout",
+    "activation_function",
+    "attention_dropout",
+    "bad_words_ids",
+    "d_model",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "decoder_layers",
+    "decoder_start_token_id",
+    "decoder_vocab_size",
+    "dropout",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "encoder_layers",
+    "eos_token_id",
+    "forced_eos_token_id",
+    "max_length",
+    "max_position_embeddings",
+    "pad_token_id",
+    "scale_embedding",
+    "share_encoder_decoder_embeddings",
+    "tie_word_embeddings",
+    "vocab_size",
+}
+# What changes no translation, or is chosen anew for each: searches have settings of their own here.
+WITHOUT_EFFECT = {
+    "_from_model_config",
+    "_name_or_path",
+    "_num_labels",
+    "add_bias_logits",  # the bias is among the tensors
+    "architectures",
+    "bos_token_id",
+    "classif_dropout",
+    "classifier_dropout",
+    "decoder_layerdrop",
+    "dtype",
+    "early_stopping",
+    "encoder_layerdrop",
+    "extra_pos_embeddings",
+    "gradient_checkpointing",
+    "id2label",
+    "init_std",
+    "label2id",
+    "length_penalty",
+    "num_beams",
+    "num_hidden_layers",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_past",
+    "output_scores",
+    "problem_type",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "return_dict",
+    "return_dict_in_generate",
+    "task_specific_params",
+    "temperature",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "use_bfloat16",
+    "use_cache",
+}
+DEFAULT_MAX_LENGTH = 512
+
+
+def check_fields(file: epath.Path, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for a field that ours cannot express, or that nobody knows."""
+    for name, value in fields.items():
+        if name in FIXED:
+            if value is not None and value != FIXED[name]:
+                raise ValueError(
+                    f"{file}: {name} is {value!r}, only {FIXED[name]!r} can be converted: choose another model"
+                )
+        elif name not in READ | WITHOUT_EFFECT and value not in (None, False):
+            raise ValueError(
+                f"{file}: {name} is {value!r}, which is not known here: remove that line if it changes no translation"
+            )
+
+
+def join_fields(fields: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `config.json`, and those of `generation_config.json`, which wins where it says how to search."""
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        both = [file[name] for file in (fields, generation) if file.get(name) is not None]
+        if len(both) == 2 and both[0] != both[1]:
+            raise ValueError(
+                f"{name} is {both[0]!r} in config.json and {both[1]!r} in generation_config.json: download both again"
+            )
+    return dict(fields) | {name: value for name, value in generation.items() if value is not None}
+
+
+def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
+    """Our config, but for what only the tensors tell.
+
+    Args:
+        fields: of `config.json`, and of `generation_config.json` where there is one.
+
+    Raises:
+        ValueError: a field's value cannot be expressed; names both.
+    """
+
+    def whole(name: str, default: int | None = None) -> int:
+        value = default if fields.get(name) is None else fields[name]
+        if type(value) is not int or value < 0:
+            raise ValueError(f"config.json: {name} is {value!r}, a whole number is needed: download the file again")
+        return value
+
+    def both(part: str) -> int:
+        first, second = whole(f"encoder_{part}"), whole(f"decoder_{part}")
+        if first != second:
+            raise ValueError(
+                f"config.json: encoder_{part} is {first} and decoder_{part} {second}: only equal ones can be converted"
+            )
+        return first
+
+    activation = fields.get("activation_function", "gelu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"config.json: activation_function is {activation!r}, only {', '.join(ACTIVATIONS)} can be converted"
+        )
+    positions = whole("max_position_embeddings", DEFAULT_MAX_LENGTH)
+    eos_id = whole("eos_token_id")
+    if fields.get("forced_eos_token_id") not in (None, eos_id):
+        raise ValueError(
+            f"config.json: forced_eos_token_id is {fields['forced_eos_token_id']!r}, only eos_token_id = {eos_id} can "
+            "be converted"
+        )
+    try:
+        return TransformerConfig(
+            source_vocab_size=whole("vocab_size"),
+            target_vocab_size=whole("decoder_vocab_size", whole("vocab_size")),
+            d_model=whole("d_model"),
+            num_heads=both("attention_heads"),
+            d_ff=both("ffn_dim"),
+            num_encoder_layers=whole("encoder_layers"),
+            num_decoder_layers=whole("decoder_layers"),
+            dropout_rate=fields.get("dropout", 0.1),
+            attention_dropout_rate=fields.get("attention_dropout", 0.0),
+            activation_dropout_rate=fields.get("activation_dropout", 0.0),
+            activation=ACTIVATIONS[activation],
+            positions="sinusoidal_concatenated",
+            max_length=min(positions, whole("max_length", positions)),
+            scale_embeddings=bool(fields.get("scale_embedding", False)),
+            tie_embeddings="none",  # until the tensors are compared
+            pad_id=whole("pad_token_id"),
+            start_id=whole("decoder_start_token_id", whole("pad_token_id")),
+            eos_id=eos_id,
+            banned_ids=_banned(fields.get("bad_words_ids")),
+        )
+    except TypeError as error:  # a text where a number belongs
+        raise ValueError(f"config.json is damaged ({error}): download it again") from error
+
+
+def _banned(bad_words: Any) -> tuple[int, ...]:
+    """The tokens that are never chosen; of longer sequences we know nothing."""
+    bad_words = bad_words or []
+    if not all(isinstance(word, list) and len(word) == 1 and type(word[0]) is int for word in bad_words):
+        raise ValueError(f"config.json: bad_words_ids is {bad_words!r}, only single tokens can be banned here")
+    return tuple(sorted({word[0] for word in bad_words}))
+
+
+def check_expressible(config: TransformerConfig) -> None:
+    """Raises ValueError for what Marian cannot express."""
+    for name, wanted in (("norm", "post"), ("norm_epsilon", 1e-5)):
+        if getattr(config, name) != wanted:
+            raise ValueError(
+                f"model.{name} is {getattr(config, name)!r}, Marian has {wanted!r}: train with that, or "
+                "convert to-ctranslate2 or to-stablehlo"
+            )
+    if config.positions == "learned":
+        raise ValueError(
+            "model.positions is 'learned', Marian has sinusoidal ones: train with those, or convert "
+            "to-ctranslate2 or to-stablehlo"
+        )
+
+
+def write_fields(config: TransformerConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of `config.json`, but for what only the tensors tell, and those of `generation_config.json`."""
+    banned = sorted({*config.banned_ids, config.pad_id, config.start_id} - {config.eos_id})
+    searching = {
+        "bad_words_ids": [[number] for number in banned],
+        "decoder_start_token_id": config.start_id,
+        "eos_token_id": config.eos_id,
+        "forced_eos_token_id": config.eos_id,
+        "max_length": config.max_length,
+        "num_beams": 4,
+        "pad_token_id": config.pad_id,
+    }
+    fields = {
+        "architectures": ["MarianMTModel"],
+        "model_type": "marian",
+        "is_encoder_decoder": True,
+        "vocab_size": config.source_vocab_size,
+        "decoder_vocab_size": config.target_vocab_size,
+        "d_model": config.d_model,
+        "encoder_layers": config.num_encoder_layers,
+        "decoder_layers": config.num_decoder_layers,
+        "encoder_attention_heads": config.num_heads,
+        "decoder_attention_heads": config.num_heads,
+        "encoder_ffn_dim": config.d_ff,
+        "decoder_ffn_dim": config.d_ff,
+        "activation_function": config.activation,
+        "scale_embedding": config.scale_embeddings,
+        "max_position_embeddings": config.max_length,
+        "dropout": config.dropout_rate,
+        "attention_dropout": config.attention_dropout_rate,
+        "activation_dropout": config.activation_dropout_rate,
+        "bos_token_id": None,
+        "dtype": "float32",
+    } | {
+        name: searching[name]
+        for name in ("decoder_start_token_id", "eos_token_id", "forced_eos_token_id", "pad_token_id")
+    }
+    return fields, searching

@@ -1,0 +1,172 @@
+"""Takes the named tensors of a Marian model, as transformers stores them, and leaves our parameters, and goes back.
+
+Marian's linear maps are stored [out, in], ours [in, out]; norms and embeddings are the same arrays. A matrix that
+several parts share is stored once by both, if not always by the same rule: what is equal is shared here.
+
+Glossary: D d_model, V a vocabulary's size.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.trained_model import param_shapes
+
+Tensors = Mapping[str, np.ndarray]
+
+SHARED, SOURCE, TARGET = "model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"
+OUTPUT, OUTPUT_BIAS = "lm_head.weight", "final_logits_bias"
+# Worked out from the configuration; older files hold them all the same.
+POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
+ATTENTION_PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+
+
+def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
+    """The path of each parameter in a layer, and the name of its tensor in Marian."""
+    for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+        attentions = {"self_attention": "self_attn"} | (
+            {} if stack == "encoder" else {"cross_attention": "encoder_attn"}
+        )
+        parts = {"feed_forward/inner": "fc1", "feed_forward/outer": "fc2", "feed_forward_norm": "final_layer_norm"}
+        for ours, theirs in attentions.items():
+            parts |= {f"{ours}/{part}": f"{theirs}.{name}" for part, name in ATTENTION_PARTS.items()}
+            parts[f"{ours}_norm"] = f"{theirs}_layer_norm"
+        for number in range(layers):
+            for ours, theirs in parts.items():
+                weight = "scale" if ours.endswith("_norm") else "kernel"
+                for own_leaf, their_leaf in ((weight, "weight"), ("bias", "bias")):
+                    yield (
+                        f"{stack}/layers_{number}/{ours}/{own_leaf}",
+                        f"model.{stack}.layers.{number}.{theirs}.{their_leaf}",
+                    )
+
+
+def embeddings(config: TransformerConfig, params: PyTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The source's, the target's and the output's matrix, each [V, D]."""
+    if config.tie_embeddings == "three_way":
+        shared = np.asarray(params["shared_embedding"]["embedding"])
+        return shared, shared, shared
+    source, target = (np.asarray(params[f"{side}_embedding"]["embedding"]) for side in ("source", "target"))
+    return source, target, np.asarray(params["output_kernel"]).T if config.tie_embeddings == "none" else target
+
+
+def from_tensors(
+    config: TransformerConfig, tensors: Tensors, *, shared: bool, tied: bool
+) -> tuple[TransformerConfig, PyTree]:
+    """A model from Marian's tensors.
+
+    Args:
+        config: the model's, but for which of its embeddings are tied.
+        tensors: by Marian's names, float32.
+        shared: whether source and target are said to share their embeddings.
+        tied: whether the output is said to be tied to them.
+
+    Returns:
+        The config with that filled in, and the parameters.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another shape than the config asks for.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in POSITIONS}
+    source, target, output = _matrices(tensors, shared=shared, tied=tied)
+    same = np.array_equal(target, output)
+    tie = "three_way" if same and np.array_equal(source, target) else "decoder" if same else "none"
+    if tie == "three_way":
+        found: dict[str, Any] = {"shared_embedding/embedding": source}
+    else:
+        found = {"source_embedding/embedding": source, "target_embedding/embedding": target}
+    if tie == "none":
+        found["output_kernel"] = output.T
+    if OUTPUT_BIAS in tensors:
+        found["output_bias"] = tensors[OUTPUT_BIAS].reshape(-1)
+    named = {"source_embedding/embedding": SOURCE, "target_embedding/embedding": TARGET, "output_kernel": OUTPUT}
+    named |= {"shared_embedding/embedding": SHARED, "output_bias": OUTPUT_BIAS}
+    for path, name in layer_names(config):
+        named[path] = name
+        if name in tensors:
+            found[path] = tensors[name].T
+    if unknown := tensors.keys() - {SHARED, *named.values()}:
+        raise ValueError(f"the tensor {min(unknown)} belongs to no Marian model that is known here")
+    _check_size(config.source_vocab_size, source, SOURCE)
+    _check_size(config.target_vocab_size, target, TARGET)
+    config = dataclasses.replace(config, tie_embeddings=tie, output_bias=OUTPUT_BIAS in tensors)
+    for path, leaf in flatten_dict(param_shapes(config), sep="/").items():
+        if path not in found:
+            raise ValueError(f"the tensor {named[path]} is missing: the file is not complete, download it again")
+        if found[path].shape != leaf.shape:
+            raise ValueError(
+                f"the tensor {named[path]} does not fit config.json: its parameters are {list(found[path].shape)}, "
+                f"{list(leaf.shape)} are asked for: download both files again"
+            )
+    return config, unflatten_dict({path: np.ascontiguousarray(leaf) for path, leaf in found.items()}, sep="/")
+
+
+def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The source's, the target's and the output's matrix; what is missing is another one by the configuration."""
+    instead = {SOURCE: SHARED, TARGET: SHARED} if shared else {}
+    if tied:
+        instead[OUTPUT] = TARGET
+
+    def find(name: str) -> np.ndarray:
+        if name in tensors:
+            return tensors[name]
+        if name not in instead:
+            raise ValueError(f"the tensor {name} is missing: the file is not complete, download it again")
+        return find(instead[name])
+
+    source, target = find(SOURCE), find(TARGET)
+    if shared and tied and not (np.array_equal(source, find(SHARED)) and np.array_equal(target, source)):
+        raise ValueError(
+            f"{SOURCE}, {TARGET} and {SHARED} differ, but config.json shares them: download both files again"
+        )
+    return source, target, find(OUTPUT)
+
+
+def _check_size(size: int, matrix: np.ndarray, name: str) -> None:
+    if matrix.ndim != 2 or matrix.shape[0] != size:
+        raise ValueError(
+            f"the embeddings {name} are {list(matrix.shape)}, config.json has a vocabulary of {size}: "
+            "download both files again"
+        )
+
+
+def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+    """The tensors of a model by Marian's names, and the two fields of its configuration that say what is shared."""
+    source, target, output = embeddings(config, params)
+    shared, tied = np.array_equal(source, target), np.array_equal(target, output)
+    tensors = {SHARED: source} if shared else {SOURCE: source, TARGET: target}
+    if not tied:
+        # Where the output is not tied, transformers ties nothing, whatever is said of the embeddings.
+        tensors |= {SOURCE: source, TARGET: target, OUTPUT: output}
+    flat = flatten_dict(params, sep="/")
+    tensors[OUTPUT_BIAS] = np.asarray(flat.get("output_bias", np.zeros(config.target_vocab_size, np.float32)))[None]
+    tensors |= {name: np.asarray(flat[path]).T for path, name in layer_names(config)}
+    arrays = {name: np.array(tensor, np.float32, order="C") for name, tensor in tensors.items()}
+    return arrays, {"share_encoder_decoder_embeddings": shared, "tie_word_embeddings": tied}
+
+
+def concatenate_waves(config: TransformerConfig, params: PyTree) -> tuple[TransformerConfig, PyTree]:
+    """The same function of its inputs with the sines of positions in the first half, the cosines in the second.
+
+    The paper's positions hold them by turns. Every vector of d_model features is reordered alike, so whatever reads one
+    reads its rows in the new order, whatever writes one writes its columns so: only rounding can differ.
+    """
+    if config.positions != "sinusoidal":
+        return config, params
+    order = np.r_[0 : config.d_model : 2, 1 : config.d_model : 2]
+
+    def reorder(path: str, leaf: np.ndarray) -> np.ndarray:
+        *_, part, kind = ["", *path.split("/")]
+        if part in ("query", "key", "value", "inner"):  # read such vectors
+            return leaf[order] if kind == "kernel" else leaf
+        if path == "output_kernel":
+            return leaf[order]
+        return leaf if path == "output_bias" else leaf[..., order]
+
+    flat = {path: reorder(path, np.asarray(leaf)) for path, leaf in flatten_dict(params, sep="/").items()}
+    return dataclasses.replace(config, positions="sinusoidal_concatenated"), unflatten_dict(flat, sep="/")

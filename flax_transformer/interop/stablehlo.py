@@ -1,0 +1,101 @@
+"""Takes a model of ours and leaves its encoder and its decoding step as StableHLO, which runs without this library.
+
+The programs are `jax.export`'s, for CPU, CUDA and TPU, for any number of sentences and any lengths; the parameters lie
+beside them. `translate.py` comes along and shows how they are called.
+
+Glossary: B sentences, S source, L longest target, V vocabulary.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import export
+
+from flax_transformer.interop.folders import new_folder
+from flax_transformer.model import Transformer
+from flax_transformer.trained_model import TrainedModel
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+ENCODE, DECODE_STEP, PARAMS, IDS = "encode.stablehlo", "decode_step.stablehlo", "params.npz", "ids.json"
+
+
+def export_programs(model: TrainedModel) -> tuple[export.Exported, export.Exported]:
+    """The two programs.
+
+    Returns:
+        `encode(params, source, room)`: the decoding state, a list of arrays, for source token ids [B, S] padded with
+        `pad_id`, with room for as many target tokens as `room`, whatever is in it, is long.
+        `decode_step(params, state, tokens)`: the next state, and the logits [B, V] that follow the tokens last chosen,
+        [B]; the first time `start_id`.
+        Parameters are arrays by their path, e.g. "encoder/layers_0/self_attention/query/kernel".
+    """
+    # One program for all platforms: what is fused on one of them is not.
+    config = dataclasses.replace(model.config, attention_implementation="xla", remat=False)
+    transformer = Transformer(config)
+    learned = config.positions == "learned"
+    constraints = [f"{length} <= {config.max_length}" for length in ("s", "l")] if learned else []
+    batch, source_length, room = export.symbolic_shape("b, s, l", constraints=constraints)
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten_dict(model.params, sep="/").items()
+    }
+    structure = None
+
+    def encode(params: dict[str, jax.Array], source: jax.Array, room: jax.Array) -> list[jax.Array]:
+        nonlocal structure
+        variables = {"params": unflatten_dict(params, sep="/")}
+        state = transformer.apply(variables, source, max_length=room.shape[0], method="start_decoding")
+        leaves, structure = jax.tree.flatten(state)
+        return leaves
+
+    def decode_step(
+        params: dict[str, jax.Array], state: list[jax.Array], tokens: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
+        variables = {"params": unflatten_dict(params, sep="/")}
+        before = jax.tree.unflatten(structure, state)
+        after, logits = transformer.apply(variables, before, tokens[:, None], method="decode_step")
+        return jax.tree.leaves(after), logits[:, 0]
+
+    source = jax.ShapeDtypeStruct((batch, source_length), jnp.int32)
+    encoder = export.export(jax.jit(encode), platforms=PLATFORMS)(
+        params, source, jax.ShapeDtypeStruct((room,), jnp.int32)
+    )
+    state = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in encoder.out_avals]
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return encoder, export.export(jax.jit(decode_step), platforms=PLATFORMS)(params, state, tokens)
+
+
+def to_stablehlo(model: TrainedModel, folder: epath.PathLike) -> None:
+    """Writes a folder with the programs, the parameters, the vocabulary and an example.
+
+    Args:
+        model: ours.
+        folder: a new one.
+
+    Raises:
+        ValueError: something is there already, or flatbuffers is not installed.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:  # jax.export asks for it, and jax does not bring it
+        raise ValueError("flatbuffers is not installed: pip install 'flax_transformer[interop]'")
+    config, vocabularies = model.config, model.vocabularies
+    with new_folder(folder) as draft:
+        for name, program in zip((ENCODE, DECODE_STEP), export_programs(model), strict=True):
+            (draft / name).write_bytes(bytes(program.serialize()))
+        with (draft / PARAMS).open("wb") as file:
+            arrays = {path: np.asarray(leaf) for path, leaf in flatten_dict(model.params, sep="/").items()}
+            np.savez(file, allow_pickle=False, **arrays)
+        sides = {"source": vocabularies.source, "target": vocabularies.target}
+        for side, vocabulary in sides.items():
+            (draft / f"{side}.spm").write_bytes(vocabulary.pieces_model)
+        ids: dict[str, Any] = {"pad": config.pad_id, "start": config.start_id, "eos": config.eos_id}
+        ids |= {"unk": vocabularies.source.unk_id, "banned": [*config.banned_ids, config.pad_id, config.start_id]}
+        content = ids | {side: each.pieces(range(each.size)) for side, each in sides.items()}
+        (draft / IDS).write_text(json.dumps(content, ensure_ascii=False) + "\n")
+        (draft / "translate.py").write_bytes((Path(__file__).parent / "stablehlo_example.py").read_bytes())

@@ -1,0 +1,39 @@
+"""Translates with the programs beside it, greedily. It needs no more than `pip install jax flatbuffers sentencepiece`.
+
+python translate.py "A dog runs." "Two men talk."
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import sentencepiece
+
+folder = Path(__file__).parent
+ids = json.loads((folder / "ids.json").read_text())
+encode, decode_step = (
+    jax.jit(jax.export.deserialize(bytearray((folder / name).read_bytes())).call)
+    for name in ("encode.stablehlo", "decode_step.stablehlo")
+)
+params = dict(np.load(folder / "params.npz"))
+source, target = (sentencepiece.SentencePieceProcessor(str(folder / name)) for name in ("source.spm", "target.spm"))
+number = {piece: index for index, piece in enumerate(ids["source"])}
+
+rows = [[number.get(piece, ids["unk"]) for piece in source.encode(text, out_type=str)] for text in sys.argv[1:]]
+padded = np.full((len(rows), max(map(len, rows)) + 1), ids["pad"], np.int32)
+for place, row in zip(padded, rows, strict=True):
+    place[: len(row) + 1] = [*row, ids["eos"]]
+room = padded.shape[1] + 50
+state = encode(params, padded, np.zeros(room, np.int32))
+tokens, output = np.full(len(rows), ids["start"], np.int32), []
+for _ in range(room):
+    state, logits = decode_step(params, state, tokens)
+    tokens = np.argmax(np.array(logits.at[:, np.array(ids["banned"])].set(-np.inf)), axis=1).astype(np.int32)
+    output.append(tokens)
+    if (np.array(output) == ids["eos"]).any(axis=0).all():
+        break
+for row in np.array(output).T:
+    pieces = [ids["target"][token] for token in row]
+    print(target.decode_pieces(pieces[: pieces.index(ids["target"][ids["eos"]])] if ids["eos"] in row else pieces))

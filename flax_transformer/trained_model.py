@@ -1,0 +1,74 @@
+"""Takes a work directory and leaves the model in it, config, parameters and vocabularies; or goes the way back."""
+
+import dataclasses
+import functools
+
+import jax
+from etils import epath
+from jaxtyping import PyTree
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.model import Transformer
+from flax_transformer.workdir import WorkDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model and what it reads and writes.
+
+    Attributes:
+        config: the model's.
+        params: its parameters, float32.
+        vocabularies: of both sides.
+    """
+
+    config: TransformerConfig
+    params: PyTree
+    vocabularies: VocabularyPair
+
+    def __post_init__(self):
+        """Checks that the vocabularies are the model's; raises ValueError otherwise."""
+        config, vocabularies = self.config, self.vocabularies
+        sizes = (vocabularies.source.size, vocabularies.target.size)
+        if sizes != (config.source_vocab_size, config.target_vocab_size):
+            raise ValueError(
+                f"the vocabulary has {sizes[0]} source and {sizes[1]} target pieces, the model "
+                f"{config.source_vocab_size} and {config.target_vocab_size}: put the model's own vocabulary beside it"
+            )
+
+    @classmethod
+    def load(cls, path: epath.PathLike, *, step: str | int = "chosen") -> "TrainedModel":
+        """Reads it from a work directory, its parameters onto this process's first device.
+
+        Args:
+            path: the work directory.
+            step: which of its checkpoints, as `WorkDirectory.restore_params` has it.
+
+        Raises:
+            ValueError: it is no work directory, has no such checkpoint, or another vocabulary than the model's.
+        """
+        workdir = WorkDirectory(path)
+        config = workdir.read_model_config()
+        params = workdir.restore_params(step, param_shapes(config))
+        return cls(config, params, workdir.read_vocabularies())
+
+    def save(self, path: epath.PathLike) -> None:
+        """Writes a work directory that holds the model alone, as checkpoint 0, its config last.
+
+        Args:
+            path: an empty folder, or one that is not there yet.
+        """
+        workdir = WorkDirectory(path)
+        workdir.write_vocabularies(self.vocabularies)
+        workdir.write_fingerprints({"vocabulary": self.vocabularies.fingerprint()})
+        with workdir.open_checkpoints() as checkpoints:
+            checkpoints.save(0, {"params": self.params}, {})
+        workdir.write_config({"model": dataclasses.asdict(self.config)})
+
+
+def param_shapes(config: TransformerConfig) -> PyTree:
+    """The shapes and types of a model's parameters."""
+    tokens = jax.ShapeDtypeStruct((1, 2), "int32")
+    init = functools.partial(Transformer(config).init, deterministic=True)
+    return jax.eval_shape(init, jax.random.key(0), tokens, tokens)["params"]

@@ -1,0 +1,72 @@
+"""Takes command lines and leaves a verdict: `convert` goes each way, says how to go on, and loses nothing."""
+
+import shlex
+
+import pytest
+
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.workdir import WorkDirectory
+
+
+def change_config(path, **changes):
+    config = WorkDirectory(path).read_config()
+    config["model"] |= changes
+    WorkDirectory(path).write_config(config)
+
+
+def test_to_marian_and_back_translates_as_before(run, workdir, source, tmp_path):
+    before = run("translate", "--workdir", workdir, "--input", source)
+    assert "MarianMTModel" in run("convert", "to-marian", workdir, tmp_path / "marian")
+    said = run("convert", "from-marian", tmp_path / "marian", tmp_path / "work")
+    assert "1+1 layers, d_model 16, relu, 110 pieces" in said
+    command = shlex.split(said.splitlines()[1])
+    assert command[:2] == ["flax-transformer", "translate"]
+    again = run(*[str(source) if word == "--input=FILE" else word for word in command[1:-1]], "--input", source)
+    assert again == before
+    assert "configs/finetune_opus_mt.py" in said
+    assert VocabularyPair.load(tmp_path / "work").source.size == 110
+
+
+def test_a_checkpoint_can_be_chosen(run, workdir, tmp_path):
+    contents = []
+    for step in (1, 2):
+        run("convert", "to-marian", workdir, tmp_path / str(step), f"--checkpoint={step}")
+        contents.append((tmp_path / str(step) / "model.safetensors").read_bytes())
+    run("convert", "to-marian", workdir, tmp_path / "chosen")
+    assert contents[0] == (tmp_path / "chosen" / "model.safetensors").read_bytes() != contents[1]
+
+
+def test_the_other_ways_leave_what_their_readers_want(run, workdir, tmp_path):
+    assert "README.md" in run("convert", "to-ctranslate2", workdir, tmp_path / "ct2", "--quantization=int8")
+    assert "weights int8" in (tmp_path / "ct2" / "README.md").read_text()
+    assert "translate.py" in run("convert", "to-stablehlo", workdir, tmp_path / "hlo")
+    assert (tmp_path / "hlo" / "decode_step.stablehlo").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("to-onnx", "a", "b"), "invalid choice"),
+        (("to-marian", "a"), "TO"),
+        (("to-marian", "a", "b", "c"), "c stands alone"),
+        (("to-marian", "a", "b", "--quantization=int8"), "--quantization is for to-ctranslate2"),
+        (("from-marian", "a", "b", "--checkpoint=best"), "--checkpoint is for work directories"),
+        (("to-marian", "nowhere", "b"), "nowhere is not a work directory"),
+        (("from-marian", "nowhere", "b"), "nowhere is no folder"),
+    ],
+)
+def test_a_mistake_is_one_line(fail, arguments, match):
+    assert match in fail("convert", *arguments)
+
+
+def test_what_marian_cannot_express_is_told(fail, broken, tmp_path):
+    change_config(broken, norm_epsilon=1e-6)
+    assert "model.norm_epsilon is 1e-06" in fail("convert", "to-marian", broken, tmp_path / "marian")
+    assert not (tmp_path / "marian").exists()
+
+
+def test_a_folder_that_is_there_stays(fail, workdir, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for way in ("to-marian", "to-ctranslate2", "to-stablehlo"):
+        assert "exists and is not empty" in fail("convert", way, workdir, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

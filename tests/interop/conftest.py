@@ -1,0 +1,63 @@
+"""Takes small random Transformers and leaves models, with vocabularies, that tests of converting share."""
+
+import jax
+import numpy as np
+import pytest
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.trained_model import TrainedModel, param_shapes
+
+WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
+
+
+def sentence(number, length):
+    return " ".join(np.random.default_rng(number).choice(WORDS, length))
+
+
+SENTENCES = [sentence(number, length) for number, length in enumerate([3, 9, 1, 14, 2, 5, 4, 11, 6, 3, 3, 8])]
+
+
+@pytest.fixture(scope="session")
+def vocabularies():
+    lines = [sentence(100 + number, 6) for number in range(40)]
+    return VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
+
+
+@pytest.fixture(scope="session")
+def make_model(vocabularies):
+    """Makes a model of random parameters, biases and norms included; `pair` is its vocabularies."""
+
+    def make(seed=0, pair=vocabularies, **changes):
+        config = TransformerConfig(
+            source_vocab_size=pair.source.size,
+            target_vocab_size=pair.target.size,
+            **{
+                "d_model": 16,
+                "num_heads": 2,
+                "d_ff": 24,
+                "num_encoder_layers": 1,
+                "num_decoder_layers": 2,
+                "max_length": 40,
+                "tie_embeddings": "none",  # or whatever was said last would be said again
+                **changes,
+            },
+        )
+        rng = np.random.default_rng(seed)
+
+        def draw(path, leaf):
+            if leaf.ndim == 1:
+                return rng.normal(float(path[-1].key == "scale"), 0.1, leaf.shape).astype("float32")
+            return rng.normal(0.0, 0.5, leaf.shape).astype("float32")
+
+        params = jax.tree_util.tree_map_with_path(draw, param_shapes(config))
+        return TrainedModel(config, params, pair)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """Twelve, of 1 to 14 words."""
+    return SENTENCES

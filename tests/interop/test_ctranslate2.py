@@ -1,0 +1,119 @@
+"""Takes models in CTranslate2 and leaves a verdict: the same scores and translations, and a README that runs."""
+
+import re
+
+import numpy as np
+import pytest
+
+from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
+from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.decoding.translator import Translator
+from flax_transformer.interop.ctranslate2 import to_ctranslate2
+
+ctranslate2 = pytest.importorskip("ctranslate2")
+
+EVERYTHING = [
+    {"norm": "post", "activation": "relu", "tie_embeddings": "three_way", "positions": "sinusoidal"},
+    {"norm": "pre", "activation": "gelu", "tie_embeddings": "decoder", "positions": "sinusoidal_concatenated"},
+    {"norm": "post", "activation": "swish", "positions": "learned", "output_bias": True, "norm_epsilon": 1e-3},
+    {"norm": "pre", "activation": "relu", "scale_embeddings": False, "output_bias": True, "norm_epsilon": 1e-6},
+]
+every_model = pytest.mark.parametrize("options", EVERYTHING, ids=lambda options: "-".join(map(str, options.values())))
+
+
+def pieces(vocabulary, rows):
+    return [vocabulary.pieces(row) for row in rows]
+
+
+def load(folder):
+    return ctranslate2.Translator(str(folder), device="cpu", intra_threads=1)
+
+
+@every_model
+def test_scores_are_ours(make_model, tmp_path, sentences, options):
+    model = make_model(**options)
+    to_ctranslate2(model, tmp_path / "exported")
+    source, target = (
+        pieces(side, [row[:-1] for row in side.encode(lines)])
+        for side, lines in ((model.vocabularies.source, sentences), (model.vocabularies.target, sentences[::-1]))
+    )
+    theirs = load(tmp_path / "exported").score_batch(source, target)
+    ours = Translator(model.config, model.params, model.vocabularies).score(sentences, sentences[::-1])
+    for found, wanted in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(found.log_probs, wanted.token_log_probs, atol=1e-4)
+
+
+def test_translations_are_ours(make_model, tmp_path, sentences):
+    model = make_model(output_bias=True)
+    model.params["output_bias"][model.config.eos_id] += 6.0  # or outputs go on until they are cut off
+    to_ctranslate2(model, tmp_path / "exported")
+    search = BeamSearch(beam_size=4, length_penalty="length", alpha=1.0, stopping="first", max_length=30)
+    ours = Translator(model.config, model.params, model.vocabularies).hypotheses(sentences, search)
+    banned = [[piece] for piece in model.vocabularies.target.pieces([model.config.pad_id, model.config.start_id])]
+    theirs = load(tmp_path / "exported").translate_batch(
+        pieces(model.vocabularies.source, [row[:-1] for row in model.vocabularies.source.encode(sentences)]),
+        beam_size=4,
+        length_penalty=1,
+        max_decoding_length=30,
+        min_decoding_length=0,
+        suppress_sequences=banned,
+        return_scores=True,
+    )
+    ended = [number for number, found in enumerate(ours) if len(found[0].ids) < 30]
+    assert len(ended) > 6
+    for number in ended:
+        assert theirs[number].hypotheses[0] == list(ours[number][0].tokens[:-1])
+
+
+@pytest.mark.parametrize("quantization", ["int8", "float16"])
+def test_quantized_weights_are_smaller_and_still_translate(make_model, tmp_path, sentences, quantization):
+    model = make_model()
+    for name, options in (("whole", {}), ("small", {"quantization": quantization})):
+        to_ctranslate2(model, tmp_path / name, **options)
+    whole, small = ((tmp_path / name / "model.bin").stat().st_size for name in ("whole", "small"))
+    assert small < 0.8 * whole
+    source = pieces(model.vocabularies.source, model.vocabularies.source.encode(sentences))
+    target = pieces(model.vocabularies.target, model.vocabularies.target.encode(sentences))
+    found, wanted = (
+        np.concatenate([result.log_probs for result in load(tmp_path / name).score_batch(source, target)])
+        for name in ("small", "whole")
+    )
+    assert 0 < np.abs(found - wanted).mean() < 0.3  # what was not quantized in earnest would be equal
+
+
+def test_the_readme_s_program_prints_our_translation(make_model, tmp_path, capsys, monkeypatch):
+    model = make_model(output_bias=True)
+    model.params["output_bias"][model.config.eos_id] += 6.0
+    to_ctranslate2(model, tmp_path / "exported")
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "exported" / "README.md").read_text(), re.DOTALL)
+    assert len(program.strip().splitlines()) <= 7
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    search = BeamSearch(beam_size=4, length_penalty="length", alpha=1.0, stopping="first", max_length=250)
+    translator = Translator(model.config, model.params, model.vocabularies)
+    (ours,) = translator.hypotheses(["A dog runs."], search)
+    assert capsys.readouterr().out == ours[0].text + "\n"
+
+
+def test_a_vocabulary_of_marian_s_keeps_its_ids_and_languages(make_model, vocabularies, tmp_path, sentences):
+    source = vocabularies.source
+    order = [*reversed(source.pieces(range(source.size))), ">>fra<<"]
+    vocabulary = MarianVocabulary(source.to_bytes(), {piece: number for number, piece in enumerate(order)})
+    ids = {"pad_id": vocabulary.pad_id, "eos_id": vocabulary.eos_id, "start_id": vocabulary.pad_id}
+    model = make_model(pair=VocabularyPair(vocabulary, vocabulary), **ids)
+    to_ctranslate2(model, tmp_path / "exported")
+    theirs = load(tmp_path / "exported").score_batch(
+        pieces(vocabulary, [row[:-1] for row in vocabulary.encode([">>fra<< " + line for line in sentences])]),
+        pieces(vocabulary, [row[:-1] for row in vocabulary.encode(sentences)]),
+    )
+    translator = Translator(model.config, model.params, model.vocabularies)
+    ours = translator.score([">>fra<< " + line for line in sentences], sentences)
+    for found, wanted in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(found.log_probs, wanted.token_log_probs, atol=1e-4)
+    assert ">>fra<<" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_a_quantization_that_does_not_exist_is_told_and_leaves_nothing(make_model, tmp_path):
+    with pytest.raises(ValueError, match="'int4': choose one of none, int8"):
+        to_ctranslate2(make_model(), tmp_path / "exported", quantization="int4")
+    assert not list(tmp_path.iterdir())

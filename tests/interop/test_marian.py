@@ -1,0 +1,306 @@
+"""Takes models, written as Marian's and read again, and leaves a verdict: they are the same, and bad files are told."""
+
+import dataclasses
+import json
+import os
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
+from flax_transformer.decoding.translator import Translator
+from flax_transformer.interop.marian import from_marian, read_marian, to_marian
+from flax_transformer.interop.marian_tensors import concatenate_waves
+from flax_transformer.model import Transformer
+from flax_transformer.trained_model import TrainedModel
+
+MARIAN = {"positions": "sinusoidal_concatenated", "output_bias": True}
+TYINGS = ["three_way", "decoder", "none"]
+
+
+def same_tree(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def translate(model, sentences):
+    return Translator(model.config, model.params, model.vocabularies).translate(sentences)
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    """A model as it is downloaded."""
+    to_marian(make_model(**MARIAN), tmp_path / "downloaded")
+    return tmp_path / "downloaded"
+
+
+def change(folder, file, **fields):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def fails(folder, tmp_path, match):
+    """Converting must fail with one line, and leave nothing."""
+    with pytest.raises(ValueError, match=match) as raised:
+        from_marian(folder, tmp_path / "work")
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(("tying", "activation"), list(zip(TYINGS, ["relu", "gelu", "swish"], strict=True)))
+def test_what_is_written_is_read_as_the_same_model(make_model, tmp_path, sentences, tying, activation):
+    model = make_model(tie_embeddings=tying, activation=activation, **MARIAN)
+    to_marian(model, tmp_path / "marian")
+    found = from_marian(tmp_path / "marian", tmp_path / "work")
+    same_tree(found.params, model.params)
+    assert dataclasses.replace(found.config, banned_ids=()) == model.config
+    assert set(found.config.banned_ids) == {model.config.pad_id, model.config.start_id}
+    stored = TrainedModel.load(tmp_path / "work")
+    same_tree(stored.params, model.params)
+    assert isinstance(stored.vocabularies.source, MarianVocabulary)
+    assert stored.vocabularies.source.encode(sentences) == model.vocabularies.source.encode(sentences)
+    if tying == "none":
+        assert translate(stored, sentences) == translate(model, sentences)
+
+
+def test_waves_by_turns_become_waves_in_halves_and_nothing_else_changes(make_model):
+    for tying in TYINGS:
+        model = make_model(tie_embeddings=tying, output_bias=True)
+        config, params = concatenate_waves(model.config, model.params)
+        assert config.positions == "sinusoidal_concatenated"
+        tokens = np.random.default_rng(0).integers(4, model.config.source_vocab_size, (2, 3, 7))
+        before, after = (
+            Transformer(each).apply({"params": tree}, *jnp.asarray(tokens), deterministic=True)
+            for each, tree in ((model.config, model.params), (config, params))
+        )
+        np.testing.assert_allclose(before, after, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"norm": "pre"}, "model.norm is 'pre'"),
+        ({"positions": "learned"}, "model.positions is 'learned'"),
+        ({"norm_epsilon": 1e-6}, "model.norm_epsilon is 1e-06"),
+    ],
+)
+def test_what_marian_cannot_express_is_named(make_model, tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        to_marian(make_model(**changes), tmp_path / "marian")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_is_there_already_stays(make_model, folder, tmp_path, what):
+    if what == "file":
+        (tmp_path / "work").write_text("mine")
+    else:
+        (tmp_path / "work").mkdir()
+        (tmp_path / "work" / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        from_marian(folder, tmp_path / "work")
+    place = tmp_path / "work" / "mine" if what == "folder" else tmp_path / "work"
+    assert place.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"downloaded", "work"}
+
+
+def test_an_empty_folder_is_filled(folder, tmp_path):
+    (tmp_path / "work").mkdir()
+    from_marian(folder, tmp_path / "work")
+    assert TrainedModel.load(tmp_path / "work").config.positions == "sinusoidal_concatenated"
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "match"),
+    [
+        ("config.json", "normalize_before", True, "normalize_before is True"),
+        ("config.json", "normalize_embedding", True, "normalize_embedding is True"),
+        ("config.json", "model_type", "bart", "model_type is 'bart'"),
+        ("config.json", "activation_function", "tanh", "activation_function is 'tanh'"),
+        ("config.json", "decoder_ffn_dim", 32, "encoder_ffn_dim is 24 and decoder_ffn_dim 32"),
+        ("config.json", "rotary_base", 500, "rotary_base is 500"),
+        ("config.json", "d_model", "16", "d_model is '16'"),
+        ("config.json", "vocab_size", 99, "source vocabulary has 110 pieces, config.json says 99"),
+        ("config.json", "pad_token_id", 4, "pad_token_id is 4 in config.json and 0 in generation_config.json"),
+        ("generation_config.json", "forced_eos_token_id", 5, "forced_eos_token_id is 5, only eos_token_id = 2"),
+        ("generation_config.json", "bad_words_ids", [[3, 4]], r"bad_words_ids is \[\[3, 4\]\]"),
+        ("generation_config.json", "bad_words_ids", [[500]], "names 500"),
+        ("generation_config.json", "forced_bos_token_id", 7, "forced_bos_token_id is 7"),
+        ("generation_config.json", "repetition_penalty", 1.3, "repetition_penalty is 1.3"),
+    ],
+)
+def test_a_field_that_cannot_be_converted_is_named_with_its_value(folder, tmp_path, file, field, value, match):
+    change(folder, file, **{field: value})
+    fails(folder, tmp_path, match)
+
+
+def test_limits_and_banned_tokens_of_the_generation_config_are_kept(folder, tmp_path, sentences):
+    before = translate(from_marian(folder, tmp_path / "before"), sentences)
+    model = read_marian(folder)
+    spoken = {token for ids in model.vocabularies.target.encode(before) for token in ids}
+    banned = max(spoken - {model.config.eos_id})
+    change(folder, "generation_config.json", bad_words_ids=[[0], [banned]], max_length=33)
+    change(folder, "config.json", max_position_embeddings=512)
+    after = from_marian(folder, tmp_path / "work")
+    assert (after.config.max_length, after.config.banned_ids) == (33, (0, banned))
+    stored = Translator.from_workdir(tmp_path / "work")
+    ids = {token for found in stored.hypotheses(sentences) for token in found[0].ids}
+    assert banned not in ids and stored.translate(sentences) != before
+
+
+def pieces_of(vocabulary):
+    return vocabulary.pieces(range(vocabulary.size))
+
+
+def test_ids_come_from_the_list_and_not_from_sentencepiece(make_model, vocabularies, folder, tmp_path, sentences):
+    """Ids in the order of a list of Marian's, its end of sentence first and its padding last."""
+    source = vocabularies.source
+    rest = [piece for piece in pieces_of(source) if piece not in ("<pad>", "<s>", "</s>", "<unk>")]
+    order = ["</s>", "<unk>", *reversed(rest), "<pad>"]
+    ids = {piece: number for number, piece in enumerate(order)}
+    vocabulary = MarianVocabulary(source.to_bytes(), ids)
+    assert (vocabulary.pad_id, vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id) == (
+        len(ids) - 1,
+        len(ids) - 1,
+        0,
+        1,
+    )
+    rows = vocabulary.encode([*sentences, "the ☃"])
+    assert [vocabulary.pieces(row) for row in rows[:-1]] == [source.pieces(row) for row in source.encode(sentences)]
+    assert 1 in rows[-1] and vocabulary.decode(rows[:-1]) == sentences
+    assert vocabulary.decode([[*row, vocabulary.pad_id, 5] for row in rows[:-1]]) == sentences
+    assert pickle.loads(pickle.dumps(vocabulary)).to_bytes() == vocabulary.to_bytes()
+    pair = VocabularyPair(vocabulary, MarianVocabulary(source.to_bytes(), {**ids, "cat!": len(ids)}))
+    pair.save(tmp_path / "pair")
+    loaded = VocabularyPair.load(tmp_path / "pair")
+    assert loaded.fingerprint() == pair.fingerprint() and loaded.target.size == pair.target.size
+    assert VocabularyPair.is_in(tmp_path / "pair") and not VocabularyPair.is_in(tmp_path)
+
+
+def test_a_language_token_is_one_token_and_an_unknown_one_an_error(vocabularies):
+    source = vocabularies.source
+    pieces = [*pieces_of(source), ">>fra<<", ">>kan<<"]
+    vocabulary = MarianVocabulary(source.to_bytes(), {piece: number for number, piece in enumerate(pieces)})
+    assert vocabulary.languages == (">>fra<<", ">>kan<<")
+    (plain, french) = vocabulary.encode(["the cat", ">>fra<< the cat"])
+    assert french == [len(pieces) - 2, *plain]
+    with pytest.raises(ValueError, match=r">>deu<<: begin the sentence with one of >>fra<<, >>kan<<"):
+        vocabulary.encode([">>deu<< the cat"])
+    # Without such tokens it is text like any other.
+    assert MarianVocabulary(source.to_bytes(), {p: n for n, p in enumerate(pieces[:-2])}).encode([">>deu<< the cat"])
+
+
+def test_ids_that_are_those_of_another_vocabulary_are_told(folder, tmp_path):
+    for file in ("config.json", "generation_config.json"):
+        change(folder, file, pad_token_id=4)
+    fails(folder, tmp_path, "pad_token_id is 4, the source vocabulary has 0")
+
+
+@pytest.mark.parametrize("ids", [{"<pad>": 0, "</s>": 1, "<unk>": 1}, {"<pad>": 0, "</s>": 2, "<unk>": 3}])
+def test_a_list_that_skips_or_doubles_an_id_is_refused(vocabularies, ids):
+    with pytest.raises(ValueError, match="give each an id, and no id twice"):
+        MarianVocabulary(vocabularies.source.to_bytes(), ids)
+
+
+def edit_tensors(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load(path.read_bytes())
+    edit(tensors)
+    path.write_bytes(safetensors.numpy.save(tensors))
+
+
+QUERY = "model.decoder.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda tensors: tensors.pop(QUERY), f"{QUERY} is missing"),
+        (lambda tensors: tensors.pop("model.encoder.embed_tokens.weight"), "embed_tokens.weight is missing"),
+        (lambda tensors: tensors.update({QUERY: np.ones((16, 15), "f4")}), rf"{QUERY} does not fit config.json"),
+        (lambda tensors: tensors.update(extra=np.ones(3, "f4")), "tensor extra belongs to no Marian model"),
+        (lambda tensors: tensors.update({QUERY: np.ones((16, 16), "i4")}), "holds int32"),
+    ],
+)
+def test_tensors_that_do_not_belong_together_are_named(folder, tmp_path, edit, match):
+    edit_tensors(folder, edit)
+    fails(folder, tmp_path, match)
+
+
+def test_a_vocabulary_of_another_size_is_told(folder, tmp_path):
+    ids = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(dict(list(ids.items())[:-1])))
+    fails(folder, tmp_path, "vocabulary has 109 pieces, config.json says 110")
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "vocab.json", "source.spm", "target.spm", "model.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["truncated", "noise", "empty", "missing"])
+def test_a_damaged_file_is_one_line(folder, tmp_path, file, damage):
+    path = folder / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+        if file == "generation_config.json":  # not every model has one
+            assert read_marian(folder).config.max_length == 40
+            return
+    else:
+        noise = np.random.default_rng(0).bytes(len(content))
+        path.write_bytes({"truncated": content[: len(content) // 2], "noise": noise, "empty": b""}[damage])
+    fails(folder, tmp_path, file if damage != "missing" or file != "model.safetensors" else "holds no weights")
+
+
+def test_shards_are_read_and_a_path_outside_the_folder_is_not(folder, tmp_path):
+    whole = read_marian(folder)
+    tensors = safetensors.numpy.load((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, inside in shards.items():
+        (folder / file).write_bytes(safetensors.numpy.save({name: tensors[name] for name in inside}))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, inside in shards.items() for name in inside}}))
+    same_tree(read_marian(folder).params, whole.params)
+    for outside in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..", "", 5):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, outside)}))
+        with pytest.raises(ValueError, match="no file beside it"):
+            read_marian(folder)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "c.safetensors")}))
+    with pytest.raises(ValueError, match="lacks c.safetensors"):
+        read_marian(folder)
+
+
+class Hostile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(folder, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: `make peers` installs it")
+    (folder / "model.safetensors").unlink()
+    trap = tmp_path / "downloaded" / "sprung"
+    for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        save({"model.shared.weight": Hostile(str(trap))}, folder / "pytorch_model.bin")
+        fails(folder, tmp_path, "holds more than tensors")
+        assert not trap.exists()
+
+
+def test_a_bin_file_without_torch_names_what_to_install(folder, tmp_path, monkeypatch):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    fails(folder, tmp_path, "pip install torch")
+
+
+def test_a_folder_that_is_none_is_told(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        from_marian(tmp_path / "nowhere", tmp_path / "work")

@@ -1,0 +1,69 @@
+"""Takes exported programs and leaves a verdict: any batch and lengths, our logits, and no need of this library."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.decoding.translator import Translator
+from flax_transformer.interop.stablehlo import PLATFORMS, export_programs, to_stablehlo
+from flax_transformer.model import Transformer
+
+
+def batch(config, rows, width, seed=0):
+    rng = np.random.default_rng(seed)
+    source = np.full((rows, width), config.pad_id, np.int32)
+    for row in source:
+        length = rng.integers(1, width + 1)
+        row[:length] = [*rng.integers(4, config.source_vocab_size, length - 1), config.eos_id]
+    return source
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "pre", "positions": "learned", "output_bias": True}], ids=str)
+def test_the_programs_have_our_logits_for_any_batch_and_lengths(make_model, options):
+    model = make_model(**options)
+    encode, decode_step = (jax.export.deserialize(program.serialize()) for program in export_programs(model))
+    assert set(encode.platforms) == set(PLATFORMS) == {"cpu", "cuda", "tpu"}
+    params = flatten_dict(model.params, sep="/")
+    for rows, width, room in ((2, 5, 7), (3, 8, 4)):
+        source = batch(model.config, rows, width)
+        target = np.random.default_rng(1).integers(4, model.config.target_vocab_size, (rows, room)).astype(np.int32)
+        state = encode.call(params, source, np.zeros(room, np.int32))
+        given = np.concatenate([np.full((rows, 1), model.config.start_id, np.int32), target[:, :-1]], axis=1)
+        found = []
+        for tokens in given.T:
+            state, logits = decode_step.call(params, state, tokens)
+            found.append(logits)
+        wanted = Transformer(model.config).apply(
+            {"params": model.params}, jnp.asarray(source), jnp.asarray(target), deterministic=True
+        )
+        np.testing.assert_allclose(np.stack(found, axis=1), wanted, atol=1e-4)
+
+
+def test_the_example_translates_as_we_do_and_without_us(make_model, tmp_path, sentences):
+    model = make_model(output_bias=True)
+    model.params["output_bias"][model.config.eos_id] += 3.0  # or outputs go on until they are cut off
+    to_stablehlo(model, tmp_path / "exported")
+    example = tmp_path / "exported" / "translate.py"
+    assert len([line for line in example.read_text().splitlines() if line]) <= 40
+    program = (
+        "import runpy, sys; sys.modules['flax_transformer'] = sys.modules['flax'] = None; "
+        "sys.argv[0] = sys.argv.pop(1); runpy.run_path(sys.argv[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(example), *sentences],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    translator = Translator(model.config, model.params, model.vocabularies)
+    # The example has one limit for all, 50 tokens beyond the longest source.
+    longest = max(map(len, model.vocabularies.source.encode(sentences))) + 50 + 1  # and an end of sentence
+    ours = translator.translate(sentences, BeamSearch(beam_size=1, max_length=longest, extra_length=longest))
+    assert done.stdout.splitlines() == [text.strip() for text in ours]

@@ -1,0 +1,29 @@
+"""Takes the pages of docs/ that show Python and leaves a verdict: their programs run, and their own checks hold."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PROGRAM = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = sorted(page.name for page in DOCS.glob("*.md") if PROGRAM.search(page.read_text()))
+
+
+def test_the_pages_on_reuse_are_among_them():
+    assert {"assemble.md", "nnx.md", "optax_loop.md"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_programs_run_one_after_another(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page}
+    for program in PROGRAM.findall((DOCS / page).read_text()):
+        assert "assert " in program  # or what it computes could be anything
+        exec(compile(program, page, "exec"), names)
+
+
+def test_a_model_of_other_layers_takes_less_than_forty_lines():
+    classes = re.findall(r"^class .*?(?=^\S)", (DOCS / "assemble.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(classes) == 2
+    assert all(len(text.splitlines()) < 40 for text in classes)

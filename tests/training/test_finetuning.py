@@ -1,0 +1,128 @@
+"""Takes a model in a work directory and leaves a verdict: training can start from it, and freeze parts of it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
+from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.interop.marian import from_marian, to_marian
+from flax_transformer.trained_model import TrainedModel, param_shapes
+from flax_transformer.training.loop import train_and_evaluate
+from flax_transformer.training.report import Report
+from tests.training.conftest import STEPS, lines_of, losses_of, with_training, without_held_out
+
+
+@pytest.fixture(scope="module")
+def start(experiment, tmp_path_factory):
+    """A converted model of random parameters, in a work directory."""
+    path = tmp_path_factory.mktemp("start")
+    with open(experiment.data.train.removeprefix("files:").split(",")[0]) as file:
+        lines = file.read().splitlines()
+    pair = VocabularyPair.train(lines, lines, VocabularyConfig(size=50))
+    size = pair.source.size
+    config = dataclasses.replace(experiment.model, source_vocab_size=size, target_vocab_size=size, dropout_rate=0.0)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype("float32"), param_shapes(config))
+    to_marian(TrainedModel(config, params, pair), path / "downloaded")
+    from_marian(path / "downloaded", path / "work")
+    return path / "work"
+
+
+@pytest.fixture(scope="module")
+def finetuning(experiment, start):
+    """The experiment that starts from it; its dropout is its own."""
+    model = dataclasses.replace(TrainedModel.load(start).config, dropout_rate=0.2)
+    experiment = dataclasses.replace(without_held_out(experiment), model=model)
+    return with_training(experiment, start_from=str(start), schedule="constant", learning_rate=1e-2, warmup_steps=1)
+
+
+def params_of(path):
+    return TrainedModel.load(path, step="latest").params
+
+
+@pytest.mark.parametrize("parallelism", ["jit", "pmap", "fsdp"])
+def test_it_begins_with_that_model_and_its_vocabulary(finetuning, start, tmp_path, parallelism):
+    still = with_training(finetuning, learning_rate=0.0, steps=1, parallelism=parallelism, ema_decay=0.9)
+    train_and_evaluate(still, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), TrainedModel.load(start).params)
+    found = TrainedModel.load(tmp_path).vocabularies
+    assert isinstance(found.source, MarianVocabulary)
+    assert found.fingerprint() == TrainedModel.load(start).vocabularies.fingerprint()
+
+
+def test_its_loss_falls_and_it_exports_again(finetuning, start, tmp_path):
+    train_and_evaluate(finetuning, tmp_path / "run")
+    losses = [loss for _, loss in losses_of(tmp_path / "run")]
+    assert len(losses) == STEPS and np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+    model = TrainedModel.load(tmp_path / "run")
+    to_marian(model, tmp_path / "again")
+    again = from_marian(tmp_path / "again", tmp_path / "work")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    fields = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert fields["dropout"] == 0.2
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_stopped_it_goes_on_to_the_same_bits_and_needs_the_start_no_more(finetuning, start, tmp_path, monkeypatch):
+    train_and_evaluate(finetuning, tmp_path / "whole")
+    done = iter(range(7))
+
+    def step_done(report):
+        if next(done, None) is None:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Report, "step_done", step_done)
+        train_and_evaluate(finetuning, tmp_path / "parts")
+    moved = start.with_name("moved")
+    start.rename(moved)
+    try:
+        train_and_evaluate(finetuning, tmp_path / "parts")
+    finally:
+        moved.rename(start)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
+    assert [line["step"] for line in lines_of(tmp_path / "parts", "start")] == [0, 5]
+
+
+@pytest.mark.parametrize("freeze", ["embeddings", "encoder", "embeddings,encoder"])
+def test_what_is_frozen_stays_and_all_else_moves(finetuning, start, tmp_path, freeze):
+    train_and_evaluate(with_training(finetuning, freeze=freeze, weight_decay=0.1, clip_norm=1.0), tmp_path)
+    before, after = TrainedModel.load(start).params, params_of(tmp_path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+        name = path[0].key
+        stays = ("encoder" in freeze and name == "encoder") or ("embeddings" in freeze and name == "shared_embedding")
+        old = before
+        for part in path:
+            old = old[part.key]
+        # The gradient of a key's bias is zero but for rounding.
+        if "key" not in [part.key for part in path]:
+            assert np.array_equal(leaf, old) == stays, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"d_ff": 24}, "model.d_ff is 24, in training.start_from = .* it is 12"),
+        ({"norm": "pre"}, "model.norm is 'pre'"),
+    ],
+)
+def test_another_model_than_the_start_s_is_an_error(finetuning, tmp_path, change, match):
+    other = dataclasses.replace(finetuning, model=dataclasses.replace(finetuning.model, **change))
+    with pytest.raises(ValueError, match=match):
+        train_and_evaluate(other, tmp_path / "run")
+    # Mended, the same command begins.
+    train_and_evaluate(with_training(finetuning, steps=1), tmp_path / "run")
+
+
+def test_a_model_without_a_training_says_how_to_start_from_it(finetuning, start):
+    before = sorted(path.name for path in start.iterdir())
+    with pytest.raises(ValueError, match="holds a model and no training: .*--config=configs/finetune_opus_mt.py:"):
+        train_and_evaluate(with_training(finetuning, start_from=""), start)
+    assert before == sorted(path.name for path in start.iterdir() if path.name != "training.lock")
