@@ -6,6 +6,7 @@ each, with `--distributed` where the cluster tells them apart (Cloud TPU, Slurm)
 `--coordinator=HOST:PORT --num_processes=2 --process_id=0`.
 """
 
+import re
 import sys
 from typing import Any
 
@@ -54,7 +55,12 @@ def main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> Any:
     """Parses the flags; a config that is missing or has no such setting ends in one line and exit status 1."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        # Of what a config file raises absl hands on the whole traceback, whose last line is the error.
+        *_, last = (line for line in str(error).splitlines() if line.strip())
+        reason = re.sub(r"^\s*\w+Error: ", "", last)
+        sys.exit(f"train.py: {reason} (see train.py --help)")
     except (AttributeError, KeyError, ValueError, OSError) as error:
         # ml_collections hands on the KeyError of a mistyped name inside the AttributeError that it raises.
         cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error

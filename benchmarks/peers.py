@@ -138,8 +138,8 @@ def ctranslate2_model(
 
 
 def spell(rows: Iterable[Sequence[int]]) -> list[list[str]]:
-    """Token ids as CTranslate2 reads them here."""
-    return [[str(int(token)) for token in row] for row in rows]
+    """Sources as CTranslate2 reads them here: each token's id, but for the end, which it adds itself."""
+    return [[str(int(token)) for token in row[:-1]] for row in rows]
 
 
 def _check(config: TransformerConfig) -> None:

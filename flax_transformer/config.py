@@ -52,7 +52,9 @@ class TransformerConfig:
         pad_id: the id that fills up rows.
         start_id: the id that the decoder starts from.
         eos_id: the id that ends a sentence.
-        banned_ids: ids that no search chooses, beside padding and start.
+        banned_ids: ids that the model never says: all others share their probability, as in Marian, which says no
+            padding.
+        max_output: the longest translation that a search makes, in tokens with the end; 0 for no such limit.
         dtype: type of the activations; parameters, softmax and logits are float32 either way. bfloat16 is for TPUs and
             newer GPUs; float16, for older ones such as the T4, is trained with a loss scale.
         attention_implementation: "auto" (cuDNN's fused kernel where it can and should run, as
@@ -83,6 +85,7 @@ class TransformerConfig:
     start_id: int = 1
     eos_id: int = 2
     banned_ids: Sequence[int] = ()
+    max_output: int = 0
     dtype: str = "float32"
     attention_implementation: str = "auto"
     remat: bool = False

@@ -37,9 +37,10 @@ def test_help_names_the_flags_without_loading_jax():
     [
         ([QUICKSTART, "--config.training.stepz=3"], ["stepz", 'Did you mean "steps"']),
         (["--config=configs/none.py"], ["configs/none.py"]),
+        (["--config=configs/finetune_opus_mt.py:none"], ["none is not a work directory"]),
         ([QUICKSTART, "--config.data.train=files:none.kn,none.en"], ["cannot read none.kn", "check the path"]),
     ],
-    ids=["setting", "config", "corpus"],
+    ids=["setting", "config", "start", "corpus"],
 )
 def test_a_mistake_is_one_line_that_names_it_and_no_traceback(arguments, said, tmp_path):
     ended = train(*arguments, f"--workdir={tmp_path / 'run'}")

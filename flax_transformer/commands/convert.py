@@ -82,8 +82,7 @@ def _describe(model: Any, options: argparse.Namespace) -> str:
     if options.way == "from-marian":
         lines += [
             f"  flax-transformer translate --workdir={target} --input=FILE",
-            f"  python train.py --config=configs/finetune_opus_mt.py:{target} --workdir=runs/finetuned "
-            "--config.data.train=files:train.SOURCE,train.TARGET",
+            f"  python train.py --config=configs/finetune_opus_mt.py:{target} --workdir=runs/finetuned  # on your text",
         ]
         if languages := getattr(model.vocabularies.source, "languages", ()):
             lines.append(f"each source sentence begins with the language that is wanted: {', '.join(languages)}")

@@ -80,6 +80,10 @@ class Vocabulary:
         """
         return self._processor.encode([sentence.encode(errors="replace") for sentence in sentences], add_eos=True)
 
+    def split_language(self, sentence: str) -> tuple[str, str]:
+        """The token for the language that is wanted, and the rest; vocabularies that are trained here have none."""
+        return "", sentence
+
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """The sentence that each row spells: up to its first `eos_id`, passing over `pad_id` and `bos_id`.
 
@@ -194,22 +198,30 @@ class MarianVocabulary(Vocabulary):
         return self.ids_file() + self._model
 
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Ids of each sentence, ending with `eos_id`; ValueError for a language token that the vocabulary lacks."""
+        """Ids of each sentence, ending with `eos_id`; what looks like a language and is none is text."""
         return [self._encode(sentence) for sentence in sentences]
 
     def _encode(self, sentence: str) -> list[int]:
-        language, text = [], sentence
-        if self.languages and (begin := _LANGUAGE.match(sentence)):
-            if begin[0] not in self._ids:
-                few = ", ".join(self.languages[:8]) + (", …" if len(self.languages) > 8 else "")
-                raise ValueError(f"the model knows no language {begin[0]}: begin the sentence with one of {few}")
-            language, text = [begin[0]], sentence[begin.end() :]
+        begin = _LANGUAGE.match(sentence)
+        language, text = ([begin[0]], sentence[begin.end() :]) if begin and begin[0] in self._ids else ([], sentence)
         pieces = self._processor.encode(text.encode(errors="replace"), out_type=str)
         return [*(self._ids.get(piece, self.unk_id) for piece in [*language, *pieces]), self.eos_id]
 
+    def split_language(self, sentence: str) -> tuple[str, str]:
+        """A source sentence's language token and the rest; ValueError for a language that the model does not know."""
+        begin = _LANGUAGE.match(sentence) if self.languages else None
+        if begin is None:
+            return "", sentence
+        if begin[0] not in self._ids:
+            few = ", ".join(self.languages[:8]) + (", …" if len(self.languages) > 8 else "")
+            raise ValueError(f'the model knows no language {begin[0]} ("{sentence[:40]}"): begin with one of {few}')
+        return begin[0], sentence[begin.end() :]
+
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """As of any `Vocabulary`."""
-        return [self._processor.decode_pieces(self.pieces(self._spelling(row))) for row in ids]
+        texts = (self._processor.decode_pieces(self.pieces(self._spelling(row))) for row in ids)
+        # A piece that only the other side's model knows keeps its mark of a space.
+        return [text.replace("▁", " ").strip() for text in texts]
 
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """As of any `Vocabulary`."""

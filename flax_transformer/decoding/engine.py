@@ -266,8 +266,8 @@ class Engine:
 
     def _limit(self, settings: SearchSettings, source_length: int) -> int:
         """The longest output in tokens for a source of so many."""
-        limit = settings.limit(source_length)
-        return limit if self._room is None else min(limit, self._room)
+        limits = [settings.limit(source_length), *(config.max_output for config in self.configs if config.max_output)]
+        return min(limits if self._room is None else [*limits, self._room])
 
     def _completed(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings under which no output holds padding or a second start."""

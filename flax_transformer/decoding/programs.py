@@ -108,7 +108,7 @@ def score_targets(
 
     def run(models, source, target):
         logits = [
-            Transformer(config).apply({"params": params}, source, target, deterministic=True)
+            _sayable(config, Transformer(config).apply({"params": params}, source, target, deterministic=True))
             for config, params in zip(configs, models, strict=True)
         ]
         log_probs = jax.nn.log_softmax(_average(logits))
@@ -188,7 +188,9 @@ def _search(
             Transformer(config).apply({"params": params}, state, tokens[:, None], method="decode_step")
             for config, params, state in zip(configs, models, states, strict=True)
         ]
-        return tuple(state for state, _ in steps), _average([logits[:, 0] for _, logits in steps])
+        return tuple(state for state, _ in steps), _average(
+            [_sayable(config, logits[:, 0]) for config, (_, logits) in zip(configs, steps, strict=True)]
+        )
 
     return Search(
         step_fn=step_fn,
@@ -204,6 +206,11 @@ def _search(
         # No key or value is moved: each state remembers whose beginning a hypothesis goes on from.
         follow=lambda states, parents: tuple(state.follow(parents) for state in states),
     )
+
+
+def _sayable(config: TransformerConfig, logits: jax.Array) -> jax.Array:
+    """The logits, -inf for what the model never says."""
+    return logits.at[..., jnp.array(config.banned_ids)].set(-jnp.inf) if config.banned_ids else logits
 
 
 def _average(logits: list[jax.Array]) -> jax.Array:

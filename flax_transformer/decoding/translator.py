@@ -280,12 +280,18 @@ class Translator:
     def _split(self, sentences: Sequence[str]) -> list[list[list[int]]]:
         """The ids of each sentence, in parts where it is too long; an empty one has none."""
         longest = self._engine.longest
-        encode = self.vocabularies.source.encode
+        vocabulary = self.vocabularies.source
+        encode = vocabulary.encode
+        languages, texts = zip(*map(vocabulary.split_language, sentences), strict=True) if sentences else ((), ())
         split = [[ids] if sentence.strip() else [] for sentence, ids in zip(sentences, encode(sentences), strict=True)]
         for number, sentence in enumerate(sentences):
             tokens = sum(map(len, split[number]))
             if tokens > longest:
-                split[number] = encode(split_sentence(sentence, lambda text: len(encode([text])[0]), longest))
+                language = languages[number]
+                # What names the language is one token, of each part.
+                room = longest - 1 if language else longest
+                parts = split_sentence(texts[number], lambda text: len(encode([text])[0]), room)
+                split[number] = encode([language + part for part in parts])
                 warnings.warn(
                     f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
                     f"{longest}: it is translated in {len(split[number])} parts",

@@ -17,6 +17,8 @@ from flax_transformer.trained_model import TrainedModel
 
 # As CTranslate2 names them; with "none" the weights stay float32.
 QUANTIZATIONS = ("none", "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16")
+# A logit's bias, in reach of float16, that leaves no probability.
+NEVER = -3e4
 # The positions that a model has which could have more: the table takes 4 * d_model bytes for each.
 POSITIONS = 1024
 EXAMPLE = """\
@@ -25,8 +27,8 @@ import ctranslate2, sentencepiece
 translator = ctranslate2.Translator("{folder}")
 source, target = (sentencepiece.SentencePieceProcessor("{folder}/" + name) for name in ("source.spm", "target.spm"))
 pieces = source.encode("A dog runs.", out_type=str)
-(found,) = translator.translate_batch([pieces], beam_size=4, suppress_sequences={banned})
-print(target.decode(found.hypotheses[0]))
+(found,) = translator.translate_batch([pieces], beam_size=4, max_decoding_length={limit}, suppress_sequences={banned})
+print(target.decode(found.hypotheses[0]).replace("▁", " ").strip())
 """
 
 
@@ -111,8 +113,10 @@ def _describe(config: TransformerConfig, params: PyTree) -> Any:
     spec.encoder.embeddings[0].weight, spec.decoder.embeddings.weight = source, target
     spec.encoder.scale_embeddings = spec.decoder.scale_embeddings = config.scale_embeddings
     spec.decoder.projection.weight = output
-    if config.output_bias:
-        spec.decoder.projection.bias = np.array(params["output_bias"])
+    if config.output_bias or config.banned_ids:
+        bias = np.array(params["output_bias"] if config.output_bias else np.zeros(config.target_vocab_size, np.float32))
+        bias[list(config.banned_ids)] = NEVER
+        spec.decoder.projection.bias = bias
     for theirs, name in ((spec.encoder, "encoder"), (spec.decoder, "decoder")):
         # Without a table CTranslate2 makes one, from position 1 and of other wavelengths.
         theirs.position_encodings.encodings = _positions(config, params[name])
@@ -161,11 +165,16 @@ def _readme(model: TrainedModel, name: str, quantization: str) -> str:
     config, vocabulary = model.config, model.vocabularies.target
     banned = sorted({*config.banned_ids, config.pad_id, config.start_id} - {config.eos_id})
     languages = vocabulary.languages if isinstance(vocabulary, MarianVocabulary) else ()
-    example = EXAMPLE.format(folder=name, banned=[[piece] for piece in vocabulary.pieces(banned)])
+    example = EXAMPLE.format(
+        folder=name,
+        limit=config.max_output or config.max_length,
+        banned=[[piece] for piece in vocabulary.pieces(banned)],
+    )
     return (
         f"# {name}\n\nA Transformer of {config.num_encoder_layers}+{config.num_decoder_layers} layers for CTranslate2 "
         f"(`pip install ctranslate2 sentencepiece`), weights {'float32' if quantization == 'none' else quantization}. "
-        f"It knows sentences of up to {config.max_length} tokens.\n\n```python\n{example}```\n\n"
+        f"It knows sentences of up to {config.max_length} tokens. To be run beside this folder:\n\n"
+        f"```python\n{example}```\n\n"
         "CTranslate2 adds the end of a sentence itself; its `length_penalty` divides by length ^ penalty.\n"
         + (
             f"The source begins with a language token, put before its pieces: {', '.join(languages)}.\n"

@@ -55,8 +55,8 @@ def read_marian(folder: epath.PathLike) -> TrainedModel:
     config, params = from_tensors(
         config,
         read_tensors(folder),
-        shared=fields.get("share_encoder_decoder_embeddings", True),
-        tied=fields.get("tie_word_embeddings", True),
+        shared=fields.get("share_encoder_decoder_embeddings", True) is not False,
+        tied=fields.get("tie_word_embeddings", True) is not False,
     )
     return TrainedModel(config, params, vocabularies)
 

@@ -60,8 +60,10 @@ READ = {
     "eos_token_id",
     "forced_eos_token_id",
     "max_length",
+    "max_new_tokens",
     "max_position_embeddings",
     "pad_token_id",
+    "renormalize_logits",
     "scale_embedding",
     "share_encoder_decoder_embeddings",
     "tie_word_embeddings",
@@ -69,6 +71,7 @@ READ = {
 }
 # What changes no translation, or is chosen anew for each: searches have settings of their own here.
 WITHOUT_EFFECT = {
+    "_attn_implementation_autoset",
     "_from_model_config",
     "_name_or_path",
     "_num_labels",
@@ -96,7 +99,6 @@ WITHOUT_EFFECT = {
     "output_scores",
     "problem_type",
     "remove_invalid_values",
-    "renormalize_logits",
     "return_dict",
     "return_dict_in_generate",
     "task_specific_params",
@@ -118,11 +120,11 @@ def check_fields(file: epath.Path, fields: Mapping[str, Any]) -> None:
     """Raises ValueError for a field that ours cannot express, or that nobody knows."""
     for name, value in fields.items():
         if name in FIXED:
-            if value is not None and value != FIXED[name]:
+            if value not in (None, [], {}) and value != FIXED[name]:
                 raise ValueError(
                     f"{file}: {name} is {value!r}, only {FIXED[name]!r} can be converted: choose another model"
                 )
-        elif name not in READ | WITHOUT_EFFECT and value not in (None, False):
+        elif name not in READ | WITHOUT_EFFECT and value not in (None, False, [], {}):
             raise ValueError(
                 f"{file}: {name} is {value!r}, which is not known here: remove that line if it changes no translation"
             )
@@ -163,12 +165,19 @@ def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
             )
         return first
 
+    def flag(name: str, default: bool) -> bool:
+        value = default if fields.get(name) is None else fields[name]
+        if type(value) is not bool:
+            raise ValueError(f"config.json: {name} is {value!r}, true or false is needed: download the file again")
+        return value
+
     activation = fields.get("activation_function", "gelu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
             f"config.json: activation_function is {activation!r}, only {', '.join(ACTIVATIONS)} can be converted"
         )
-    positions = whole("max_position_embeddings", DEFAULT_MAX_LENGTH)
+    # Theirs counts the start too.
+    longest = [whole("max_length", 1) - 1, whole("max_new_tokens", 0)]
     eos_id = whole("eos_token_id")
     if fields.get("forced_eos_token_id") not in (None, eos_id):
         raise ValueError(
@@ -189,24 +198,34 @@ def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
             activation_dropout_rate=fields.get("activation_dropout", 0.0),
             activation=ACTIVATIONS[activation],
             positions="sinusoidal_concatenated",
-            max_length=min(positions, whole("max_length", positions)),
-            scale_embeddings=bool(fields.get("scale_embedding", False)),
+            max_length=whole("max_position_embeddings", DEFAULT_MAX_LENGTH),
+            max_output=min(filter(None, longest), default=0),
+            scale_embeddings=flag("scale_embedding", False),
             tie_embeddings="none",  # until the tensors are compared
             pad_id=whole("pad_token_id"),
             start_id=whole("decoder_start_token_id", whole("pad_token_id")),
             eos_id=eos_id,
-            banned_ids=_banned(fields.get("bad_words_ids")),
+            banned_ids=_banned(fields, renormalize=flag("renormalize_logits", False)),
         )
     except TypeError as error:  # a text where a number belongs
         raise ValueError(f"config.json is damaged ({error}): download it again") from error
 
 
-def _banned(bad_words: Any) -> tuple[int, ...]:
-    """The tokens that are never chosen; of longer sequences we know nothing."""
-    bad_words = bad_words or []
-    if not all(isinstance(word, list) and len(word) == 1 and type(word[0]) is int for word in bad_words):
+def _banned(fields: Mapping[str, Any], *, renormalize: bool) -> tuple[int, ...]:
+    """The tokens that are never said; of longer sequences we know nothing.
+
+    Every search bans padding and start. Only `renormalize_logits` takes their probability from them too.
+    """
+    bad_words = fields.get("bad_words_ids") or []
+
+    def is_token(word: Any) -> bool:
+        return isinstance(word, list) and len(word) == 1 and type(word[0]) is int and word[0] >= 0
+
+    if not isinstance(bad_words, list) or not all(map(is_token, bad_words)):
         raise ValueError(f"config.json: bad_words_ids is {bad_words!r}, only single tokens can be banned here")
-    return tuple(sorted({word[0] for word in bad_words}))
+    banned = {word[0] for word in bad_words}
+    always = {fields["pad_token_id"], fields.get("decoder_start_token_id", fields["pad_token_id"])}
+    return tuple(sorted(banned)) if renormalize or not banned <= always else ()
 
 
 def check_expressible(config: TransformerConfig) -> None:
@@ -232,9 +251,10 @@ def write_fields(config: TransformerConfig) -> tuple[dict[str, Any], dict[str, A
         "decoder_start_token_id": config.start_id,
         "eos_token_id": config.eos_id,
         "forced_eos_token_id": config.eos_id,
-        "max_length": config.max_length,
+        "max_length": config.max_output + 1 if config.max_output else config.max_length,
         "num_beams": 4,
         "pad_token_id": config.pad_id,
+        "renormalize_logits": bool(config.banned_ids),
     }
     fields = {
         "architectures": ["MarianMTModel"],

@@ -73,6 +73,9 @@ def from_tensors(
         ValueError: a tensor is missing, unknown, or of another shape than the config asks for.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if name not in POSITIONS}
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(tensors):
+        raise ValueError(f"config.json asks for {layers} layers, of {len(tensors)} tensors: download both files again")
     source, target, output = _matrices(tensors, shared=shared, tied=tied)
     same = np.array_equal(target, output)
     tie = "three_way" if same and np.array_equal(source, target) else "decoder" if same else "none"
@@ -108,23 +111,24 @@ def from_tensors(
 
 def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The source's, the target's and the output's matrix; what is missing is another one by the configuration."""
-    instead = {SOURCE: SHARED, TARGET: SHARED} if shared else {}
-    if tied:
-        instead[OUTPUT] = TARGET
+    # Of what is the same, a file may hold any name alone.
+    targets = [TARGET, *([SHARED, SOURCE] if shared else []), *([OUTPUT] if tied else [])]
+    sources = [SOURCE, *([SHARED, TARGET] if shared else []), *([OUTPUT] if shared and tied else [])]
+    outputs = [OUTPUT, *(targets if tied else [])]
 
-    def find(name: str) -> np.ndarray:
-        if name in tensors:
-            return tensors[name]
-        if name not in instead:
-            raise ValueError(f"the tensor {name} is missing: the file is not complete, download it again")
-        return find(instead[name])
+    def find(*names: str) -> np.ndarray:
+        found = next((tensors[name] for name in names if name in tensors), None)
+        if found is None:
+            raise ValueError(f"the tensor {names[0]} is missing: the file is not complete, download it again")
+        return found
 
-    source, target = find(SOURCE), find(TARGET)
-    if shared and tied and not (np.array_equal(source, find(SHARED)) and np.array_equal(target, source)):
-        raise ValueError(
-            f"{SOURCE}, {TARGET} and {SHARED} differ, but config.json shares them: download both files again"
-        )
-    return source, target, find(OUTPUT)
+    if shared and tied:
+        first, *others = [tensors[name] for name in (SHARED, SOURCE, TARGET) if name in tensors] or [find(*sources)]
+        if not all(np.array_equal(first, other) for other in others):
+            raise ValueError(
+                f"{SOURCE}, {TARGET} and {SHARED} differ, but config.json shares them: download both files again"
+            )
+    return find(*sources), find(*targets), find(*outputs)
 
 
 def _check_size(size: int, matrix: np.ndarray, name: str) -> None:

@@ -95,7 +95,11 @@ def to_stablehlo(model: TrainedModel, folder: epath.PathLike) -> None:
         for side, vocabulary in sides.items():
             (draft / f"{side}.spm").write_bytes(vocabulary.pieces_model)
         ids: dict[str, Any] = {"pad": config.pad_id, "start": config.start_id, "eos": config.eos_id}
-        ids |= {"unk": vocabularies.source.unk_id, "banned": [*config.banned_ids, config.pad_id, config.start_id]}
+        ids |= {
+            "unk": vocabularies.source.unk_id,
+            "banned": sorted({*config.banned_ids, config.pad_id, config.start_id} - {config.eos_id}),
+        }
+        ids["room"] = config.max_length if config.positions == "learned" else None
         content = ids | {side: each.pieces(range(each.size)) for side, each in sides.items()}
         (draft / IDS).write_text(json.dumps(content, ensure_ascii=False) + "\n")
         (draft / "translate.py").write_bytes((Path(__file__).parent / "stablehlo_example.py").read_bytes())

@@ -21,11 +21,19 @@ params = dict(np.load(folder / "params.npz"))
 source, target = (sentencepiece.SentencePieceProcessor(str(folder / name)) for name in ("source.spm", "target.spm"))
 number = {piece: index for index, piece in enumerate(ids["source"])}
 
-rows = [[number.get(piece, ids["unk"]) for piece in source.encode(text, out_type=str)] for text in sys.argv[1:]]
+
+def spell(text):
+    """Pieces; a token such as >>fra<< in front names the language that a multilingual model is to say."""
+    language, end, rest = text.partition("<<")
+    known = end and language + end in number
+    return [language + end, *source.encode(rest, out_type=str)] if known else source.encode(text, out_type=str)
+
+
+rows = [[number.get(piece, ids["unk"]) for piece in spell(text)] for text in sys.argv[1:]]
 padded = np.full((len(rows), max(map(len, rows)) + 1), ids["pad"], np.int32)
 for place, row in zip(padded, rows, strict=True):
     place[: len(row) + 1] = [*row, ids["eos"]]
-room = padded.shape[1] + 50
+room = min(padded.shape[1] + 50, ids["room"] or 10**9)
 state = encode(params, padded, np.zeros(room, np.int32))
 tokens, output = np.full(len(rows), ids["start"], np.int32), []
 for _ in range(room):
@@ -36,4 +44,5 @@ for _ in range(room):
         break
 for row in np.array(output).T:
     pieces = [ids["target"][token] for token in row]
-    print(target.decode_pieces(pieces[: pieces.index(ids["target"][ids["eos"]])] if ids["eos"] in row else pieces))
+    text = target.decode_pieces(pieces[: pieces.index(ids["target"][ids["eos"]])] if ids["eos"] in row else pieces)
+    print(text.replace("▁", " ").strip())

@@ -1,11 +1,13 @@
 """Takes a folder as it was downloaded and leaves its tensors, having run none of what a hostile file may hold."""
 
 import json
-import pickle
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+# safetensors' own reader for numpy knows no bfloat16.
+TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 SAFETENSORS, SHARDS, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 
@@ -25,25 +27,28 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
         tensors = _read_torch(folder / TORCH)
     else:
         raise ValueError(f"{folder} holds no weights, neither {SAFETENSORS} nor {TORCH}: download one of them")
-    for name, tensor in tensors.items():
-        if not np.issubdtype(tensor.dtype, np.floating):
-            raise ValueError(
-                f"the tensor {name} holds {tensor.dtype}, not floating-point numbers: quantised weights "
-                "cannot be converted, take the original ones"
-            )
     return {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
 
 
 def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
     try:
         import safetensors
-        import safetensors.numpy
     except ImportError as error:
         raise ValueError(f"{file.name} needs safetensors: pip install 'flax_transformer[interop]'") from error
     try:
-        return safetensors.numpy.load(file.read_bytes())
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        stored = dict(safetensors.deserialize(file.read_bytes()))
+    except (safetensors.SafetensorError, ValueError) as error:
         raise _damaged(file, error) from error
+    for name, tensor in stored.items():
+        if tensor["dtype"] not in TYPES:
+            raise ValueError(
+                f"{file.name}: the tensor {name} holds {tensor['dtype']}, not floating-point numbers that are known "
+                f"here ({', '.join(TYPES)}): quantised weights cannot be converted, take the original ones"
+            )
+    return {
+        name: np.frombuffer(tensor["data"], TYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in stored.items()
+    }
 
 
 def _shards(file: epath.Path) -> list[str]:
@@ -70,15 +75,20 @@ def _read_torch(file: epath.Path) -> dict[str, np.ndarray]:
     try:
         # What is pickled besides tensors is refused, not run.
         with file.open("rb") as stream:
-            loaded = torch.load(stream, map_location="cpu", weights_only=True)
-        return {
-            name: (tensor.float() if tensor.is_floating_point() else tensor).numpy() for name, tensor in loaded.items()
-        }
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, EOFError) as error:
+            loaded = dict(torch.load(stream, map_location="cpu", weights_only=True))
+        kinds = {name: tensor.is_floating_point() for name, tensor in loaded.items()}
+    except Exception as error:  # Of what is damaged, or no tensors, torch raises many kinds.
         raise ValueError(
             f"{file} is damaged, or holds more than tensors ({type(error).__name__}): download it again, and if that "
             "does not help, do not trust it"
         ) from error
+    if not all(kinds.values()):
+        name = min(name for name, is_floating in kinds.items() if not is_floating)
+        raise ValueError(
+            f"{file.name}: the tensor {name} holds {loaded[name].dtype}, not floating-point numbers: quantised weights "
+            "cannot be converted, take the original ones"
+        )
+    return {name: tensor.float().numpy() for name, tensor in loaded.items()}
 
 
 def _damaged(file: epath.Path, error: Exception) -> ValueError:

@@ -18,7 +18,7 @@ FIXED: dict[str, tuple[str, ...]] = {
     "model": (),
     "vocabulary": (),
     "data": ("train", "rows", "source_slots", "target_slots", "seed"),
-    "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay", "freeze"),
+    "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay", "start_from", "freeze"),
 }
 # How the model is computed may change with the machine that goes on.
 FREE = ("attention_implementation",)

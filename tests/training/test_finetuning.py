@@ -91,9 +91,19 @@ def test_stopped_it_goes_on_to_the_same_bits_and_needs_the_start_no_more(finetun
     assert [line["step"] for line in lines_of(tmp_path / "parts", "start")] == [0, 5]
 
 
-@pytest.mark.parametrize("freeze", ["embeddings", "encoder", "embeddings,encoder"])
-def test_what_is_frozen_stays_and_all_else_moves(finetuning, start, tmp_path, freeze):
-    train_and_evaluate(with_training(finetuning, freeze=freeze, weight_decay=0.1, clip_norm=1.0), tmp_path)
+@pytest.mark.parametrize(
+    ("freeze", "others"),
+    [
+        ("embeddings", {"parallelism": "pmap", "ema_decay": 0.9}),
+        ("encoder", {"parallelism": "fsdp"}),
+        ("embeddings,encoder", {"clip_norm": 1.0}),
+    ],
+)
+def test_what_is_frozen_stays_and_all_else_moves(finetuning, start, tmp_path, freeze, others):
+    """Also where the training is begun and goes on."""
+    frozen = with_training(finetuning, freeze=freeze, weight_decay=0.1, **others)
+    for steps in (2, 4):
+        train_and_evaluate(with_training(frozen, steps=steps), tmp_path)
     before, after = TrainedModel.load(start).params, params_of(tmp_path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(after):
         name = path[0].key
@@ -104,6 +114,12 @@ def test_what_is_frozen_stays_and_all_else_moves(finetuning, start, tmp_path, fr
         # The gradient of a key's bias is zero but for rounding.
         if "key" not in [part.key for part in path]:
             assert np.array_equal(leaf, old) == stays, jax.tree_util.keystr(path)
+
+
+def test_another_start_in_the_same_folder_is_an_error(finetuning, tmp_path):
+    train_and_evaluate(with_training(finetuning, steps=1), tmp_path)
+    with pytest.raises(ValueError, match="was begun with training.start_from = .*: set it back"):
+        train_and_evaluate(with_training(finetuning, start_from=""), tmp_path)
 
 
 @pytest.mark.parametrize(
