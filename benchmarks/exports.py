@@ -2,8 +2,9 @@
 
     python -m benchmarks.exports --workdir runs/multi30k --data data/multi30k/raw --test test_2016_flickr
 
-All search with a beam of 4 and divide scores by the length. Where translations differ, both are scored by this library,
-so that a tie or rounding can be told from a mistake.
+All search with a beam of 4, divide scores by the length, and stop at the same length. Where translations differ, both
+are scored by this library, so that a tie or rounding can be told from a mistake. An end that the limit forces has its
+own probability here, 1 in transformers.
 """
 
 import argparse
@@ -28,7 +29,10 @@ from flax_transformer.interop.ctranslate2 import to_ctranslate2
 from flax_transformer.interop.marian import to_marian
 from flax_transformer.trained_model import TrainedModel
 
-SEARCH = BeamSearch(beam_size=4, stopping="first", length_penalty="length", alpha=1.0)
+LIMIT = 64  # tokens, whatever the source
+SEARCH = BeamSearch(
+    beam_size=4, stopping="first", length_penalty="length", alpha=1.0, max_length=LIMIT, extra_length=LIMIT
+)
 PAIRS = 500
 BATCH = 64
 
@@ -47,6 +51,7 @@ def in_ctranslate2(model: TrainedModel, folder: str, sources: list[str]) -> list
         beam_size=SEARCH.beam_size,
         length_penalty=SEARCH.alpha,
         min_decoding_length=0,
+        max_decoding_length=LIMIT,
         suppress_sequences=banned,
         max_batch_size=BATCH,
     )
@@ -64,6 +69,7 @@ def in_transformers(folder: str, sources: list[str]) -> list[str]:
         batch = tokenizer(sources[begin : begin + BATCH], return_tensors="pt", padding=True)
         with torch.inference_mode():
             options = {"num_beams": SEARCH.beam_size, "length_penalty": SEARCH.alpha, "early_stopping": True}
+            options["max_new_tokens"] = LIMIT
             texts += tokenizer.batch_decode(model.generate(**batch, **options), skip_special_tokens=True)
     return texts
 
