@@ -1,12 +1,16 @@
 """Takes small random Transformers and leaves models, with vocabularies, that tests of converting share."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.interop.marian import from_marian, to_marian
 from flax_transformer.trained_model import TrainedModel, param_shapes
 
 WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
@@ -61,3 +65,42 @@ def make_model(vocabularies):
 def sentences():
     """Twelve, of 1 to 14 words."""
     return SENTENCES
+
+
+MARIAN = {"positions": "sinusoidal_concatenated", "output_bias": True}
+TYINGS = ["three_way", "decoder", "none"]
+
+
+def same_tree(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    """A model as it is downloaded."""
+    to_marian(make_model(**MARIAN), tmp_path / "downloaded")
+    return tmp_path / "downloaded"
+
+
+def change(folder, file, **fields):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def fails(folder, tmp_path, match):
+    """Converting must fail with one line, and leave nothing."""
+    with pytest.raises(ValueError, match=match) as raised:
+        from_marian(folder, tmp_path / "work")
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def edit_tensors(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load(path.read_bytes())
+    edit(tensors)
+    path.write_bytes(safetensors.numpy.save(tensors))
+
+
+QUERY = "model.decoder.layers.1.self_attn.q_proj.weight"
