@@ -4,10 +4,13 @@ All of it goes through environment variables, so that a test that starts a proce
 stands before the first import of jax.
 """
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import jaxtyping
+import pytest
 
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -26,3 +29,15 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # stand where a float is asked for, as Python's own typing does (PEP 484); beartype alone refuses `dropout_rate=0`.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("flax_transformer", CHECKER)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Lets go of compiled programs: each has memory mappings, and Linux gives a process 65,530 of them at most."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > 20_000:
+        jax = sys.modules.get("jax")
+        if jax is not None:
+            jax.clear_caches()
+            gc.collect()
