@@ -45,7 +45,7 @@ def pieces(vocabularies: VocabularyPair, side: str, lines: list[str]) -> list[li
 
 def in_ctranslate2(model: TrainedModel, folder: str, sources: list[str]) -> list[str]:
     """Its translations."""
-    banned = [[piece] for piece in model.vocabularies.target.pieces([model.config.pad_id, model.config.start_id])]
+    banned = [[piece] for piece in model.vocabularies.target.pieces(model.config.never_chosen)]
     found = ctranslate2.Translator(folder, device="cpu").translate_batch(
         pieces(model.vocabularies, "source", sources),
         beam_size=SEARCH.beam_size,

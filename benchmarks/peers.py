@@ -5,7 +5,6 @@ bias, as Marian's models are. In CTranslate2 a token's spelling is its id.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import ctranslate2
 import jax
@@ -20,7 +19,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.interop.ctranslate2 import write_model
 from flax_transformer.interop.marian_fields import write_fields
 from flax_transformer.interop.marian_tensors import OUTPUT, SOURCE, TARGET, embeddings, to_tensors
-from flax_transformer.model import Transformer
+from flax_transformer.trained_model import param_shapes
 
 REQUIRED = {"norm": "post", "positions": "sinusoidal_concatenated", "scale_embeddings": True, "output_bias": True}
 
@@ -49,8 +48,7 @@ def random_params(
         end_bias: added to it: a slow rise and a large bias let lengths differ the most.
         follow_source: whether it passes zero later the longer the source is, at `end_at` where the source is as long.
     """
-    tokens, rng = jnp.ones((1, 2), jnp.int32), np.random.default_rng(seed)
-    shapes = jax.eval_shape(partial(Transformer(config).init, deterministic=True), jax.random.key(0), tokens, tokens)
+    rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         if leaf.ndim == 1:
@@ -58,7 +56,7 @@ def random_params(
         inner = leaf.shape[1] if path[-1].key == "embedding" else leaf.shape[0]
         return rng.normal(0.0, gain * inner**-0.5, leaf.shape).astype("float32")
 
-    params = jax.tree_util.tree_map_with_path(draw, shapes["params"])
+    params = jax.tree_util.tree_map_with_path(draw, param_shapes(config))
     clock = _slow_coordinates(config, np.pi / 4 / end_at)
     source, target, output = embeddings(config, params)
     target[:, clock] = output[:, clock] = output[config.eos_id] = 0.0

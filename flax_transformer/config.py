@@ -116,6 +116,11 @@ class TransformerConfig:
                 'set model.tie_embeddings to "decoder" or "none"'
             )
 
+    @property
+    def never_chosen(self) -> tuple[int, ...]:
+        """The ids that no search chooses: `banned_ids`, padding and start, unless one of them ends a sentence."""
+        return tuple(sorted({*self.banned_ids, self.pad_id, self.start_id} - {self.eos_id}))
+
     @classmethod
     def base(cls, **changes: Any) -> "TransformerConfig":
         """The paper's base model (table 3): 6+6 layers, 512, 8 heads, 2048."""

@@ -146,7 +146,7 @@ class Vocabulary:
             )
         except RuntimeError as error:
             raise ValueError(_explain(str(error), config)) from error
-        vocabulary = cls(model.getvalue())
+        vocabulary = Vocabulary(model.getvalue())
         if vocabulary.size > config.size:
             raise ValueError(_too_small(vocabulary.size, config))
         return vocabulary
@@ -227,11 +227,6 @@ class MarianVocabulary(Vocabulary):
         """As of any `Vocabulary`."""
         return [self._pieces[int(token)] for token in ids]
 
-    @classmethod
-    def train(cls, sentences: Sequence[str], config: VocabularyConfig) -> "Vocabulary":
-        """Not for this one: it comes with a model."""
-        raise NotImplementedError("a MarianVocabulary comes with a model: train a Vocabulary")
-
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyPair:
@@ -265,7 +260,7 @@ class VocabularyPair:
         """Reads what `save` wrote; FileNotFoundError if the folder holds no vocabulary."""
         folder = epath.Path(directory)
         if (folder / IDS).exists():
-            return cls._load_marian(folder)
+            return cls.load_marian(folder, separate=(folder / TARGET_IDS).exists())
         if (folder / JOINT_FILE).exists():
             vocabulary = Vocabulary((folder / JOINT_FILE).read_bytes())
             return cls(vocabulary, vocabulary)
@@ -277,19 +272,32 @@ class VocabularyPair:
         )
 
     @classmethod
-    def _load_marian(cls, folder: epath.Path) -> "VocabularyPair":
-        def read(name: str) -> dict[str, int]:
-            try:
-                return dict(json.loads((folder / name).read_bytes()))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{folder / name} is damaged ({error}): copy it again") from error
+    def load_marian(cls, directory: epath.PathLike, *, separate: bool) -> "VocabularyPair":
+        """Reads the files that a Marian model comes with.
 
-        ids = read(IDS)
-        target_ids = read(TARGET_IDS) if (folder / TARGET_IDS).exists() else ids
-        return cls(
-            MarianVocabulary((folder / SOURCE_PIECES).read_bytes(), ids),
-            MarianVocabulary((folder / TARGET_PIECES).read_bytes(), target_ids),
-        )
+        Args:
+            directory: where they are.
+            separate: whether the target has a list of ids of its own.
+
+        Raises:
+            ValueError: a file is missing or damaged; names it.
+        """
+        folder = epath.Path(directory)
+
+        def read(name: str) -> bytes:
+            if not (folder / name).exists():
+                raise ValueError(f"{folder} lacks {name}: copy all files of the model")
+            return (folder / name).read_bytes()
+
+        sides = []
+        for pieces, ids in ((SOURCE_PIECES, IDS), (TARGET_PIECES, TARGET_IDS if separate else IDS)):
+            try:
+                sides.append(MarianVocabulary(read(pieces), dict(json.loads(read(ids)))))
+            except (json.JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+                raise ValueError(f"{folder / ids} is damaged ({error}): copy it again") from error
+            except ValueError as error:
+                raise ValueError(f"{folder / pieces}, with {ids}: {error}") from error
+        return cls(*sides)
 
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by the files' names."""

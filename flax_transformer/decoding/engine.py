@@ -271,9 +271,8 @@ class Engine:
 
     def _completed(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings under which no output holds padding or a second start."""
-        config = self.configs[0]
-        never = {*settings.banned, *config.banned_ids, config.pad_id, config.start_id} - {config.eos_id}
-        return settings.replace(banned=tuple(sorted(never)))
+        eos_id, never = self.configs[0].eos_id, self.configs[0].never_chosen
+        return settings.replace(banned=tuple(sorted({*settings.banned, *never} - {eos_id})))
 
     def _pad(self, rows: Sequence[Ids], count: int, width: int) -> Int[np.ndarray, "B S"]:
         padded = np.full((count, width), self.configs[0].pad_id, np.int32)

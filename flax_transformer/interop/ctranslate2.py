@@ -163,12 +163,11 @@ def _fill_norm(theirs: Any, ours: PyTree) -> None:
 
 def _readme(model: TrainedModel, name: str, quantization: str) -> str:
     config, vocabulary = model.config, model.vocabularies.target
-    banned = sorted({*config.banned_ids, config.pad_id, config.start_id} - {config.eos_id})
     languages = vocabulary.languages if isinstance(vocabulary, MarianVocabulary) else ()
     example = EXAMPLE.format(
         folder=name,
         limit=config.max_output or config.max_length,
-        banned=[[piece] for piece in vocabulary.pieces(banned)],
+        banned=[[piece] for piece in vocabulary.pieces(config.never_chosen)],
     )
     return (
         f"# {name}\n\nA Transformer of {config.num_encoder_layers}+{config.num_decoder_layers} layers for CTranslate2 "

@@ -11,10 +11,7 @@ from etils import epath
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import (
-    IDS,
-    SOURCE_PIECES,
     TARGET_IDS,
-    TARGET_PIECES,
     MarianVocabulary,
     Vocabulary,
     VocabularyPair,
@@ -25,6 +22,7 @@ from flax_transformer.interop.marian_fields import (
     check_fields,
     join_fields,
     read_fields,
+    read_flag,
     write_fields,
 )
 from flax_transformer.interop.marian_tensors import concatenate_waves, from_tensors, to_tensors
@@ -55,8 +53,8 @@ def read_marian(folder: epath.PathLike) -> TrainedModel:
     config, params = from_tensors(
         config,
         read_tensors(folder),
-        shared=fields.get("share_encoder_decoder_embeddings", True) is not False,
-        tied=fields.get("tie_word_embeddings", True) is not False,
+        shared=read_flag(fields, "share_encoder_decoder_embeddings", default=True),
+        tied=read_flag(fields, "tie_word_embeddings", default=True),
     )
     return TrainedModel(config, params, vocabularies)
 
@@ -78,17 +76,7 @@ def _read_vocabularies(folder: epath.Path) -> VocabularyPair:
     separate = (folder / TARGET_IDS).exists()
     if tokenizer.exists():
         separate = bool(_read_json(tokenizer).get("separate_vocabs", separate))
-    ids = _read_json(folder / IDS)
-    target_ids = _read_json(folder / TARGET_IDS) if separate else ids
-    sides = []
-    for name, known in ((SOURCE_PIECES, ids), (TARGET_PIECES, target_ids)):
-        try:
-            sides.append(MarianVocabulary((folder / name).read_bytes(), known))
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} lacks {name}: download all files of the model") from error
-        except ValueError as error:
-            raise ValueError(f"{folder / name}, with {IDS if known is ids else TARGET_IDS}: {error}") from error
-    return VocabularyPair(*sides)
+    return VocabularyPair.load_marian(folder, separate=separate)
 
 
 def _check_vocabularies(config: TransformerConfig, vocabularies: VocabularyPair) -> None:

@@ -141,6 +141,14 @@ def join_fields(fields: Mapping[str, Any], generation: Mapping[str, Any]) -> dic
     return dict(fields) | {name: value for name, value in generation.items() if value is not None}
 
 
+def read_flag(fields: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    """A field that is true or false; ValueError for anything else."""
+    value = default if fields.get(name) is None else fields[name]
+    if type(value) is not bool:
+        raise ValueError(f"config.json: {name} is {value!r}, true or false is needed: download the file again")
+    return value
+
+
 def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
     """Our config, but for what only the tensors tell.
 
@@ -164,12 +172,6 @@ def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
                 f"config.json: encoder_{part} is {first} and decoder_{part} {second}: only equal ones can be converted"
             )
         return first
-
-    def flag(name: str, default: bool) -> bool:
-        value = default if fields.get(name) is None else fields[name]
-        if type(value) is not bool:
-            raise ValueError(f"config.json: {name} is {value!r}, true or false is needed: download the file again")
-        return value
 
     activation = fields.get("activation_function", "gelu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
@@ -200,12 +202,12 @@ def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
             positions="sinusoidal_concatenated",
             max_length=whole("max_position_embeddings", DEFAULT_MAX_LENGTH),
             max_output=min(filter(None, longest), default=0),
-            scale_embeddings=flag("scale_embedding", False),
+            scale_embeddings=read_flag(fields, "scale_embedding", default=False),
             tie_embeddings="none",  # until the tensors are compared
             pad_id=whole("pad_token_id"),
             start_id=whole("decoder_start_token_id", whole("pad_token_id")),
             eos_id=eos_id,
-            banned_ids=_banned(fields, renormalize=flag("renormalize_logits", False)),
+            banned_ids=_banned(fields, renormalize=read_flag(fields, "renormalize_logits", default=False)),
         )
     except TypeError as error:  # a text where a number belongs
         raise ValueError(f"config.json is damaged ({error}): download it again") from error
@@ -245,9 +247,8 @@ def check_expressible(config: TransformerConfig) -> None:
 
 def write_fields(config: TransformerConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of `config.json`, but for what only the tensors tell, and those of `generation_config.json`."""
-    banned = sorted({*config.banned_ids, config.pad_id, config.start_id} - {config.eos_id})
     searching = {
-        "bad_words_ids": [[number] for number in banned],
+        "bad_words_ids": [[number] for number in config.never_chosen],
         "decoder_start_token_id": config.start_id,
         "eos_token_id": config.eos_id,
         "forced_eos_token_id": config.eos_id,

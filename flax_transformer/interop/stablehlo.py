@@ -97,7 +97,7 @@ def to_stablehlo(model: TrainedModel, folder: epath.PathLike) -> None:
         ids: dict[str, Any] = {"pad": config.pad_id, "start": config.start_id, "eos": config.eos_id}
         ids |= {
             "unk": vocabularies.source.unk_id,
-            "banned": sorted({*config.banned_ids, config.pad_id, config.start_id} - {config.eos_id}),
+            "banned": config.never_chosen,
         }
         ids["room"] = config.max_length if config.positions == "learned" else None
         content = ids | {side: each.pieces(range(each.size)) for side, each in sides.items()}
