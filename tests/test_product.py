@@ -40,3 +40,12 @@ def test_gradients_have_the_type_of_what_they_are_of():
     inputs, kernel = jnp.ones((2, 5, D), "bfloat16"), jnp.ones((D, F), "bfloat16")
     gradients = jax.grad(lambda *arrays: product(*arrays).astype("float32").sum(), argnums=(0, 1))(inputs, kernel)
     assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16] * 2
+
+
+def test_sums_have_the_type_that_is_asked_for_and_gradients_that_of_what_they_are_of():
+    inputs, kernel = jnp.full((1, 2, 512), 1 + 2**-7, "bfloat16"), jnp.ones((512, F), "bfloat16")
+    products, gradients_of = jax.vjp(lambda *arrays: product(*arrays, jnp.float32), inputs, kernel)
+    assert products.dtype == jnp.float32
+    # Sums in bfloat16, one by one, would stop growing at 256.
+    np.testing.assert_array_equal(products, np.full((1, 2, F), 516.0))
+    assert [gradient.dtype for gradient in gradients_of(products)] == [jnp.bfloat16] * 2
