@@ -30,7 +30,7 @@ LAYOUT = {
     "attention": "masks dropout product",
     "layers": "attention config dropout product",
     "stacks": "config positions dropout attention layers",
-    "model": "config masks positions attention stacks",
+    "model": "config masks positions attention product stacks",
     "plots": "",
     "data.__init__": "",
     "data.vocabulary": "experiment",
