@@ -11,14 +11,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# A gradient may come as numpy's.
+# Gradients, and the parameters of an exported program, come as numpy's.
 Factor = jax.Array | np.ndarray
 Axes = tuple[int, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(
-    inputs: Float[Array, "*B D"], kernel: Float[Array, "D F"], dtype: DTypeLike | None = None
+    inputs: Float[Array, "*B D"], kernel: Float[Array | np.ndarray, "D F"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*B F"]:
     """inputs kernel, with the gradients that differentiating it gives.
 
@@ -38,14 +38,12 @@ def _product(left: Factor, right: Factor, left_axes: Axes, right_axes: Axes, dty
     return jax.lax.dot_general(left, right, ((left_axes, right_axes), ((), ())), preferred_element_type=dtype)
 
 
-def _forward(
-    inputs: jax.Array, kernel: jax.Array, dtype: DTypeLike | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _forward(inputs: jax.Array, kernel: Factor, dtype: DTypeLike | None) -> tuple[jax.Array, tuple[jax.Array, Factor]]:
     return product(inputs, kernel, dtype), (inputs, kernel)
 
 
 def _backward(
-    dtype: DTypeLike | None, residuals: tuple[jax.Array, jax.Array], gradient: Factor
+    dtype: DTypeLike | None, residuals: tuple[jax.Array, Factor], gradient: Factor
 ) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = residuals
 
@@ -64,7 +62,7 @@ def _backward(
 product.defvjp(_forward, _backward)
 
 
-def dense_product(inputs: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
+def dense_product(inputs: jax.Array, kernel: Factor, dimensions: Any, precision: Any = None) -> jax.Array:
     """`product` as `nn.Dense` wants its `dot_general`."""
     assert dimensions == (((inputs.ndim - 1,), (0,)), ((), ())) and precision is None
     return product(inputs, kernel)
