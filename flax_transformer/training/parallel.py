@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from flax.linen.module import InterceptorContext
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -197,7 +199,7 @@ class Parallelism:
         if self.kind == "jit":
             return jax.jit(step, donate_argnums=donated)
         if self.kind == "mesh":
-            return jax.jit(lambda state, batch: self._constrain(step(state, batch)), donate_argnums=donated)
+            return jax.jit(lambda state, batch: self._on_mesh(step, state, batch), donate_argnums=donated)
         return jax.pmap(
             lambda state, batch: step(state, batch, axis_name=AXIS),
             axis_name=AXIS,
@@ -207,10 +209,22 @@ class Parallelism:
             devices=self.devices,
         )
 
-    def _constrain(self, tree: PyTree) -> PyTree:
-        """Keeps what a step makes where its state lay, or a state would wander from step to step."""
+    def _on_mesh(self, step: Callable[..., Any], state: PyTree, batch: PyTree) -> Any:
+        """The step, with the compiler told how its arrays are divided.
+
+        Activations are divided by rows as the batch is: left to itself, XLA may divide them as the kernels are, and
+        gather whole activations in place of kernels. What is made lies as the state lay, or it would wander.
+        """
+
+        def divide_rows(run: Callable[..., Any], arguments: Any, options: Any, context: InterceptorContext) -> Any:
+            made = run(*arguments, **options)
+            divided = isinstance(context.module, nn.Dense | nn.Embed) and isinstance(made, jax.Array)
+            return jax.lax.with_sharding_constraint(made, self.batch_sharding) if divided else made
+
+        with nn.intercept_methods(divide_rows):
+            made = step(state, batch)
         return jax.tree.map_with_path(
-            lambda path, leaf: jax.lax.with_sharding_constraint(leaf, self.sharding(_name(path), leaf.shape)), tree
+            lambda path, leaf: jax.lax.with_sharding_constraint(leaf, self.sharding(_name(path), leaf.shape)), made
         )
 
     @property

@@ -53,6 +53,18 @@ def test_over_fsdp_the_state_of_a_device_shrinks_with_the_devices_and_parameters
     assert sizes[8] < sizes[2] < sizes[1]
 
 
+def test_over_fsdp_kernels_are_gathered_even_where_they_are_larger_than_what_is_multiplied_by_them():
+    few = dataclasses.replace(
+        changed(parallelism="fsdp"),
+        model=dataclasses.replace(MODEL, d_model=64, d_ff=256),
+        data=DataConfig(rows=8, source_slots=8, target_slots=8),
+    )
+    sizes = collectives_of(make_plan(few, find_devices("cpu:8"), None, changes=""))
+    kernels, embedding = 4 * (12 * 64 * 64 + 4 * 64 * 256), 4 * 64 * 64
+    # The embedding is gathered where it is looked up, and again where logits are made of it.
+    assert sizes["all-gather"] == kernels + 2 * embedding
+
+
 def test_what_micro_batches_do_in_a_loop_is_counted_as_often_as_it_turns():
     whole = make_plan(changed(parallelism="fsdp"), find_devices("cpu:2"), None, changes="")
     parts = make_plan(changed(parallelism="fsdp", rows_per_device=4), find_devices("cpu:2"), None, changes="")
