@@ -45,4 +45,8 @@ class Dropout(nn.Module):
         """Drops, unless `deterministic`."""
         if deterministic or self.rate == 0:
             return inputs
-        return dropout(inputs, self.rate, self.make_rng("dropout"))
+        return self.drop(inputs, self.make_rng("dropout"))
+
+    def drop(self, inputs: Float[Array, "*shape"], rng: PRNGKeyArray) -> Float[Array, "*shape"]:
+        """What `__call__` does with its key: whoever divides the rows of `inputs` among devices can do so here."""
+        return dropout(inputs, self.rate, rng)

@@ -94,8 +94,10 @@ def _load(options: argparse.Namespace) -> Any:
         cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
         raise ValueError(f"--config: {cause}") from error
     experiment = Experiment.from_mapping(holder.value.to_dict())
-    size = experiment.vocabulary.size
-    model = dataclasses.replace(experiment.model, source_vocab_size=size, target_vocab_size=size)
+    model, size = experiment.model, experiment.vocabulary.size
+    model = dataclasses.replace(
+        model, source_vocab_size=model.source_vocab_size or size, target_vocab_size=model.target_vocab_size or size
+    )
     training = experiment.training
     if options.parallel:
         training = dataclasses.replace(training, parallelism=options.parallel)
@@ -105,10 +107,13 @@ def _load(options: argparse.Namespace) -> Any:
 def _show(plan: Any, memory: float | None) -> bool:
     """Prints one plan; whether it fits."""
     micro_batches = f", {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
-    print(f"{plan.changes or 'as the config says'}: {plan.parallelism}, {plan.rows:,} rows a step{micro_batches}")
+    empty = f" ({plan.empty_rows} of them empty)" if plan.empty_rows else ""
+    print(
+        f"{plan.changes or 'as the config says'}: {plan.parallelism}, {plan.rows:,} rows a step{empty}{micro_batches}"
+    )
     result = plan.result
     if not plan.fits:
-        needed = "more memory than there is" if result.needed is None else f"{_gb(result.needed)} a device"
+        needed = "more memory than there is" if result.needed is None else f"at least {_gb(result.needed)} a device"
         available = "" if result.available is None else f" of {_gb(result.available)}"
         print(f"  does not fit: it needs {needed}{available} (compiled for {result.compile_seconds:.0f} s)")
         return False
@@ -122,7 +127,7 @@ def _show(plan: Any, memory: float | None) -> bool:
     for collective in result.collectives:
         print(f"  {collective.kind:<18}  {collective.bytes:,} bytes a device and step, in {collective.count}")
     if result.seconds:
-        tokens = plan.work.target_slots / result.seconds
+        tokens = plan.work.target_slots * (1 - plan.empty_rows / plan.rows) / result.seconds
         print(f"  a step              {1e3 * result.seconds:.1f} ms by the compiler's estimate, without collectives")
         print(f"    target tokens/s   {tokens:,.0f}, if no slot is empty")
         if plan.work.peak_flops:

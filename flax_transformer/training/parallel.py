@@ -8,6 +8,7 @@ and of the optimizer's state (Zhao et al., 2023; ZeRO stage 3 of Rajbhandari et 
 divided over both.
 """
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -25,8 +26,8 @@ from flax_transformer.training.utilization import memory_of
 
 AXIS = "batch"
 
-# What is divided over "fsdp": by the end of its name, the dimension; the rest (biases, norms, counters) is small. The
-# first rule that fits counts; a dimension that the axis does not divide stays whole.
+# What is divided over "fsdp": by the end of its name, the dimension, or the other one where the axis does not divide
+# that; the rest (biases, norms, counters) is small. The first rule that fits counts.
 RULES = (
     ("embedding", 0),
     ("output_kernel", 1),
@@ -98,9 +99,12 @@ class Parallelism:
         """
         spec = PartitionSpec()
         if self.kind == "mesh":
-            dimension = next((dimension for ending, dimension in RULES if name.endswith(ending)), None)
-            if dimension is not None and len(shape) == 2 and shape[dimension] % self._mesh.shape["fsdp"] == 0:
-                spec = PartitionSpec(*[None] * dimension, "fsdp")
+            first = next((dimension for ending, dimension in RULES if name.endswith(ending)), None)
+            if first is not None and len(shape) == 2:
+                for dimension in (first, 1 - first):
+                    if shape[dimension] % self._mesh.shape["fsdp"] == 0:
+                        spec = PartitionSpec(*[None] * dimension, "fsdp")
+                        break
         return NamedSharding(self._local_mesh, spec)
 
     def create(self, function: Callable[..., PyTree], *arguments: Any) -> PyTree:
@@ -213,13 +217,23 @@ class Parallelism:
         """The step, with the compiler told how its arrays are divided.
 
         Activations are divided by rows as the batch is: left to itself, XLA may divide them as the kernels are, and
-        gather whole activations in place of kernels. What is made lies as the state lay, or it would wander.
+        gather whole activations in place of kernels. It does not divide the work of the generator "rbg" at all: each
+        device draws for its own rows. What is made lies as the state lay, or it would wander.
         """
+        rows = self.batch_sharding
+
+        def drop(run: Callable[..., Any], inputs: jax.Array, rng: jax.Array) -> jax.Array:
+            return run(inputs, jax.random.fold_in(rng, jax.lax.axis_index(self._mesh.axis_names)))
 
         def divide_rows(run: Callable[..., Any], arguments: Any, options: Any, context: InterceptorContext) -> Any:
+            if context.method_name == "drop" and str(jax.random.key_impl(arguments[1])) != "threefry2x32":
+                specs = rows.spec, PartitionSpec()
+                run = jax.shard_map(
+                    functools.partial(drop, run), mesh=self._mesh, in_specs=specs, out_specs=rows.spec, check_vma=False
+                )
             made = run(*arguments, **options)
             divided = isinstance(context.module, nn.Dense | nn.Embed) and isinstance(made, jax.Array)
-            return jax.lax.with_sharding_constraint(made, self.batch_sharding) if divided else made
+            return jax.lax.with_sharding_constraint(made, rows) if divided else made
 
         with nn.intercept_methods(divide_rows):
             made = step(state, batch)

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,29 +18,13 @@ from jax.experimental import topologies
 
 from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import Experiment
+from flax_transformer.training.hlo import Collective, Module, read_collectives
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import TrainState, create_state, make_train_step
 from flax_transformer.training.utilization import CHIPS, Work, memory_of
 
 # A step that the chip has no room for is tried again with so many chunks, if the slots can be divided.
 LOSS_CHUNKS = 8
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "s8": 1, "f64": 8, "s64": 8}
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """What devices tell each other in one step, all of one kind.
-
-    Attributes:
-        kind: XLA's name, e.g. "all-reduce".
-        count: how often.
-        bytes: of what is reduced, or of what has been gathered, on one device.
-    """
-
-    kind: str
-    count: int
-    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +56,7 @@ class TooLarge:
     """The compiler's refusal: the step needs more memory than there is.
 
     Attributes:
-        needed: bytes; `None` where the compiler did not tell.
+        needed: bytes, at least: compilers tell of temporaries alone, or of all; `None` where they did not tell.
         available: bytes that it may use.
         compile_seconds: until it refused.
     """
@@ -91,6 +74,7 @@ class Plan:
         changes: what was changed in the config, in words; empty for the config as it is.
         parallelism: how devices share the work.
         rows: of the global batch, filled up to a multiple of the devices.
+        empty_rows: those that fill it up.
         micro_batches: in how many parts a device takes its rows.
         devices: their number.
         gradient_bytes: of the whole gradient, in float32.
@@ -101,6 +85,7 @@ class Plan:
     changes: str
     parallelism: str
     rows: int
+    empty_rows: int
     micro_batches: int
     devices: int
     gradient_bytes: int
@@ -153,18 +138,20 @@ def find_devices(topology: str) -> list[jax.Device]:
 
 
 def device_memory(device: jax.Device) -> float | None:
-    """Bytes that a device has, as its maker says or as it says itself; `None` where nobody does."""
+    """Bytes that a program may take of a device: as it says if it is here, as its maker says, or `None`."""
+    # jax leaves a part of a GPU's memory to others.
+    statistics = device.memory_stats() if device in jax.local_devices() else None
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
     chip = CHIPS.get(device.device_kind)
-    if chip is not None:
-        return chip.memory / chip.devices
-    statistics = device.memory_stats() if device.platform == "gpu" else None
-    return statistics["bytes_limit"] if statistics else None
+    return None if chip is None else chip.memory / chip.devices
 
 
 def plans(experiment: Experiment, devices: list[jax.Device], memory: float | None) -> Iterator[Plan]:
     """Compiles the experiment's step, and where it has no room, again with one remedy more each time until it has.
 
-    The remedies, in turn: micro-batches, the loss in chunks, computing activations again, parameters divided.
+    The remedies, in turn: ever smaller micro-batches, down to one row a device, the loss in chunks, computing
+    activations again, parameters divided.
 
     Args:
         experiment: with the vocabulary's sizes filled in.
@@ -173,17 +160,12 @@ def plans(experiment: Experiment, devices: list[jax.Device], memory: float | Non
     """
     plan = make_plan(experiment, devices, memory, changes="")
     yield plan
-    changes = []
+    changes: dict[str, str] = {}
     for name in ("micro-batches", "loss chunks", "remat", "fsdp"):
-        if plan.fits:
-            return
-        changed = _remedy(name, experiment, plan, len(devices))
-        if changed is None:
-            continue
-        experiment, change = changed
-        changes.append(change)
-        plan = make_plan(experiment, devices, memory, changes=", ".join(changes))
-        yield plan
+        while not plan.fits and (changed := _remedy(name, experiment, plan, len(devices))) is not None:
+            experiment, changes[name] = changed
+            plan = make_plan(experiment, devices, memory, changes=", ".join(changes.values()))
+            yield plan
 
 
 def _remedy(name: str, experiment: Experiment, plan: Plan, num_devices: int) -> tuple[Experiment, str] | None:
@@ -193,11 +175,8 @@ def _remedy(name: str, experiment: Experiment, plan: Plan, num_devices: int) -> 
     share = plan.rows // num_devices
     if name == "micro-batches":
         needed, available = plan.result.needed, plan.result.available
-        parts = 2 * plan.micro_batches
-        if needed and available:
-            # Parameters and gradients do not shrink with the rows: twice the excess is a guess on the safe side.
-            parts = plan.micro_batches * 2 ** math.ceil(math.log2(2 * needed / available))
-        rows = max(1, share // parts)
+        excess = needed / available if needed and available else 1.0
+        rows = max(1, share // (plan.micro_batches * 2 ** max(1, math.ceil(math.log2(excess)))))
         if rows >= (training.rows_per_device or share):
             return None
         training = dataclasses.replace(training, rows_per_device=rows)
@@ -244,6 +223,7 @@ def make_plan(experiment: Experiment, devices: list[jax.Device], memory: float |
         changes=changes,
         parallelism=str(parallelism),
         rows=rows,
+        empty_rows=rows - data.rows,
         micro_batches=parts,
         devices=parallelism.num_devices,
         gradient_bytes=4 * count_parameters(experiment),
@@ -274,9 +254,9 @@ def _read_program(compiled: Any, seconds: float) -> Program:
     memory, costs, module = compiled.memory_analysis(), compiled.cost_analysis(), Module(compiled.as_text())
     seconds_of_step, cycles = None, module.cycles(loops=False)
     if cycles:
-        # For each operation that it has no estimate of, the TPU's compiler adds -1 second. It counts loops as one turn.
-        estimate = costs["optimal_seconds"]
-        seconds_of_step = (estimate - math.floor(min(estimate, 0))) * module.cycles(loops=True) / cycles
+        # For each custom call the TPU's compiler adds -1 second: it has no estimate of it. It counts loops as one turn.
+        estimate = costs["optimal_seconds"] + module.num_custom_calls
+        seconds_of_step = estimate * module.cycles(loops=True) / cycles if estimate > 0 else None
     return Program(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
@@ -289,88 +269,11 @@ def _read_program(compiled: Any, seconds: float) -> Program:
 
 
 def _read_refusal(message: str, seconds: float) -> TooLarge:
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    size = r"([\d.]+)([KMGT])"
+    found = re.search(rf"(?:temporaries \(|Used ){size}\)? (?:exceeds available HBM \(|of ){size}", message)
     needed = available = None
     if found:
         needed, available = (
             float(found[number]) * 1024.0 ** ("KMGT".index(found[number + 1]) + 1) for number in (1, 3)
         )
     return TooLarge(needed, available, seconds)
-
-
-class Module:
-    """The text of an optimised HLO module, and how often a step runs each of its computations.
-
-    Attributes:
-        computations: the lines of each, by name.
-        times: how often each is run, a loop's body as often as it turns; by name.
-    """
-
-    def __init__(self, text: str):
-        """Parses the text that XLA writes."""
-        self.computations: dict[str, list[str]] = {}
-        self.times: dict[str, int] = defaultdict(int)
-        entry = name = ""
-        for line in text.splitlines():
-            if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-                name = head[2]
-                self.computations[name] = []
-                entry = name if head[1] else entry
-            elif name:
-                self.computations[name].append(line)
-        self._visit(entry, 1)
-
-    def _visit(self, name: str, times: int) -> None:
-        self.times[name] += times
-        for line in self.computations[name]:
-            turns = times * self._turns(line) if " while(" in line else times
-            for called in re.findall(r"(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)", line):
-                if called in self.computations:
-                    self._visit(called, turns)
-
-    def _turns(self, line: str) -> int:
-        """How often a loop turns: XLA tells, or it is the number that the loop's condition compares with."""
-        if known := re.search(r"known_trip_count\W+n\W+(\d+)", line):
-            return int(known[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", line)
-        lines = self.computations.get(condition[1], []) if condition else []
-        return max((int(number) for number in re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(lines))), default=1)
-
-    @property
-    def has_loops(self) -> bool:
-        """Whether a computation is run more often than its place in the text tells."""
-        return any(" while(" in line for lines in self.computations.values() for line in lines)
-
-    def cycles(self, *, loops: bool) -> int:
-        """The TPU compiler's estimates of single operations, added up; a loop's body once, or as often as it turns."""
-        total = 0
-        for name, lines in self.computations.items():
-            cycles = sum(map(int, re.findall(r"estimated_cycles\W+(\d+)", "\n".join(lines))))
-            total += cycles * (self.times[name] if loops else self.times[name] > 0)
-        return total
-
-
-def read_collectives(module: Module) -> list[Collective]:
-    """What devices tell each other in a step."""
-    # Where one runs beside other work, the TPU's compiler writes it into several computations: they share a channel.
-    # Under `pmap` all share one channel, but stand in one computation.
-    found: dict[tuple[str, str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
-    for name, lines in module.computations.items():
-        for number, line in enumerate(lines):
-            match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
-            if not match or not module.times[name]:
-                continue
-            kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
-            channel = re.search(r"channel_id=(\d+)", line)
-            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            if match[2] == "all-gather" and "-start(" in line:
-                shapes = shapes[len(shapes) // 2 :]  # what is given stands before what is made
-            size = sum(ITEM_BYTES[dtype] * math.prod(map(int, re.findall(r"\d+", shape))) for dtype, shape in shapes)
-            places = found[kind, channel[1] if channel else f"{name}:{number}", str(shapes)]
-            count, total = places.get(name, (0, 0))
-            places[name] = (count + module.times[name], total + module.times[name] * size)
-    sums: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for (kind, _, _), places in found.items():
-        count, total = max(places.values())
-        sums[kind] = (sums[kind][0] + count, sums[kind][1] + total)
-    return [Collective(kind, *sums[kind]) for kind in sorted(sums)]

@@ -17,10 +17,20 @@ def test_a_plan_tells_memory_collectives_and_verdict():
     assert done.returncode == 0, done.stderr
     head, what, *lines = [line for line in done.stdout.splitlines() if line]
     assert head == "cpu:4: 4 devices of kind cpu" and what.endswith("rows of 64 source and 64 target slots")
-    assert lines[1] == "as the config says: jit over a mesh of 2 data x 2 fsdp on 4 cpu devices, 12 rows a step"
+    mesh = "jit over a mesh of 2 data x 2 fsdp on 4 cpu devices"
+    assert lines[1] == f"as the config says: {mesh}, 12 rows a step (2 of them empty)"
     for word in ("memory a device", "state and batch", "temporaries", "floating point", "gradient", "all-reduce"):
         assert any(line.strip().startswith(word) for line in lines)
     assert lines[-1].endswith("nobody tells what the device has")
+
+
+def test_a_model_that_has_a_vocabulary_keeps_it():
+    small = ["model.d_model=16", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "data.rows=2"]
+    counts = []
+    for sizes in (["vocabulary.size=500"], ["model.source_vocab_size=90", "model.target_vocab_size=90"]):
+        done = plan("--topology=cpu:1", *(f"--config.{change}" for change in [*small, *sizes]))
+        counts.append(int(done.stdout.splitlines()[1].partition(" ")[0].replace(",", "")))
+    assert counts[0] - counts[1] == 16 * (500 - 90)
 
 
 @pytest.mark.parametrize(

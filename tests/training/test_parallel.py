@@ -1,6 +1,7 @@
 """Takes steps on one device and on eight and leaves a verdict: the same sums, gradients and state, but for rounding."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +92,15 @@ def test_over_fsdp_each_device_keeps_a_part_of_parameters_and_optimizer_from_ste
             assert norm.sharding.is_fully_replicated
         state, metrics = compiled(state, batch)
         assert metrics.gradient_norm.sharding.is_fully_replicated
-    # A vocabulary of 31 pieces is divided by nothing: the embedding stays whole.
-    assert state.params["shared_embedding"]["embedding"].sharding.is_fully_replicated
+    # Nothing divides a vocabulary of 31 pieces: vectors are divided in its place.
+    embedding = state.params["shared_embedding"]["embedding"]
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(V, CONFIG.d_model // share)}
+
+
+def test_what_fsdp_divides_neither_way_stays_whole():
+    kernel = Parallelism("fsdp").sharding("params/inner/kernel", (20, 12))
+    assert kernel.is_fully_replicated
+    assert not Parallelism("data=2,fsdp=4").sharding("params/inner/kernel", (20, 12)).is_fully_replicated
 
 
 def test_a_state_is_the_same_wherever_it_is_made(state):
@@ -112,6 +120,25 @@ def test_a_mesh_drops_the_units_that_one_device_drops(state, batch):
         for parallelism in (Parallelism("jit"), Parallelism("data=2,fsdp=4"))
     )
     np.testing.assert_allclose(eight.smoothed, one.smoothed, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["data", "fsdp", "data=2,fsdp=4"])
+def test_over_a_mesh_each_device_draws_rbgs_bits_for_its_own_rows_alone(kind, state, batch):
+    eight = Parallelism(kind)
+    source, target = (np.tile(tokens[:2], (DEVICES, 1)) for tokens in (batch.source, batch.target))
+
+    def losses_of(params, tokens):
+        rngs = {"dropout": jax.random.key(3, impl="rbg")}
+        logits = MODEL.apply({"params": params}, *tokens, deterministic=False, rngs=rngs)
+        return jnp.sum(logits**2, axis=(1, 2))
+
+    transformed = eight.transform(losses_of, donate_state=False)
+    params, tokens = eight.place(state.params), eight.divide((source, target))
+    # The same rows on all devices, and each drops units of its own.
+    losses = np.asarray(transformed(params, tokens)).reshape(DEVICES, 2)
+    assert len(np.unique(losses[:, 0])) == len(np.unique(losses[:, 1])) == DEVICES
+    drawn = re.findall(r"rng_bit_generator.*tensor<(\d+)x\d+x\d+xui32>", transformed.lower(params, tokens).as_text())
+    assert set(drawn) == {"2"}
 
 
 @pytest.mark.parametrize("written_by", ["jit", "pmap", "data", "fsdp", "data=2,fsdp=4"])

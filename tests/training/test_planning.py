@@ -1,6 +1,7 @@
 """Takes experiments and slices that are not there and leaves a verdict: the plan tells what the training step takes."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from flax_transformer.config import TransformerConfig
 from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig
 from flax_transformer.training import planning
-from flax_transformer.training.planning import Module, Program, TooLarge, find_devices, make_plan, plans
+from flax_transformer.training.planning import Program, TooLarge, device_memory, find_devices, make_plan, plans
+from flax_transformer.training.utilization import CHIPS
 
 MODEL = TransformerConfig(
     source_vocab_size=64,
@@ -71,8 +73,9 @@ def test_what_micro_batches_do_in_a_loop_is_counted_as_often_as_it_turns():
     assert whole.micro_batches == 1 and parts.micro_batches == 4 and parts.rows == whole.rows
     assert parts.result.temporaries < whole.result.temporaries
     assert parts.result.flops is None
-    # The parameters are gathered in each part, or once before them.
+    # The parameters are gathered in each part, or once before them; their gradients are summed in each.
     assert collectives_of(parts)["all-gather"] >= collectives_of(whole)["all-gather"]
+    assert collectives_of(parts)["all-reduce"] > 2 * collectives_of(whole)["all-reduce"]
 
 
 def test_where_there_is_no_room_remedies_are_added_until_there_is():
@@ -88,51 +91,50 @@ def test_where_there_is_no_room_remedies_are_added_until_there_is():
 class Refused:
     """A lowered step that no compiler has room for."""
 
+    def __init__(self, message):
+        self.message = "RESOURCE_EXHAUSTED: Ran out of memory " + message
+
     def compile(self):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded by 8.75G."
-        )
+        raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_the_remedies_come_in_turn_and_one_that_is_there_is_passed_over(monkeypatch):
-    monkeypatch.setattr(planning, "_lower", lambda *arguments: Refused())
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("on HBM, the total memory required for HLO temporaries (39.97G) exceeds available HBM (15.75G).", 39.97),
+        ("in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded by 8.75G.", 24.5),
+    ],
+)
+def test_the_remedies_come_in_turn_and_one_that_is_there_is_passed_over(monkeypatch, message, needed):
+    monkeypatch.setattr(planning, "_lower", lambda *arguments: Refused(message))
     devices = find_devices("cpu:4")
     found = list(plans(EXPERIMENT, devices, None))
-    assert all(plan.result.needed == 24.5 * 2**30 and plan.result.available == 15.75 * 2**30 for plan in found)
-    # Eight rows a device: four parts leave room for twice the excess.
-    names = ["training.rows_per_device=2", "training.loss_chunks=8", "model.remat=True", "training.parallelism=fsdp"]
-    assert [plan.changes for plan in found] == [", ".join(names[:count]) for count in range(5)]
+    assert all(plan.result.needed == needed * 2**30 and plan.result.available == 15.75 * 2**30 for plan in found)
+    # Eight rows a device: as many parts as the excess asks for, then twice as many, down to one row.
+    first = [f"training.rows_per_device={rows}" for rows in ((4, 2, 1) if needed < 2 * 15.75 else (2, 1))]
+    others = ["training.loss_chunks=8", "model.remat=True", "training.parallelism=fsdp"]
+    changes = [plan.changes for plan in found]
+    assert changes[: len(first) + 1] == ["", *first]
+    assert changes[len(first) + 1 :] == [", ".join([first[-1], *others[:count]]) for count in (1, 2, 3)]
     again = changed(rows_per_device=1, loss_chunks=4, parallelism="fsdp")
     assert [plan.changes for plan in plans(again, devices, None)] == ["", "model.remat=True"]
 
 
-def test_a_loop_turns_as_often_as_its_condition_says_where_xla_does_not_tell():
-    text = """HloModule step
-%body (p: (s32[])) -> (s32[]) {
-  %r = f32[5]{0} all-reduce(%x), channel_id=1, to_apply=%add, backend_config={"estimated_cycles":"10"}
-  %r2 = f32[5]{0} all-reduce(%x), channel_id=1, to_apply=%add
-}
-%condition (p: (s32[])) -> pred[] {
-  %n = s32[]{:T(128)} constant(7)
-}
-%async (p: f32[5]) -> f32[9] {
-  %g = (f32[5]{0}, bf16[9]{0}) all-gather-start(%x), channel_id=2
-}
-%async_end (p: f32[5]) -> f32[9] {
-  %g = (f32[5]{0}, bf16[9]{0}) all-gather-start(%x), channel_id=2
-}
-ENTRY %main (p: f32[5]) -> f32[5] {
-  %w = (s32[]) while(%t), condition=%condition, body=%body
-  %f = f32[9] fusion(%p), kind=kCustom, calls=%async, backend_config={"estimated_cycles":"3"}
-  %h = f32[9] fusion(%p), kind=kCustom, calls=%async_end
-}
-"""
-    module = Module(text)
-    assert module.has_loops and module.cycles(loops=True) == 73 and module.cycles(loops=False) == 13
-    assert {(each.kind, each.count, each.bytes) for each in planning.read_collectives(module)} == {
-        ("all-reduce", 14, 14 * 5 * 4),
-        ("all-gather", 1, 9 * 2),
-    }
+def test_rows_that_fill_up_the_batch_are_told_apart():
+    odd = dataclasses.replace(EXPERIMENT, data=dataclasses.replace(EXPERIMENT.data, rows=29))
+    plan = make_plan(odd, find_devices("cpu:8"), None, changes="")
+    assert (plan.rows, plan.empty_rows) == (32, 3)
+
+
+def test_a_device_that_is_here_is_asked_for_its_memory_and_of_others_their_maker(monkeypatch):
+    here, silent, elsewhere = (mock.create_autospec(jax.Device, instance=True) for _ in range(3))
+    for device, limit in ((here, 64e9), (silent, None), (elsewhere, 1.0)):
+        device.device_kind = "NVIDIA H100 80GB HBM3"
+        device.memory_stats.return_value = limit and {"bytes_limit": limit}
+    monkeypatch.setattr(jax, "local_devices", lambda: [here, silent])
+    assert device_memory(here) == 64e9
+    assert device_memory(silent) == device_memory(elsewhere) == CHIPS[here.device_kind].memory
+    assert device_memory(jax.devices("cpu")[0]) is None
 
 
 def test_the_devices_are_those_asked_for():
