@@ -61,13 +61,13 @@ class Report:
 
     def training(self, step: int, metrics: dict[str, float]) -> None:
         """Records one window of steps."""
-        parts = [
-            f"loss {metrics['loss']:.3f}",
-            f"{metrics['tokens_per_second']:,.0f} target tokens/s",
-            f"{metrics['fill_rate']:.0%} full",
-            f"{metrics['input_wait']:.0%} waiting for input",
-            f"step {1e3 * metrics['step_seconds_p50']:.0f} ms, p95 {1e3 * metrics['step_seconds_p95']:.0f} ms",
-        ]
+        parts = [f"loss {metrics['loss']:.3f}", f"{metrics['fill_rate']:.0%} full"]
+        if "tokens_per_second" in metrics:
+            parts += [
+                f"{metrics['tokens_per_second']:,.0f} target tokens/s",
+                f"{metrics['input_wait']:.0%} waiting for input",
+                f"step {1e3 * metrics['step_seconds_p50']:.0f} ms, p95 {1e3 * metrics['step_seconds_p95']:.0f} ms",
+            ]
         if "model_flops_utilization" in metrics:
             parts.append(f"{metrics['model_flops_utilization']:.0%} of peak")
         if "memory_bytes" in metrics:

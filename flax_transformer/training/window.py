@@ -42,16 +42,19 @@ class Window:
         """
         self._size, self._check, self._work = size, check, work
         self._in_flight: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self._gathered: list[StepMetrics] = []
+        # With the seconds that each took, where they were measured.
+        self._gathered: list[tuple[StepMetrics, float | None]] = []
         self._last = 0
-        self._since = self._step_since = time.monotonic()
-        self._step_seconds: list[float] = []
+        self._since, self._is_measured = time.monotonic(), True
         self._waited = 0.0
 
     def add(self, step: int, metrics: StepMetrics) -> list[tuple[int, dict[str, float]]]:
-        """Takes a step's metrics; gives the step and the means of each window that is complete."""
+        """Takes a step's metrics; gives the step and the means of each window that is complete.
+
+        It leaves room for the step that comes next.
+        """
         self._in_flight.append((step, metrics))
-        return self._fetch(STEPS_IN_FLIGHT)
+        return self._fetch(STEPS_IN_FLIGHT - 1)
 
     def settle(self) -> list[tuple[int, dict[str, float]]]:
         """Waits for the steps under way; gives the windows that are complete with them."""
@@ -68,10 +71,13 @@ class Window:
             step, on_device = self._in_flight.popleft()
             metrics = jax.device_get(on_device)
             self._check(step, metrics)
-            self._gathered.append(metrics)
-            now = time.monotonic()
-            self._step_seconds.append(now - self._step_since)
-            self._step_since = now
+            if self._is_measured:
+                now = time.monotonic()
+                self._gathered.append((metrics, now - self._since))
+                self._since = now
+            else:
+                self._gathered.append((metrics, None))
+                self._is_measured = True
             self._last = step
             if step % self._size == 0:
                 complete.append((step, self._means()))
@@ -82,13 +88,11 @@ class Window:
         """Leaves the time inside out of the speed."""
         begin = time.monotonic()
         yield
-        seconds = time.monotonic() - begin
-        self._since += seconds
-        self._step_since += seconds
+        self._since += time.monotonic() - begin
 
     def begin_anew(self) -> None:
-        """Forgets the time so far, that of the first step, which was compiled in it."""
-        self._since = self._step_since = time.monotonic()
+        """Leaves out of the speed the time so far and the step that is added next, which was compiled in it."""
+        self._since, self._is_measured = time.monotonic(), False
         self._waited = 0.0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -102,30 +106,39 @@ class Window:
             yield batch
 
     def _means(self) -> dict[str, float]:
-        skipped = int(self._gathered[-1].skipped)
-        made = [metrics for metrics in self._gathered if not metrics.skipped_in_a_row]
-        now = time.monotonic()
-        seconds, self._since, self._gathered = now - self._since, now, []
-        steps, self._step_seconds = self._step_seconds, []
-        waited, self._waited = self._waited, 0.0
-
-        def total(name: str) -> float:
-            return float(np.sum([getattr(metrics.sums, name) for metrics in made], dtype=np.float64))
-
-        tokens = total("tokens") if made else float("nan")
+        gathered, self._gathered = self._gathered, []
+        made = [metrics for metrics, _ in gathered if not metrics.skipped_in_a_row]
+        tokens = _total("tokens", made)
         slots = self._work.target_slots * len(made)
+        return self._speed(gathered) | {
+            "loss": _total("smoothed", made) / tokens,
+            "cross_entropy": _total("cross_entropy", made) / tokens,
+            "accuracy": _total("correct", made) / tokens,
+            "gradient_norm": float(np.mean([metrics.gradient_norm for metrics in made])) if made else float("nan"),
+            "fill_rate": tokens / slots if made else float("nan"),
+            "skipped": int(gathered[-1][0].skipped),
+        }
+
+    def _speed(self, gathered: list[tuple[StepMetrics, float | None]]) -> dict[str, float]:
+        """That of the steps whose time was measured; nothing where there are none."""
+        measured = [(metrics, seconds) for metrics, seconds in gathered if seconds is not None]
+        if not measured:
+            return {}
+        steps = [seconds for _, seconds in measured]
+        waited, self._waited = self._waited, 0.0
         utilization = {}
         if self._work.peak_flops is not None:
-            utilization["model_flops_utilization"] = self._work.flops * len(steps) / seconds / self._work.peak_flops
+            utilization["model_flops_utilization"] = self._work.flops * len(steps) / sum(steps) / self._work.peak_flops
+        made = [metrics for metrics, _ in measured if not metrics.skipped_in_a_row]
         return utilization | {
-            "loss": total("smoothed") / tokens,
-            "cross_entropy": total("cross_entropy") / tokens,
-            "accuracy": total("correct") / tokens,
-            "gradient_norm": float(np.mean([metrics.gradient_norm for metrics in made])) if made else float("nan"),
-            "tokens_per_second": tokens / seconds,
-            "fill_rate": tokens / slots if made else float("nan"),
-            "input_wait": waited / seconds,
+            "tokens_per_second": _total("tokens", made) / sum(steps),
+            "input_wait": waited / sum(steps),
             "step_seconds_p50": float(np.percentile(steps, 50)),
             "step_seconds_p95": float(np.percentile(steps, 95)),
-            "skipped": skipped,
         }
+
+
+def _total(name: str, made: list[StepMetrics]) -> float:
+    if not made:
+        return float("nan")
+    return float(np.sum([getattr(metrics.sums, name) for metrics in made], dtype=np.float64))

@@ -98,7 +98,9 @@ def test_lines_of_metrics_tell_the_mean_loss_the_rate_and_the_speed(whole):
         n, warmup = line["step"], experiment.training.warmup_steps
         assert line["learning_rate"] == pytest.approx(8**-0.5 * min(n**-0.5, n * warmup**-1.5), rel=1e-6)
         assert line["loss"] >= 0 and line["cross_entropy"] >= 0 and 0 <= line["accuracy"] <= 1
-        assert line["gradient_norm"] > 0 and line["tokens_per_second"] > 0
+        assert line["gradient_norm"] > 0
+        # The first was compiled in its time.
+        assert "tokens_per_second" not in line if n == 1 else line["tokens_per_second"] > 0
 
 
 def test_a_finished_training_trains_no_more_and_tells_its_scores_again(whole):

@@ -13,7 +13,9 @@ from flax_transformer.decoding.translator import Translator
 from flax_transformer.training.evaluation import Evaluation, Scores
 from flax_transformer.training.interruption import Interrupted
 from flax_transformer.training.loop import train_and_evaluate
+from flax_transformer.training.parallel import ParallelStep
 from flax_transformer.training.report import Report
+from flax_transformer.training.window import STEPS_IN_FLIGHT
 from flax_transformer.workdir import WorkDirectory
 from tests.training.conftest import EVERY, STEPS, lines_of, losses_of, with_training, without_held_out
 
@@ -266,3 +268,22 @@ def test_the_time_to_the_first_step_is_told(experiment, tmp_path, capsys):
     assert "step 1 was done " in capsys.readouterr().out
     train_and_evaluate(experiment, tmp_path)
     assert f"step {EVERY + 1} was done " in capsys.readouterr().out
+
+
+def test_the_host_runs_ahead_by_no_more_steps_than_the_runtime_bears(experiment, tmp_path, monkeypatch):
+    under_way, most = [], []
+    make, check = ParallelStep.__call__, loop._Training._check_finite
+
+    def counted(step, state, batch):
+        under_way.append(len(most) + 1)
+        most.append(len(under_way))
+        return make(step, state, batch)
+
+    def fetched(training, step, metrics):
+        under_way.remove(step)
+        check(training, step, metrics)
+
+    monkeypatch.setattr(ParallelStep, "__call__", counted)
+    monkeypatch.setattr(loop._Training, "_check_finite", fetched)
+    train_and_evaluate(with_training(without_held_out(experiment), checkpoint_every=STEPS), tmp_path)
+    assert most == [1, *[STEPS_IN_FLIGHT] * (STEPS - 1)]

@@ -59,8 +59,17 @@ def test_the_progress_line_tells_the_speed_and_what_it_could_be(tmp_path, capfd)
     with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
         report.training(1, METRICS | {"model_flops_utilization": 0.41, "memory_bytes": 3.14e9})
         report.step_done()
-    told = "1,234 target tokens/s, 94% full, 2% waiting for input, step 100 ms, p95 250 ms, 41% of peak, 3.1 GB"
+    told = "94% full, 1,234 target tokens/s, 2% waiting for input, step 100 ms, p95 250 ms, 41% of peak, 3.1 GB"
     assert told in capfd.readouterr().err
+
+
+def test_a_window_without_a_step_that_was_timed_tells_its_loss_and_no_speed(tmp_path, capfd):
+    metrics = {name: METRICS[name] for name in ("loss", "fill_rate", "learning_rate", "skipped")}
+    with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
+        report.training(1, metrics)
+        report.step_done()
+    assert "loss 2.500, 94% full]" in capfd.readouterr().err
+    assert WorkDirectory(tmp_path).read_metrics() == [{"kind": "train", "step": 1} | metrics]
 
 
 @pytest.mark.parametrize("failure", [None, KeyError("what ended the training")])
