@@ -153,6 +153,8 @@ class _Training:
             hosts.say(
                 f"{parameters:,} parameters, {self.parallelism}{micro_batches}, steps {first} to {self.config.steps}"
             )
+            if told := self.profile.missed(first + 1, self.config.steps):
+                hosts.say(told)
             with (
                 Report(self.workdir, first_step=first, steps=self.config.steps, silent=not hosts.is_first()) as report,
                 Interruption() as interruption,
@@ -237,7 +239,10 @@ class _Training:
             record(window.close())
             raise
         finally:
-            self.profile.close()
+            if told := self.profile.close():
+                # What ended the training must not give way to a terminal that is gone.
+                with contextlib.suppress(OSError):
+                    session.report.say(told)
         record(window.close())
 
     def _is_due(self, step: int, every: int) -> bool:
