@@ -190,6 +190,15 @@ tend() { # one look of `keep`, whose variables it works on, and what it asks for
 keep() {
   local state='' ended=0 restarts=0 failures=0 failure
   [[ ! $dry_run ]] || { describe && look 0 && resume && return; }
+  # A `keep` that was stopped between delete and create leaves no machines. But those that go later somebody deleted, who
+  # does not want to pay for others.
+  while state=$(describe 2>&1); [[ $state == *DELETING ]]; do sleep "$POLL"; done
+  if [[ $state == *' NOT_FOUND: '* ]]; then
+    say "$NAME is not there: creating it"
+    state=DELETED
+  else
+    state=''
+  fi
   while :; do
     failure=0
     tend || failure=$?

@@ -32,7 +32,8 @@ VERBS = ["create", "copy", "install", "run", "follow", "status", "stop", "delete
 BEGIN = ["scp", "tar", "install", "run"]
 TRAIN = ["train.py", "--distributed", "--config=configs/some.py:small", "--workdir=gs://bucket/runs/first"]
 
-# It writes each call down, fails where `failing` says so, and tells one state after another, the last one for good.
+# It writes each call down, fails where `failing` says so, and tells one state after another, the last one for good, and
+# NOT_FOUND until `create` comes.
 GCLOUD = """#!{python} -IS
 import contextlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -50,8 +51,12 @@ flags = dict(argument.split("=", 1) for argument in arguments if argument.starts
 machines = sorted((home / "machines").iterdir())
 if verb == "describe":
     state, *later = (home / "states").read_text().split()
+    if state == "NOT_FOUND":
+        sys.exit(f"ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: {{subject}} was not found.")
     (home / "states").write_text(" ".join(later or [state]))
     print(state)
+elif verb == "create":
+    (home / "states").write_text((home / "states").read_text().removeprefix("NOT_FOUND "))
 elif verb == "delete":
     for machine in machines:
         gone = machine.rename(home / f"gone-{{machine.name}}-{{time.time_ns()}}")
@@ -291,7 +296,7 @@ def test_a_gcloud_that_fails_ends_the_script_with_its_status(verb, fails, cloud)
 
 def test_keep_goes_on_after_a_pre_emption_with_the_code_that_it_began_with(cloud):
     states = "ACTIVE ACTIVE ACTIVE SUSPENDING SUSPENDED WAITING_FOR_RESOURCES ACTIVE"
-    cloud.plays(states, "endless 0", failing={"describe": [1], "ssh": [255, 255]})
+    cloud.plays(states, "endless 0", failing={"describe": [1, 1], "ssh": [255, 255]})
     cloud("copy", "--data=data", status=255)
     (cloud.repository / "train.py").write_text("edited")
     told = cloud("keep", "--", "--config.training.steps=10")
@@ -336,9 +341,23 @@ def test_keep_starts_the_training_when_a_machine_was_started_anew(cloud):
 
 
 def test_keep_gives_up_when_gcloud_fails_for_long(cloud):
-    cloud.plays(failing={"describe": 3 * [7]})
+    cloud.plays(failing={"describe": 4 * [7]})
     assert "3 tries in a row failed" in cloud("keep", status=7, PATIENCE="3")
-    assert [does(command) for command in cloud.calls] == 3 * ["describe"]
+    assert [does(command) for command in cloud.calls] == 4 * ["describe"]
+
+
+@pytest.mark.parametrize("states", ["NOT_FOUND ACTIVE", "DELETING DELETING NOT_FOUND ACTIVE"])
+def test_keep_finds_its_way_when_the_one_before_ended_behind_delete(states, cloud):
+    cloud.plays(f"SUSPENDED SUSPENDED {states}", "0", failing={"create": [8, 8]})
+    assert "2 tries in a row failed" in cloud("keep", status=8, PATIENCE="2")
+    assert "my-tpu is not there: creating it" in cloud("keep")
+    assert changes(cloud.calls) == ["delete", *3 * ["create"], *BEGIN]
+
+
+def test_keep_creates_no_machines_when_somebody_deletes_them_meanwhile(cloud):
+    cloud.plays("ACTIVE ACTIVE DELETING NOT_FOUND ACTIVE")
+    assert "NOT_FOUND" in cloud("keep", status=1)
+    assert changes(cloud.calls) == BEGIN
 
 
 def test_stop_waits_for_the_checkpoint_and_status_tells_of_each_worker(cloud):
