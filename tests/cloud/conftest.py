@@ -1,0 +1,172 @@
+"""Takes cloud/tpu_vm.sh and leaves a pretended gcloud: its machines are folders, where it copies and runs commands."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {
+    "NAME": "my-tpu",
+    "ZONE": "us-west4-a",
+    "PROJECT": "my-project",
+    "ACCELERATOR_TYPE": "v5litepod-16",
+    "CONFIG": "configs/some.py:small",
+    "WORKDIR": "gs://bucket/runs/first",
+}
+BEGIN = ["scp", "tar", "install", "run"]
+TRAIN = ["train.py", "--distributed", "--config=configs/some.py:small", "--workdir=gs://bucket/runs/first"]
+
+# It writes each call down, fails where `failing` says so, and tells one state after another, the last one for good, and
+# NOT_FOUND until `create` comes.
+GCLOUD = """#!{python} -IS
+import contextlib, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+home = Path("{home}")
+_, _, _, verb, subject, *_ = arguments = sys.argv[1:]
+with open(home / "calls", "a") as calls:
+    print(json.dumps(arguments), file=calls)
+failing = json.loads((home / "failing").read_text())
+if failing.get(verb):
+    status = failing[verb].pop(0)
+    (home / "failing").write_text(json.dumps(failing))
+    sys.exit(status)
+flags = dict(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
+machines = sorted((home / "machines").iterdir())
+if verb == "describe":
+    state, *later = (home / "states").read_text().split()
+    if state == "NOT_FOUND":
+        sys.exit(f"ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: {{subject}} was not found.")
+    (home / "states").write_text(" ".join(later or [state]))
+    print(state)
+elif verb == "create":
+    (home / "states").write_text((home / "states").read_text().removeprefix("NOT_FOUND "))
+elif verb == "delete":
+    for machine in machines:
+        gone = machine.rename(home / f"gone-{{machine.name}}-{{time.time_ns()}}")
+        for process in gone.glob("*/train.pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.read_text()), signal.SIGKILL)
+        machine.mkdir()
+elif verb in ("scp", "ssh"):
+    chosen = machines if flags["--worker"] == "all" else [machines[int(flags["--worker"])]]
+    if verb == "scp":
+        for machine in chosen:
+            shutil.copy(subject, machine)
+        sys.exit()
+    remote = [
+        subprocess.Popen(
+            ["bash", "-c", flags["--command"]],
+            cwd=machine,
+            env=os.environ | {{"HOME": str(machine), "HOSTNAME": machine.name}},
+        )
+        for machine in chosen
+    ]
+    sys.exit(max(process.wait() for process in remote))
+"""
+
+# What curl gets: an installer of a uv that makes a Python that pretends to train, as `trainings` tells, line by line.
+CURL = """#!/bin/bash
+cat <<'END'
+mkdir -p ~/.local/bin
+echo 'mkdir -p .venv/bin && cp {home}/python .venv/bin' >~/.local/bin/uv
+chmod +x ~/.local/bin/uv
+END
+"""
+PYTHON = """#!/bin/bash
+[ "$1" != -m ] || exit 0
+{{ printf '%s\\0' "$JAX_PLATFORMS" "$@"; echo; }} >>{home}/trained-$HOSTNAME
+how=$(sed -n "$(wc -l <{home}/trained-$HOSTNAME)p" {home}/trainings)
+[ "$how" = endless ] || exit "$how"
+trap 'sleep 0.2; echo a checkpoint; exit 143' TERM
+while :; do sleep 0.02; done
+"""
+
+
+class Cloud:
+    """A small repository that holds the script, and two machines."""
+
+    def __init__(self, home):
+        self.home, self.repository = home, home / "repository"
+        shutil.copytree(ROOT / "cloud", self.repository / "cloud")
+        for name in ("train.py", "configs/some.py", "data/text.en", "notes"):
+            (self.repository / name).parent.mkdir(exist_ok=True)
+            (self.repository / name).write_text(name)
+        for command in ("git init --quiet", "git add train.py cloud configs"):
+            subprocess.run(command.split(), cwd=self.repository, check=True)
+        for worker in range(2):
+            (home / f"machines/{worker}").mkdir(parents=True)
+        (home / "bin").mkdir()
+        for name, text in {"bin/gcloud": GCLOUD, "bin/curl": CURL, "python": PYTHON}.items():
+            (home / name).write_text(text.format(home=home, python=sys.executable))
+            (home / name).chmod(0o755)
+        self.plays()
+
+    def plays(self, states="ACTIVE", trainings="endless", failing=None):
+        (self.home / "states").write_text(states)
+        (self.home / "trainings").write_text(trainings.replace(" ", "\n"))
+        (self.home / "failing").write_text(json.dumps(failing or {}))
+
+    def __call__(self, *arguments, path=f"{{home}}/bin:{os.environ['PATH']}", status=0, **options):
+        """What the script prints; `status` is how it ends."""
+        environment = {"PATH": path.format(home=self.home), "POLL": "0.01"} | OPTIONS | options
+        command = ["bash", self.repository / "cloud/tpu_vm.sh", *arguments]
+        ended = subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == status, ended.stdout + ended.stderr
+        return ended.stdout if status == 0 else ended.stderr
+
+    def dry(self, *arguments, **options):
+        """The commands of a dry run."""
+        return [shlex.split(line) for line in self(arguments[0], "--dry-run", *arguments[1:], **options).splitlines()]
+
+    @property
+    def calls(self):
+        """The commands that were run."""
+        path = self.home / "calls"
+        return [["gcloud", *json.loads(line)] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def trained(self, worker=0):
+        """JAX_PLATFORMS and the arguments of each training."""
+        path = self.home / f"trained-{worker}"
+        return [line.split("\0")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def log(self, worker=0):
+        path = self.home / f"machines/{worker}/my-tpu/train.log"
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    yield Cloud(tmp_path)
+    for pid in tmp_path.glob("**/train.pid"):
+        with contextlib.suppress(OSError):
+            if b"--distributed" in Path(f"/proc/{int(pid.read_text())}/cmdline").read_bytes():
+                os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def does(command):
+    """What a command does: its verb, or what it has a worker do."""
+    remote = re.search(r"--command=.*?(?:worker\.sh (install|run|follow|look|stop)|(tar))", "\n".join(command))
+    return (remote[1] or remote[2]) if remote else command[4]
+
+
+def changes(commands):
+    """What commands do, without those that only look."""
+    return [verb for verb in map(does, commands) if verb not in ("describe", "look")]
+
+
+def soon(question):
+    end = time.monotonic() + 10
+    while not question():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -1,0 +1,76 @@
+"""Takes cloud/tpu_vm.sh keep and leaves a verdict: a training goes on after whatever befalls its machines."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.cloud.conftest import BEGIN, TRAIN, changes, does, soon
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machines of Cloud TPU are Linux, with /proc")
+
+
+def test_keep_goes_on_after_a_pre_emption_with_the_code_that_it_began_with(cloud):
+    states = "ACTIVE ACTIVE ACTIVE SUSPENDING SUSPENDED WAITING_FOR_RESOURCES ACTIVE"
+    cloud.plays(states, "endless 0", failing={"describe": [1, 1], "ssh": [255, 255]})
+    cloud("copy", "--data=data", status=255)
+    (cloud.repository / "train.py").write_text("edited")
+    told = cloud("keep", "--", "--config.training.steps=10")
+    assert changes(cloud.calls[2:]) == [*BEGIN, "delete", "create", *BEGIN]
+    first, second = (command for command in cloud.calls if does(command) == "run")
+    assert first == second
+    for worker in range(2):
+        soon(lambda worker=worker: len(cloud.trained(worker)) == 2)
+        assert cloud.trained(worker) == 2 * [["tpu,cpu", *TRAIN, "--config.training.steps=10"]]
+    assert (cloud.home / "machines/0/my-tpu/train.py").read_text() == "train.py"
+    assert (cloud.home / "machines/0/my-tpu/data/text.en").exists()
+    assert "my-tpu is SUSPENDED" in told and "costs money until you delete it" in told
+
+
+def test_keep_deletes_the_machines_at_the_end_if_it_is_asked_to(cloud):
+    cloud.plays(trainings="0")
+    cloud("keep", "--delete-when-done")
+    assert changes(cloud.calls) == [*BEGIN, "delete"]
+
+
+def test_keep_ends_with_the_status_of_a_training_that_ended_by_itself(cloud):
+    cloud.plays(trainings="1")
+    assert "the training ended with status 1; my-tpu costs money" in cloud("keep", status=1, PATIENCE="2")
+    assert changes(cloud.calls) == BEGIN
+
+
+def test_keep_starts_a_training_again_that_a_signal_ended_three_times_at_most(cloud):
+    cloud.plays(trainings="137 134 137 139")
+    cloud("keep", status=139, PATIENCE="1")
+    assert changes(cloud.calls) == [*BEGIN, *3 * ["stop", "run"]]
+
+
+def test_keep_starts_the_training_when_a_machine_was_started_anew(cloud):
+    cloud.plays(trainings="0")
+    for verb in ("copy", "install"):
+        cloud(verb)
+    with subprocess.Popen(["sleep", "60"]) as other:  # it has the number now
+        (cloud.home / "machines/0/my-tpu/train.pid").write_text(str(other.pid))
+        cloud("keep", PATIENCE="1")
+        other.kill()
+    assert changes(cloud.calls[3:]) == ["stop", "run"]
+
+
+def test_keep_gives_up_when_gcloud_fails_for_long(cloud):
+    cloud.plays(failing={"describe": 4 * [7]})
+    assert "3 tries in a row failed" in cloud("keep", status=7, PATIENCE="3")
+    assert [does(command) for command in cloud.calls] == 4 * ["describe"]
+
+
+@pytest.mark.parametrize("states", ["NOT_FOUND ACTIVE", "DELETING DELETING NOT_FOUND ACTIVE"])
+def test_keep_finds_its_way_when_the_one_before_ended_behind_delete(states, cloud):
+    cloud.plays(f"SUSPENDED SUSPENDED {states}", "0", failing={"create": [8, 8]})
+    assert "2 tries in a row failed" in cloud("keep", status=8, PATIENCE="2")
+    assert "my-tpu is not there: creating it" in cloud("keep")
+    assert changes(cloud.calls) == ["delete", *3 * ["create"], *BEGIN]
+
+
+def test_keep_creates_no_machines_when_somebody_deletes_them_meanwhile(cloud):
+    cloud.plays("ACTIVE ACTIVE DELETING NOT_FOUND ACTIVE")
+    assert "NOT_FOUND" in cloud("keep", status=1)
+    assert changes(cloud.calls) == BEGIN

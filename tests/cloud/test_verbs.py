@@ -1,0 +1,158 @@
+"""Takes the verbs of cloud/tpu_vm.sh and leaves a verdict: each asks gcloud for the right things."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.cloud.conftest import BEGIN, ROOT, TRAIN, does, soon
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machines of Cloud TPU are Linux, with /proc")
+VERBS = ["create", "copy", "install", "run", "follow", "status", "stop", "delete", "resume", "keep"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_dry_run_prints_commands_for_these_machines_and_runs_none(verb, cloud):
+    commands = cloud.dry(verb)
+    assert commands
+    for command in commands:
+        assert command[:3] == ["gcloud", "compute", "tpus"] and "my-tpu" in (command[5], command[6].rstrip(":"))
+        assert {"--project=my-project", "--zone=us-west4-a", "--quiet"} <= set(command)
+    assert cloud.calls == [] and not (cloud.repository / "build").exists()
+
+
+def test_machines_are_spot_unless_it_is_said(cloud):
+    spot, on_demand = (cloud.dry("create", *flags)[0] for flags in ([], ["--on-demand", "--create-flag=--reserved"]))
+    assert "--spot" in spot and "--reserved" not in spot
+    assert "--spot" not in on_demand and "--reserved" in on_demand
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "runtime"),
+    [
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_runtime_version_is_that_of_the_generation(accelerator, runtime, cloud):
+    assert f"--runtime-version={runtime}" in cloud.dry("create", ACCELERATOR_TYPE=accelerator)[0]
+    other = cloud.dry("create", f"--accelerator-type={accelerator}", "--runtime-version=other")[0]
+    assert {f"--accelerator-type={accelerator}", "--runtime-version=other"} <= set(other)
+
+
+def test_resume_does_all_in_order_with_the_commands_of_the_single_verbs(cloud):
+    more = ["--", "--config.training.steps=10"]
+    resumed = cloud.dry("resume", *more)
+    assert [does(command) for command in resumed] == ["delete", "create", "describe", *BEGIN]
+    assert resumed == [
+        command for verb in ("delete", "create", "copy", "install", "run") for command in cloud.dry(verb, *more)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        ([], {}, "nothing is no verb: give create, copy"),
+        (["begin"], {}, "begin is no verb: give create, copy"),
+        (["create", "--spot"], {}, "--spot is no option: see --help"),
+        (["create", "--zone", "a"], {}, "--flag=VALUE is one word"),
+        (["status"], {"NAME": ""}, "NAME is missing: give --name="),
+        (["delete", "--zone="], {}, "ZONE is missing: give --zone="),
+        (["create"], {"ACCELERATOR_TYPE": ""}, "ACCELERATOR_TYPE is missing: give --accelerator-type="),
+        (["create"], {"ACCELERATOR_TYPE": "v5e-16"}, "give --accelerator-type=v5litepod-16"),
+        (["create"], {"ACCELERATOR_TYPE": "tpu7x-16"}, "use GKE or Compute Engine"),
+        (["create"], {"ACCELERATOR_TYPE": "v9-1"}, "give --runtime-version="),
+        (["copy"], {"NAME": "My TPU"}, "take a-z, 0-9 and hyphens"),
+        (["copy", "--data=data/none.en"], {}, "give a file or folder of this repository"),
+        (["copy", "--data=/etc/hosts"], {}, "give a file or folder of this repository"),
+        (["run"], {"WORKDIR": "runs/first"}, "give gs://BUCKET/FOLDER"),
+        (["resume"], {"CONFIG": "notes"}, "git add it"),
+        (["keep"], {"CONFIG": ""}, "CONFIG is missing: give --config="),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_mend(arguments, options, said, cloud):
+    (line,) = cloud(*arguments, status=2, **options).splitlines()
+    assert said in line
+    assert cloud.calls == []
+
+
+def test_without_gcloud_only_a_dry_run_does_something(cloud):
+    tools = cloud.home / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "git", "tr"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (line,) = cloud("status", path=str(tools), status=2).splitlines()
+    assert "cloud.google.com/sdk/docs/install" in line and "--dry-run" in line
+    assert cloud.dry("keep", path=str(tools)) == cloud.dry("keep")
+
+
+def test_each_worker_trains_with_the_arguments_as_they_were_written(cloud):
+    awkward = ["--config.data.train=files:a b.en,it's.de + 3*tsv:x", '--note=$HOME `id` "*" \\ ; & ಕನ್ನಡ', ""]
+    for verb in ("copy", "install", "run"):
+        cloud(verb, "--", *awkward)
+    for worker in range(2):
+        soon(lambda worker=worker: cloud.trained(worker))
+        assert cloud.trained(worker) == [["tpu,cpu", *TRAIN, *awkward]]
+    assert "it runs already: stop it first" in cloud("run", status=1)
+
+
+def test_what_git_knows_is_copied_and_the_text_that_is_named(cloud):
+    def copied():
+        folder = cloud.home / "machines/1/my-tpu"
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    cloud("copy")
+    assert copied() == {"train.py", "configs/some.py", "cloud/tpu_vm.sh", "cloud/worker.sh"}
+    cloud("copy", "--data=data")
+    assert "data/text.en" in copied() and "notes" not in copied()
+
+
+def test_create_waits_until_the_machines_are_there(cloud):
+    cloud.plays("WAITING_FOR_RESOURCES PROVISIONING PROVISIONING ACTIVE SUSPENDED")
+    told = cloud("create").splitlines()
+    assert [line.split()[-1] for line in told] == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    for end in ("FAILED", "SUSPENDED"):
+        cloud.plays(f"WAITING_FOR_RESOURCES {end}")
+        assert "delete my-tpu and create it again" in cloud("create", status=1)
+
+
+@pytest.mark.parametrize(
+    ("verb", "fails"), [("create", "create"), ("create", "describe"), ("copy", "scp"), ("run", "ssh")]
+)
+def test_a_gcloud_that_fails_ends_the_script_with_its_status(verb, fails, cloud):
+    cloud.plays(failing={fails: [7]})
+    cloud(verb, status=7)
+    assert cloud.calls[-1][4] == fails
+
+
+def test_stop_waits_for_the_checkpoint_and_status_tells_of_each_worker(cloud):
+    for verb in ("copy", "install", "run"):
+        cloud(verb)
+    soon(lambda: cloud.trained(0) and cloud.trained(1))
+    # What a connection that ends may send.
+    os.kill(int((cloud.home / "machines/0/my-tpu/train.pid").read_text()), signal.SIGHUP)
+    assert {"0: running", "1: running"} <= set(cloud("status").splitlines())
+    cloud("stop")
+    assert cloud.log(0) == cloud.log(1) == "a checkpoint\n"
+    soon(lambda: "0: ended 143" in cloud("status"))
+    assert "status 143" in cloud("keep", status=143, PATIENCE="1")
+
+
+def test_the_page_shows_what_the_script_prints():
+    page = (ROOT / "docs/cloud.md").read_text()
+    exports = shlex.split(" ".join(re.findall(r"^    export (.*)", page, re.MULTILINE)))
+    environment = {"PATH": os.environ["PATH"]} | dict(export.split("=", 1) for export in exports)
+    shown = re.findall(r"^    \$ cloud/tpu_vm\.sh (.*)\n((?:    .*\n)+)", page, re.MULTILINE)
+    assert {arguments.split()[0] for arguments, _ in shown} == set(VERBS)
+    for arguments, output in shown:
+        command = ["bash", "cloud/tpu_vm.sh", *shlex.split(arguments)]
+        ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert ended.stdout == textwrap.dedent(output)
