@@ -134,14 +134,14 @@ follow() { on "$worker" follow; }
 
 stop() { on all stop; }
 
-look() { # WORKER: a line from each, e.g. "HOST: running"
-  remote "$1" "if [ -e $NAME/cloud/worker.sh ]; then bash $NAME/cloud/worker.sh look; else echo \$HOSTNAME: empty; fi"
+look() { # a line from each worker, e.g. "HOST: running"
+  remote all "if [ -e $NAME/cloud/worker.sh ]; then bash $NAME/cloud/worker.sh look; else echo \$HOSTNAME: empty; fi"
 }
 
 status() {
   local state=''
   if [[ $dry_run ]]; then describe; else see; fi
-  [[ $state && $state != ACTIVE ]] || look all
+  [[ $state && $state != ACTIVE ]] || look
 }
 
 delete() { call queued-resources delete "$NAME" --force; }
@@ -156,27 +156,22 @@ tend() { # one look of `keep`, whose variables it works on, and what it asks for
   fi
   see || return
   case $state in
-    ACTIVE) found=$(look 0) || return ;;
+    # Of the workers that ended, the one that did so by a mistake comes first, since its status is the lowest.
+    ACTIVE) found=$(look | sed 's/.*: //; s/^gone$/ended 137/' | sort -k 2n) || return ;;
     FAILED | SUSPENDED)
       delete && state=DELETED
       return
       ;;
     *) return 0 ;;
   esac
-  case ${found##*: } in
-    empty | copied) send && install && run ;;
-    installed) run ;;
-    running) ended=0 ;;
-    'ended 0')
-      say 'the training is done'
-      if [[ $delete_when_done ]]; then delete || return; else say "$NAME costs money until you delete it"; fi
-      exit
-      ;;
-    *) # "ended STATUS", or "gone"
+  case $found in # the worker that is least far decides
+    *empty* | *copied*) send && install && run ;;
+    *installed*) run ;; # those that run already refuse, and the others join them
+    *'ended '[1-9]*)
       ended=$((ended + 1))
       ((ended >= PATIENCE)) || return 0
-      found=${found##*[: ]}
-      [[ $found != gone ]] || found=137
+      [[ $found =~ 'ended '([1-9][0-9]*) ]]
+      found=${BASH_REMATCH[1]}
       # Above 128 a signal ended it, which may come of another worker's end; but 130 is Ctrl-C and 143 is `stop`.
       ended=0 restarts=$((restarts + 1))
       ((found > 128 && found != 130 && found != 143 && restarts <= 3)) ||
@@ -184,12 +179,18 @@ tend() { # one look of `keep`, whose variables it works on, and what it asks for
       say "the training ended with status $found: starting it again"
       stop && run
       ;;
+    *running*) ended=0 ;;
+    'ended 0'*)
+      say 'the training is done'
+      if [[ $delete_when_done ]]; then delete || return; else say "$NAME costs money until you delete it"; fi
+      exit
+      ;;
   esac
 }
 
 keep() {
   local state='' ended=0 restarts=0 failures=0 failure
-  [[ ! $dry_run ]] || { describe && look 0 && resume && return; }
+  [[ ! $dry_run ]] || { describe && look && resume && return; }
   # A `keep` that was stopped between delete and create leaves no machines. But those that go later somebody deleted, who
   # does not want to pay for others.
   while state=$(describe 2>&1); [[ $state == *DELETING ]]; do sleep "$POLL"; done

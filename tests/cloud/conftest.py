@@ -76,7 +76,9 @@ elif verb in ("scp", "ssh"):
 """
 
 # What curl gets: an installer of a uv that makes a Python that pretends to train, as `trainings` tells, line by line.
+# A machine that is `offline` gets it the second time.
 CURL = """#!/bin/bash
+! rm ~/offline 2>/dev/null || exit 6
 cat <<'END'
 mkdir -p ~/.local/bin
 echo 'mkdir -p .venv/bin && cp {home}/python .venv/bin' >~/.local/bin/uv

@@ -1,5 +1,7 @@
 """Takes cloud/tpu_vm.sh keep and leaves a verdict: a training goes on after whatever befalls its machines."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -50,7 +52,8 @@ def test_keep_starts_the_training_when_a_machine_was_started_anew(cloud):
     for verb in ("copy", "install"):
         cloud(verb)
     with subprocess.Popen(["sleep", "60"]) as other:  # it has the number now
-        (cloud.home / "machines/0/my-tpu/train.pid").write_text(str(other.pid))
+        for worker in range(2):
+            (cloud.home / f"machines/{worker}/my-tpu/train.pid").write_text(str(other.pid))
         cloud("keep", PATIENCE="1")
         other.kill()
     assert changes(cloud.calls[3:]) == ["stop", "run"]
@@ -74,3 +77,43 @@ def test_keep_creates_no_machines_when_somebody_deletes_them_meanwhile(cloud):
     cloud.plays("ACTIVE ACTIVE DELETING NOT_FOUND ACTIVE")
     assert "NOT_FOUND" in cloud("keep", status=1)
     assert changes(cloud.calls) == BEGIN
+
+
+@pytest.mark.parametrize(("lacking", "does_again"), [("", BEGIN), (".venv", BEGIN), ("train.pid", ["run"])])
+def test_keep_helps_the_worker_that_is_least_far(lacking, does_again, cloud):
+    cloud.plays(trainings="0 0")
+    for verb in ("copy", "install", "run"):
+        cloud(verb)
+    soon(lambda: all((cloud.home / f"machines/{worker}/my-tpu/train.status").exists() for worker in range(2)))
+    gone = cloud.home / "machines/1/my-tpu" / lacking
+    gone.rename(cloud.home / "gone")
+    (cloud.home / "machines/1/my-tpu/train.status").unlink(missing_ok=True)
+    assert "the training is done" in cloud("keep")
+    assert changes(cloud.calls[4:]) == does_again and len(cloud.trained(1)) == 2
+
+
+def test_keep_installs_again_when_one_worker_could_not(cloud):
+    cloud.plays(trainings="0")
+    (cloud.home / "machines/1/offline").touch()
+    cloud("keep")
+    assert changes(cloud.calls) == [*BEGIN[:-1], *BEGIN]
+    assert len(cloud.trained(0)) == len(cloud.trained(1)) == 1
+
+
+def test_keep_starts_the_training_again_when_one_worker_is_killed(cloud):
+    cloud.plays(trainings="endless 0")
+    for verb in ("copy", "install", "run"):
+        cloud(verb)
+    soon(lambda: cloud.trained(0) and cloud.trained(1))
+    os.kill(int((cloud.home / "machines/1/my-tpu/train.pid").read_text()), signal.SIGKILL)
+    assert "status 137: starting it again" in cloud("keep", PATIENCE="2")
+    assert changes(cloud.calls[4:]) == ["stop", "run"]
+    assert cloud.log(0).startswith("a checkpoint\n")
+
+
+def test_keep_ends_with_the_mistake_of_one_worker_which_ended_the_others(cloud):
+    for verb in ("copy", "install"):
+        cloud(verb)
+    for worker, ended in enumerate(["134", "1"]):
+        (cloud.home / f"machines/{worker}/my-tpu/train.status").write_text(ended)
+    assert "ended with status 1;" in cloud("keep", status=1, PATIENCE="2")
