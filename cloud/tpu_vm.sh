@@ -111,10 +111,11 @@ create() {
   done
 }
 
-pack() { # the files that git knows, as they are now, and --data
-  local path
+pack() { # the files that git knows, as they are now, their revision, which a training notes there, and --data
+  local path revision=build/revision
   [[ ! $dry_run ]] || return 0
-  mkdir -p build && { git ls-files -z && for path in ${data[@]+"${data[@]}"}; do printf '%s\0' "$path"; done; } |
+  mkdir -p build && { git describe --always --dirty --abbrev=12 '--exclude=*' 2>/dev/null || :; } >$revision &&
+    { git ls-files -z && for path in $revision ${data[@]+"${data[@]}"}; do printf '%s\0' "$path"; done; } |
     tar --null -T - -czf "$archive"
 }
 
@@ -191,8 +192,8 @@ tend() { # one look of `keep`, whose variables it works on, and what it asks for
 keep() {
   local state='' ended=0 restarts=0 failures=0 failure
   [[ ! $dry_run ]] || { describe && look && resume && return; }
-  # A `keep` that was stopped between delete and create leaves no machines. But those that go later somebody deleted, who
-  # does not want to pay for others.
+  # A `keep` that was stopped between delete and create leaves no machines. But those that go later somebody deleted,
+  # who does not want to pay for others.
   while state=$(describe 2>&1); [[ $state == *DELETING ]]; do sleep "$POLL"; done
   if [[ $state == *' NOT_FOUND: '* ]]; then
     say "$NAME is not there: creating it"

@@ -44,7 +44,8 @@ def _git_revision() -> str | None:
     """The commit that this code is of, with "-dirty" where it was changed; `None` where it was installed as a wheel."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
-        return None
+        noted = folder / "build" / "revision"  # cloud/tpu_vm.sh brings it to machines where there is no git
+        return (noted.read_text().strip() or None) if noted.is_file() else None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -104,7 +104,8 @@ class Cloud:
         for name in ("train.py", "configs/some.py", "data/text.en", "notes"):
             (self.repository / name).parent.mkdir(exist_ok=True)
             (self.repository / name).write_text(name)
-        for command in ("git init --quiet", "git add train.py cloud configs"):
+        commit = "git -c user.name=me -c user.email=me commit --quiet --message=first"
+        for command in ("git init --quiet", "git add train.py cloud configs", commit):
             subprocess.run(command.split(), cwd=self.repository, check=True)
         for worker in range(2):
             (home / f"machines/{worker}").mkdir(parents=True)

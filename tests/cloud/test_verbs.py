@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 
+from flax_transformer.training import provenance
 from tests.cloud.conftest import BEGIN, ROOT, TRAIN, does, soon
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machines of Cloud TPU are Linux, with /proc")
@@ -110,9 +111,29 @@ def test_what_git_knows_is_copied_and_the_text_that_is_named(cloud):
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
     cloud("copy")
-    assert copied() == {"train.py", "configs/some.py", "cloud/tpu_vm.sh", "cloud/worker.sh"}
+    assert copied() == {"train.py", "configs/some.py", "cloud/tpu_vm.sh", "cloud/worker.sh", "build/revision"}
     cloud("copy", "--data=data")
     assert "data/text.en" in copied() and "notes" not in copied()
+
+
+def test_a_training_there_notes_the_revision_that_was_copied(cloud, monkeypatch):
+    there = cloud.home / "machines/1/my-tpu/flax_transformer/training/provenance.py"
+    monkeypatch.setattr(provenance, "__file__", str(there))
+    command = ["git", "-C", cloud.repository, "rev-parse", "--short=12", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    cloud("copy")
+    assert provenance.provenance()["revision"] == commit
+    (cloud.repository / "train.py").write_text("edited")
+    assert provenance.provenance()["revision"] == commit
+    cloud("copy")
+    assert provenance.provenance()["revision"] == f"{commit}-dirty"
+
+
+def test_code_without_a_commit_is_copied_too(cloud, monkeypatch):
+    monkeypatch.setattr(provenance, "__file__", str(cloud.home / "machines/1/my-tpu/a/b/provenance.py"))
+    subprocess.run(["git", "update-ref", "-d", "HEAD"], cwd=cloud.repository, check=True)
+    cloud("copy")
+    assert provenance.provenance()["revision"] is None
 
 
 def test_create_waits_until_the_machines_are_there(cloud):

@@ -25,6 +25,13 @@ def test_the_revision_is_gits():
     assert head.startswith(provenance()["revision"].removesuffix("-dirty"))
 
 
+def test_code_that_was_brought_without_git_has_the_revision_that_came_with_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "a" / "b" / "provenance.py"))
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "revision").write_text("0123456789ab-dirty\n")
+    assert provenance()["revision"] == "0123456789ab-dirty"
+
+
 def test_a_wheel_and_a_machine_without_git_have_no_revision(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "a" / "b" / "provenance.py"))
     assert provenance()["revision"] is None
