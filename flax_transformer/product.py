@@ -24,8 +24,10 @@ def product(
 
     jax makes the kernel's gradient transposed, and transposes it: XLA for CPUs takes about twice as long for that. Made
     of two matrices, inputs^T gradient, it is read there as it lies; with more dimensions, one of them is written anew.
-    XLA for TPUs takes less memory with the dimensions as they are. As with every `jax.custom_vjp`, there is reverse-mode
-    differentiation only: `jax.jvp`, `jax.jacfwd` and `jax.hessian` are errors, `jax.jacrev` of a gradient is not.
+    XLA for TPUs takes less memory with the dimensions as they are.
+
+    As with every `jax.custom_vjp`, `jax.jvp`, `jax.jacfwd` and `jax.hessian` of it are errors; `jax.jacrev` of a
+    gradient is not.
 
     Args:
         inputs: any number of vectors.

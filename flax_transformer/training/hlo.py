@@ -75,9 +75,9 @@ class Module:
 
     @property
     def num_custom_calls(self) -> int:
-        """The custom calls that are operations of their own, those of a loop's body counted once."""
+        """The custom calls that are operations of their own and compute, those of a loop's body counted once."""
         whole = [lines for name, lines in self.computations.items() if self.times[name] and name not in self.fused]
-        return sum(" custom-call(" in line for lines in whole for line in lines)
+        return sum(" custom-call(" in line and '"AllocateBuffer"' not in line for lines in whole for line in lines)
 
     def cycles(self, *, loops: bool) -> int:
         """The TPU compiler's estimates of single operations, added up; a loop's body once, or as often as it turns."""

@@ -25,6 +25,8 @@ from flax_transformer.training.utilization import CHIPS, Work, memory_of
 
 # A step that the chip has no room for is tried again with so many chunks, if the slots can be divided.
 LOSS_CHUNKS = 8
+# Seconds: a chip with a clock of 0.1 GHz.
+LONGEST_CYCLE = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +258,9 @@ def _read_program(compiled: Any, seconds: float) -> Program:
     if cycles:
         # For each custom call the TPU's compiler adds -1 second: it has no estimate of it. It counts loops as one turn.
         estimate = costs["optimal_seconds"] + module.num_custom_calls
-        seconds_of_step = estimate * module.cycles(loops=True) / cycles if estimate > 0 else None
+        if not 0 < estimate < 1 + cycles * LONGEST_CYCLE:
+            estimate %= 1  # a compiler that counts other calls: whole seconds cannot be told
+        seconds_of_step = estimate * module.cycles(loops=True) / cycles
     return Program(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

@@ -24,6 +24,7 @@ ENTRY %main (p: f32[5]) -> f32[5] {
   %f = f32[9] fusion(%p), kind=kCustom, calls=%async, backend_config={"estimated_cycles":"3"}
   %h = f32[9] fusion(%p), kind=kCustom, calls=%async_end
   %c = f32[9] custom-call(%p), custom_call_target="X64Combine"
+  %b = f32[9] custom-call(), custom_call_target="AllocateBuffer"
 }
 """
     module = Module(text)
