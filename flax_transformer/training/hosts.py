@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax._src import distributed  # its store of keys and values has no public name; Orbax takes it from here too
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 # Where a process that fails leaves word for the others, and where all of them meet before they end.
 FAILURE, FAREWELL = "flax_transformer/failure", "flax_transformer/farewell"
@@ -172,8 +173,14 @@ def ending_together(program: str, *, unless: type[BaseException]) -> Iterator[No
 def _watch(client: Any, ended: threading.Event, program: str) -> None:
     """Ends this process when another one has failed, whatever it waits for."""
     while not ended.wait(LOOK_INTERVAL):
-        with contextlib.suppress(Exception):  # nobody has failed
-            print(f"{program}: {client.key_value_try_get(FAILURE)}; this process ends with it", file=sys.stderr)
+        try:
+            failure = client.key_value_try_get(FAILURE)
+        except Exception:  # nobody has failed
+            continue
+        # The process ends inside: the progress bar, which gave way to the line, is not drawn again.
+        with tqdm.external_write_mode(file=sys.stderr):
+            with contextlib.suppress(OSError):  # the terminal is gone
+                print(f"{program}: {failure}; this process ends with it", file=sys.stderr)
             _leave(client)
 
 
@@ -183,6 +190,7 @@ def _leave(client: Any) -> None:
         client.wait_at_barrier(FAREWELL, FAREWELL_TIMEOUT * 1000)
     if distributed.global_state.process_id == 0:
         time.sleep(LOOK_INTERVAL)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the terminal is gone
+            stream.flush()
     os._exit(1)

@@ -104,6 +104,23 @@ print(json.dumps([gathered, seen, hosts.index(), hosts.count(), hosts.is_first()
 """
 
 
+# Each process shows a progress bar; one fails, the other would wait for it.
+FAILING = """
+import sys, time
+from tqdm import tqdm
+from flax_transformer.training import hosts
+
+process, failing = int(sys.argv[2]), int(sys.argv[3])
+hosts.Cluster(sys.argv[1], 2, process).connect(60)
+with hosts.ending_together("train.py", unless=KeyboardInterrupt), tqdm(total=2) as bar:
+    bar.update()
+    hosts.wait("both show a bar")
+    if process == failing:
+        raise SystemExit("train.py: the disk is full")
+    time.sleep(600)
+"""
+
+
 def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -139,6 +156,23 @@ def test_two_processes_gather_wait_and_speak_as_one(tmp_path):
         assert connecting == f"connecting as process {number} of 2 to {address}, for at most 60 s"
         assert said == ([] if number else ["only the first says this"])
         assert json.loads(last) == [pairs, [True, True], number, 2, number == 0]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_ends_with_another_says_so_in_a_line_of_its_own(failing):
+    address = free_address()
+    processes = [start("-c", FAILING, address, number, failing) for number in range(2)]
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1], errors
+    other = f"train.py: process {failing} failed: train.py: the disk is full; this process ends with it"
+    # Where a terminal's line begins anew, the bar is overwritten; it is not drawn again below the reason.
+    lines = [error.replace("\r", "\n").splitlines() for error in errors]
+    assert lines[failing][-1] == "train.py: the disk is full"
+    assert lines[1 - failing][-1] == other
 
 
 @pytest.mark.parametrize("number", [0, 1])
