@@ -126,8 +126,9 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _experiment(model: TransformerConfig, device: str) -> Experiment:
+def _experiment(model: TransformerConfig, device: str, loss_chunks: int) -> Experiment:
     training = TrainingConfig(
+        loss_chunks=loss_chunks,
         schedule="constant",
         learning_rate=LEARNING_RATE,
         warmup_steps=1,
@@ -152,6 +153,9 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["flax_transformer", "torch"])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--preset", choices=("base", "big", "tiny"), default="base", help="of step (default base)")
+    parser.add_argument(
+        "--loss_chunks", type=int, help="training.loss_chunks of this library (default 1 for step, else 8)"
+    )
     parser.add_argument("--vocabulary_size", type=int, default=8000, help="of step (default 8000)")
     parser.add_argument("--rows", type=int, help="of step (default 32, on a GPU 128)")
     parser.add_argument(
@@ -192,13 +196,15 @@ def main() -> None:
             data = dataclasses.replace(data, updates=options.updates or 50)
     if on_gpu:
         engines = ["torch_compiled" if name == "torch" else name for name in engines]
-    processes = _start(engines, _experiment(model, options.device), data, options.device, options.threads)
+    loss_chunks = options.loss_chunks or (1 if options.what == "step" else 8)
+    experiment = _experiment(model, options.device, loss_chunks)
+    processes = _start(engines, experiment, data, options.device, options.threads)
     if on_gpu:
         machine = next(iter(processes.values())).submit(report.machine).result()
     records = measure(processes, options.repeats, flops)
 
     print(table(records))
-    measured = {"machine": machine, "model": dataclasses.asdict(model), "results": records}
+    measured = {"machine": machine, "model": dataclasses.asdict(model), "loss_chunks": loss_chunks, "results": records}
     if pipeline:
         made, taken = statistics.median(pipeline), records[0]["target_tokens_per_s"]
         measured["pipeline_target_tokens_per_s"] = pipeline

@@ -38,6 +38,7 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
                 schedule="cosine",
                 learning_rate=2e-3,
                 warmup_steps=400,
+                loss_chunks=8,
                 evaluate_every=500,
                 checkpoint_every=250,
                 beam_size=1,

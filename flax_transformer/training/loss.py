@@ -1,8 +1,11 @@
 """Takes logits and targets and leaves the summed loss and what it is divided by (section 5.4).
 
 Sums, not means: devices and micro-batches hold different numbers of tokens, so whoever adds them up divides once.
-Glossary: B batch, T target, V vocabulary.
+Glossary: B batch, T target, D d_model, V vocabulary.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -68,3 +71,65 @@ def cross_entropy_sums(
         correct=total(correct),
         tokens=total(jnp.ones_like(smoothed)),
     )
+
+
+def sums_in_chunks(
+    sums_of: Callable[[Array, Array, Array], LossSums],
+    outputs: Float[Array, "B T D"],
+    target: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    *,
+    chunks: int,
+    scale: Scalar = 1.0,
+) -> LossSums:
+    """What `sums_of` gives, added up over parts of the target slots: the logits of one part at a time are in memory.
+
+    But for a factor, the gradient of a summed loss is known as soon as the logits are. Differentiated, each part keeps
+    that gradient, which is as large as its outputs, in place of its logits: none are made twice. Only `smoothed` has a
+    gradient, that of the other sums counts as zero; as with every `jax.custom_vjp`, `jax.jvp` is an error.
+
+    Args:
+        sums_of: from some slots' outputs, targets and validity to their sums; its other parameters it closes over.
+        outputs: of the decoder.
+        target: the token ids that were wanted.
+        valid: false for padding.
+        chunks: the number of parts; it divides T.
+        scale: what `smoothed` is multiplied by before it is differentiated: a small gradient in float16 is kept so much
+            larger.
+    """
+
+    # Slots, not rows: the rows may be divided among devices.
+    def divide(array: Array) -> Array:
+        return jnp.moveaxis(jnp.reshape(array, (array.shape[0], chunks, -1, *array.shape[2:])), 1, 0)
+
+    parts = divide(outputs), divide(target), divide(valid)
+    of_part, weights = jax.closure_convert(sums_of, *(part[0] for part in parts))
+
+    def scaled_loss(outputs: Array, weights: list[Array], *rest: Any) -> tuple[Array, LossSums]:
+        sums = of_part(outputs, *rest, *weights)
+        return sums.smoothed * scale, sums
+
+    @jax.custom_vjp
+    def total(outputs: Array, weights: list[Array], target: Array, valid: Array) -> LossSums:
+        def add(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+            return jax.tree.map(jnp.add, sums, of_part(*part, *weights)), None
+
+        return jax.lax.scan(add, LossSums.zeros(), (outputs, target, valid))[0]
+
+    def forward(outputs: Array, weights: list[Array], target: Array, valid: Array) -> tuple[LossSums, Any]:
+        def add(so_far: Any, part: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+            outputs, *rest = part
+            gradient_of = jax.grad(scaled_loss, argnums=(0, 1), has_aux=True)
+            (to_outputs, to_weights), sums = gradient_of(outputs, weights, *rest)
+            return jax.tree.map(jnp.add, so_far, (sums, to_weights)), to_outputs
+
+        zeros = LossSums.zeros(), jax.tree.map(jnp.zeros_like, weights)
+        (sums, to_weights), to_outputs = jax.lax.scan(add, zeros, (outputs, target, valid))
+        return sums, (to_outputs, to_weights)
+
+    def backward(gradients: Any, cotangent: LossSums) -> tuple[Any, ...]:
+        factor = cotangent.smoothed / scale
+        return *jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), gradients), None, None
+
+    total.defvjp(forward, backward)
+    return total(parts[0], weights, *parts[1:])

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import Experiment
 from flax_transformer.model import Transformer
-from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums
+from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums, sums_in_chunks
 from flax_transformer.training.loss_scale import LossScale
 from flax_transformer.training.optimizer import frozen, make_optimizer
 
@@ -109,6 +109,7 @@ def batch_sums(
     label_smoothing: float,
     dropout_rng: PRNGKeyArray | None,
     loss_chunks: int = 1,
+    scale: Scalar = 1.0,
 ) -> LossSums:
     """The summed losses of a batch.
 
@@ -119,7 +120,8 @@ def batch_sums(
         label_smoothing: section 5.4.
         dropout_rng: the step's key; `None` drops nothing.
         loss_chunks: into how many parts the target slots are divided, so that the logits of one part at a time are in
-            memory, which are made once more in the backward pass; it divides the slots.
+            memory; it divides the slots.
+        scale: what the caller multiplies the loss by before it is differentiated; chunks are, in here.
     """
     outputs = model.apply(
         {"params": params},
@@ -134,23 +136,14 @@ def batch_sums(
         method="outputs",
     )
 
-    def sums_of(outputs: Array, target: Array, segments: Array) -> LossSums:
+    def sums_of(outputs: Array, target: Array, valid: Array) -> LossSums:
         logits = model.apply({"params": params}, outputs, method="logits")
-        return cross_entropy_sums(logits, target, segments > 0, label_smoothing)
+        return cross_entropy_sums(logits, target, valid, label_smoothing)
 
-    target, segments = jnp.asarray(batch.target), jnp.asarray(batch.target_segments)
+    target, valid = jnp.asarray(batch.target), jnp.asarray(batch.target_segments) > 0
     if loss_chunks == 1:
-        return sums_of(outputs, target, segments)
-
-    def add(total: LossSums, chunk: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, total, jax.checkpoint(sums_of)(*chunk)), None
-
-    # Chunks of slots, not of rows: the rows may be divided among devices.
-    def divide(array: Array) -> Array:
-        return jnp.moveaxis(jnp.reshape(array, (array.shape[0], loss_chunks, -1, *array.shape[2:])), 1, 0)
-
-    total, _ = jax.lax.scan(add, LossSums.zeros(), (divide(outputs), divide(target), divide(segments)))
-    return total
+        return sums_of(outputs, target, valid)
+    return sums_in_chunks(sums_of, outputs, target, valid, chunks=loss_chunks, scale=scale)
 
 
 def add_up(function: Callable[[Batch, int | Array], Sums], zeros: Sums, batch: Batch, micro_batches: int) -> Sums:
@@ -224,6 +217,7 @@ def loss_and_gradients(
                 label_smoothing=label_smoothing,
                 dropout_rng=rng,
                 loss_chunks=loss_chunks,
+                scale=1.0 if factor is None else factor,
             )
             return sums.smoothed if factor is None else factor * sums.smoothed, sums
 

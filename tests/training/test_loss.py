@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from flax_transformer.training.loss import cross_entropy_sums
+from flax_transformer.training.loss import LossSums, cross_entropy_sums, sums_in_chunks
 
 B, T, V = 3, 7, 11
 RNG = np.random.default_rng(0)
@@ -68,3 +68,56 @@ def test_a_batch_of_padding_alone_sums_to_zero():
 def test_huge_logits_stay_finite():
     huge = cross_entropy_sums(1e4 * LOGITS, TARGET, VALID, 0.1)
     assert np.isfinite(jax.tree.leaves(huge)).all()
+
+
+WEIGHTS = {"kernel": jnp.float32(RNG.normal(size=(5, V))), "bias": jnp.float32(RNG.normal(size=V))}
+OUTPUTS = jnp.float32(RNG.normal(size=(B, T, 5)))
+
+
+def sums_with(weights, outputs, chunks):
+    def sums_of(outputs, target, valid):
+        return cross_entropy_sums(outputs @ weights["kernel"] + weights["bias"], target, valid, 0.1)
+
+    if chunks is None:
+        return sums_of(outputs, TARGET, VALID)
+    return sums_in_chunks(sums_of, outputs, TARGET, VALID, chunks=chunks, scale=4.0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, -0.5])
+@pytest.mark.parametrize("chunks", [1, T])
+def test_in_chunks_the_sums_and_their_gradients_are_those_of_the_whole(chunks, factor):
+    def loss(weights, outputs, chunks):
+        sums = sums_with(weights, outputs, chunks)
+        return factor * sums.smoothed, sums
+
+    (_, whole), expected = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(WEIGHTS, OUTPUTS, None)
+    (_, parts), found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(WEIGHTS, OUTPUTS, chunks)
+    for sums in (parts, sums_with(WEIGHTS, OUTPUTS, chunks)):
+        assert sums.tokens == whole.tokens and sums.correct == whole.correct
+        np.testing.assert_allclose(sums.smoothed, whole.smoothed, rtol=1e-6)
+        np.testing.assert_allclose(sums.cross_entropy, whole.cross_entropy, rtol=1e-6)
+    for leaf, of_whole in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, of_whole, rtol=1e-5, atol=1e-6)
+
+
+def test_in_chunks_no_logits_are_made_twice():
+    def products(chunks):
+        gradient = jax.grad(lambda weights, outputs: sums_with(weights, outputs, chunks).smoothed, argnums=(0, 1))
+        return str(jax.make_jaxpr(gradient)(WEIGHTS, OUTPUTS)).count("dot_general[")
+
+    assert products(T) == products(None) == 3
+
+
+def test_in_chunks_a_gradient_too_small_for_float16_is_kept_by_the_scale():
+    def sums_of(outputs, target, valid):
+        tiny = 1e-9 * jnp.sum(outputs.astype(jnp.float32))
+        return LossSums(smoothed=tiny, cross_entropy=tiny, correct=tiny, tokens=tiny)
+
+    def gradient(scale):
+        def loss(outputs):
+            return scale * sums_in_chunks(sums_of, outputs, TARGET, VALID, chunks=T, scale=scale).smoothed
+
+        return jax.grad(loss)(OUTPUTS.astype(jnp.float16))
+
+    assert gradient(1.0).dtype == jnp.float16 and not gradient(1.0).any()
+    np.testing.assert_allclose(gradient(2.0**20), 2.0**20 * 1e-9, rtol=1e-3)

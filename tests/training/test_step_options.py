@@ -211,12 +211,12 @@ def test_a_state_has_a_loss_scale_in_float16_only(half):
         assert state_of(Transformer(dataclasses.replace(CONFIG, dtype=dtype))).loss_scale is None
 
 
-@pytest.mark.parametrize("micro_batches", [1, PARTS])
-def test_the_loss_scale_leaves_the_gradient_as_it_is(half, micro_batches, batch):
+@pytest.mark.parametrize("options", [{}, {"micro_batches": PARTS}, {"loss_chunks": 11}])
+def test_the_loss_scale_leaves_the_gradient_as_it_is(half, options, batch):
     state = state_of(half)
     function = functools.partial(loss_and_gradients, label_smoothing=0.1)
     _, expected = jax.jit(functools.partial(function, model=MODEL))(state.params, batch)
-    sums, found = jax.jit(functools.partial(function, model=half, micro_batches=micro_batches))(
+    sums, found = jax.jit(functools.partial(function, model=half, **options))(
         state.params, batch, loss_scale=state.loss_scale
     )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
