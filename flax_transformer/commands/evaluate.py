@@ -26,6 +26,8 @@ from flax_transformer.commands.options import (
 )
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.decoding.settings import SearchSettings
+from flax_transformer.decoding.unreadable import UnreadableSentences
+from flax_transformer.text.spelling import comparable, in_one_line
 
 EXAMPLES = """\
 length is the translations' tokens divided by the references', as BLEU counts them;
@@ -138,7 +140,8 @@ def run(options: argparse.Namespace) -> None:
         translations, seconds = _translate(translator, sources, search, options.seed)
         if options.translations and not systems:
             with open_output(options.translations) as file:
-                file.writelines(f"{translation}\n".encode() for translation in translations)
+                file.writelines(f"{in_one_line(translation)}\n".encode() for translation in translations)
+        translations = list(map(comparable, translations))
         scores = {name: metric.corpus_score(translations, [references]) for name, metric in metrics.items()}
         systems.append(System(each, translations, seconds, scores))
     p_values: dict[str, float] = {}
@@ -161,22 +164,23 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     files = (options.source, options.reference)
     if options.corpus and not any(files):
         corpus = load_corpus(options.corpus)
-        return corpus.source, corpus.target
+        return corpus.source, list(map(comparable, corpus.target))
     if options.corpus or not all(files):
         raise ValueError("which test set? Give --source and --reference, or --corpus alone")
     count_lines(*files)
     pairs = list(read_pairs(*files))
     if not pairs:
         raise ValueError(f"{options.source} is empty: give a test set that has sentences")
-    return [source for source, _ in pairs], [reference for _, reference in pairs]
+    return [source for source, _ in pairs], [comparable(reference) for _, reference in pairs]
 
 
 def _translate(translator: Any, sources: list[str], search: SearchSettings, seed: int) -> tuple[list[str], float]:
     """The translations, and the seconds that they took."""
     translations: list[str] = []
-    begun = time.perf_counter()
-    with progress_bar(len(sources)) as bar:
+    begun, unreadable = time.perf_counter(), UnreadableSentences(translator.vocabularies.source)
+    with progress_bar(len(sources)) as bar, unreadable.warning_once():
         for chunk in in_chunks(sources, CHUNK):
+            unreadable.add(chunk)
             translations += translator.translate(chunk, search, seed=seed + len(translations))
             bar.update(len(chunk))
     return translations, time.perf_counter() - begun

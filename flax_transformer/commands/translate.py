@@ -31,13 +31,18 @@ from flax_transformer.commands.options import (
     search_settings,
 )
 from flax_transformer.decoding.settings import SearchSettings
+from flax_transformer.text.spelling import in_one_cell, in_one_line
 
 EXAMPLES = """\
 formats:
   text      the best translation of each line
   tsv       line number, rank, score and translation, --nbest rows for each line
   jsonl     an object for each line: source, and hypotheses with text, score, log_prob,
-            tokens, ids, token_log_probs, and alignment where it is asked for
+            tokens, ids, token_log_probs, and alignment where it is asked for; where the
+            source holds characters that the vocabulary lacks, also unknown_characters,
+            and unknown_share, their share of the source's characters
+
+Line ends and, in tsv, tabs inside a translation are written as spaces; jsonl keeps them.
 
 examples:
   flax-transformer translate --workdir=runs/mine --input=letters.en --output=letters.de
@@ -88,6 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Translates chunk by chunk; raises ValueError or OSError with the mend."""
+    # Loads SentencePiece, so not for --help.
+    from flax_transformer.decoding.unreadable import UnreadableSentences
+
     search = search_settings(options)
     models = pair_checkpoints(options.workdir, options.checkpoint)
     if options.interactive:
@@ -108,16 +116,18 @@ def run(options: argparse.Namespace) -> None:
         translator.align([], [], layer=options.alignment)
     lines = read_pairs(source, options.prefixes) if options.prefixes else ((line, "") for line in read_lines(source))
     write_lines = FORMATS[options.format or "text"]
-    done = 0
-    with open_output(output) as file, progress_bar(total, beside=output) as bar:
+    done, unreadable = 0, UnreadableSentences(translator.vocabularies.source)
+    with open_output(output) as file, progress_bar(total, beside=output) as bar, unreadable.warning_once():
         for chunk in in_chunks(lines, options.buffer_lines):
             sentences = [sentence for sentence, _ in chunk]
             prefixes = [prefix for _, prefix in chunk] if options.prefixes else None
             # Samples of a sentence that comes again in a later chunk are others.
             found = translator.hypotheses(sentences, search, prefixes=prefixes, seed=options.seed + done)
             described = _describe(translator, sentences, found, options.alignment)
-            for number, (sentence, hypotheses) in enumerate(zip(sentences, described, strict=True), start=done + 1):
-                for line in write_lines(number, sentence, hypotheses):
+            lacking = unreadable.add(sentences)
+            rows = zip(sentences, lacking, described, strict=True)
+            for number, (sentence, unknown, hypotheses) in enumerate(rows, start=done + 1):
+                for line in write_lines(number, sentence, unknown, hypotheses):
                     file.write(f"{line}\n".encode())
             file.flush()
             bar.update(len(chunk))
@@ -157,22 +167,24 @@ def _describe(
     return described
 
 
-def _text(number: int, sentence: str, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
-    return [hypotheses[0]["text"]]
+def _text(number: int, sentence: str, unknown: Any, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
+    return [in_one_line(hypotheses[0]["text"])]
 
 
-def _tsv(number: int, sentence: str, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
+def _tsv(number: int, sentence: str, unknown: Any, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
     return [
-        f"{number}\t{rank}\t{one['score']:.6f}\t{one['text'].replace(chr(9), ' ')}"
+        f"{number}\t{rank}\t{one['score']:.6f}\t{in_one_cell(one['text'])}"
         for rank, one in enumerate(hypotheses, start=1)
     ]
 
 
-def _jsonl(number: int, sentence: str, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
-    return [json_line({"line": number, "source": sentence, "hypotheses": hypotheses})]
+def _jsonl(number: int, sentence: str, unknown: Any, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
+    mark = {"unknown_characters": unknown.characters, "unknown_share": unknown.share} if unknown.characters else {}
+    return [json_line({"line": number, "source": sentence} | mark | {"hypotheses": hypotheses})]
 
 
-FORMATS: dict[str, Callable[[int, str, Sequence[dict[str, Any]]], list[str]]] = {
+# Each writes a line number, its sentence, what the vocabulary cannot read of it (`Unreadable`), and its hypotheses.
+FORMATS: dict[str, Callable[[int, str, Any, Sequence[dict[str, Any]]], list[str]]] = {
     "text": _text,
     "tsv": _tsv,
     "jsonl": _jsonl,

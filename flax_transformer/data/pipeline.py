@@ -23,10 +23,11 @@ from flax_transformer.data.cache import cached_arrays
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.vocabulary import Vocabulary, VocabularyPair
 from flax_transformer.experiment import DataConfig
+from flax_transformer.text.spelling import is_blank
 
 OPEN_ROWS = 256
 TOKENISED_AT_ONCE = 100_000  # sentences; as lists of ids they take some ten times the room that they end up with
-CACHE_VERSION = 1  # of what the cached arrays are and how they are made: raise it with every change of either
+CACHE_VERSION = 2  # of what the cached arrays are and how they are made: raise it with every change of either
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Packing:
         Args:
             source: the source side.
             target: the target side.
-            repeats: how many times an epoch each pair appears.
+            repeats: how many times an epoch each pair appears; 0 leaves a pair out.
             config: slots and the seed.
             max_length: the longest sentence that is kept, in tokens.
 
@@ -136,16 +137,17 @@ class Packing:
         """
         source_limit, target_limit = min(config.source_slots, max_length), min(config.target_slots, max_length)
         fits = (source.lengths <= source_limit) & (target.lengths <= target_limit)
-        pairs = np.repeat(np.flatnonzero(fits), np.asarray(repeats, np.int64)[fits])
+        wanted = np.asarray(repeats, np.int64)
+        pairs = np.repeat(np.flatnonzero(fits), wanted[fits])
         if not len(pairs):
             raise ValueError(
-                f"none of {len(fits)} sentence pairs fits into {source_limit} source and {target_limit} target tokens: "
-                "raise data.source_slots, data.target_slots or model.max_length"
+                f"none of {np.count_nonzero(wanted)} sentence pairs fits into {source_limit} source and {target_limit} "
+                "target tokens: raise data.source_slots, data.target_slots or model.max_length"
             )
         pairs = np.random.default_rng([config.seed, 0]).permutation(pairs)
         row_of_pair = pack(source.lengths[pairs], target.lengths[pairs], config.source_slots, config.target_slots)
         by_row = np.argsort(row_of_pair, kind="stable")
-        return cls(pairs[by_row], _boundaries(np.bincount(row_of_pair)), np.flatnonzero(~fits))
+        return cls(pairs[by_row], _boundaries(np.bincount(row_of_pair)), np.flatnonzero(~fits & (wanted > 0)))
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -162,6 +164,7 @@ class PackedCorpus:
         source: the source side, every pair of the corpus, also those that are left out.
         target: the target side.
         packing: which pairs share a row.
+        blank: the numbers of the pairs that are left out because a side has nothing to read.
         fill_rate: the share of an epoch's slots, of both sides together, that hold a token.
     """
 
@@ -175,6 +178,7 @@ class PackedCorpus:
         multiple: int = 1,
         host: int = 0,
         num_hosts: int = 1,
+        blank: Sequence[int] = (),
     ):
         """Takes a corpus that is tokenised and packed.
 
@@ -186,10 +190,11 @@ class PackedCorpus:
             multiple: empty rows fill a batch up to a multiple of this, the number of devices of all hosts.
             host: which of the equal parts of a batch's rows is laid out here, from 0.
             num_hosts: the number of parts, one after another; a divisor of `multiple`.
+            blank: the numbers of the pairs that are left out because a side has nothing to read.
         """
         assert multiple % num_hosts == 0, f"multiple is {multiple}, num_hosts is {num_hosts}: give a multiple of it"
         assert 0 <= host < num_hosts, f"host is {host}, num_hosts is {num_hosts}: count hosts from 0"
-        self.source, self.target, self.packing = source, target, packing
+        self.source, self.target, self.packing, self.blank = source, target, packing, tuple(blank)
         self._config = config
         self._num_hosts = num_hosts
         self._height = -(-config.rows // multiple) * multiple // num_hosts
@@ -214,6 +219,8 @@ class PackedCorpus:
     ) -> "PackedCorpus":
         """Tokenises and packs a corpus, or reads what was made of it before.
 
+        Pairs of which a side is blank are left out: they would teach the model to answer with nothing.
+
         Args:
             text: the corpus.
             vocabularies: of both sides.
@@ -226,16 +233,22 @@ class PackedCorpus:
             name: tells the corpora of one folder apart.
 
         Raises:
-            ValueError: no pair fits.
+            ValueError: no pair fits, or each has a blank side.
         """
+        pairs = zip(text.source, text.target, strict=True)
+        blank = [number for number, sides in enumerate(pairs) if any(map(is_blank, sides))]
+        if len(blank) == len(text):
+            raise ValueError(f"each of {len(text)} sentence pairs has a blank side: check that both sides hold text")
 
         def build() -> dict[str, np.ndarray]:
             source = TokenSide.encode(vocabularies.source, text.source)
             target = TokenSide.encode(vocabularies.target, text.target)
+            left_out = set(blank)
+            repeats = [0 if number in left_out else times for number, times in enumerate(text.repeats)]
             parts = {
                 "source": source,
                 "target": target,
-                "packing": Packing.plan(source, target, text.repeats, config, max_length),
+                "packing": Packing.plan(source, target, repeats, config, max_length),
             }
             return {f"{part}_{field}": array for part, held in parts.items() for field, array in vars(held).items()}
 
@@ -251,6 +264,7 @@ class PackedCorpus:
             multiple=multiple,
             host=host,
             num_hosts=num_hosts,
+            blank=blank,
         )
 
     @property

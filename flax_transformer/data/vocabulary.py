@@ -1,13 +1,15 @@
-"""Takes sentences and leaves token ids, and goes the way back: SentencePiece models, trained, saved and applied.
+"""Turns sentences into token ids and back with SentencePiece models, and reads and writes these.
 
 Ids 0 to 3 are padding, beginning, end and unknown in every vocabulary that is trained here; the pieces follow. There is
 no byte fallback: a character that training did not see becomes the unknown id, and decodes as " ⁇ ". A converted
 OPUS-MT model brings a `MarianVocabulary`, which says itself which ids mean what.
+
+Text is encoded in the spelling that the vocabulary knows (`text/spelling.py`): composed and decomposed accents, a tab
+and a space, or a word with and without a byte order mark before it give the same ids.
 """
 
 import dataclasses
 import hashlib
-import io
 import json
 import re
 import textwrap
@@ -15,11 +17,12 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsIndex
 
-import numpy as np
 import sentencepiece
 from etils import epath
 
+from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.text.spelling import Spelling
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
 # As OPUS-MT models have them.
@@ -46,6 +49,7 @@ class Vocabulary:
         """Reads a serialised SentencePiece model; ValueError if it is none, or if ids 0 to 3 mean something else."""
         self._processor = _read_pieces(model)
         self._model = model
+        self._spelling = Spelling(self._knows, set("".join(self.pieces(range(self.size)))))
         expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
         processor = self._processor
         found = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
@@ -74,11 +78,23 @@ class Vocabulary:
         return self._model
 
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Ids of each sentence, ending with `eos_id` and with no `bos_id`; runs of spaces count as one.
+        """Ids of each sentence, ending with `eos_id` and with no `bos_id`.
 
-        Half a surrogate pair, which is no character, becomes a question mark.
+        Runs of spaces count as one, white space that has no piece counts as a space, invisible characters that have no
+        piece are left out, canonically equivalent text gives equal ids, and half a surrogate pair, which is no
+        character, becomes a question mark.
         """
-        return self._processor.encode([sentence.encode(errors="replace") for sentence in sentences], add_eos=True)
+        spelled = [self._spelling.spell(sentence).encode(errors="replace") for sentence in sentences]
+        return self._processor.encode(spelled, add_eos=True)
+
+    def unknown_characters(self, sentence: str) -> str:
+        """The visible characters of a sentence that have no piece, in their order, each as often as it occurs."""
+        return self._spelling.unknown(sentence)
+
+    def _knows(self, character: str) -> bool:
+        """Whether there are pieces for a character, other than the unknown one and those of single bytes."""
+        ids = self._processor.encode(character.encode(errors="replace"))
+        return not any(token == self.unk_id or self._processor.is_byte(token) for token in ids)
 
     def split_language(self, sentence: str) -> tuple[str, str]:
         """The token for the language that is wanted, and the rest; vocabularies that are trained here have none."""
@@ -90,66 +106,32 @@ class Vocabulary:
         Args:
             ids: rows of ids of any lengths; lists, or an integer array `[B, T]`.
         """
-        return [self._processor.decode(self._spelling(row)) for row in ids]
+        return [self._processor.decode(self._text_ids(row)) for row in ids]
 
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """The piece of each id, special ones included, e.g. ["▁a", "</s>"]; "▁" stands for a space."""
         return [self._processor.id_to_piece(int(token)) for token in ids]
 
-    def _spelling(self, row: Iterable[SupportsIndex]) -> list[int]:
-        spelling = []
+    def _text_ids(self, row: Iterable[SupportsIndex]) -> list[int]:
+        ids = []
         for token in map(int, row):
             if token == self.eos_id:
                 break
             if token not in (self.pad_id, self.bos_id):
-                spelling.append(token)
-        return spelling
+                ids.append(token)
+        return ids
 
     @classmethod
     def train(cls, sentences: Sequence[str], config: VocabularyConfig) -> "Vocabulary":
         """Trains on the sentences; equal arguments give equal bytes.
 
         `config.size` is exact for "bpe" and "unigram"; for "char" it is an upper limit, since there are no more pieces
-        than characters.
+        than characters. A warning names the characters of the sentences that the vocabulary cannot write.
 
         Raises:
             ValueError: there is no text, or `config.size` does not fit it; names the limit and the key to set.
         """
-        sentences = _sample(sentences, config)
-        if not any(sentence.strip() for sentence in sentences):
-            raise ValueError(f"{len(sentences)} sentences without text cannot train a vocabulary: check the corpus")
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sentences),
-                model_writer=model,
-                model_type=config.model_type,
-                # A character model at its limit drops rare characters in silence: leave room, and check below.
-                vocab_size=1 << 21 if config.model_type == "char" else config.size,
-                split_digits=config.split_digits,
-                character_coverage=config.character_coverage,
-                # No NFKC: what is decoded is compared with references as they were written, and NFKC would turn an
-                # ellipsis into three dots and full-width digits into narrow ones; SentencePiece's variant of it also
-                # takes the zero-width non-joiner, which Kannada and Persian spell with, for a space. Only runs of
-                # spaces are joined: no tokeniser that scores a translation sees them.
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=True,
-                # Longer lines are dropped in silence, and the default is 4192 bytes.
-                max_sentence_length=1 << 30,
-                # The bytes of the model depend on the number of threads, whatever the number of cores.
-                num_threads=8,
-                pad_id=cls.pad_id,
-                bos_id=cls.bos_id,
-                eos_id=cls.eos_id,
-                unk_id=cls.unk_id,
-                minloglevel=2,  # errors only
-            )
-        except RuntimeError as error:
-            raise ValueError(_explain(str(error), config)) from error
-        vocabulary = Vocabulary(model.getvalue())
-        if vocabulary.size > config.size:
-            raise ValueError(_too_small(vocabulary.size, config))
-        return vocabulary
+        return Vocabulary(train_pieces(sentences, config, (cls.pad_id, cls.bos_id, cls.eos_id, cls.unk_id)))
 
 
 class MarianVocabulary(Vocabulary):
@@ -178,6 +160,7 @@ class MarianVocabulary(Vocabulary):
         self.pad_id, self.eos_id, self.unk_id = ids["<pad>"], ids["</s>"], ids["<unk>"]
         self.bos_id = ids.get("<s>", self.pad_id)
         self.languages = tuple(piece for piece in self._pieces if _LANGUAGE.fullmatch(piece))
+        self._spelling = Spelling(self._knows, ())  # its SentencePiece model has composed its pieces
 
     def __reduce__(self):
         """Pickles as the model's bytes and the list of ids."""
@@ -202,13 +185,25 @@ class MarianVocabulary(Vocabulary):
         return [self._encode(sentence) for sentence in sentences]
 
     def _encode(self, sentence: str) -> list[int]:
-        begin = _LANGUAGE.match(sentence)
-        language, text = ([begin[0]], sentence[begin.end() :]) if begin and begin[0] in self._ids else ([], sentence)
+        text = self._spelling.spell(sentence)
+        begin = _LANGUAGE.match(text)
+        language, text = ([begin[0]], text[begin.end() :]) if begin and begin[0] in self._ids else ([], text)
         pieces = self._processor.encode(text.encode(errors="replace"), out_type=str)
         return [*(self._ids.get(piece, self.unk_id) for piece in [*language, *pieces]), self.eos_id]
 
+    def unknown_characters(self, sentence: str) -> str:
+        """As of any `Vocabulary`; the token for a language is not looked at."""
+        begin = _LANGUAGE.match(self._spelling.spell(sentence))
+        known = begin[0] if begin and begin[0] in self._ids else ""
+        return self._spelling.unknown(self._spelling.spell(sentence).removeprefix(known))
+
+    def _knows(self, character: str) -> bool:
+        pieces = self._processor.encode(character.encode(errors="replace"), out_type=str)
+        return all(self._ids.get(piece, self.unk_id) != self.unk_id for piece in pieces)
+
     def split_language(self, sentence: str) -> tuple[str, str]:
         """A source sentence's language token and the rest; ValueError for a language that the model does not know."""
+        sentence = self._spelling.spell(sentence) if self.languages else sentence
         begin = _LANGUAGE.match(sentence) if self.languages else None
         if begin is None:
             return "", sentence
@@ -219,7 +214,7 @@ class MarianVocabulary(Vocabulary):
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """As of any `Vocabulary`."""
-        texts = (self._processor.decode_pieces(self.pieces(self._spelling(row))) for row in ids)
+        texts = (self._processor.decode_pieces(self.pieces(self._text_ids(row))) for row in ids)
         # A piece that only the other side's model knows keeps its mark of a space.
         return [text.replace("▁", " ").strip() for text in texts]
 
@@ -351,26 +346,3 @@ def _read_pieces(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 def _shorten(value: object) -> str:
     return textwrap.shorten(repr(value), 80, placeholder=" …")
-
-
-def _sample(sentences: Sequence[str], config: VocabularyConfig) -> Sequence[str]:
-    if len(sentences) <= config.max_sentences:
-        return sentences
-    chosen = np.random.default_rng(config.seed).choice(len(sentences), config.max_sentences, replace=False)
-    return [sentences[index] for index in np.sort(chosen)]
-
-
-def _explain(error: str, config: VocabularyConfig) -> str:
-    """SentencePiece's complaint, in terms of the key to set."""
-    if largest := re.search(r"too high .*<= (\d+)", error):
-        return f"vocabulary.size is {config.size}, this text allows at most {largest[1]}: lower vocabulary.size"
-    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return _too_small(int(smallest[1]), config)
-    return f"SentencePiece cannot train with {config}: {error}"
-
-
-def _too_small(smallest: int, config: VocabularyConfig) -> str:
-    return (
-        f"vocabulary.size is {config.size}, the characters of this text alone need {smallest}: "
-        "raise vocabulary.size, or lower vocabulary.character_coverage"
-    )

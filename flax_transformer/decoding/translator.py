@@ -1,59 +1,25 @@
 """Takes sentences and leaves their translations: trained models, their vocabulary and a search, put together."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.engine import Engine, Output
+from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.splitting import join_parts, split_sentence
+from flax_transformer.decoding.unreadable import UnreadableSentences
+from flax_transformer.text.spelling import is_blank
 from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
 GREEDY = BeamSearch(beam_size=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Translation:
-    """One translation of a sentence.
-
-    Attributes:
-        text: what it says.
-        tokens: its pieces, the end of sentence included, of each part where the sentence was split; "▁" is a space.
-        ids: the same as token ids.
-        token_log_probs: the log-probability of each token, in nats.
-        log_prob: their sum.
-        score: that sum divided by the length penalty.
-    """
-
-    text: str = ""
-    tokens: tuple[str, ...] = ()
-    ids: tuple[int, ...] = ()
-    token_log_probs: tuple[float, ...] = ()
-    log_prob: float = 0.0
-    score: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Alignment:
-    """What each target token looked at; `plots.plot_attention` draws it.
-
-    Attributes:
-        source_tokens: pieces of the source, S of them.
-        target_tokens: pieces of the target, T of them.
-        weights: cross-attention, heads averaged; row t is that of the query which predicted target token t.
-    """
-
-    source_tokens: tuple[str, ...]
-    target_tokens: tuple[str, ...]
-    weights: Float[np.ndarray, "T S"]
 
 
 class Translator:
@@ -174,13 +140,14 @@ class Translator:
     ) -> list[list[Translation]]:
         """Translations of each sentence, in order: the best first, or samples as they were drawn.
 
-        An empty sentence has one empty translation. One that is longer than the model's `max_length` is split at
-        sentence ends, and the translations of its parts are joined, with a warning.
+        A sentence in which there is nothing to read has one empty translation. One that is longer than the model's
+        `max_length` is split at sentence ends, and the translations of its parts are joined, with a warning. Sentences
+        that the vocabulary can hardly read, in another script for example, are translated, with an `UnreadableWarning`.
 
         Args:
             sentences: of the source language.
             search: how translations are searched, and how many are returned.
-            prefixes: what each translation begins with; an empty one is no wish.
+            prefixes: what each translation begins with, as it is written there; an empty one is no wish.
             seed: for sampling: equal seeds draw equal translations, whatever the batches.
             after_batch: called after each batch of sentences; what it raises ends the search.
 
@@ -204,7 +171,10 @@ class Translator:
             after_batch=after_batch,
         )
         outputs = iter(found)
-        return [self._join([next(outputs) for _ in parts], search) for parts in all_parts]
+        return [
+            self._join([next(outputs) for _ in parts], search, prefix)
+            for parts, prefix in zip(all_parts, prefixes, strict=True)
+        ]
 
     def score(
         self, sources: Sequence[str], targets: Sequence[str | Translation], search: SearchSettings = BEAM
@@ -283,7 +253,10 @@ class Translator:
         vocabulary = self.vocabularies.source
         encode = vocabulary.encode
         languages, texts = zip(*map(vocabulary.split_language, sentences), strict=True) if sentences else ((), ())
-        split = [[ids] if sentence.strip() else [] for sentence, ids in zip(sentences, encode(sentences), strict=True)]
+        split = [[] if is_blank(text) else [ids] for text, ids in zip(texts, encode(sentences), strict=True)]
+        unreadable = UnreadableSentences(vocabulary)
+        unreadable.add(sentences)
+        unreadable.warn(stacklevel=3)  # the line that called `hypotheses`
         for number, sentence in enumerate(sentences):
             tokens = sum(map(len, split[number]))
             if tokens > longest:
@@ -299,16 +272,26 @@ class Translator:
                 )
         return split
 
-    def _join(self, parts: Sequence[Sequence[Output]], search: SearchSettings) -> list[Translation]:
+    def _join(self, parts: Sequence[Sequence[Output]], search: SearchSettings, prefix: str) -> list[Translation]:
         """Translations of a sentence, from those of its parts: the best of each together, then the next."""
         ranks = zip(*parts, strict=False)
-        return [self._translation(outputs, search) for outputs in ranks] or [Translation()]
+        return [self._translation(outputs, search, prefix) for outputs in ranks] or [Translation()]
 
-    def _translation(self, outputs: Sequence[Output], search: SearchSettings) -> Translation:
+    def _texts(self, outputs: Sequence[Output], prefix: str) -> list[str]:
+        """What the parts of a translation say; the first begins with the prefix as it was written."""
+        decode, target = self.vocabularies.target.decode, self.vocabularies.target
+        texts = decode(output.ids for output in outputs)
+        if prefix and texts and target.unknown_characters(prefix):
+            # Decoded, the characters that the vocabulary lacks would be marks of the unknown token.
+            (begun,) = decode([target.encode([prefix])[0][:-1]])
+            texts[0] = prefix.strip() + texts[0].removeprefix(begun)
+        return texts
+
+    def _translation(self, outputs: Sequence[Output], search: SearchSettings, prefix: str = "") -> Translation:
         ids = [token for output in outputs for token in output.ids.tolist()]
         log_probs = [log_prob for output in outputs for log_prob in output.log_probs.tolist()]
         return Translation(
-            text=join_parts(self.vocabularies.target.decode(output.ids for output in outputs)),
+            text=join_parts(self._texts(outputs, prefix)),
             tokens=tuple(self.vocabularies.target.pieces(ids)),
             ids=tuple(ids),
             token_log_probs=tuple(log_probs),

@@ -1,6 +1,7 @@
 """Takes parameters and a held-out corpus and leaves its scores and a few translations to look at."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,8 +15,10 @@ from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.decoding.unreadable import UnreadableSentences, UnreadableWarning
 from flax_transformer.experiment import TrainingConfig
 from flax_transformer.positions import check_length
+from flax_transformer.text.spelling import comparable
 from flax_transformer.training import hosts
 from flax_transformer.training.loss import LossSums
 
@@ -43,6 +46,7 @@ class Scores:
 
 def score_translations(translations: Sequence[str], references: Sequence[str], loss: float) -> Scores:
     """Compares translations with references, one each."""
+    translations, references = list(map(comparable, translations)), list(map(comparable, references))
     bleu = sacrebleu.BLEU()
     bleu_score = bleu.corpus_score(translations, [references]).score
     exact = sum(ours == theirs for ours, theirs in zip(translations, references, strict=True))
@@ -92,6 +96,10 @@ class Evaluation:
         count = sentences or len(text)
         self.source, self.references = text.source[:count], text.target[:count]
         self._packed, self._vocabularies = packed, vocabularies
+        if hosts.is_first():
+            unreadable = UnreadableSentences(vocabularies.source)
+            unreadable.add(self.source)
+            unreadable.warn()
         self._model_config, self._config = model_config, config
         self._eval_step, self._as_whole = eval_step, as_whole
 
@@ -115,7 +123,9 @@ class Evaluation:
         translator = Translator(self._model_config, params, self._vocabularies)
         search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
         mine = self.source[hosts.index() :: hosts.count()]
-        share = translator.translate(mine, search, after_batch=after_batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreadableWarning)  # said once, when the evaluation was made
+            share = translator.translate(mine, search, after_batch=after_batch)
         translations = [""] * len(self.source)
         for number, made in enumerate(hosts.gather(share)):
             translations[number :: hosts.count()] = made

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.experiment import Experiment
 from flax_transformer.model import Transformer
+from flax_transformer.text.spelling import in_one_cell
 from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training import hosts
 from flax_transformer.training.evaluation import Evaluation, Scores
@@ -282,8 +283,10 @@ class _Training:
         text, pairs = self.materials.texts["train"], self.materials.packed["train"].example_ids(step - 1)
         file = self.workdir.path / f"not_finite_{step}.tsv"
         if hosts.is_first():
-            lines = [f"{pair + 1}\t{text.source[pair]}\t{text.target[pair]}\n" for pair in pairs]
-            file.write_text("".join(lines))
+            lines = [
+                f"{pair + 1}\t{in_one_cell(text.source[pair])}\t{in_one_cell(text.target[pair])}\n" for pair in pairs
+            ]
+            file.write_text("".join(lines), encoding="utf-8")
         norms = ", ".join(f"{name} {float(norm):.3g}" for name, norm in metrics.module_norms.items())
         raise ValueError(
             f"{int(metrics.skipped_in_a_row)} updates in a row were left out because the loss or the gradient was not "

@@ -201,6 +201,8 @@ def _describe(name: str, text: ParallelText, packed: PackedCorpus, steps: int) -
     )
     if len(packed.too_long):
         line += f"; {len(packed.too_long):,} pairs too long for a row are left out of the loss"
+    if len(packed.blank):
+        line += f"; {len(packed.blank):,} pairs with a blank side are left out of the loss"
     if name == "train":
         line += f"; {packed.epoch_steps:,.1f} steps an epoch, {steps / packed.epoch_steps:,.1f} epochs"
     return line

@@ -1,0 +1,78 @@
+"""A sentence has one translation however it is spelled, and what a vocabulary cannot read or write is said."""
+
+import unicodedata
+import warnings
+
+import pytest
+
+from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.translator import Translation
+from flax_transformer.decoding.unreadable import UnreadableSentences, UnreadableWarning
+
+GREEDY = BeamSearch(beam_size=1, extra_length=4)
+BEAM = BeamSearch(beam_size=3, num_return=3, extra_length=4)
+SENTENCE = "the old cat sat"
+
+
+@pytest.mark.parametrize(
+    "respell",
+    [
+        lambda text: text.replace(" ", "\t"),
+        lambda text: text.replace(" ", "\xa0"),
+        lambda text: text.replace(" ", " \u2003 "),
+        lambda text: f"\ufeff{text}",
+        lambda text: f"{text}\u200b",
+        lambda text: f"{text}\n",
+        lambda text: f"\n{text}\r\n",
+        lambda text: "\xad".join(text),
+        lambda text: unicodedata.normalize("NFD", text),
+    ],
+    ids="tabs no-break em-space BOM ZWSP LF CRLF soft-hyphens NFD".split(),
+)
+def test_a_sentence_has_one_translation_however_it_is_spelled(translator, respell):
+    (plain,) = translator.hypotheses([SENTENCE], BEAM)
+    (other,) = translator.hypotheses([respell(SENTENCE)], BEAM)
+    assert other == plain
+    assert "".join(translator.stream(respell(SENTENCE), GREEDY)) == "".join(translator.stream(SENTENCE, GREEDY))
+    first, second = translator.score([SENTENCE, respell(SENTENCE)], ["a red mouse", respell("a red mouse")])
+    assert first.ids == second.ids and first.log_prob == pytest.approx(second.log_prob, abs=1e-4)
+
+
+@pytest.mark.parametrize("blank", [*"\u200b\u200c\ufeff\u2060\xad\u2028\0\u2800", "\u200b \u200b"], ids=ascii)
+def test_a_line_of_nothing_visible_has_an_empty_translation(translator, blank):
+    for settings in (GREEDY, BEAM, Sampling(extra_length=4)):
+        assert translator.hypotheses([blank], settings) == [[Translation()]]
+    assert list(translator.stream(blank, GREEDY)) == []
+
+
+def test_a_forced_beginning_is_kept_as_it_was_written_where_the_vocabulary_lacks_characters(translator):
+    prefixes = ["Ünï 😀", "the ☃", "☃", "☃ cat ", "the cat", ""]
+    found = translator.hypotheses([SENTENCE] * len(prefixes), BEAM, prefixes=prefixes)
+    for hypotheses, prefix in zip(found, prefixes, strict=True):
+        for each in hypotheses:
+            assert each.text.startswith(prefix.strip())
+            assert (
+                "⁇" not in each.text.removeprefix(prefix.strip()) or translator.vocabularies.target.unk_id in each.ids
+            )
+    (free,), (begun,) = translator.hypotheses([SENTENCE] * 2, GREEDY, prefixes=["", "the ☃"])
+    assert begun.text != free.text and begun.text.count("☃") == 1 and "⁇" not in begun.text
+
+
+def test_a_sentence_of_another_script_is_told_once_with_a_count(translator):
+    lines = [SENTENCE, "日本語のテキスト", "ಕನ್ನಡ", "the cat ☃", "日 cat sat on"]
+    with pytest.warns(UnreadableWarning, match="^2 of 5 sentences .*日本語のテキスト") as told:
+        translator.translate(lines, GREEDY)
+    assert len(told) == 1
+    with pytest.warns(UnreadableWarning, match="^1 of 1 sentences"):
+        list(translator.stream("日本語", GREEDY))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        translator.translate([SENTENCE, "the cat ☃", "", "\u200b"], GREEDY)
+
+
+def test_what_is_unreadable_is_named_with_its_share(translator):
+    counted = UnreadableSentences(translator.vocabularies.source)
+    found = [*counted.add(["the\xa0cat ☃", "日本"]), *counted.add(["", "日本 cat sat"])]
+    assert [one.characters for one in found] == ["☃", "日本", "", "日本"]
+    assert [one.share for one in found] == pytest.approx([1 / 7, 1, 0, 2 / 8])
+    assert (counted.count, counted.total, counted.example) == (1, 4, "日本")
