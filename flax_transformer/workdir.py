@@ -6,6 +6,7 @@ events. It knows pytrees, no model.
 
 import contextlib
 import json
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import PyTree
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.experiment import scored_by
 
 
 class WorkDirectory:
@@ -86,7 +88,7 @@ class WorkDirectory:
             raise self._damaged('no section "model"')
         try:
             return from_mapping(TransformerConfig, config["model"], "model")
-        except TypeError as error:  # a text where a number belongs
+        except (TypeError, ValueError) as error:  # a text where a number belongs, or a number out of its range
             raise self._damaged(str(error).partition("\n")[0]) from error
 
     def _damaged(self, reason: str) -> ValueError:
@@ -169,6 +171,7 @@ class WorkDirectory:
         keep_latest: int | None = None,
         keep_best: int = 1,
         best_metric: str = "loss",
+        made_by: Mapping[str, Any] = types.MappingProxyType({}),
         read_only: bool = False,
     ) -> "Checkpoints":
         """The checkpoints; use it in a `with` statement, which waits for the last one to be written.
@@ -177,6 +180,8 @@ class WorkDirectory:
             keep_latest: how many of the newest are kept; all if not given.
             keep_best: how many of the best are kept as well.
             best_metric: the metric by which they are compared.
+            made_by: the settings of training by which scores are found today (`TrainingConfig`'s, or a part of them);
+                scores that others gave are not compared with these.
             read_only: leaves the folder as it is; a training may be writing to it.
         """
         return Checkpoints(
@@ -185,6 +190,7 @@ class WorkDirectory:
             keep_latest=keep_latest,
             keep_best=keep_best,
             best_metric=best_metric,
+            made_by=made_by,
             read_only=read_only,
         )
 
@@ -249,8 +255,9 @@ class WorkDirectory:
 
     def _read_checkpoints(self) -> "Checkpoints":
         # A converted model has no training section.
-        best_metric = self.read_config().get("training", {}).get("best_metric", "loss")
-        return self.open_checkpoints(best_metric=best_metric, read_only=True)
+        training = self.read_config().get("training", {})
+        best_metric = training.get("best_metric", "loss")
+        return self.open_checkpoints(best_metric=best_metric, made_by=scored_by(training), read_only=True)
 
     def _open_averages(self, *, read_only: bool) -> "Checkpoints":
         return Checkpoints(

@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.checkpoints import Checkpoints
-from flax_transformer.experiment import Experiment
+from flax_transformer.experiment import Experiment, scored_by
 from flax_transformer.model import Transformer
 from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training import hosts
@@ -140,7 +140,10 @@ class _Training:
 
     def open_checkpoints(self) -> Checkpoints:
         return self.workdir.open_checkpoints(
-            keep_latest=self.config.keep_latest, keep_best=self.config.keep_best, best_metric=self.config.best_metric
+            keep_latest=self.config.keep_latest,
+            keep_best=self.config.keep_best,
+            best_metric=self.config.best_metric,
+            made_by=scored_by(dataclasses.asdict(self.config)),
         )
 
     def run(self) -> None:
@@ -172,6 +175,7 @@ class _Training:
         rng = jax.random.key(self.config.seed, impl=self.config.rng_impl)
         state = self.parallelism.create(functools.partial(create_state, self.materials.experiment), rng)
         restored = checkpoints.restore(self._trees(state))
+        checkpoints.forget_scores_after(0 if restored is None else restored[0])
         if restored is None:
             return self._with_start(state), 0, 0.0
         step, trees, notes = restored
@@ -255,7 +259,7 @@ class _Training:
         session.report.checkpoint(step, time.monotonic() - begin)
 
     def _evaluate(self, step: int, state: TrainState, session: "_Session") -> None:
-        """Scores the validation corpus, if this step's turn has come and it was not scored before."""
+        """Scores the validation corpus, if this step's turn has come and it was not scored so before."""
         due = "valid" in self.evaluations and self._is_due(step, self.config.evaluate_every)
         if not due or step in session.checkpoints.scores:
             return
