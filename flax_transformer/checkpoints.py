@@ -6,8 +6,6 @@ the scores of all steps stand in a file of their own. It knows pytrees, no model
 
 import contextlib
 import gc
-import json
-import math
 import os
 import re
 import textwrap
@@ -24,23 +22,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-LESS_IS_BETTER = ("loss",)
+from flax_transformer.scores import Scores, StepScores
+
 TREES = ("params", "ema", "training")
-
-Scores = Mapping[str, float]
-
-# How the translations were made that a score is of, whatever the metric, and the settings that a metric depends on.
-_OF_TRANSLATIONS = ("weights", "evaluate_sentences", "beam_size", "alpha")
-DEPENDS_ON = {
-    "loss": ("weights",),
-    "chrf": _OF_TRANSLATIONS,
-    "exact_match": _OF_TRANSLATIONS,
-    "bleu": (*_OF_TRANSLATIONS, "tokenize"),
-}
-# The key in `scores.json` under which a step's scores tell how they were made.
-MADE_BY = "made_by"
-# What is known of scores that do not tell: BLEU had no other tokeniser then.
-BEFORE = {"tokenize": "13a"}
 
 
 class Checkpoints:
@@ -54,16 +38,15 @@ class Checkpoints:
         keep_latest: int | None,
         keep_best: int,
         best_metric: str,
-        made_by: Mapping[str, Any] = types.MappingProxyType({}),
+        found_by: Mapping[str, Any] = types.MappingProxyType({}),
         read_only: bool,
     ):
         """Opens them; arguments as in `WorkDirectory.open_checkpoints`, and where the scores are, if there are any."""
-        self._path, self._scores_file, self._best_metric = path, scores_file, best_metric
-        self._made_by = {name: value for name, value in made_by.items() if name in DEPENDS_ON["bleu"]}
-        self._scores, self._notes = _read_scores(scores_file)
+        self._path = path
+        self._scores = StepScores(scores_file, best_metric, found_by)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [checkpoint_managers.LatestN(keep_latest), _Best(self, keep_best)]
+                [checkpoint_managers.LatestN(keep_latest), _Best(self._scores, keep_best)]
             ),
             # What is left of a save that was killed; to a reader it may be one that is under way.
             cleanup_tmp_directories=not read_only,
@@ -96,60 +79,31 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the best checkpoint, the newest where none was scored, `None` if there is none."""
-        ranked = [step for step in self._ranked() if step in self._manager.all_steps()]
+        ranked = [step for step in self._scores.ranked() if step in self._manager.all_steps()]
         return ranked[0] if ranked else self.latest_step
+
+    @property
+    def all_steps(self) -> list[int]:
+        """The steps of all checkpoints."""
+        return list(self._manager.all_steps())
 
     @property
     def scores(self) -> dict[int, Scores]:
         """The scores that can be compared with today's, by step, also of those whose checkpoints are gone."""
-        return {step: scores for step, scores in self._scores.items() if self._can_be_compared(step)}
+        return self._scores.comparable()
 
     @property
     def evaluations_since_best(self) -> int:
         """How many evaluations came after the first one with the best score; 0 if there was none."""
-        scores = self.scores
-        if not scores:
-            return 0
-        best = max(map(self._value, scores))
-        first = min(step for step in scores if self._value(step) == best)
-        return sum(step > first for step in scores)
+        return self._scores.since_best
 
     def record_scores(self, step: int, scores: Scores) -> None:
-        """Writes down how good the parameters of a step are, and by which settings that was found."""
-        self._scores[step], self._notes[step] = dict(scores), self._made_by
-        self._write_scores()
+        """Writes down how good the parameters of a step are."""
+        self._scores.record(step, scores)
 
     def forget_scores_after(self, step: int) -> None:
-        """Drops the scores of later steps, which will be made again: their parameters are gone."""
-        later = [scored for scored in self._scores if scored > step]
-        for scored in later:
-            del self._scores[scored]
-            self._notes.pop(scored, None)
-        if later:
-            self._write_scores()
-
-    def _write_scores(self) -> None:
-        assert self._scores_file is not None, "only a training's checkpoints are scored"
-        if jax.process_index() == 0:
-            content = {step: scores | _note(self._notes.get(step)) for step, scores in self._scores.items()}
-            draft = self._scores_file.with_name(f"{self._scores_file.name}.tmp")
-            draft.write_text(json.dumps(content, indent=1) + "\n")
-            draft.replace(self._scores_file)
-
-    def _can_be_compared(self, step: int) -> bool:
-        """Whether a step has a score by the metric that counts, and one that was made as today's are."""
-        before = self._notes.get(step, BEFORE)
-        names = [name for name in DEPENDS_ON.get(self._best_metric, ()) if name in self._made_by and name in before]
-        return self._best_metric in self._scores[step] and all(before[name] == self._made_by[name] for name in names)
-
-    def _value(self, step: int) -> float:
-        """A step's score, larger is better."""
-        value = self._scores[step][self._best_metric]
-        return -math.inf if math.isnan(value) else -value if self._best_metric in LESS_IS_BETTER else value
-
-    def _ranked(self) -> list[int]:
-        """The scored steps, the best first, of equally good ones the newest."""
-        return sorted(self.scores, key=lambda step: (self._value(step), step), reverse=True)
+        """Drops the scores of later steps: training goes on from this one, and they will have other parameters."""
+        self._scores.forget_after(step)
 
     def _steps(self) -> list[int]:
         steps = self._manager.all_steps()
@@ -164,7 +118,7 @@ class Checkpoints:
     def best_steps(self, count: int) -> list[int]:
         """The steps of so many of the best checkpoints, best first; ValueError where fewer were scored."""
         steps = self._steps()
-        return self._take(count, [step for step in self._ranked() if step in steps], "best", "keep_best")
+        return self._take(count, [step for step in self._scores.ranked() if step in steps], "best", "keep_best")
 
     def _take(self, count: int, steps: list[int], kind: str, setting: str) -> list[int]:
         if count < 1:
@@ -335,32 +289,13 @@ class Checkpoints:
 class _Best(checkpoint_managers.PreservationPolicy):
     """Keeps the best checkpoints, by scores that may have come after they were written."""
 
-    def __init__(self, checkpoints: Checkpoints, count: int):
-        self._checkpoints, self._count = checkpoints, count
+    def __init__(self, scores: StepScores, count: int):
+        self._scores, self._count = scores, count
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = [step for step in self._checkpoints._ranked() if step in steps][: self._count]
+        best = [step for step in self._scores.ranked() if step in steps][: self._count]
         return [step in best for step in steps]
-
-
-def _read_scores(file: epath.Path | None) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, Any]]]:
-    """The scores of each step, and how they were made where that is told."""
-    if file is None or not file.exists():
-        return {}, {}
-    try:
-        scores = {int(step): dict(scores) for step, scores in json.loads(file.read_bytes()).items()}
-        notes = {step: dict(found.pop(MADE_BY)) for step, found in scores.items() if MADE_BY in found}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}): put back the file that training wrote there, or remove it to forget which "
-            "checkpoint was the best"
-        ) from error
-    return scores, notes
-
-
-def _note(made_by: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {MADE_BY: made_by} if made_by else {}
 
 
 @contextlib.contextmanager

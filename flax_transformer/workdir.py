@@ -7,6 +7,7 @@ events. It knows pytrees, no model.
 import contextlib
 import json
 import types
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,7 +172,7 @@ class WorkDirectory:
         keep_latest: int | None = None,
         keep_best: int = 1,
         best_metric: str = "loss",
-        made_by: Mapping[str, Any] = types.MappingProxyType({}),
+        found_by: Mapping[str, Any] = types.MappingProxyType({}),
         read_only: bool = False,
     ) -> "Checkpoints":
         """The checkpoints; use it in a `with` statement, which waits for the last one to be written.
@@ -180,7 +181,7 @@ class WorkDirectory:
             keep_latest: how many of the newest are kept; all if not given.
             keep_best: how many of the best are kept as well.
             best_metric: the metric by which they are compared.
-            made_by: the settings of training by which scores are found today (`TrainingConfig`'s, or a part of them);
+            found_by: the settings of training by which scores are found today (`TrainingConfig`'s, or a part of them);
                 scores that others gave are not compared with these.
             read_only: leaves the folder as it is; a training may be writing to it.
         """
@@ -190,7 +191,7 @@ class WorkDirectory:
             keep_latest=keep_latest,
             keep_best=keep_best,
             best_metric=best_metric,
-            made_by=made_by,
+            found_by=found_by,
             read_only=read_only,
         )
 
@@ -226,6 +227,23 @@ class WorkDirectory:
         with self._open_averages(read_only=True) as averages:
             return averages.latest_step is not None
 
+    def averages_after(self, step: int) -> bool:
+        """Whether there is an average, and checkpoints of later steps are part of it."""
+        with self._open_averages(read_only=True) as averages:
+            return averages.latest_step is not None and max(averages.read_notes().get("steps", []), default=0) > step
+
+    def set_average_aside(self, step: int) -> None:
+        """Moves the average to `damaged/`, with a warning, since training goes on from an earlier step."""
+        folder = self.path / "damaged"
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.glob("averaged-*"))) + 1
+        (self.path / "averaged").rename(folder / f"averaged-{number}")
+        warnings.warn(
+            f"the average in {self.path} is of checkpoints after step {step}, from which training goes on: it was moved "
+            f"to {folder}",
+            stacklevel=2,
+        )
+
     def average_checkpoints(self, *, last: int | None = None, best: int | None = None) -> list[int]:
         """Writes the mean of some checkpoints' parameters to `averaged/`, in place of an older one.
 
@@ -257,7 +275,7 @@ class WorkDirectory:
         # A converted model has no training section.
         training = self.read_config().get("training", {})
         best_metric = training.get("best_metric", "loss")
-        return self.open_checkpoints(best_metric=best_metric, made_by=scored_by(training), read_only=True)
+        return self.open_checkpoints(best_metric=best_metric, found_by=scored_by(training), read_only=True)
 
     def _open_averages(self, *, read_only: bool) -> "Checkpoints":
         return Checkpoints(

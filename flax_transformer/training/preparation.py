@@ -11,6 +11,7 @@ from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.training import hosts
+from flax_transformer.training.foresight import check_ahead
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
@@ -72,9 +73,11 @@ def prepare(
         accept_changed_corpus: whether a text may be another than the one that the training began with.
 
     Raises:
-        ValueError: the work directory belongs to another experiment, vocabulary or text.
+        ValueError: the work directory belongs to another experiment, vocabulary or text, or the end of the training
+            would lack something.
     """
     experiment = _fill_in_tokenizer(experiment, workdir, texts)
+    check_ahead(experiment, workdir)
     vocabularies = _vocabularies(experiment, workdir, texts["train"])
     experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
     _check_config(experiment, workdir)
