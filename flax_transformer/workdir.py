@@ -239,8 +239,8 @@ class WorkDirectory:
         number = len(list(folder.glob("averaged-*"))) + 1
         (self.path / "averaged").rename(folder / f"averaged-{number}")
         warnings.warn(
-            f"the average in {self.path} is of checkpoints after step {step}, from which training goes on: it was moved "
-            f"to {folder}",
+            f"the average in {self.path} is of checkpoints after step {step}, from which training goes on: it was "
+            f"moved to {folder}",
             stacklevel=2,
         )
 
