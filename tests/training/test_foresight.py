@@ -12,7 +12,7 @@ from flax_transformer.workdir import WorkDirectory
 from tests.training.conftest import lines_of, with_training
 from tests.training.test_loop_options import let_losses_be, same
 
-AVERAGED = {"weights": "averaged", "keep_latest": 9, "keep_best": 9}
+AVERAGED = {"weights": "averaged", "keep_latest": 9}
 
 
 def without_valid(experiment):
@@ -27,8 +27,11 @@ def without_valid(experiment):
             r"average_last is 5, .* leaves 2 .*_every to 2, or .*=2",
         ),
         ({"average_last": 3, "checkpoint_every": 100}, r"average_last is 3, .* leaves 1 .*checkpoint_every to 4, or"),
-        ({"average_best": 5, "evaluate_every": 4}, r"average_best is 5, .* leaves 3 .*evaluate_every to 2, or .*=3"),
-        ({"average_best": 2}, r"average_best is 2, but training.evaluate_every is 0: .*average_last=2"),
+        (
+            {"average_best": 5, "keep_best": 9, "evaluate_every": 4},
+            r"average_best is 5, .* leaves 3 .*evaluate_every to 2, or .*=3",
+        ),
+        ({"average_best": 2, "keep_best": 2}, r"average_best is 2, but training.evaluate_every is 0: .*average_last=2"),
         ({"patience": 2, "weights": "trained"}, r"patience is 2, but training.evaluate_every is 0: .*set .*patience=0"),
     ],
 )
@@ -71,7 +74,7 @@ def test_a_training_that_goes_on_counts_what_is_there_and_never_loses_the_test(e
 
 
 def test_where_patience_ends_a_training_the_mean_is_of_what_there_is(experiment, tmp_path, monkeypatch):
-    changes = AVERAGED | {"average_best": 5, "evaluate_every": 1, "patience": 2}
+    changes = AVERAGED | {"average_best": 5, "keep_best": 9, "evaluate_every": 1, "patience": 2}
     let_losses_be(monkeypatch, [1.0, 2.0, 3.0, 7.0])
     with pytest.warns(UserWarning, match="there are 3 scored checkpoints, not the 5"):
         assert train_and_evaluate(with_training(experiment, steps=9, **changes), tmp_path).loss == 7.0
