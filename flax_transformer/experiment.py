@@ -201,7 +201,8 @@ class TrainingConfig:
 def scored_by(training: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the validation corpus's scores depend on, of those that a training section holds."""
     names = ("evaluate_sentences", "beam_size", "alpha", "tokenize")
-    found = {name: training[name] for name in names if name in training}
+    # A tokeniser that was not chosen yet is none that could differ.
+    found = {name: training[name] for name in names if training.get(name, "auto") != "auto"}
     # Before their mean is made, checkpoints are scored with the weights that were trained.
     weights = "ema" if training.get("weights") == "ema" else "trained"
     return found | ({"weights": weights} if "weights" in training else {})
