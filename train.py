@@ -13,17 +13,23 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from flax_transformer.commands.options import explain_flag
 from flax_transformer.commands.process import prepare_libraries, warnings_in_one_line
 
+MOST = 2**31 - 1  # what jax takes of processes and of seconds
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file in configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the vocabulary, checkpoints and metrics go; made if missing.")
 ACCEPT = flags.DEFINE_bool("accept_changed_corpus", False, "Goes on with a text that was edited since the last run.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Joins the other hosts of a cluster that tells their addresses.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Host and port of process 0, e.g. 10.0.0.1:8476.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.", 1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0, with --coordinator.", 0)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "The number of processes, with --coordinator.", 1, 2**31 - 1
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "The number of this process, from 0, with --coordinator.", 0, 2**31 - 1
+)
 PROFILE = flags.DEFINE_string("profile", "", "The first and the last step that jax's profiler watches, e.g. 20:25.")
-CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes.", 1)
+CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes.", 1, MOST)
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +65,7 @@ def parse_flags(argv: list[str]) -> Any:
     except flags.Error as error:
         # Of what a config file raises absl hands on the whole traceback, whose last line is the error.
         *_, last = (line for line in str(error).splitlines() if line.strip())
-        reason = re.sub(r"^\s*\w+Error: ", "", last)
+        reason = explain_flag(re.sub(r"^\s*\w+Error: ", "", last))
         sys.exit(f"train.py: {reason} (see train.py --help)")
     except (AttributeError, KeyError, ValueError, OSError) as error:
         # ml_collections hands on the KeyError of a mistyped name inside the AttributeError that it raises.

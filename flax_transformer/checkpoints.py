@@ -6,11 +6,10 @@ the scores of all steps stand in a file of their own. It knows pytrees, no model
 
 import contextlib
 import gc
-import json
-import math
 import os
 import re
 import textwrap
+import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,10 +22,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-LESS_IS_BETTER = ("loss",)
-TREES = ("params", "ema", "training")
+from flax_transformer.scores import Scores, StepScores
 
-Scores = Mapping[str, float]
+TREES = ("params", "ema", "training")
 
 
 class Checkpoints:
@@ -40,14 +38,15 @@ class Checkpoints:
         keep_latest: int | None,
         keep_best: int,
         best_metric: str,
+        found_by: Mapping[str, Any] = types.MappingProxyType({}),
         read_only: bool,
     ):
         """Opens them; arguments as in `WorkDirectory.open_checkpoints`, and where the scores are, if there are any."""
-        self._path, self._scores_file, self._best_metric = path, scores_file, best_metric
-        self._scores = _read_scores(scores_file)
+        self._path = path
+        self._scores = StepScores(scores_file, best_metric, found_by)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [checkpoint_managers.LatestN(keep_latest), _Best(self, keep_best)]
+                [checkpoint_managers.LatestN(keep_latest), _Best(self._scores, keep_best)]
             ),
             # What is left of a save that was killed; to a reader it may be one that is under way.
             cleanup_tmp_directories=not read_only,
@@ -80,40 +79,31 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the best checkpoint, the newest where none was scored, `None` if there is none."""
-        ranked = [step for step in self._ranked() if step in self._manager.all_steps()]
+        ranked = [step for step in self._scores.ranked() if step in self._manager.all_steps()]
         return ranked[0] if ranked else self.latest_step
 
     @property
+    def all_steps(self) -> list[int]:
+        """The steps of all checkpoints."""
+        return list(self._manager.all_steps())
+
+    @property
     def scores(self) -> dict[int, Scores]:
-        """The scores of each step that has some, also of those whose checkpoints are gone."""
-        return dict(self._scores)
+        """The scores that can be compared with today's, by step, also of those whose checkpoints are gone."""
+        return self._scores.comparable()
 
     @property
     def evaluations_since_best(self) -> int:
         """How many evaluations came after the first one with the best score; 0 if there was none."""
-        if not self._scores:
-            return 0
-        best = max(map(self._value, self._scores))
-        first = min(step for step in self._scores if self._value(step) == best)
-        return sum(step > first for step in self._scores)
+        return self._scores.since_best
 
     def record_scores(self, step: int, scores: Scores) -> None:
         """Writes down how good the parameters of a step are."""
-        assert self._scores_file is not None, "only a training's checkpoints are scored"
-        self._scores[step] = dict(scores)
-        if jax.process_index() == 0:
-            draft = self._scores_file.with_name(f"{self._scores_file.name}.tmp")
-            draft.write_text(json.dumps(self._scores, indent=1) + "\n")
-            draft.replace(self._scores_file)
+        self._scores.record(step, scores)
 
-    def _value(self, step: int) -> float:
-        """A step's score, larger is better."""
-        value = self._scores[step][self._best_metric]
-        return -math.inf if math.isnan(value) else -value if self._best_metric in LESS_IS_BETTER else value
-
-    def _ranked(self) -> list[int]:
-        """The scored steps, the best first, of equally good ones the newest."""
-        return sorted(self._scores, key=lambda step: (self._value(step), step), reverse=True)
+    def forget_scores_after(self, step: int) -> None:
+        """Drops the scores of later steps: training goes on from this one, and they will have other parameters."""
+        self._scores.forget_after(step)
 
     def _steps(self) -> list[int]:
         steps = self._manager.all_steps()
@@ -128,7 +118,7 @@ class Checkpoints:
     def best_steps(self, count: int) -> list[int]:
         """The steps of so many of the best checkpoints, best first; ValueError where fewer were scored."""
         steps = self._steps()
-        return self._take(count, [step for step in self._ranked() if step in steps], "best", "keep_best")
+        return self._take(count, [step for step in self._scores.ranked() if step in steps], "best", "keep_best")
 
     def _take(self, count: int, steps: list[int], kind: str, setting: str) -> list[int]:
         if count < 1:
@@ -299,25 +289,13 @@ class Checkpoints:
 class _Best(checkpoint_managers.PreservationPolicy):
     """Keeps the best checkpoints, by scores that may have come after they were written."""
 
-    def __init__(self, checkpoints: Checkpoints, count: int):
-        self._checkpoints, self._count = checkpoints, count
+    def __init__(self, scores: StepScores, count: int):
+        self._scores, self._count = scores, count
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = [step for step in self._checkpoints._ranked() if step in steps][: self._count]
+        best = [step for step in self._scores.ranked() if step in steps][: self._count]
         return [step in best for step in steps]
-
-
-def _read_scores(file: epath.Path | None) -> dict[int, Scores]:
-    if file is None or not file.exists():
-        return {}
-    try:
-        return {int(step): dict(scores) for step, scores in json.loads(file.read_bytes()).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}): put back the file that training wrote there, or remove it to forget which "
-            "checkpoint was the best"
-        ) from error
 
 
 @contextlib.contextmanager

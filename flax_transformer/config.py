@@ -8,14 +8,9 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-CHOICES = {
-    "norm": ("post", "pre"),
-    "activation": ("relu", "gelu", "swish"),
-    "positions": ("sinusoidal", "sinusoidal_concatenated", "learned"),
-    "tie_embeddings": ("three_way", "decoder", "none"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "attention_implementation": ("auto", "xla", "cudnn"),
-}
+from flax_transformer.ranges import COUNT, SHARE, SIZE, Range, check, setting
+
+LAYERS = Range(at_least=1, at_most=10_000)
 
 Settings = TypeVar("Settings")
 
@@ -63,45 +58,36 @@ class TransformerConfig:
         remat: whether each layer's activations are computed again in the backward pass, to save memory.
     """
 
-    source_vocab_size: int = 0
-    target_vocab_size: int = 0
-    d_model: int = 512
-    num_heads: int = 8
-    d_ff: int = 2048
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    dropout_rate: float = 0.1
-    attention_dropout_rate: float = 0.0
-    activation_dropout_rate: float = 0.0
-    norm: str = "post"
-    activation: str = "relu"
-    positions: str = "sinusoidal"
-    max_length: int = 256
+    source_vocab_size: int = setting(0, COUNT)
+    target_vocab_size: int = setting(0, COUNT)
+    d_model: int = setting(512, SIZE)
+    num_heads: int = setting(8, SIZE)
+    d_ff: int = setting(2048, SIZE)
+    num_encoder_layers: int = setting(6, LAYERS)
+    num_decoder_layers: int = setting(6, LAYERS)
+    dropout_rate: float = setting(0.1, SHARE)
+    attention_dropout_rate: float = setting(0.0, SHARE)
+    activation_dropout_rate: float = setting(0.0, SHARE)
+    norm: str = setting("post", ("post", "pre"))
+    activation: str = setting("relu", ("relu", "gelu", "swish"))
+    positions: str = setting("sinusoidal", ("sinusoidal", "sinusoidal_concatenated", "learned"))
+    max_length: int = setting(256, SIZE)
     scale_embeddings: bool = True
-    tie_embeddings: str = "three_way"
+    tie_embeddings: str = setting("three_way", ("three_way", "decoder", "none"))
     output_bias: bool = False
-    norm_epsilon: float = 1e-5
-    pad_id: int = 0
-    start_id: int = 1
-    eos_id: int = 2
-    banned_ids: Sequence[int] = ()
-    max_output: int = 0
-    dtype: str = "float32"
-    attention_implementation: str = "auto"
+    norm_epsilon: float = setting(1e-5, Range(at_least=0, at_most=1))
+    pad_id: int = setting(0, COUNT)
+    start_id: int = setting(1, COUNT)
+    eos_id: int = setting(2, COUNT)
+    banned_ids: Sequence[int] = setting((), COUNT)
+    max_output: int = setting(0, COUNT)
+    dtype: str = setting("float32", ("float32", "bfloat16", "float16"))
+    attention_implementation: str = setting("auto", ("auto", "xla", "cudnn"))
     remat: bool = False
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
-        object.__setattr__(self, "banned_ids", tuple(self.banned_ids))  # JSON has lists, and only a tuple is hashable
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("d_model", "num_heads", "d_ff", "num_encoder_layers", "num_decoder_layers", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("dropout_rate", "attention_dropout_rate", "activation_dropout_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 0 and less than 1")
+        check(self, "model")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"model.d_model is {self.d_model}, which model.num_heads = {self.num_heads} does not divide: "

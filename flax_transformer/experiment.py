@@ -10,17 +10,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_transformer.config import TransformerConfig, from_mapping
+from flax_transformer.ranges import (
+    ALPHA,
+    AT_LEAST_NONE,
+    AT_LEAST_ONE,
+    BEAM_SIZE,
+    COUNT,
+    SEED,
+    SHARE,
+    SIZE,
+    Range,
+    check,
+    setting,
+)
 
-
-def _check_choice(section: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{section}.{name} is {value!r}: choose one of {', '.join(allowed)}")
-
-
-def _check_at_least(section: str, settings: Any, least: float, *names: str) -> None:
-    for name in names:
-        if getattr(settings, name) < least:
-            raise ValueError(f"{section}.{name} is {getattr(settings, name)}: it must be at least {least}")
+# The names of sacrebleu, which is not loaded to check them, and "auto".
+TOKENIZERS = (
+    "auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none", "spm", "flores101", "flores200", "spBLEU-1K"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,18 +44,17 @@ class VocabularyConfig:
         seed: of that sample.
     """
 
-    size: int = 8000
+    size: int = setting(8000, SIZE)
     joint: bool = True
-    model_type: str = "bpe"
+    model_type: str = setting("bpe", ("bpe", "unigram", "char"))
     split_digits: bool = False
-    character_coverage: float = 1.0
-    max_sentences: int = 1_000_000
-    seed: int = 0
+    character_coverage: float = setting(1.0, Range(at_least=0.98, at_most=1))
+    max_sentences: int = setting(1_000_000, AT_LEAST_ONE)
+    seed: int = setting(0, SEED)
 
     def __post_init__(self):
-        """Checks each field; raises ValueError naming the mend."""
-        _check_choice("vocabulary", "model_type", self.model_type, ("bpe", "unigram", "char"))
-        _check_at_least("vocabulary", self, 1, "size", "max_sentences")
+        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        check(self, "vocabulary")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,14 +76,14 @@ class DataConfig:
     train: str = ""
     valid: str = ""
     test: str = ""
-    rows: int = 64
-    source_slots: int = 64
-    target_slots: int = 64
-    seed: int = 0
+    rows: int = setting(64, SIZE)
+    source_slots: int = setting(64, SIZE)
+    target_slots: int = setting(64, SIZE)
+    seed: int = setting(0, SEED)
 
     def __post_init__(self):
-        """Checks each field; raises ValueError naming the mend."""
-        _check_at_least("data", self, 1, "rows", "source_slots", "target_slots")
+        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        check(self, "data")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,75 +127,57 @@ class TrainingConfig:
         keep_best: how many of the best checkpoints are kept.
         patience: training ends early after so many evaluations without a better `best_metric`; 0 never.
         best_metric: "bleu", "chrf", "exact_match" (more is better) or "loss" (less), on the validation corpus.
+        tokenize: sacrebleu's tokeniser for BLEU, e.g. "13a", "zh", "ja-mecab" or "char"; "auto" chooses it by the
+            script of the references, once, and `config.json` keeps what was chosen.
         evaluate_sentences: how many validation sentences are translated; 0 is all.
         beam_size: beam of the translations that are scored; 1 is greedy.
         alpha: exponent of the length penalty (section 6.1).
         samples: how many source, reference and translation triples are shown.
     """
 
-    steps: int = 100_000
+    steps: int = setting(100_000, SIZE)
     start_from: str = ""
-    freeze: str = ""
-    seed: int = 0
-    rng_impl: str = "threefry2x32"
-    schedule: str = "paper"
-    learning_rate: float = 1.0
-    warmup_steps: int = 4000
-    beta1: float = 0.9
-    beta2: float = 0.98
-    epsilon: float = 1e-9
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0
-    label_smoothing: float = 0.1
+    freeze: str = setting("", ("", "embeddings", "encoder", "embeddings,encoder"))
+    seed: int = setting(0, SEED)
+    rng_impl: str = setting("threefry2x32", ("rbg", "threefry2x32", "unsafe_rbg"))
+    schedule: str = setting("paper", ("paper", "inverse_sqrt", "cosine", "linear", "constant"))
+    learning_rate: float = setting(1.0, Range(at_least=0, within=Range(at_most=1e6)))
+    warmup_steps: int = setting(4000, COUNT)
+    beta1: float = setting(0.9, SHARE)
+    beta2: float = setting(0.98, SHARE)
+    epsilon: float = setting(1e-9, Range(above=0, at_most=1))
+    weight_decay: float = setting(0.0, AT_LEAST_NONE)
+    clip_norm: float = setting(0.0, AT_LEAST_NONE)
+    label_smoothing: float = setting(0.1, SHARE)
     parallelism: str = "auto"
-    rows_per_device: int = 0
-    loss_chunks: int = 1
-    max_skipped: int = 20
-    ema_decay: float = 0.0
-    weights: str = "trained"
-    average_last: int = 0
-    average_best: int = 0
-    log_every: int = 50
-    evaluate_every: int = 1000
-    checkpoint_every: int = 500
-    keep_latest: int = 3
-    keep_best: int = 1
-    patience: int = 0
-    best_metric: str = "bleu"
-    evaluate_sentences: int = 0
-    beam_size: int = 1
-    alpha: float = 0.6
-    samples: int = 5
+    rows_per_device: int = setting(0, COUNT)
+    loss_chunks: int = setting(1, SIZE)
+    max_skipped: int = setting(20, AT_LEAST_ONE)
+    ema_decay: float = setting(0.0, SHARE)
+    weights: str = setting("trained", ("trained", "ema", "averaged"))
+    average_last: int = setting(0, AT_LEAST_NONE)
+    average_best: int = setting(0, AT_LEAST_NONE)
+    log_every: int = setting(50, AT_LEAST_ONE)
+    evaluate_every: int = setting(1000, AT_LEAST_NONE)
+    checkpoint_every: int = setting(500, AT_LEAST_ONE)
+    keep_latest: int = setting(3, AT_LEAST_ONE)
+    keep_best: int = setting(1, AT_LEAST_ONE)
+    patience: int = setting(0, AT_LEAST_NONE)
+    best_metric: str = setting("bleu", ("bleu", "chrf", "exact_match", "loss"))
+    tokenize: str = setting("auto", TOKENIZERS)
+    evaluate_sentences: int = setting(0, AT_LEAST_NONE)
+    beam_size: int = setting(1, BEAM_SIZE)
+    alpha: float = setting(0.6, ALPHA)
+    samples: int = setting(5, AT_LEAST_NONE)
 
     def __post_init__(self):
-        """Checks each field; raises ValueError naming the mend."""
-        _check_choice("training", "schedule", self.schedule, ("paper", "inverse_sqrt", "cosine", "linear", "constant"))
+        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        check(self, "training")
         if not re.fullmatch(r"auto|jit|pmap|data|fsdp|data=[1-9]\d*|(data=[1-9]\d*,)?fsdp=[1-9]\d*", self.parallelism):
             raise ValueError(
                 f"training.parallelism is {self.parallelism!r}: choose auto, jit, pmap, data, fsdp, or the sizes of a "
                 'mesh such as "data=2,fsdp=4"'
             )
-        _check_choice("training", "freeze", self.freeze, ("", "embeddings", "encoder", "embeddings,encoder"))
-        _check_choice("training", "best_metric", self.best_metric, ("bleu", "chrf", "exact_match", "loss"))
-        _check_choice("training", "rng_impl", self.rng_impl, ("rbg", "threefry2x32", "unsafe_rbg"))
-        _check_choice("training", "weights", self.weights, ("trained", "ema", "averaged"))
-        at_least_one = (
-            "steps",
-            "loss_chunks",
-            "max_skipped",
-            "log_every",
-            "checkpoint_every",
-            "keep_latest",
-            "keep_best",
-            "beam_size",
-        )
-        _check_at_least("training", self, 1, *at_least_one)
-        at_least_none = ("warmup_steps", "clip_norm", "rows_per_device", "average_last", "average_best")
-        _check_at_least("training", self, 0, *at_least_none)
-        _check_at_least("training", self, 0, "evaluate_every", "evaluate_sentences", "patience", "samples")
-        for name in ("label_smoothing", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         self._check_weights()
 
     def _check_weights(self) -> None:
@@ -208,6 +196,16 @@ class TrainingConfig:
                 raise ValueError(
                     f"training.average_{kind} is {counts[kind]}, but only {kept} are kept: raise training.{setting}"
                 )
+
+
+def scored_by(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the validation corpus's scores depend on, of those that a training section holds."""
+    names = ("evaluate_sentences", "beam_size", "alpha", "tokenize")
+    # A tokeniser that was not chosen yet is none that could differ.
+    found = {name: training[name] for name in names if training.get(name, "auto") != "auto"}
+    # Before their mean is made, checkpoints are scored with the weights that were trained.
+    weights = "ema" if training.get("weights") == "ema" else "trained"
+    return found | ({"weights": weights} if "weights" in training else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

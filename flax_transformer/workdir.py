@@ -6,6 +6,8 @@ events. It knows pytrees, no model.
 
 import contextlib
 import json
+import types
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from jaxtyping import PyTree
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.experiment import scored_by
 
 
 class WorkDirectory:
@@ -86,7 +89,7 @@ class WorkDirectory:
             raise self._damaged('no section "model"')
         try:
             return from_mapping(TransformerConfig, config["model"], "model")
-        except TypeError as error:  # a text where a number belongs
+        except (TypeError, ValueError) as error:  # a text where a number belongs, or a number out of its range
             raise self._damaged(str(error).partition("\n")[0]) from error
 
     def _damaged(self, reason: str) -> ValueError:
@@ -169,6 +172,7 @@ class WorkDirectory:
         keep_latest: int | None = None,
         keep_best: int = 1,
         best_metric: str = "loss",
+        found_by: Mapping[str, Any] = types.MappingProxyType({}),
         read_only: bool = False,
     ) -> "Checkpoints":
         """The checkpoints; use it in a `with` statement, which waits for the last one to be written.
@@ -177,6 +181,8 @@ class WorkDirectory:
             keep_latest: how many of the newest are kept; all if not given.
             keep_best: how many of the best are kept as well.
             best_metric: the metric by which they are compared.
+            found_by: the settings of training by which scores are found today (`TrainingConfig`'s, or a part of them);
+                scores that others gave are not compared with these.
             read_only: leaves the folder as it is; a training may be writing to it.
         """
         return Checkpoints(
@@ -185,6 +191,7 @@ class WorkDirectory:
             keep_latest=keep_latest,
             keep_best=keep_best,
             best_metric=best_metric,
+            found_by=found_by,
             read_only=read_only,
         )
 
@@ -220,6 +227,23 @@ class WorkDirectory:
         with self._open_averages(read_only=True) as averages:
             return averages.latest_step is not None
 
+    def averages_after(self, step: int) -> bool:
+        """Whether there is an average, and checkpoints of later steps are part of it."""
+        with self._open_averages(read_only=True) as averages:
+            return averages.latest_step is not None and max(averages.read_notes().get("steps", []), default=0) > step
+
+    def set_average_aside(self, step: int) -> None:
+        """Moves the average to `damaged/`, with a warning, since training goes on from an earlier step."""
+        folder = self.path / "damaged"
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.glob("averaged-*"))) + 1
+        (self.path / "averaged").rename(folder / f"averaged-{number}")
+        warnings.warn(
+            f"the average in {self.path} is of checkpoints after step {step}, from which training goes on: it was "
+            f"moved to {folder}",
+            stacklevel=2,
+        )
+
     def average_checkpoints(self, *, last: int | None = None, best: int | None = None) -> list[int]:
         """Writes the mean of some checkpoints' parameters to `averaged/`, in place of an older one.
 
@@ -249,8 +273,9 @@ class WorkDirectory:
 
     def _read_checkpoints(self) -> "Checkpoints":
         # A converted model has no training section.
-        best_metric = self.read_config().get("training", {}).get("best_metric", "loss")
-        return self.open_checkpoints(best_metric=best_metric, read_only=True)
+        training = self.read_config().get("training", {})
+        best_metric = training.get("best_metric", "loss")
+        return self.open_checkpoints(best_metric=best_metric, found_by=scored_by(training), read_only=True)
 
     def _open_averages(self, *, read_only: bool) -> "Checkpoints":
         return Checkpoints(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig, scored_by
 
 CHANGED = Experiment(
     model=TransformerConfig.tiny(norm="pre", source_vocab_size=300, target_vocab_size=300),
@@ -105,3 +105,11 @@ def test_three_way_tying_needs_a_joint_vocabulary():
         Experiment(vocabulary=two_sided)
     for tying in ("decoder", "none"):
         assert Experiment(model=TransformerConfig(tie_embeddings=tying), vocabulary=two_sided).vocabulary == two_sided
+
+
+def test_what_scores_depend_on_is_what_the_section_tells_of_it():
+    assert scored_by({}) == scored_by({"best_metric": "bleu", "tokenize": "auto"}) == {}
+    assert scored_by({"weights": "averaged", "alpha": 0.0}) == {"weights": "trained", "alpha": 0.0}
+    training = TrainingConfig(weights="ema", ema_decay=0.9, tokenize="zh")
+    found = scored_by(Experiment(training=training).to_mapping()["training"])
+    assert found == {"weights": "ema", "tokenize": "zh", "alpha": 0.6, "beam_size": 1, "evaluate_sentences": 0}

@@ -14,12 +14,14 @@ from sacrebleu.metrics.base import Metric, Score
 from sacrebleu.metrics.bleu import BLEUScore
 from sacrebleu.significance import PairedTest, Result
 
+from flax_transformer.bleu import choose_tokenizer, make_bleu, warn_of_missing_spaces
 from flax_transformer.commands.lines import check_output, count_lines, in_chunks, open_output, progress_bar, read_pairs
 from flax_transformer.commands.options import (
     Model,
     add_model_options,
     add_search_options,
     checkpoint,
+    explain_damage,
     load_translator,
     pair_checkpoints,
     search_settings,
@@ -99,10 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--tokenize",
         choices=list(BLEU.TOKENIZERS),
-        default=BLEU.TOKENIZER_DEFAULT,
         metavar="NAME",
-        help=f"sacrebleu's tokeniser for BLEU (default {BLEU.TOKENIZER_DEFAULT}); where words are written without "
-        "spaces: zh, ja-mecab, ko-mecab or char",
+        help="sacrebleu's tokeniser for BLEU, e.g. 13a, zh, ja-mecab or char (default: the one that training scored "
+        "with; else by the script of the references)",
     )
     report.add_argument(
         "--compare",
@@ -129,8 +130,8 @@ def run(options: argparse.Namespace) -> None:
     models = [pair_checkpoints(options.workdir, options.checkpoint)]
     if options.compare:
         models.append(pair_checkpoints(options.compare, options.compare_checkpoint or options.checkpoint))
-    metrics = _metrics(options.tokenize)
     sources, references = _read(options)
+    metrics = _metrics(options.tokenize or _default_tokenizer(options, references), references)
     if options.translations:
         check_output("--translations", options.translations, [options.source, options.reference])
     # All load before any translates, so that a wrong path is found now and not after hours.
@@ -152,11 +153,24 @@ def run(options: argparse.Namespace) -> None:
     show(systems, p_values, signatures)
 
 
-def _metrics(tokenize: str) -> dict[str, Metric]:
-    try:
-        return {"BLEU": BLEU(tokenize=tokenize), "chrF": CHRF(), "TER": TER()}
-    except (RuntimeError, OSError) as error:  # It wants another package, or downloads a model.
-        raise ValueError(f"sacrebleu cannot use --tokenize={tokenize} here: {error}") from error
+def _metrics(tokenize: str, references: list[str]) -> dict[str, Metric]:
+    bleu = make_bleu(tokenize, "--tokenize")
+    warn_of_missing_spaces(tokenize, references, "--tokenize")
+    return {"BLEU": bleu, "chrF": CHRF(), "TER": TER()}
+
+
+def _default_tokenizer(options: argparse.Namespace, references: list[str]) -> str:
+    """The tokeniser that all trainings scored with, or that of the references' script where they do not agree."""
+    # jax loads here, so that a mistake in the options is told at once.
+    from flax_transformer.workdir import WorkDirectory
+
+    chosen = set()
+    for path in [*options.workdir, *(options.compare or [])]:
+        with explain_damage(path):
+            config = WorkDirectory(path).read_config()
+        # A converted model has no training section, and an older training chose none.
+        chosen.add(config.get("training", {}).get("tokenize", "auto"))
+    return chosen.pop() if len(chosen) == 1 and "auto" not in chosen else choose_tokenizer(references)
 
 
 def _read(options: argparse.Namespace) -> tuple[list[str], list[str]]:

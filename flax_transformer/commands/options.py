@@ -6,17 +6,20 @@ They are declared and checked without jax, so that --help and a mistake answer a
 import argparse
 import contextlib
 import dataclasses
+import re
 import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
+from flax_transformer.ranges import INT32, Range, check_value, whole_number
 
 # A work directory, and which of its checkpoints.
 Model = tuple[str, str | int]
 CHECKPOINTS = ("chosen", "best", "latest", "averaged")
 BEAM, SAMPLING = BeamSearch(), Sampling()
+SEEDS = Range(at_least=0, at_most=2**32 - 1)
 
 
 def checkpoint(text: str) -> str | int:
@@ -28,11 +31,42 @@ def checkpoint(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"{text!r}: choose {', '.join(CHECKPOINTS)} or the number of a step")
 
 
+def whole(text: str) -> int:
+    """The type of a number that the settings of a search check: a whole number."""
+    try:
+        return whole_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number") from error
+
+
 def positive(text: str) -> int:
-    """The type of a count: a whole number above 0."""
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+    """The type of a count: a whole number above 0, of at most 32 bits, since a count may be the size of an array."""
+    try:
+        return check_value("it", whole_number(text), int, Range(at_least=1, within=INT32))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0 and {INT32}") from error
+
+
+def seed(text: str) -> int:
+    """The type of --seed: a whole number of 32 bits, which are all that jax takes of a seed."""
+    try:
+        return check_value("it", whole_number(text), int, SEEDS)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, {SEEDS}") from error
+
+
+def explain_flag(message: str) -> str:
+    """An error of absl's about a number that was set on the command line, with what to write in its place."""
+    found = re.search(r"(--\S+?)=(.*?): (?:invalid literal for int|could not convert string to float)", message)
+    if not found:
+        return message
+    name, text = found.groups()
+    if "float" in found[0]:
+        return f"{name}={text}: invalid, it must be a number"
+    try:
+        return f"{name}={text}: invalid, a whole number is written in digits: {name}={whole_number(text)}"
+    except ValueError:
+        return f"{name}={text}: invalid, it must be a whole number, in digits"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +104,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     beam = parser.add_argument_group("beam search", argument_default=argparse.SUPPRESS)
     beam.add_argument(
         "--beam_size",
-        type=int,
+        type=whole,
         metavar="N",
         help=f"beginnings kept for each sentence; 1 is greedy search (default {BEAM.beam_size})",
     )
@@ -93,7 +127,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument(
         "--top_k",
-        type=int,
+        type=whole,
         metavar="N",
         help=f"draw only among the N most probable tokens (default {SAMPLING.top_k}: among all)",
     )
@@ -105,21 +139,23 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         f"(default {SAMPLING.top_p:g}: among all)",
     )
     sampling.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="equal seeds draw equal translations (default 0)"
+        "--seed", type=seed, default=0, metavar="N", help="equal seeds draw equal translations (default 0)"
     )
 
     limits = parser.add_argument_group("limits, in tokens", argument_default=argparse.SUPPRESS)
-    limits.add_argument("--min_length", type=int, metavar="N", help=f"shortest translation (default {BEAM.min_length})")
-    limits.add_argument("--max_length", type=int, metavar="N", help="longest translation (default: no such limit)")
+    limits.add_argument(
+        "--min_length", type=whole, metavar="N", help=f"shortest translation (default {BEAM.min_length})"
+    )
+    limits.add_argument("--max_length", type=whole, metavar="N", help="longest translation (default: no such limit)")
     limits.add_argument(
         "--extra_length",
-        type=int,
+        type=whole,
         metavar="N",
         help=f"longest translation, beyond the length of its source (default {BEAM.extra_length}, the paper's)",
     )
     limits.add_argument(
         "--no_repeat_ngram",
-        type=int,
+        type=whole,
         metavar="N",
         help=f"no N tokens in a row come twice in a translation (default {BEAM.no_repeat_ngram}: they may)",
     )

@@ -12,6 +12,8 @@ from typing import Any
 
 from absl import flags
 
+from flax_transformer.commands.options import explain_flag
+
 EXAMPLES = """examples:
   flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:4x4
   flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:16x16 --parallel=fsdp --config.data.rows=1024
@@ -92,7 +94,7 @@ def _load(options: argparse.Namespace) -> Any:
         values(["plan", f"--config={options.config}", *options.changes])
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
         cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
-        raise ValueError(f"--config: {cause}") from error
+        raise ValueError(f"--config: {explain_flag(str(cause))}") from error
     experiment = Experiment.from_mapping(holder.value.to_dict())
     model, size = experiment.model, experiment.vocabulary.size
     model = dataclasses.replace(

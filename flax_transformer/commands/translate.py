@@ -29,6 +29,7 @@ from flax_transformer.commands.options import (
     pair_checkpoints,
     positive,
     search_settings,
+    whole,
 )
 from flax_transformer.decoding.settings import SearchSettings
 from flax_transformer.text.spelling import in_one_cell, in_one_line
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--nbest",
         dest="num_return",
-        type=int,
+        type=whole,
         default=argparse.SUPPRESS,
         metavar="N",
         help="translations of each sentence, the best first, or that many samples (default 1)",
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--alignment",
         nargs="?",
-        type=int,
+        type=whole,
         const=-1,
         metavar="LAYER",
         help="add to jsonl how much each target token attended to each source token: the cross-attention of a decoder "

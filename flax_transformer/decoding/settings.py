@@ -5,12 +5,15 @@ line can show their defaults at once.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from flax_transformer.ranges import ALPHA, AT_LEAST_NONE, BEAM_SIZE, COUNT, Range, check, setting
+
 LENGTH_PENALTIES = ("paper", "length")
 STOPPING = ("optimal", "first")
+# An output's room is an array of so many tokens for each hypothesis; a longer one fits no memory.
+LONGEST = Range(at_most=1_000_000)
 
 Settings = TypeVar("Settings", bound="SearchSettings")
 
@@ -33,24 +36,19 @@ class SearchSettings:
         no_repeat_ngram: no sequence of so many tokens comes twice in an output; 0 lets any.
     """
 
-    num_return: int = 1
-    length_penalty: str = "paper"
-    alpha: float = 0.6
-    extra_length: int = 50
-    max_length: int | None = None
-    min_length: int = 0
-    banned: Sequence[int] = ()
-    no_repeat_ngram: int = 0
+    num_return: int = setting(1, Range(at_least=1, within=Range(at_most=100_000)))
+    length_penalty: str = setting("paper", LENGTH_PENALTIES)
+    alpha: float = setting(0.6, ALPHA)
+    extra_length: int = setting(50, Range(at_least=0, within=LONGEST))
+    max_length: int | None = setting(None, Range(at_least=1, within=LONGEST))
+    min_length: int = setting(0, Range(at_least=0, within=LONGEST))
+    banned: Sequence[int] = setting((), COUNT)
+    # The program that is compiled grows with it.
+    no_repeat_ngram: int = setting(0, Range(at_least=0, within=Range(at_most=100)))
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
-        _check_choice("length_penalty", self.length_penalty, LENGTH_PENALTIES)
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha}: it must be a finite number")
-        _check_least(self, 1, "num_return", "max_length")
-        _check_least(self, 0, "extra_length", "min_length", "no_repeat_ngram")
-        # Lists come from command lines and JSON; only a tuple is hashable.
-        object.__setattr__(self, "banned", tuple(self.banned))
+        check(self)
 
     @property
     def hypotheses(self) -> int:
@@ -81,14 +79,12 @@ class BeamSearch(SearchSettings):
             end was among the `beam_size` best continuations: transformers' `early_stopping=True`.
     """
 
-    beam_size: int = 4
-    stopping: str = "optimal"
+    beam_size: int = setting(4, BEAM_SIZE)
+    stopping: str = setting("optimal", STOPPING)
 
     def __post_init__(self):
         """Checks each field; raises ValueError as above, or where more are wanted than the beam holds."""
         super().__post_init__()
-        _check_choice("stopping", self.stopping, STOPPING)
-        _check_least(self, 1, "beam_size")
         if self.num_return > self.beam_size:
             raise ValueError(
                 f"num_return is {self.num_return}, beam_size is {self.beam_size}: a beam returns at most what it holds"
@@ -110,27 +106,9 @@ class Sampling(SearchSettings):
         top_p: only the most probable tokens that together have this probability can be drawn; 1 for all.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        """Checks each field; raises ValueError as above."""
-        super().__post_init__()
-        _check_least(self, 0, "top_k")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}: it must be above 0; a beam of 1 is the limit at 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-
-
-def _check_least(settings: SearchSettings, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}: it must be at least {least}")
+    # Outside these limits quotients of logits are infinite, or all alike.
+    temperature: float = setting(
+        1.0, Range(above=0, within=Range(at_least=1e-9, at_most=1e9), hint="a beam of 1 is the limit at 0")
+    )
+    top_k: int = setting(0, AT_LEAST_NONE)
+    top_p: float = setting(1.0, Range(above=0, at_most=1))

@@ -8,6 +8,7 @@ import jax
 import sacrebleu
 from jaxtyping import PyTree
 
+from flax_transformer.bleu import choose_tokenizer, make_bleu
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.batch import Batch
 from flax_transformer.data.corpus import ParallelText
@@ -44,10 +45,20 @@ class Scores:
     signature: str
 
 
-def score_translations(translations: Sequence[str], references: Sequence[str], loss: float) -> Scores:
-    """Compares translations with references, one each."""
+def score_translations(
+    translations: Sequence[str], references: Sequence[str], loss: float, *, tokenize: str = "auto"
+) -> Scores:
+    """Compares translations with references, one each.
+
+    Args:
+        translations: what a model said.
+        references: what it should have said.
+        loss: handed on.
+        tokenize: as in `TrainingConfig`.
+    """
     translations, references = list(map(comparable, translations)), list(map(comparable, references))
-    bleu = sacrebleu.BLEU()
+    tokenize = choose_tokenizer(references) if tokenize == "auto" else tokenize
+    bleu = make_bleu(tokenize, "training.tokenize")
     bleu_score = bleu.corpus_score(translations, [references]).score
     exact = sum(ours == theirs for ours, theirs in zip(translations, references, strict=True))
     return Scores(
@@ -82,7 +93,7 @@ class Evaluation:
             packed: the same, tokenised and packed.
             vocabularies: of both sides.
             model_config: the model's.
-            config: beam and alpha.
+            config: beam, alpha and the tokeniser of BLEU.
             eval_step: compiled, from parameters and a batch to summed losses.
             as_whole: from parameters as `eval_step` takes them to the same, whole on a device of this process.
             sentences: how many of the corpus are translated; 0 is all.
@@ -116,7 +127,9 @@ class Evaluation:
             after_batch()
         sums = jax.tree.map(lambda *values: float(sum(values)), *parts)
         translations = self._translate(self._as_whole(params), after_batch)
-        return score_translations(translations, self.references, sums.cross_entropy / sums.tokens), translations
+        loss = sums.cross_entropy / sums.tokens
+        scores = score_translations(translations, self.references, loss, tokenize=self._config.tokenize)
+        return scores, translations
 
     def _translate(self, params: PyTree, after_batch: Callable[[], None]) -> list[str]:
         """The translations of the source; each process makes its share."""

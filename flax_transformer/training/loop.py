@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -16,7 +17,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.checkpoints import Checkpoints
-from flax_transformer.experiment import Experiment
+from flax_transformer.experiment import Experiment, scored_by
 from flax_transformer.model import Transformer
 from flax_transformer.text.spelling import in_one_cell
 from flax_transformer.trained_model import TrainedModel
@@ -141,7 +142,10 @@ class _Training:
 
     def open_checkpoints(self) -> Checkpoints:
         return self.workdir.open_checkpoints(
-            keep_latest=self.config.keep_latest, keep_best=self.config.keep_best, best_metric=self.config.best_metric
+            keep_latest=self.config.keep_latest,
+            keep_best=self.config.keep_best,
+            best_metric=self.config.best_metric,
+            found_by=scored_by(dataclasses.asdict(self.config)),
         )
 
     def run(self) -> None:
@@ -164,15 +168,42 @@ class _Training:
                     self.workdir.append_metrics({"kind": "start", "step": first} | provenance())
                 self._steps(state, first, _Session(checkpoints, report, interruption, Clock(seconds)))
         if self.config.weights == "averaged":
-            self.workdir.average_checkpoints(
-                last=self.config.average_last or None, best=self.config.average_best or None
+            self._average()
+
+    def _average(self) -> None:
+        """Writes the mean of checkpoints; of fewer than asked for where training ended early or lost some."""
+        wanted = self.config.average_last or self.config.average_best
+        with self.open_checkpoints() as checkpoints:
+            steps = set(checkpoints.all_steps)
+            there = len(steps if self.config.average_last else steps & checkpoints.scores.keys())
+        if there < wanted and hosts.is_first():
+            kind = "checkpoints" if self.config.average_last else "scored checkpoints"
+            warnings.warn(
+                f"there are {there} {kind}, not the {wanted} whose mean is wanted: "
+                + (f"the mean of these {there} is taken" if there else "the newest checkpoint is taken"),
+                stacklevel=2,
             )
+        count = min(there, wanted)
+        if self.config.average_last or not count:
+            self.workdir.average_checkpoints(last=max(count, 1))
+        else:
+            self.workdir.average_checkpoints(best=count)
+
+    def _forget_later(self, checkpoints: Checkpoints, step: int) -> None:
+        """Lets go of what was found after the step that training goes on from: those steps will come again."""
+        checkpoints.forget_scores_after(step)
+        if self.workdir.averages_after(step):
+            hosts.wait("all processes have seen the average")
+            if hosts.is_first():
+                self.workdir.set_average_aside(step)
+            hosts.wait("the average is set aside")
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, int, float]:
         """The state to go on from, its step, and the seconds trained before."""
         rng = jax.random.key(self.config.seed, impl=self.config.rng_impl)
         state = self.parallelism.create(functools.partial(create_state, self.materials.experiment), rng)
         restored = checkpoints.restore(self._trees(state))
+        self._forget_later(checkpoints, 0 if restored is None else restored[0])
         if restored is None:
             return self._with_start(state), 0, 0.0
         step, trees, notes = restored
@@ -256,7 +287,7 @@ class _Training:
         session.report.checkpoint(step, time.monotonic() - begin)
 
     def _evaluate(self, step: int, state: TrainState, session: "_Session") -> None:
-        """Scores the validation corpus, if this step's turn has come and it was not scored before."""
+        """Scores the validation corpus, if this step's turn has come and it was not scored so before."""
         due = "valid" in self.evaluations and self._is_due(step, self.config.evaluate_every)
         if not due or step in session.checkpoints.scores:
             return

@@ -5,11 +5,13 @@ All of it is held against what the work directory was begun with, so that a trai
 
 import dataclasses
 
+from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
 from flax_transformer.data.corpus import ParallelText, load_corpus
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.training import hosts
+from flax_transformer.training.foresight import check_ahead
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
@@ -31,7 +33,7 @@ class Materials:
     """What is trained on.
 
     Attributes:
-        experiment: with the vocabulary's sizes filled in.
+        experiment: with the vocabulary's sizes filled in, and the tokeniser of BLEU where it is chosen by the script.
         texts: the corpora by name: "train", and "valid" and "test" where there are such.
         packed: the same, tokenised and packed.
         vocabularies: of both sides.
@@ -71,8 +73,11 @@ def prepare(
         accept_changed_corpus: whether a text may be another than the one that the training began with.
 
     Raises:
-        ValueError: the work directory belongs to another experiment, vocabulary or text.
+        ValueError: the work directory belongs to another experiment, vocabulary or text, or the end of the training
+            would lack something.
     """
+    experiment = _fill_in_tokenizer(experiment, workdir, texts)
+    check_ahead(experiment, workdir)
     vocabularies = _vocabularies(experiment, workdir, texts["train"])
     experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
     _check_config(experiment, workdir)
@@ -133,6 +138,27 @@ def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPa
         experiment.model, source_vocab_size=vocabularies.source.size, target_vocab_size=target.size
     )
     return dataclasses.replace(experiment, model=model)
+
+
+def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: dict[str, ParallelText]) -> Experiment:
+    """Chooses the tokeniser of BLEU where that is left to us, as this training chose before, or by the references."""
+    scored = [texts[name] for name in ("valid", "test") if name in texts]
+    if not scored:
+        return experiment
+    tokenize = experiment.training.tokenize
+    if tokenize == "auto":
+        tokenize = (workdir.read_config() if workdir.exists else {}).get("training", {}).get("tokenize", tokenize)
+        tokenize = choose_tokenizer(scored[0].target) if tokenize == "auto" else tokenize
+        # What is installed may differ from host to host.
+        tokenize = hosts.gather(tokenize)[0]
+        if tokenize != DEFAULT:
+            hosts.say(
+                f"BLEU with sacrebleu's tokeniser {tokenize}, by the script of the references (training.tokenize)"
+            )
+    make_bleu(tokenize, "training.tokenize")
+    if hosts.is_first():
+        warn_of_missing_spaces(tokenize, scored[0].target, "training.tokenize")
+    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, tokenize=tokenize))
 
 
 def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:

@@ -1,6 +1,7 @@
 """Takes what training measures and leaves it where people look: the terminal, `metrics.jsonl`, TensorBoard."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Sequence
 
@@ -61,10 +62,16 @@ class Report:
 
     def training(self, step: int, metrics: dict[str, float]) -> None:
         """Records one window of steps."""
-        parts = [f"loss {metrics['loss']:.3f}", f"{metrics['fill_rate']:.0%} full"]
-        if "tokens_per_second" in metrics:
+        # Where no update of the window was made, these have no value.
+        parts = []
+        if math.isfinite(metrics["loss"]):
+            parts.append(f"loss {metrics['loss']:.3f}")
+        if math.isfinite(metrics["fill_rate"]):
+            parts.append(f"{metrics['fill_rate']:.0%} full")
+        if math.isfinite(metrics.get("tokens_per_second", math.nan)):
+            parts.append(f"{metrics['tokens_per_second']:,.0f} target tokens/s")
+        if "input_wait" in metrics:
             parts += [
-                f"{metrics['tokens_per_second']:,.0f} target tokens/s",
                 f"{metrics['input_wait']:.0%} waiting for input",
                 f"step {1e3 * metrics['step_seconds_p50']:.0f} ms, p95 {1e3 * metrics['step_seconds_p95']:.0f} ms",
             ]

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from flax_transformer.workdir import WorkDirectory
+
 WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
 
 
@@ -49,6 +51,29 @@ def test_scores_and_signatures_are_those_of_the_sacrebleu_command(run, workdir, 
     assert report["length_ratio"] == pytest.approx(ratio, abs=1e-3)
     assert report["sentences"] == 23
     assert report["sentences_per_second"] == pytest.approx(23 / report["seconds"])
+
+
+def test_the_tokeniser_is_that_of_training_or_that_of_the_script_unless_one_is_given(
+    run, workdir, broken, files, tmp_path, monkeypatch
+):
+    def tokeniser(folder, files, *options):
+        report = json.loads(evaluate(run, folder, files, "--output=json", *options))
+        return re.search("tok:([^|]+)", report["signatures"]["bleu"])[1]
+
+    chinese = tmp_path / "chinese.txt"
+    chinese.write_text("我们明天去北京看朋友\n" * 23, encoding="utf-8")
+    assert tokeniser(workdir, files) == "13a" and tokeniser(workdir, (files[0], chinese)) == "zh"
+    config = WorkDirectory(broken).read_config()
+    WorkDirectory(broken).write_config(config | {"training": config["training"] | {"tokenize": "char"}})
+    assert tokeniser(broken, files) == tokeniser(broken, (files[0], chinese)) == "char"
+    assert tokeniser(broken, files, "--tokenize=intl") == "intl"
+    # Both are scored by one tokeniser, and neither training's is the other's.
+    assert tokeniser(broken, files, "--compare", broken) == "char"
+    assert tokeniser(broken, files, "--tokenize=13a", "--compare", broken) == "13a"
+    warned = []
+    monkeypatch.setattr("flax_transformer.commands.evaluate.warn_of_missing_spaces", lambda *said: warned.append(said))
+    tokeniser(workdir, (files[0], chinese), "--tokenize=13a")
+    assert [(tokenize, setting) for tokenize, _, setting in warned] == [("13a", "--tokenize")]
 
 
 def test_text_shows_the_same_numbers(run, workdir, files):

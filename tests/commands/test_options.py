@@ -9,9 +9,12 @@ from flax_transformer.commands.options import (
     add_search_options,
     checkpoint,
     explain_damage,
+    explain_flag,
     pair_checkpoints,
     positive,
     search_settings,
+    seed,
+    whole,
 )
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 
@@ -73,8 +76,8 @@ def test_values_that_make_no_sense_name_those_that_do():
     message = "'-1': choose chosen, best, latest, averaged or the number of a step"
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         checkpoint("-1")
-    assert positive("3") == 3
-    for text in ("0", "-1", "x", "1.5"):
+    assert positive("3") == 3 and positive("1e3") == 1000
+    for text in ("0", "-1", "x", "1.5", "nan", "inf", "1e400", str(2**31), str(2**64)):
         with pytest.raises(argparse.ArgumentTypeError, match="give a whole number above 0"):
             positive(text)
 
@@ -90,3 +93,49 @@ def test_this_librarys_own_errors_keep_their_words():
     with pytest.raises(ValueError, match="^runs/a: beam_size is 0: it must be at least 1$"):
         with explain_damage("runs/a"):
             BeamSearch(beam_size=0)
+
+
+def test_a_whole_number_may_be_written_as_one_with_an_exponent():
+    assert [whole(text) for text in ("7", "-2", "1e3", "2.0")] == [7, -2, 1000, 2]
+    for text in ("1.5", "1e-3", "many", "", "nan", "inf", "1e400"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}': give a whole number"):
+            whole(text)
+
+
+def test_a_seed_is_what_jax_takes_of_one():
+    assert seed("0") == 0 and seed(str(2**32 - 1)) == 2**32 - 1
+    for text in ("-1", str(2**32), str(2**63), str(2**64), "1.5", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}': give a whole number, at least 0 and at most"):
+            seed(text)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (f"--extra_length={2**40}", f"--extra_length is {2**40}: it must be at most 1000000"),
+        (f"--min_length={2**40}", f"--min_length is {2**40}: it must be at most 1000000"),
+        (f"--max_length={2**64}", f"--max_length is {2**64}: it must be at most 1000000"),
+        (f"--no_repeat_ngram={2**40}", f"--no_repeat_ngram is {2**40}: it must be at most 100"),
+        (f"--beam_size={2**40}", f"--beam_size is {2**40}: it must be at most 10000"),
+        ("--alpha=1000", "--alpha is 1000.0: it must be at least -5 and at most 5"),
+        ("--alpha=nan", "--alpha is nan: it must be a number, at least -5 and at most 5"),
+    ],
+)
+def test_a_number_that_no_search_can_be_made_with_is_an_error_that_names_the_option(option, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        parse(option)
+
+
+@pytest.mark.parametrize("temperature", ["inf", "nan", "0", "-1", "1e-300", "1e300"])
+def test_no_temperature_makes_logits_that_are_no_numbers(temperature):
+    with pytest.raises(ValueError, match=r"^--temperature is .*: it must be "):
+        parse("--sample", f"--temperature={temperature}")
+
+
+def test_an_error_of_absl_about_a_number_says_what_to_write():
+    flag, wrong = "flag --config.training.steps", "invalid literal for int() with base 10: "
+    assert explain_flag(f"{flag}=1e3: {wrong}'1e3'").endswith("written in digits: --config.training.steps=1000")
+    assert "--config.training.steps=many: invalid, it must be a whole number" in explain_flag(
+        f"{flag}=many: {wrong}'m'"
+    )
+    assert explain_flag("another error") == "another error"

@@ -55,6 +55,15 @@ def test_updates_that_were_left_out_are_told_of(tmp_path, capfd):
         assert ("3 updates left out" in capfd.readouterr().err) == told
 
 
+def test_the_progress_line_holds_no_nan_where_no_update_was_made(tmp_path, capfd):
+    nothing = {name: float("nan") for name in ("loss", "tokens_per_second", "fill_rate")}
+    with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
+        report.training(1, METRICS | nothing | {"skipped": 7})
+        report.step_done()
+    said = capfd.readouterr().err
+    assert "nan" not in said and "7 updates left out" in said and "step 100 ms" in said
+
+
 def test_the_progress_line_tells_the_speed_and_what_it_could_be(tmp_path, capfd):
     with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
         report.training(1, METRICS | {"model_flops_utilization": 0.41, "memory_bytes": 3.14e9})
