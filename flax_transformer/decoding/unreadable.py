@@ -58,8 +58,8 @@ class UnreadableSentences:
                 self.count += 1
         return found
 
-    def warn(self, *, stacklevel: int = 2) -> None:
-        """Warns of the sentences counted so far, if there are any."""
+    def warn(self, *, stacklevel: int = 1) -> None:
+        """Warns of the sentences counted so far, if there are any; at stack level 1 in the name of the caller."""
         if self.count:
             warnings.warn(
                 f"{self.count:,} of {self.total:,} sentences consist to a third or more of characters that the "
