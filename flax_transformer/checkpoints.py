@@ -23,8 +23,14 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from flax_transformer.literal_path import literal
+
 LESS_IS_BETTER = ("loss",)
 TREES = ("params", "ema", "training")
+
+# What Orbax cannot restore an item without, by the kind of item.
+FILES_OF_TREE = ("manifest.ocdbt", "_METADATA")
+FILES_OF_NOTES = ("metadata",)
 
 Scores = Mapping[str, float]
 
@@ -43,6 +49,7 @@ class Checkpoints:
         read_only: bool,
     ):
         """Opens them; arguments as in `WorkDirectory.open_checkpoints`, and where the scores are, if there are any."""
+        path = literal(path, read_only=read_only)
         self._path, self._scores_file, self._best_metric = path, scores_file, best_metric
         self._scores = _read_scores(scores_file)
         options = ocp.CheckpointManagerOptions(
@@ -59,6 +66,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
         # The step whose checkpoint is being written.
         self._writing: int | None = None
+        # The files that must be in the folder of that step when it is written; none where they have been looked at.
+        self._expected: list[str] = []
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -67,6 +76,7 @@ class Checkpoints:
         try:
             with self._explain_failure():
                 self._manager.close()
+                self._check_files()
         except OSError:
             # A failure that has been told of is not told twice.
             if kind is None or not issubclass(kind, OSError):
@@ -161,8 +171,11 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         with self._explain_failure(), _without_garbage_collection():
             self._manager.wait_until_finished()
+            self._check_files()
             self._writing = step
             self._manager.save(step, args=ocp.args.Composite(**items, notes=ocp.args.JsonSave(dict(notes))))
+            self._expected = [f"{name}/{file}" for name in items for file in FILES_OF_TREE]
+            self._expected += [f"notes/{file}" for file in FILES_OF_NOTES]
 
     @property
     def is_writing(self) -> bool:
@@ -175,6 +188,20 @@ class Checkpoints:
         if not self.is_writing:
             with self._explain_failure():
                 self._manager.wait_until_finished()
+                self._check_files()
+
+    def _check_files(self) -> None:
+        """Raises OSError where the checkpoint that was written lacks a file that a reader needs.
+
+        Of some failures Orbax tells only in its log, and keeps a checkpoint that nobody can read.
+        """
+        expected, self._expected = self._expected, []
+        if jax.process_index() != 0:  # the process that puts the parts of all others together
+            return
+        for name in expected:
+            file = self._path / str(self._writing) / name
+            if not file.exists() or not file.stat().length:
+                raise OSError(f"{file} is missing or empty after the save, so that nobody could read the checkpoint")
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:

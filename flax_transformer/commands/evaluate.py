@@ -14,18 +14,21 @@ from sacrebleu.metrics.base import Metric, Score
 from sacrebleu.metrics.bleu import BLEUScore
 from sacrebleu.significance import PairedTest, Result
 
-from flax_transformer.commands.lines import check_output, count_lines, in_chunks, open_output, progress_bar, read_pairs
+from flax_transformer.commands.lines import count_lines, in_chunks, open_output, progress_bar, read_pairs
 from flax_transformer.commands.options import (
     Model,
     add_model_options,
     add_search_options,
     checkpoint,
+    filled,
     load_translator,
     pair_checkpoints,
+    path,
     search_settings,
 )
-from flax_transformer.data.corpus import load_corpus
+from flax_transformer.data.corpus import corpus_files, load_corpus
 from flax_transformer.decoding.settings import SearchSettings
+from flax_transformer.files import STANDARD, Named, check_inputs, check_output
 
 EXAMPLES = """\
 length is the translations' tokens divided by the references', as BLEU counts them;
@@ -80,10 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
     text = parser.add_argument_group("the test set")
-    text.add_argument("--source", metavar="FILE", help="UTF-8, a sentence a line")
-    text.add_argument("--reference", metavar="FILE", help="line i translates line i of the source")
+    text.add_argument("--source", type=path, metavar="FILE", help="UTF-8, a sentence a line")
+    text.add_argument("--reference", type=path, metavar="FILE", help="line i translates line i of the source")
     text.add_argument(
         "--corpus",
+        type=filled,
         metavar="CORPUS",
         help="in place of both: files:SOURCE,REFERENCE, tsv:FILE or tfds:NAME:SPLIT?source=en&target=de, as in "
         "training; quote it in a shell",
@@ -93,7 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--output", choices=("text", "json"), default="text", help="how scores are shown (default text)"
     )
-    report.add_argument("--translations", metavar="FILE", help="also write the translations of --workdir, a line each")
+    report.add_argument(
+        "--translations", type=path, metavar="FILE", help="also write the translations of --workdir, a line each"
+    )
     report.add_argument(
         "--tokenize",
         choices=list(BLEU.TOKENIZERS),
@@ -105,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--compare",
         nargs="+",
+        type=path,
         metavar="FOLDER",
         help="a second work directory, or ensemble: shows both and tests each difference by paired bootstrap",
     )
@@ -128,9 +135,15 @@ def run(options: argparse.Namespace) -> None:
     if options.compare:
         models.append(pair_checkpoints(options.compare, options.compare_checkpoint or options.checkpoint))
     metrics = _metrics(options.tokenize)
-    sources, references = _read(options)
+    inputs = _inputs(options)
+    check_inputs(
+        inputs, instead=", or give --corpus=tsv:- and pairs on standard input, a tab between source and target"
+    )
+    workdirs = [*options.workdir, *(options.compare or [])]
+    check_output("the report", STANDARD, inputs, workdirs)
     if options.translations:
-        check_output("--translations", options.translations, [options.source, options.reference])
+        check_output("--translations", options.translations, inputs, workdirs)
+    sources, references = _read(options)
     # All load before any translates, so that a wrong path is found now and not after hours.
     translators = [load_translator(each, options.batch_tokens) for each in models]
     systems: list[System] = []
@@ -156,14 +169,21 @@ def _metrics(tokenize: str) -> dict[str, Metric]:
         raise ValueError(f"sacrebleu cannot use --tokenize={tokenize} here: {error}") from error
 
 
+def _inputs(options: argparse.Namespace) -> list[Named]:
+    """All files of the test set, with the options that name them."""
+    if options.corpus and not (options.source or options.reference):
+        return [("--corpus", file) for file in corpus_files(options.corpus)]
+    if options.corpus or not (options.source and options.reference):
+        raise ValueError("which test set? Give --source and --reference, or --corpus alone")
+    return [("--source", options.source), ("--reference", options.reference)]
+
+
 def _read(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The source sentences and their references."""
-    files = (options.source, options.reference)
-    if options.corpus and not any(files):
+    if options.corpus:
         corpus = load_corpus(options.corpus)
         return corpus.source, corpus.target
-    if options.corpus or not all(files):
-        raise ValueError("which test set? Give --source and --reference, or --corpus alone")
+    files = (options.source, options.reference)
     count_lines(*files)
     pairs = list(read_pairs(*files))
     if not pairs:

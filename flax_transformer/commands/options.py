@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
+from flax_transformer.files import expand
 
 # A work directory, and which of its checkpoints.
 Model = tuple[str, str | int]
@@ -28,6 +29,18 @@ def checkpoint(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"{text!r}: choose {', '.join(CHECKPOINTS)} or the number of a step")
 
 
+def path(text: str) -> str:
+    """The type of an option that names a file or a folder; `~` becomes the home folder."""
+    return expand(filled(text))
+
+
+def filled(text: str) -> str:
+    """The type of an option that must not be empty, as it is where a shell's variable is not set."""
+    if text.strip():
+        return text
+    raise argparse.ArgumentTypeError("the name is empty (a shell variable that is not set?): give one, or leave it out")
+
+
 def positive(text: str) -> int:
     """The type of a count: a whole number above 0."""
     if text.isdecimal() and int(text) > 0:
@@ -41,6 +54,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workdir",
         nargs="+",
+        type=path,
         required=True,
         metavar="FOLDER",
         help="the work directory that training left; several make an ensemble, which averages their probabilities",

@@ -1,8 +1,10 @@
 """Takes sentences and leaves their translations: trained models, their vocabulary and a search, put together."""
 
 import dataclasses
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
 
 import jax
 import numpy as np
@@ -152,10 +154,10 @@ class Translator:
 
     def translate(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         search: BeamSearch | Sampling = BEAM,
         *,
-        prefixes: Sequence[str] | None = None,
+        prefixes: Iterable[str] | None = None,
         seed: int = 0,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[str]:
@@ -165,10 +167,10 @@ class Translator:
 
     def hypotheses(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         search: BeamSearch | Sampling = BEAM,
         *,
-        prefixes: Sequence[str] | None = None,
+        prefixes: Iterable[str] | None = None,
         seed: int = 0,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
@@ -178,18 +180,17 @@ class Translator:
         sentence ends, and the translations of its parts are joined, with a warning.
 
         Args:
-            sentences: of the source language.
+            sentences: of the source language, in any iterable that has an order.
             search: how translations are searched, and how many are returned.
             prefixes: what each translation begins with; an empty one is no wish.
             seed: for sampling: equal seeds draw equal translations, whatever the batches.
             after_batch: called after each batch of sentences; what it raises ends the search.
 
         Raises:
-            ValueError: `sentences` is one string, or prefixes are too many, too few or too long.
+            ValueError: `sentences` is one string, holds something else than text or has no order, or prefixes are too many, too few or too long.
         """
-        _check_list("sentences", sentences)
-        prefixes = [""] * len(sentences) if prefixes is None else prefixes
-        _check_list("prefixes", prefixes)
+        sentences = _as_list("sentences", sentences)
+        prefixes = [""] * len(sentences) if prefixes is None else _as_list("prefixes", prefixes)
         if len(prefixes) != len(sentences):
             raise ValueError(f"there are {len(prefixes)} prefixes for {len(sentences)} sentences: give one for each")
         all_parts = self._split(sentences)
@@ -207,7 +208,7 @@ class Translator:
         return [self._join([next(outputs) for _ in parts], search) for parts in all_parts]
 
     def score(
-        self, sources: Sequence[str], targets: Sequence[str | Translation], search: SearchSettings = BEAM
+        self, sources: Iterable[str], targets: Iterable[str | Translation], search: SearchSettings = BEAM
     ) -> list[Translation]:
         """How probable given translations are: forced decoding, with the numbers that `hypotheses` gives its own.
 
@@ -223,7 +224,7 @@ class Translator:
         return [self._translation([output], search) for output in outputs]
 
     def align(
-        self, sources: Sequence[str], targets: Sequence[str | Translation], *, layer: int = -1
+        self, sources: Iterable[str], targets: Iterable[str | Translation], *, layer: int = -1
     ) -> list[Alignment]:
         """Which source tokens each token of given translations looked at.
 
@@ -263,6 +264,7 @@ class Translator:
         """
         if search.hypotheses > 1:
             raise ValueError(f"a stream follows one hypothesis, not {search.hypotheses}: search with a beam of 1")
+        (sentence,) = _as_list("sentence", [sentence])
         return self._stream(sentence, search, seed)
 
     def compile(self, search: BeamSearch | Sampling = BEAM, *, longest: int = 64, sentences: int | None = None) -> None:
@@ -328,10 +330,9 @@ class Translator:
             done.append(text)
 
     def _encode_pairs(
-        self, sources: Sequence[str], targets: Sequence[str | Translation]
+        self, sources: Iterable[str], targets: Iterable[str | Translation]
     ) -> tuple[list[list[int]], list[list[int]]]:
-        _check_list("sources", sources)
-        _check_list("targets", targets)
+        sources, targets = _as_list("sources", sources), _as_list("targets", targets, also=Translation)
         if len(sources) != len(targets):
             raise ValueError(f"there are {len(targets)} targets for {len(sources)} sources: give one for each")
         encode = self.vocabularies.target.encode
@@ -349,6 +350,24 @@ def _random_keys(search: SearchSettings, seed: int, places: Sequence[tuple[int, 
     return jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)
 
 
-def _check_list(name: str, value: object) -> None:
-    if isinstance(value, str):
-        raise ValueError(f"{name} is one string: give a list of them")
+def _as_list(name: str, value: object, also: type = str) -> list[Any]:
+    """The texts of any iterable that has an order, as a list; raises ValueError naming the place of what is no text.
+
+    Args:
+        name: of the argument.
+        value: what was given; an iterator is read to its end.
+        also: what may stand in it besides texts.
+    """
+    kind = type(value).__name__
+    if isinstance(value, str | bytes | Translation):
+        raise ValueError(f"{name} is one {'string' if isinstance(value, str) else kind}: give a list of them")
+    if hasattr(value, "readline"):
+        raise ValueError(f"{name} is an open file: give its lines without their ends, as in file.read().split('\\n')")
+    if isinstance(value, Set | Mapping) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) != 1:
+        raise ValueError(f"{name} is a {kind}, which is no sequence of texts: give a list, in the order that is wanted")
+    texts = list(value)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str | also):
+            found = textwrap.shorten(repr(text), 60, placeholder=" …")
+            raise ValueError(f"{name}[{number}] is {found}, of type {type(text).__name__}: give text, of type str")
+    return texts
