@@ -9,7 +9,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO
+from typing import Any
 
 # The name of standard input, where a file is read, and of standard output, where one is written.
 STANDARD = "-"
@@ -106,7 +106,7 @@ def check_output(option: str, path: str, inputs: Sequence[Named], workdirs: Sequ
             raise ValueError(f"{option} is {path}, which you may not write to: name another file")
     for reader, name in inputs:
         if same_file(path, name) and not _is_terminal_or_null(path):
-            raise ValueError(f"{option} is {path}, which is read as well, by {reader}: name another file")
+            raise ValueError(f"{option} is {path}, which {reader} names and which is read as well: name another file")
     if workdir := work_directory_of(path, workdirs):
         raise ValueError(
             f"{option} is {path}, which belongs to the work directory {workdir} and would be lost: name another file"
@@ -208,7 +208,7 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _status_of_stream(stream: IO[str] | None) -> os.stat_result | None:
+def _status_of_stream(stream: Any) -> os.stat_result | None:
     try:
         return os.fstat(stream.fileno()) if stream is not None else None
     except (OSError, ValueError):  # one that is closed, or is held in memory

@@ -148,7 +148,9 @@ def _load_files(rest: str) -> tuple[list[str], list[str]]:
     paths = _split_paths(rest)
     if len(paths) != 2:
         quotes = "; a path that holds a comma stands in double quotes" if len(paths) > 2 else ""
-        raise ValueError(f"corpus 'files:{rest}' names {len(paths)} files: write files:SOURCE,TARGET{quotes}")
+        raise ValueError(
+            f"corpus 'files:{rest}' names {len(paths)} file{'s' * (len(paths) != 1)}: write files:SOURCE,TARGET{quotes}"
+        )
     if same_file(*paths):
         warnings.warn(
             f"corpus 'files:{rest}' names the same file as source and as target: the model will learn to copy",

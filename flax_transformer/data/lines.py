@@ -52,8 +52,9 @@ def read_columns(path: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(read_lines(path), start=1):
         columns = line.split("\t")
         if len(columns) < 2:
+            spaces = " but spaces" if "  " in line.strip() else ""
             raise ValueError(
-                f"{shown(path)}:{number}: there is no tab: write the source, a tab (not spaces), and the target"
+                f"{shown(path)}:{number}: there is no tab{spaces}: write the source, a tab, and the target"
             )
         yield columns[0], columns[1]
 

@@ -187,7 +187,8 @@ class Translator:
             after_batch: called after each batch of sentences; what it raises ends the search.
 
         Raises:
-            ValueError: `sentences` is one string, holds something else than text or has no order, or prefixes are too many, too few or too long.
+            ValueError: `sentences` is one string, has no order or holds something that is no text, or prefixes are too
+                many, too few or too long.
         """
         sentences = _as_list("sentences", sentences)
         prefixes = [""] * len(sentences) if prefixes is None else _as_list("prefixes", prefixes)
