@@ -52,6 +52,8 @@ class WorkDirectory:
         if self.is_remote:
             return
         place = str(self.path)
+        if any(len(os.fsencode(part)) > 255 for part in place.split(os.sep)):
+            raise ValueError(f"a name in {place[:80]}… is longer than 255 bytes: choose a shorter one")
         while not os.path.lexists(place):
             place = os.path.dirname(place)
         if not os.path.isdir(place):

@@ -83,9 +83,7 @@ def save_the_next(checkpoints):
 
 
 @pytest.mark.parametrize("break_it", [merge_none, remove_notes])
-@pytest.mark.parametrize(
-    "find_out", [check, lambda checkpoints: checkpoints.save(3, TREES, {}), lambda checkpoints: None]
-)
+@pytest.mark.parametrize("find_out", [check, save_the_next, lambda checkpoints: None])
 def test_a_save_that_left_too_little_is_a_failed_save(break_it, find_out, tmp_path, monkeypatch):
     workdir = WorkDirectory(tmp_path / "run")
     save(workdir)
@@ -130,6 +128,11 @@ def test_a_place_that_cannot_be_made_is_named(tmp_path):
             WorkDirectory(tmp_path / name).check_place()
     WorkDirectory(tmp_path / "new" / "run").check_place()
     assert sorted(os.listdir(tmp_path)) == ["broken", "file"]
+
+
+def test_a_name_that_no_file_system_takes_is_told(tmp_path):
+    with pytest.raises(ValueError, match="longer than 255 bytes"):
+        WorkDirectory(tmp_path / ("ಕ" * 86)).check_place()
 
 
 def test_a_folder_of_another_work_directory_is_no_place(tmp_path):
