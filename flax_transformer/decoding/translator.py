@@ -20,6 +20,8 @@ from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
 GREEDY = BeamSearch(beam_size=1)
+# Texts of type str, in anything that has an order; `_as_list` checks each and names the place of another value.
+Texts = Iterable[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +156,10 @@ class Translator:
 
     def translate(
         self,
-        sentences: Iterable[str],
+        sentences: Texts,
         search: BeamSearch | Sampling = BEAM,
         *,
-        prefixes: Iterable[str] | None = None,
+        prefixes: Texts | None = None,
         seed: int = 0,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[str]:
@@ -167,10 +169,10 @@ class Translator:
 
     def hypotheses(
         self,
-        sentences: Iterable[str],
+        sentences: Texts,
         search: BeamSearch | Sampling = BEAM,
         *,
-        prefixes: Iterable[str] | None = None,
+        prefixes: Texts | None = None,
         seed: int = 0,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
@@ -208,9 +210,7 @@ class Translator:
         outputs = iter(found)
         return [self._join([next(outputs) for _ in parts], search) for parts in all_parts]
 
-    def score(
-        self, sources: Iterable[str], targets: Iterable[str | Translation], search: SearchSettings = BEAM
-    ) -> list[Translation]:
+    def score(self, sources: Texts, targets: Texts, search: SearchSettings = BEAM) -> list[Translation]:
         """How probable given translations are: forced decoding, with the numbers that `hypotheses` gives its own.
 
         Args:
@@ -224,9 +224,7 @@ class Translator:
         outputs = self._engine.score(*self._encode_pairs(sources, targets))
         return [self._translation([output], search) for output in outputs]
 
-    def align(
-        self, sources: Iterable[str], targets: Iterable[str | Translation], *, layer: int = -1
-    ) -> list[Alignment]:
+    def align(self, sources: Texts, targets: Texts, *, layer: int = -1) -> list[Alignment]:
         """Which source tokens each token of given translations looked at.
 
         Args:
@@ -330,9 +328,7 @@ class Translator:
                 told = whole
             done.append(text)
 
-    def _encode_pairs(
-        self, sources: Iterable[str], targets: Iterable[str | Translation]
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    def _encode_pairs(self, sources: Texts, targets: Texts) -> tuple[list[list[int]], list[list[int]]]:
         sources, targets = _as_list("sources", sources), _as_list("targets", targets, also=Translation)
         if len(sources) != len(targets):
             raise ValueError(f"there are {len(targets)} targets for {len(sources)} sources: give one for each")
