@@ -75,4 +75,10 @@ def parse_flags(argv: list[str]) -> Any:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
+    for name in ("config", "workdir", "coordinator"):
+        flags.register_validator(
+            name,
+            lambda value: value is None or not isinstance(value, str) or value.strip() != "",
+            "the name is empty (a shell variable that is not set?): give one, or leave it out",
+        )
     app.run(main, flags_parser=parse_flags)

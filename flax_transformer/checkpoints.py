@@ -22,9 +22,14 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from flax_transformer.literal_path import literal
 from flax_transformer.scores import Scores, StepScores
 
 TREES = ("params", "ema", "training")
+
+# What Orbax cannot restore an item without, by the kind of item.
+FILES_OF_TREE = ("manifest.ocdbt", "_METADATA")
+FILES_OF_NOTES = ("metadata",)
 
 
 class Checkpoints:
@@ -42,6 +47,7 @@ class Checkpoints:
         read_only: bool,
     ):
         """Opens them; arguments as in `WorkDirectory.open_checkpoints`, and where the scores are, if there are any."""
+        path = literal(path, read_only=read_only)
         self._path = path
         self._scores = StepScores(scores_file, best_metric, found_by)
         options = ocp.CheckpointManagerOptions(
@@ -58,6 +64,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
         # The step whose checkpoint is being written.
         self._writing: int | None = None
+        # The files that must be in the folder of that step when it is written; none where they have been looked at.
+        self._expected: list[str] = []
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -66,6 +74,7 @@ class Checkpoints:
         try:
             with self._explain_failure():
                 self._manager.close()
+                self._check_files()
         except OSError:
             # A failure that has been told of is not told twice.
             if kind is None or not issubclass(kind, OSError):
@@ -151,8 +160,11 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         with self._explain_failure(), _without_garbage_collection():
             self._manager.wait_until_finished()
+            self._check_files()
             self._writing = step
             self._manager.save(step, args=ocp.args.Composite(**items, notes=ocp.args.JsonSave(dict(notes))))
+            self._expected = [f"{name}/{file}" for name in items for file in FILES_OF_TREE]
+            self._expected += [f"notes/{file}" for file in FILES_OF_NOTES]
 
     @property
     def is_writing(self) -> bool:
@@ -165,6 +177,20 @@ class Checkpoints:
         if not self.is_writing:
             with self._explain_failure():
                 self._manager.wait_until_finished()
+                self._check_files()
+
+    def _check_files(self) -> None:
+        """Raises OSError where the checkpoint that was written lacks a file that a reader needs.
+
+        Of some failures Orbax tells only in its log, and keeps a checkpoint that nobody can read.
+        """
+        expected, self._expected = self._expected, []
+        if jax.process_index() != 0:  # the process that puts the parts of all others together
+            return
+        for name in expected:
+            file = self._path / str(self._writing) / name
+            if not file.exists() or not file.stat().length:
+                raise OSError(f"{file} is missing or empty after the save, so that nobody could read the checkpoint")
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:

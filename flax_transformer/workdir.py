@@ -6,6 +6,7 @@ events. It knows pytrees, no model.
 
 import contextlib
 import json
+import os
 import types
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import scored_by
+from flax_transformer.files import OWN_FILES, OWN_FOLDERS, work_directory_of
 
 
 class WorkDirectory:
@@ -28,15 +30,50 @@ class WorkDirectory:
     """
 
     def __init__(self, path: epath.PathLike):
-        """Names the folder; nothing is read or written yet."""
+        """Names the folder; nothing is read or written yet.
+
+        Raises:
+            ValueError: the name is empty, or has a character with which checkpoints cannot be stored.
+        """
+        _check_name(os.fspath(path))
         path = epath.Path(path).expanduser()
         # Orbax takes absolute paths only; `resolve` would take gs:// for a folder here.
         self.path = path if path.is_absolute() else path.resolve()
+        _check_name(str(self.path))
 
     @property
     def is_remote(self) -> bool:
         """Whether it lies in an object store such as gs://, where files cannot be locked or appended to."""
         return "://" in str(self.path)
+
+    def check_place(self) -> None:
+        """Checks, before anything is made, that the folder can be made or written to.
+
+        Raises:
+            ValueError: it cannot be; names the file or folder that is in the way.
+        """
+        if self.is_remote:
+            return
+        place = str(self.path)
+        if any(len(os.fsencode(part)) > 255 for part in place.split(os.sep)):
+            raise ValueError(f"a name in {place[:80]}… is longer than 255 bytes: choose a shorter one")
+        while not os.path.lexists(place):
+            place = os.path.dirname(place)
+        if not os.path.isdir(place):
+            raise ValueError(f"the folder {self.path} cannot be made: {place} is no folder; name another")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"the folder {self.path} cannot be written to: you may not write in {place}; name another")
+        for name in (*OWN_FILES, *OWN_FOLDERS):
+            part = os.path.join(self.path, name)
+            if not os.path.lexists(part):
+                continue
+            if os.path.isdir(part) != (name in OWN_FOLDERS):
+                kind = "folder" if name in OWN_FOLDERS else "file"
+                raise ValueError(f"{part} is in the way of the {kind} of that name: move it, or name another folder")
+            if not os.access(part, os.W_OK):
+                raise ValueError(f"{part} cannot be written to: give yourself the right to, or name another folder")
+        if owner := work_directory_of(str(self.path)):
+            raise ValueError(f"{self.path} lies in what belongs to the work directory {owner}: name another folder")
 
     @property
     def _config_file(self) -> epath.Path:
@@ -285,4 +322,16 @@ class WorkDirectory:
             keep_best=1,
             best_metric="loss",
             read_only=read_only,
+        )
+
+
+def _check_name(path: str) -> None:
+    """Raises ValueError for a path under which checkpoints could be neither written nor read."""
+    if not path.strip():
+        raise ValueError("the name of the work directory is empty (a shell variable that is not set?): give one")
+    if "\0" in path or path.encode(errors="replace").decode() != path:
+        raise ValueError(f"the work directory {path!r} has bytes in its name that are no UTF-8: choose another name")
+    if os.sep == "/" and "\\" in path:
+        raise ValueError(
+            f"the work directory's path {path} holds a backslash, which TensorStore takes for a slash: choose another"
         )

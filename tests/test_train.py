@@ -56,6 +56,7 @@ def test_a_mistake_is_one_line_that_names_it_and_no_traceback(arguments, said, t
     [
         ([QUICKSTART], "--workdir must have a value"),
         (["--workdir=runs/none"], "--config must have a value"),
+        ([QUICKSTART, "--workdir="], "--workdir=: the name is empty"),
         ([QUICKSTART, "--workdri=runs/none"], "Did you mean: workdir"),
         ([QUICKSTART, "--workdir=runs/none", "--config.training.steps=many"], "--config.training.steps=many: invalid"),
         ([QUICKSTART, "--workdir=runs/none", "more"], "unexpected arguments: more"),

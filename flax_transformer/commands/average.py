@@ -6,7 +6,7 @@ an average made before; the checkpoints themselves stay.
 import argparse
 import shlex
 
-from flax_transformer.commands.options import explain_damage, positive
+from flax_transformer.commands.options import explain_damage, path, positive
 
 EXAMPLES = """\
 examples:
@@ -18,7 +18,11 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `average`."""
     parser.add_argument(
-        "--workdir", required=True, metavar="FOLDER", help="the work directory that training left; the average joins it"
+        "--workdir",
+        type=path,
+        required=True,
+        metavar="FOLDER",
+        help="the work directory that training left; the average joins it",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--last", type=positive, metavar="N", help="average the N newest checkpoints; this or --best")

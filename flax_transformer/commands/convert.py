@@ -7,7 +7,7 @@ import argparse
 import shlex
 from typing import Any
 
-from flax_transformer.commands.options import checkpoint, explain_damage
+from flax_transformer.commands.options import checkpoint, explain_damage, path
 
 USAGE = "{from-marian,to-marian,to-ctranslate2,to-stablehlo} FROM TO [OPTIONS]"
 EXAMPLES = """\
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `convert`."""
     parser.add_argument("way", choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument(
-        "source", metavar="FROM", help="the folder that is read: a downloaded model, or a work directory"
+        "source", type=path, metavar="FROM", help="the folder that is read: a downloaded model, or a work directory"
     )
-    parser.add_argument("target", metavar="TO", help="the folder that is made")
+    parser.add_argument("target", type=path, metavar="TO", help="the folder that is made")
     parser.add_argument(
         "--checkpoint",
         type=checkpoint,
@@ -48,8 +48,10 @@ def run(options: argparse.Namespace) -> None:
     if options.checkpoint and way == "from-marian":
         raise ValueError("--checkpoint is for work directories, not for from-marian: leave it out")
     # jax loads here, so that --help answers at once.
+    from flax_transformer.interop.folders import check_new_folder
     from flax_transformer.trained_model import TrainedModel
 
+    check_new_folder(options.target)
     if way == "from-marian":
         from flax_transformer.interop.marian import from_marian
 

@@ -15,20 +15,23 @@ from sacrebleu.metrics.bleu import BLEUScore
 from sacrebleu.significance import PairedTest, Result
 
 from flax_transformer.bleu import choose_tokenizer, make_bleu, warn_of_missing_spaces
-from flax_transformer.commands.lines import check_output, count_lines, in_chunks, open_output, progress_bar, read_pairs
+from flax_transformer.commands.lines import count_lines, in_chunks, open_output, progress_bar, read_pairs
 from flax_transformer.commands.options import (
     Model,
     add_model_options,
     add_search_options,
     checkpoint,
     explain_damage,
+    filled,
     load_translator,
     pair_checkpoints,
+    path,
     search_settings,
 )
-from flax_transformer.data.corpus import load_corpus
+from flax_transformer.data.corpus import corpus_files, load_corpus
 from flax_transformer.decoding.settings import SearchSettings
 from flax_transformer.decoding.unreadable import UnreadableSentences
+from flax_transformer.files import STANDARD, Named, check_inputs, check_output
 from flax_transformer.text.spelling import comparable, in_one_line
 
 EXAMPLES = """\
@@ -84,10 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
     text = parser.add_argument_group("the test set")
-    text.add_argument("--source", metavar="FILE", help="UTF-8, a sentence a line")
-    text.add_argument("--reference", metavar="FILE", help="line i translates line i of the source")
+    text.add_argument("--source", type=path, metavar="FILE", help="UTF-8, a sentence a line")
+    text.add_argument("--reference", type=path, metavar="FILE", help="line i translates line i of the source")
     text.add_argument(
         "--corpus",
+        type=filled,
         metavar="CORPUS",
         help="in place of both: files:SOURCE,REFERENCE, tsv:FILE or tfds:NAME:SPLIT?source=en&target=de, as in "
         "training; quote it in a shell",
@@ -97,7 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--output", choices=("text", "json"), default="text", help="how scores are shown (default text)"
     )
-    report.add_argument("--translations", metavar="FILE", help="also write the translations of --workdir, a line each")
+    report.add_argument(
+        "--translations", type=path, metavar="FILE", help="also write the translations of --workdir, a line each"
+    )
     report.add_argument(
         "--tokenize",
         choices=list(BLEU.TOKENIZERS),
@@ -108,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--compare",
         nargs="+",
+        type=path,
         metavar="FOLDER",
         help="a second work directory, or ensemble: shows both and tests each difference by paired bootstrap",
     )
@@ -130,10 +137,16 @@ def run(options: argparse.Namespace) -> None:
     models = [pair_checkpoints(options.workdir, options.checkpoint)]
     if options.compare:
         models.append(pair_checkpoints(options.compare, options.compare_checkpoint or options.checkpoint))
+    inputs = _inputs(options)
+    check_inputs(
+        inputs, instead=", or give --corpus=tsv:- and pairs on standard input, a tab between source and target"
+    )
+    workdirs = [*options.workdir, *(options.compare or [])]
+    check_output("the report", STANDARD, inputs, workdirs)
+    if options.translations:
+        check_output("--translations", options.translations, inputs, workdirs)
     sources, references = _read(options)
     metrics = _metrics(options.tokenize or _default_tokenizer(options, references), references)
-    if options.translations:
-        check_output("--translations", options.translations, [options.source, options.reference])
     # All load before any translates, so that a wrong path is found now and not after hours.
     translators = [load_translator(each, options.batch_tokens) for each in models]
     systems: list[System] = []
@@ -165,22 +178,29 @@ def _default_tokenizer(options: argparse.Namespace, references: list[str]) -> st
     from flax_transformer.workdir import WorkDirectory
 
     chosen = set()
-    for path in [*options.workdir, *(options.compare or [])]:
-        with explain_damage(path):
-            config = WorkDirectory(path).read_config()
+    for workdir in [*options.workdir, *(options.compare or [])]:
+        with explain_damage(workdir):
+            config = WorkDirectory(workdir).read_config()
         # A converted model has no training section, and an older training chose none.
         chosen.add(config.get("training", {}).get("tokenize", "auto"))
     return chosen.pop() if len(chosen) == 1 and "auto" not in chosen else choose_tokenizer(references)
 
 
+def _inputs(options: argparse.Namespace) -> list[Named]:
+    """All files of the test set, with the options that name them."""
+    if options.corpus and not (options.source or options.reference):
+        return [("--corpus", file) for file in corpus_files(options.corpus)]
+    if options.corpus or not (options.source and options.reference):
+        raise ValueError("which test set? Give --source and --reference, or --corpus alone")
+    return [("--source", options.source), ("--reference", options.reference)]
+
+
 def _read(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The source sentences and their references."""
-    files = (options.source, options.reference)
-    if options.corpus and not any(files):
+    if options.corpus:
         corpus = load_corpus(options.corpus)
         return corpus.source, list(map(comparable, corpus.target))
-    if options.corpus or not all(files):
-        raise ValueError("which test set? Give --source and --reference, or --corpus alone")
+    files = (options.source, options.reference)
     count_lines(*files)
     pairs = list(read_pairs(*files))
     if not pairs:

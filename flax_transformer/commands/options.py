@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
+from flax_transformer.files import expand
 from flax_transformer.ranges import INT32, Range, check_value, whole_number
 
 # A work directory, and which of its checkpoints.
@@ -29,6 +30,18 @@ def checkpoint(text: str) -> str | int:
     if text.isdecimal():
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: choose {', '.join(CHECKPOINTS)} or the number of a step")
+
+
+def path(text: str) -> str:
+    """The type of an option that names a file or a folder; `~` becomes the home folder."""
+    return expand(filled(text))
+
+
+def filled(text: str) -> str:
+    """The type of an option that must not be empty, as it is where a shell's variable is not set."""
+    if text.strip():
+        return text
+    raise argparse.ArgumentTypeError("the name is empty (a shell variable that is not set?): give one, or leave it out")
 
 
 def whole(text: str) -> int:
@@ -75,6 +88,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workdir",
         nargs="+",
+        type=path,
         required=True,
         metavar="FOLDER",
         help="the work directory that training left; several make an ensemble, which averages their probabilities",

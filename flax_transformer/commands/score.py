@@ -17,14 +17,11 @@ import sys
 from typing import Any
 
 from flax_transformer.commands.lines import (
-    STANDARD,
-    check_output,
     count_lines,
     in_chunks,
     json_line,
     open_output,
     progress_bar,
-    read_columns,
     read_pairs,
 )
 from flax_transformer.commands.options import (
@@ -32,8 +29,11 @@ from flax_transformer.commands.options import (
     add_model_options,
     load_translator,
     pair_checkpoints,
+    path,
     search_settings,
 )
+from flax_transformer.data.lines import read_columns
+from flax_transformer.files import STANDARD, check_inputs, check_output
 
 EXAMPLES = """\
 examples:
@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `score`."""
     add_model_options(parser)
     pairs = parser.add_argument_group("the pairs")
-    pairs.add_argument("--source", metavar="FILE", help="UTF-8, a sentence a line")
-    pairs.add_argument("--target", metavar="FILE", help="line i translates line i of the source")
-    pairs.add_argument("--output", metavar="FILE", help="where scores go; standard output if not given")
+    pairs.add_argument("--source", type=path, metavar="FILE", help="UTF-8, a sentence a line")
+    pairs.add_argument("--target", type=path, metavar="FILE", help="line i translates line i of the source")
+    pairs.add_argument("--output", type=path, metavar="FILE", help="where scores go; standard output if not given")
     pairs.add_argument("--format", choices=("tsv", "jsonl"), default="tsv", help="tsv (default) or jsonl, see above")
     add_length_penalty(parser.add_argument_group("the score", argument_default=argparse.SUPPRESS))
 
@@ -61,11 +61,18 @@ def run(options: argparse.Namespace) -> None:
     models = pair_checkpoints(options.workdir, options.checkpoint)
     if (options.source is None) != (options.target is None):
         raise ValueError("--source and --target come together: give both, or neither and pairs on standard input")
-    files = [options.source, options.target] if options.source else [STANDARD]
-    total = count_lines(*files)
+    if options.source:
+        inputs = [("--source", options.source), ("--target", options.target)]
+    else:
+        inputs = [("the command", STANDARD)]
+    check_inputs(
+        inputs, instead=", or leave both out and write pairs to standard input, a tab between source and target"
+    )
     output = options.output or STANDARD
-    if options.output:
-        check_output("--output", output, files)
+    check_output("--output", output, inputs, options.workdir)
+    total = count_lines(*(name for _, name in inputs))
+    if total == 0:
+        raise ValueError("there are no pairs: the input is empty")
     if not options.source and sys.stdin.isatty():
         print("type a source, a tab and a target on each line; Ctrl-D ends them", file=sys.stderr)
     pairs = read_pairs(options.source, options.target) if options.source else read_columns(STANDARD)

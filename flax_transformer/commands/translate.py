@@ -12,14 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax_transformer.commands.lines import (
-    STANDARD,
-    check_output,
     count_lines,
     in_chunks,
     json_line,
     open_output,
     progress_bar,
-    read_lines,
     read_pairs,
 )
 from flax_transformer.commands.options import (
@@ -27,11 +24,14 @@ from flax_transformer.commands.options import (
     add_search_options,
     load_translator,
     pair_checkpoints,
+    path,
     positive,
     search_settings,
     whole,
 )
+from flax_transformer.data.lines import read_lines
 from flax_transformer.decoding.settings import SearchSettings
+from flax_transformer.files import STANDARD, check_inputs, check_output
 from flax_transformer.text.spelling import in_one_cell, in_one_line
 
 EXAMPLES = """\
@@ -58,8 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
     text = parser.add_argument_group("the text")
-    text.add_argument("--input", metavar="FILE", help="UTF-8, a sentence a line; standard input if not given")
-    text.add_argument("--output", metavar="FILE", help="where translations go; standard output if not given")
+    text.add_argument(
+        "--input", type=path, metavar="FILE", help="UTF-8, a sentence a line; standard input if not given"
+    )
+    text.add_argument("--output", type=path, metavar="FILE", help="where translations go; standard output if not given")
     text.add_argument("--format", choices=FORMATS, help="text (default), tsv or jsonl, see below")
     text.add_argument(
         "--nbest",
@@ -78,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add to jsonl how much each target token attended to each source token: the cross-attention of a decoder "
         "layer, heads averaged; layers count from 0, and the last is the default",
     )
-    text.add_argument("--prefixes", metavar="FILE", help="line i is how the translation of line i must begin")
+    text.add_argument(
+        "--prefixes", type=path, metavar="FILE", help="line i is how the translation of line i must begin"
+    )
     text.add_argument("--interactive", action="store_true", help="translate at a prompt; Ctrl-D leaves it")
     text.add_argument(
         "--buffer_lines",
@@ -105,10 +109,10 @@ def run(options: argparse.Namespace) -> None:
         return
     _check_format(options, search)
     source, output = options.input or STANDARD, options.output or STANDARD
-    files = [source, options.prefixes] if options.prefixes else [source]
-    total = count_lines(*files)
-    if options.output:
-        check_output("--output", output, files)
+    inputs = [("--input", source)] + ([("--prefixes", options.prefixes)] if options.prefixes else [])
+    check_inputs(inputs)
+    check_output("--output", output, inputs, options.workdir)
+    total = count_lines(*(name for _, name in inputs))
     if source == STANDARD and sys.stdin.isatty():
         print("type sentences, Ctrl-D ends them; --interactive answers each at once", file=sys.stderr)
     translator = load_translator(models, options.batch_tokens)

@@ -11,9 +11,12 @@ three times an epoch. The sources are
 for example `files:bible.kn,bible.en + 3*tsv:stories.tsv` or `tfds:wmt14_translate/de-en:train[:1%]`. A TFDS set gives
 its supervised keys where `source` and `target` are not named, and lies in `data_dir`, else in the folder that the
 environment variable TFDS_DATA_DIR names, else in ~/tensorflow_datasets.
+
+`~` at the beginning of a path is the home folder, `-` is standard input, and spaces around a path do not count. A path
+that holds a comma, " + ", or spaces at its ends stands in double quotes, and a double quote within them is written
+twice: `files:"a, b.en","a, b.de"`. In a shell the whole name then stands in single quotes.
 """
 
-import codecs
 import dataclasses
 import difflib
 import hashlib
@@ -21,14 +24,18 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from etils import epath
 
+from flax_transformer.data.lines import read_columns, read_lines
 from flax_transformer.data.locale_phrases import locale_phrases
+from flax_transformer.files import check_inputs, expand, same_file, shown
 
+# Quotes around a path: behind the colon or a comma, and before a comma, " + " or the end.
+_QUOTED = re.compile(r'(?:(?<=[:,])|^)\s*"(?:[^"]|"")+"(?=\s*(?:,|$)| +\+ )')
 FINGERPRINT_CHUNK = 10_000  # sentences hashed at once: one by one takes longer, all at once takes their room again
 
 
@@ -77,17 +84,53 @@ def load_corpus(spec: str) -> ParallelText:
         ValueError: an unknown kind or option, a file or set that is missing or damaged, or one without pairs; the
             message names the file and the line.
     """
+    check_inputs([(f"a file of corpus {spec!r}", path) for path in corpus_files(spec)])
     whole = ParallelText([], [], [])
-    for part in spec.split(" + "):
-        weighted = re.fullmatch(r"(\d+)\*(.*)", part.strip())
-        weight, name = (int(weighted[1]), weighted[2]) if weighted else (1, part.strip())
-        if weight < 1:
-            raise ValueError(f"corpus {part!r} has weight {weight}: give 1 or more, or leave the source out")
+    for weight, name in _sources(spec):
         source, target = _load_pairs(name)
         whole.source.extend(source)
         whole.target.extend(target)
         whole.repeats.extend([weight] * len(source))
     return whole
+
+
+def corpus_files(spec: str) -> list[str]:
+    """The text files that `spec` names, in order; a TFDS set and the built-in corpus have none."""
+    files = []
+    for _, name in _sources(spec):
+        kind, _, rest = name.partition(":")
+        files += {"files": _split_paths, "tsv": lambda path: [_unquote(path)]}.get(kind, lambda _: [])(rest)
+    return files
+
+
+def _sources(spec: str) -> Iterator[tuple[int, str]]:
+    """The weight and the name of each source."""
+    for part in _split(spec, " + "):
+        weighted = re.fullmatch(r"(\d+)\*(.*)", part.strip(), re.DOTALL)
+        weight, name = (int(weighted[1]), weighted[2]) if weighted else (1, part.strip())
+        if weight < 1:
+            raise ValueError(f"corpus {part!r} has weight {weight}: give 1 or more, or leave the source out")
+        yield weight, name
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Splits at a separator, but not within the quotes around a path."""
+    masked = _QUOTED.sub(lambda quoted: "x" * len(quoted[0]), text)
+    parts, start = [], 0
+    for masked_part in masked.split(separator):
+        parts.append(text[start : start + len(masked_part)])
+        start += len(masked_part) + len(separator)
+    return parts
+
+
+def _split_paths(rest: str) -> list[str]:
+    return [_unquote(path) for path in _split(rest, ",")]
+
+
+def _unquote(path: str) -> str:
+    path = path.strip()
+    quoted = re.fullmatch(r'"((?:[^"]|"")+)"', path)
+    return quoted[1].replace('""', '"') if quoted else path
 
 
 def _load_pairs(name: str) -> tuple[list[str], list[str]]:
@@ -102,46 +145,29 @@ def _load_pairs(name: str) -> tuple[list[str], list[str]]:
 
 
 def _load_files(rest: str) -> tuple[list[str], list[str]]:
-    paths = rest.split(",")
+    paths = _split_paths(rest)
     if len(paths) != 2:
-        raise ValueError(f"corpus 'files:{rest}' names {len(paths)} files: write files:SOURCE,TARGET")
-    source, target = map(_read_lines, paths)
+        quotes = "; a path that holds a comma stands in double quotes" if len(paths) > 2 else ""
+        raise ValueError(
+            f"corpus 'files:{rest}' names {len(paths)} file{'s' * (len(paths) != 1)}: write files:SOURCE,TARGET{quotes}"
+        )
+    if same_file(*paths):
+        warnings.warn(
+            f"corpus 'files:{rest}' names the same file as source and as target: the model will learn to copy",
+            stacklevel=4,  # the line that called `load_corpus`
+        )
+    source, target = (list(read_lines(path)) for path in paths)
     if len(source) != len(target):
         raise ValueError(
-            f"{paths[0]} has {len(source)} lines, {paths[1]} has {len(target)}: "
+            f"{shown(paths[0])} has {len(source)} lines, {shown(paths[1])} has {len(target)}: "
             "line i of one must translate line i of the other"
         )
     return source, target
 
 
-def _load_tsv(path: str) -> tuple[list[str], list[str]]:
-    rows = [line.split("\t") for line in _read_lines(path)]
-    for number, row in enumerate(rows, start=1):
-        if len(row) < 2:
-            raise ValueError(f"{path}:{number}: there is no tab: write the source, a tab, and the target")
-    return [row[0] for row in rows], [row[1] for row in rows]
-
-
-def _read_lines(path: str) -> list[str]:
-    """The lines of a UTF-8 file; only a line feed, or carriage return and line feed, ends one.
-
-    `str.splitlines` would also split at U+2028, form feeds and the like, which stand inside sentences, and so shift
-    every later line against its translation.
-    """
-    try:
-        content = epath.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror or error}): check the path") from error
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        column = error.start - content.rfind(b"\n", 0, error.start)
-        found = f"byte {column} of the line, 0x{content[error.start]:02x}, is not UTF-8"
-        raise ValueError(f"{path}:{number}: {found}: convert the file to UTF-8") from error
-    if lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+def _load_tsv(rest: str) -> tuple[list[str], list[str]]:
+    rows = list(read_columns(_unquote(rest)))
+    return [source for source, _ in rows], [target for _, target in rows]
 
 
 def _load_locale_phrases(rest: str) -> tuple[list[str], list[str]]:
@@ -162,7 +188,8 @@ def _load_tfds(rest: str) -> tuple[list[str], list[str]]:
     if not named:
         raise ValueError(f"corpus 'tfds:{rest}': write tfds:NAME:SPLIT, e.g. tfds:wmt14_translate/de-en:train")
     name, split = named.groups()
-    builder = _tfds_builder(name, options.get("data_dir", os.environ.get("TFDS_DATA_DIR")))
+    data_dir = options.get("data_dir", os.environ.get("TFDS_DATA_DIR"))
+    builder = _tfds_builder(name, expand(data_dir) if data_dir else None)
     keys: tuple[str, str] = builder.info.supervised_keys or ("", "")
     source, target = options.get("source", keys[0]), options.get("target", keys[1])
     features = list(builder.info.features)

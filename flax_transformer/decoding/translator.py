@@ -1,7 +1,9 @@
 """Takes sentences and leaves their translations: trained models, their vocabulary and a search, put together."""
 
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +22,8 @@ from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
 GREEDY = BeamSearch(beam_size=1)
+# Texts of type str, in anything that has an order; `_as_list` checks each and names the place of another value.
+Texts = Iterable[Any]
 
 
 class Translator:
@@ -118,10 +122,10 @@ class Translator:
 
     def translate(
         self,
-        sentences: Sequence[str],
+        sentences: Texts,
         search: BeamSearch | Sampling = BEAM,
         *,
-        prefixes: Sequence[str] | None = None,
+        prefixes: Texts | None = None,
         seed: int = 0,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[str]:
@@ -131,10 +135,10 @@ class Translator:
 
     def hypotheses(
         self,
-        sentences: Sequence[str],
+        sentences: Texts,
         search: BeamSearch | Sampling = BEAM,
         *,
-        prefixes: Sequence[str] | None = None,
+        prefixes: Texts | None = None,
         seed: int = 0,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
@@ -145,18 +149,18 @@ class Translator:
         that the vocabulary can hardly read, in another script for example, are translated, with an `UnreadableWarning`.
 
         Args:
-            sentences: of the source language.
+            sentences: of the source language, in any iterable that has an order.
             search: how translations are searched, and how many are returned.
             prefixes: what each translation begins with, as it is written there; an empty one is no wish.
             seed: for sampling: equal seeds draw equal translations, whatever the batches.
             after_batch: called after each batch of sentences; what it raises ends the search.
 
         Raises:
-            ValueError: `sentences` is one string, or prefixes are too many, too few or too long.
+            ValueError: `sentences` is one string, has no order or holds something that is no text, or prefixes are too
+                many, too few or too long.
         """
-        _check_list("sentences", sentences)
-        prefixes = [""] * len(sentences) if prefixes is None else prefixes
-        _check_list("prefixes", prefixes)
+        sentences = _as_list("sentences", sentences)
+        prefixes = [""] * len(sentences) if prefixes is None else _as_list("prefixes", prefixes)
         if len(prefixes) != len(sentences):
             raise ValueError(f"there are {len(prefixes)} prefixes for {len(sentences)} sentences: give one for each")
         all_parts = self._split(sentences)
@@ -176,9 +180,7 @@ class Translator:
             for parts, prefix in zip(all_parts, prefixes, strict=True)
         ]
 
-    def score(
-        self, sources: Sequence[str], targets: Sequence[str | Translation], search: SearchSettings = BEAM
-    ) -> list[Translation]:
+    def score(self, sources: Texts, targets: Texts, search: SearchSettings = BEAM) -> list[Translation]:
         """How probable given translations are: forced decoding, with the numbers that `hypotheses` gives its own.
 
         Args:
@@ -192,9 +194,7 @@ class Translator:
         outputs = self._engine.score(*self._encode_pairs(sources, targets))
         return [self._translation([output], search) for output in outputs]
 
-    def align(
-        self, sources: Sequence[str], targets: Sequence[str | Translation], *, layer: int = -1
-    ) -> list[Alignment]:
+    def align(self, sources: Texts, targets: Texts, *, layer: int = -1) -> list[Alignment]:
         """Which source tokens each token of given translations looked at.
 
         Args:
@@ -233,6 +233,7 @@ class Translator:
         """
         if search.hypotheses > 1:
             raise ValueError(f"a stream follows one hypothesis, not {search.hypotheses}: search with a beam of 1")
+        (sentence,) = _as_list("sentence", [sentence])
         return self._stream(sentence, search, seed)
 
     def compile(self, search: BeamSearch | Sampling = BEAM, *, longest: int = 64, sentences: int | None = None) -> None:
@@ -310,11 +311,8 @@ class Translator:
                 told = whole
             done.append(text)
 
-    def _encode_pairs(
-        self, sources: Sequence[str], targets: Sequence[str | Translation]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        _check_list("sources", sources)
-        _check_list("targets", targets)
+    def _encode_pairs(self, sources: Texts, targets: Texts) -> tuple[list[list[int]], list[list[int]]]:
+        sources, targets = _as_list("sources", sources), _as_list("targets", targets, also=Translation)
         if len(sources) != len(targets):
             raise ValueError(f"there are {len(targets)} targets for {len(sources)} sources: give one for each")
         encode = self.vocabularies.target.encode
@@ -332,6 +330,24 @@ def _random_keys(search: SearchSettings, seed: int, places: Sequence[tuple[int, 
     return jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)
 
 
-def _check_list(name: str, value: object) -> None:
-    if isinstance(value, str):
-        raise ValueError(f"{name} is one string: give a list of them")
+def _as_list(name: str, value: object, also: type = str) -> list[Any]:
+    """The texts of any iterable that has an order, as a list; raises ValueError naming the place of what is no text.
+
+    Args:
+        name: of the argument.
+        value: what was given; an iterator is read to its end.
+        also: what may stand in it besides texts.
+    """
+    kind = type(value).__name__
+    if isinstance(value, str | bytes | Translation):
+        raise ValueError(f"{name} is one {'string' if isinstance(value, str) else kind}: give a list of them")
+    if hasattr(value, "readline"):
+        raise ValueError(f"{name} is an open file: give its lines without their ends, as in file.read().split('\\n')")
+    if isinstance(value, Set | Mapping) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) != 1:
+        raise ValueError(f"{name} is a {kind}, which is no sequence of texts: give a list, in the order that is wanted")
+    texts = list(value)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str | also):
+            found = textwrap.shorten(repr(text), 60, placeholder=" …")
+            raise ValueError(f"{name}[{number}] is {found}, of type {type(text).__name__}: give text, of type str")
+    return texts

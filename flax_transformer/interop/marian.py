@@ -29,6 +29,9 @@ from flax_transformer.interop.marian_tensors import concatenate_waves, from_tens
 from flax_transformer.interop.tensor_files import SAFETENSORS, read_tensors
 from flax_transformer.trained_model import TrainedModel
 
+# Where transformers keeps tokens that were added to a tokenizer after training.
+ADDED_TOKENS = "added_tokens.json"
+
 
 def read_marian(folder: epath.PathLike) -> TrainedModel:
     """Reads a Marian model.
@@ -49,7 +52,7 @@ def read_marian(folder: epath.PathLike) -> TrainedModel:
         check_fields(name, file)
     vocabularies = _read_vocabularies(folder)
     config = read_fields(join_fields(fields, generation))
-    _check_vocabularies(config, vocabularies)
+    _check_vocabularies(folder, config, vocabularies)
     config, params = from_tensors(
         config,
         read_tensors(folder),
@@ -79,12 +82,13 @@ def _read_vocabularies(folder: epath.Path) -> VocabularyPair:
     return VocabularyPair.load_marian(folder, separate=separate)
 
 
-def _check_vocabularies(config: TransformerConfig, vocabularies: VocabularyPair) -> None:
+def _check_vocabularies(folder: epath.Path, config: TransformerConfig, vocabularies: VocabularyPair) -> None:
     for side, size in (("source", config.source_vocab_size), ("target", config.target_vocab_size)):
         vocabulary: Vocabulary = getattr(vocabularies, side)
         if vocabulary.size != size:
             raise ValueError(
-                f"the {side} vocabulary has {vocabulary.size} pieces, config.json says {size}: download all files again"
+                f"the {side} vocabulary has {vocabulary.size} pieces, config.json says {size}: "
+                f"{_explain_size(folder, vocabulary, size)}"
             )
         for name, found, wanted in (
             ("pad_token_id", vocabulary.pad_id, config.pad_id),
@@ -100,6 +104,27 @@ def _check_vocabularies(config: TransformerConfig, vocabularies: VocabularyPair)
             f"config.json: decoder_start_token_id or bad_words_ids names {outside[0]}, the vocabulary ends at "
             f"{config.target_vocab_size - 1}: download both again"
         )
+
+
+def _explain_size(folder: epath.Path, vocabulary: Vocabulary, size: int) -> str:
+    """Why the model has embeddings for another number of pieces than the vocabulary, and what to do about it."""
+    tokens: dict[str, Any] = {}
+    if (folder / ADDED_TOKENS).exists():
+        tokens = _read_json(folder / ADDED_TOKENS)
+    if tokens and size == vocabulary.size + len(tokens):
+        few = ", ".join(map(repr, list(tokens)[:4])) + (", …" if len(tokens) > 4 else "")
+        return (
+            f"{ADDED_TOKENS} gives the model {len(tokens)} more ({few}), which SentencePiece does not know and which "
+            "cannot be converted: take the model from before they were added, or in transformers remove them with "
+            f"model.resize_token_embeddings({vocabulary.size}) and save it without {ADDED_TOKENS}"
+        )
+    if size > vocabulary.size:
+        return (
+            f"the embeddings were resized for {size - vocabulary.size} pieces more than the files of the vocabulary "
+            "name. If tokens were added, or the size was rounded up, take it back in transformers with "
+            f"model.resize_token_embeddings({vocabulary.size}) and save the model; if not, download all files again"
+        )
+    return "a file is of another model, or was cut off: download all files again"
 
 
 def from_marian(folder: epath.PathLike, workdir: epath.PathLike) -> TrainedModel:

@@ -27,7 +27,7 @@ from flax_transformer.training.interruption import Interrupted, Interruption
 from flax_transformer.training.lock import TrainingLock
 from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.preparation import Materials, load_texts, prepare
+from flax_transformer.training.preparation import Materials, check_paths, load_texts, prepare
 from flax_transformer.training.profile import Profile
 from flax_transformer.training.provenance import provenance
 from flax_transformer.training.report import Report, show_samples, show_test
@@ -59,8 +59,9 @@ def train_and_evaluate(
     """
     began = time.monotonic()
     hosts.check_connected()
-    texts = load_texts(experiment)
     workdir = WorkDirectory(path)
+    check_paths(experiment, workdir)
+    texts = load_texts(experiment)
     watched = Profile(profile, workdir.path / "profile")
     lock = TrainingLock(workdir.path) if hosts.is_first() else contextlib.nullcontext()
     with _explain_full_disk(workdir), lock:

@@ -6,10 +6,11 @@ All of it is held against what the work directory was begun with, so that a trai
 import dataclasses
 
 from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
-from flax_transformer.data.corpus import ParallelText, load_corpus
+from flax_transformer.data.corpus import ParallelText, corpus_files, load_corpus
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
 from flax_transformer.experiment import Experiment
+from flax_transformer.files import Named, check_inputs, same_file, work_directory_of
 from flax_transformer.training import hosts
 from flax_transformer.training.foresight import check_ahead
 from flax_transformer.training.parallel import Parallelism
@@ -45,6 +46,31 @@ class Materials:
     packed: dict[str, PackedCorpus]
     vocabularies: VocabularyPair
     micro_batches: int
+
+
+def check_paths(experiment: Experiment, workdir: WorkDirectory) -> None:
+    """Checks that the work directory can be written to, and that training will write over nothing that it reads.
+
+    Raises:
+        ValueError: names the file or folder.
+    """
+    workdir.check_place()
+    if experiment.training.start_from and same_file(experiment.training.start_from, str(workdir.path)):
+        raise ValueError(
+            f"training.start_from and --workdir are both {workdir.path}: give another --workdir to train the model "
+            "further, or leave training.start_from empty to go on with a training"
+        )
+    named: list[Named] = []
+    for name in ("train", "valid", "test"):
+        named += [(f"data.{name}", file) for file in corpus_files(getattr(experiment.data, name))]
+    check_inputs(named)
+    for setting, file in named:
+        owner = work_directory_of(file, [str(workdir.path)])
+        if owner is not None and same_file(owner, str(workdir.path)):
+            raise ValueError(
+                f"{setting} names {file}, which training would write over as a file of its own: move the text, or "
+                "give another --workdir"
+            )
 
 
 def load_texts(experiment: Experiment) -> dict[str, ParallelText]:

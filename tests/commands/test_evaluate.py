@@ -134,13 +134,22 @@ def test_a_model_is_not_better_than_itself(run, workdir, files):
         (["--tokenize=14a"], r"--tokenize: invalid choice: '14a'"),
         (["--source={source}", "--reference={reference}", "--translations=none/x"], r"there is no folder none: make"),
         (["--source={source}", "--reference={reference}", "--translations={reference}"], r"is read as well"),
+        (["--corpus=files:{source}, {reference}", "--translations={reference}"], r"--corpus names .* is read as well"),
+        (["--corpus=tsv:{source}", "--translations={workdir}/joint.model"], r"belongs to the work directory"),
+        (["--source=-", "--reference=-"], r"only one of them; .*--corpus=tsv:-"),
         (["--compare_checkpoint=2"], r"--compare_checkpoint is of no use alone: .* --compare"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_before_the_model_loads(
     fail, unloaded, workdir, files, tmp_path, options, message
 ):
-    names = {"source": files[0], "reference": files[1], "short": tmp_path / "short", "empty": tmp_path / "empty"}
+    names = {
+        "workdir": workdir,
+        "source": files[0],
+        "reference": files[1],
+        "short": tmp_path / "short",
+        "empty": tmp_path / "empty",
+    }
     names["short"].write_text("one\ntwo\n")
     names["empty"].write_text("")
     said = fail("evaluate", "--workdir", workdir, *(option.format(**names) for option in options))

@@ -8,16 +8,14 @@ import threading
 import pytest
 
 from flax_transformer.commands.lines import (
-    check_output,
     count_lines,
     in_chunks,
     json_line,
     open_output,
     progress_bar,
-    read_columns,
-    read_lines,
     read_pairs,
 )
+from flax_transformer.data.lines import read_columns, read_lines
 
 
 @pytest.fixture
@@ -84,18 +82,6 @@ def test_chunks_hold_every_item_once_and_what_came_before_an_error():
     with pytest.raises(ValueError, match="the sixth"):
         seen.extend(in_chunks(failing(), 3))
     assert seen == [[0, 1, 2], [3, 4]]
-
-
-def test_an_output_needs_a_folder_and_is_not_what_is_read(tmp_path, write):
-    source = write("source", "one\n")
-    check_output("--output", str(tmp_path / "new"), [source, None])
-    for path, message in (
-        (tmp_path / "none" / "new", "there is no folder"),
-        (tmp_path, "a folder: name a file in it"),
-        (tmp_path / "." / "source", "is read as well"),
-    ):
-        with pytest.raises(ValueError, match=f"--output is .*{message}"):
-            check_output("--output", str(path), [source, None])
 
 
 def test_an_output_replaces_what_was_there(tmp_path, write):

@@ -134,6 +134,11 @@ def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, 
         (["--output={folder}/none/out.txt"], r"there is no folder .*none: make it"),
         (["--output={folder}"], r"a folder: name a file"),
         (["--output={source}"], r"is read as well: name another"),
+        (["--output="], r"--output: the name is empty"),
+        (["--workdir="], r"--workdir: the name is empty"),
+        (["--output={folder}/hard.txt"], r"is read as well: name another"),
+        (["--output={workdir}/config.json"], r"belongs to the work directory"),
+        (["--input=-", "--prefixes=-"], r"standard input can be only one of them"),
         (["--prefixes={latin}"], r"latin.txt:2: byte 3"),
         (["--prefixes={short}"], r"source.txt has 7 lines, .*short.txt has 1 lines"),
         (["--nbest=2"], r"--nbest is 2, .*--format=tsv or --format=jsonl"),
@@ -160,7 +165,14 @@ def test_a_mistake_is_told_in_one_line_before_the_model_loads(
 ):
     (tmp_path / "latin.txt").write_bytes("the\ncaf\xe9 1\n".encode("latin-1").replace(b"caf", b"ca"))
     (tmp_path / "short.txt").write_text("one\n")
-    names = {"folder": tmp_path, "source": source, "latin": tmp_path / "latin.txt", "short": tmp_path / "short.txt"}
+    (tmp_path / "hard.txt").hardlink_to(source)
+    names = {
+        "workdir": workdir,
+        "folder": tmp_path,
+        "source": source,
+        "latin": tmp_path / "latin.txt",
+        "short": tmp_path / "short.txt",
+    }
     options = [option.format(**names) for option in options]
     said = fail("translate", "--workdir", workdir, "--input", source, *options)
     assert said.startswith("flax-transformer translate: ")

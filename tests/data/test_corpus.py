@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_transformer.data.corpus import FINGERPRINT_CHUNK, ParallelText, load_corpus
+from flax_transformer.data.corpus import FINGERPRINT_CHUNK, ParallelText, corpus_files, load_corpus
 from flax_transformer.data.locale_phrases import locale_phrases
 
 
@@ -67,6 +67,29 @@ def test_sources_are_joined_and_weighted(write):
     assert corpus == ParallelText(["a", "b", "c"], ["A", "B", "C"], [1, 1, 3])
 
 
+@pytest.mark.parametrize("name", ["a, b", "a + b", " a ", 'say "a"', "a,b + 2*tsv:c", "~", "[a]*?", "a\nb"])
+def test_a_path_in_quotes_holds_what_it_likes(write, name):
+    quoted = '"{}"'.format(write(name, "one\ttwo\n").replace('"', '""'))
+    assert load_corpus(f"tsv:{quoted} + 2*files:{quoted}, {write('other', 'three')}") == ParallelText(
+        ["one", "one\ttwo"], ["two", "three"], [1, 2]
+    )
+    assert len(corpus_files(f"2*files:{quoted},x + tsv:{quoted}")) == 3
+
+
+def test_spaces_around_a_path_do_not_count_and_a_tilde_is_home(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("a", "1\n")
+    write("b", "2\n")
+    assert load_corpus("files:~/a , ~/b") == ParallelText(["1"], ["2"], [1])
+    assert corpus_files("files:a, b + tfds:x:train") == ["a", "b"]
+
+
+def test_a_file_on_both_sides_is_a_warning(write):
+    path = write("a", "1\n")
+    with pytest.warns(UserWarning, match="the same file as source and as target"):
+        load_corpus(f"files:{path},{path}")
+
+
 def test_locale_phrases_are_called_with_the_options():
     corpus = load_corpus("2*locale_phrases:kn:en:valid?pairs=11&parts=1&seed=3")
     assert (corpus.source, corpus.target) == locale_phrases("kn", "en", "valid", pairs=11, parts=1, seed=3)
@@ -79,8 +102,10 @@ def test_locale_phrases_are_called_with_the_options():
         ("file:a,b", "did you mean 'files'.*tsv, tfds, locale_phrases"),
         ("a.kn,a.en", "choose one of files, tsv, tfds, locale_phrases"),
         ("", "choose one of"),
-        ("files:a", "names 1 files: write files:SOURCE,TARGET"),
-        ("files:a,b,c", "names 3 files"),
+        ("files:a", "names 1 file: write files:SOURCE,TARGET"),
+        ("files:a,b,c", "names 3 files.*a path that holds a comma stands in double quotes"),
+        ("files:none, b", r"cannot read none \(No such"),
+        ("files:/dev/stdin,-", "standard input can be only one of them"),
         ("0*files:a,b", "weight 0"),
         ("locale_phrases:kn:en:train?pair=5", "did you mean 'pairs'.*parts, seed"),
         ("locale_phrases:kn:en:train?pairs", "pairs"),

@@ -3,6 +3,8 @@
 What an untrained model says means nothing, but it depends on every token of the source, so whatever is mixed up shows.
 """
 
+import io
+import math
 import shutil
 import warnings
 
@@ -275,6 +277,15 @@ def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
         (lambda each: each.score(["a", "b"], ["a"]), "there are 1 targets for 2 sources: give one for each"),
         (lambda each: each.score("a", ["a"]), "sources is one string: give a list"),
         (lambda each: each.align(["a"], "a"), "targets is one string: give a list"),
+        (lambda each: each.translate(["a", None]), r"sentences\[1\] is None, of type NoneType: give text"),
+        (lambda each: each.translate([b"x"]), r"sentences\[0\] is b'x', of type bytes"),
+        (lambda each: each.translate([math.nan]), r"sentences\[0\] is nan, of type float"),
+        (lambda each: each.translate(["a"], prefixes=[None]), r"prefixes\[0\] is None"),
+        (lambda each: each.translate({"a", "b"}), "sentences is a set, which is no sequence"),
+        (lambda each: each.translate({"a": "b"}), "sentences is a dict, which is no sequence"),
+        (lambda each: each.translate(io.StringIO("a\n")), "sentences is an open file: give its lines without"),
+        (lambda each: each.score(["a"], [7]), r"targets\[0\] is 7, of type int"),
+        (lambda each: each.align([["a"]], ["a"]), r"sources\[0\] is \['a'\], of type list"),
         (lambda each: each.align(["a"], ["a"], layer=1), "layer is 1, the decoder has 1: choose one from -1 to 0"),
         (
             lambda each: each.translate(["up"], GREEDY, prefixes=["up " * 9]),
@@ -285,6 +296,12 @@ def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
 def test_a_wrong_call_is_an_error_that_names_the_mend(translator, call, message):
     with pytest.raises(ValueError, match=message):
         call(translator)
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, np.array, lambda texts: (text for text in texts)])
+def test_texts_come_in_anything_that_has_an_order(translator, sentences, translations, kind):
+    assert translator.translate(kind(sentences), GREEDY) == translations
+    assert translator.score(kind(sentences), kind(translations)) == translator.score(sentences, translations)
 
 
 def test_the_best_checkpoint_is_the_best_by_the_metric_that_training_chose_by(workdir, sentences, translations):

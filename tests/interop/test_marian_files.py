@@ -84,6 +84,26 @@ def test_a_vocabulary_of_another_size_is_told(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("added", "match"),
+    [
+        (
+            {"<ent>": 110, "<date>": 111},
+            r"added_tokens.json gives the model 2 more \('<ent>', '<date>'\).*resize_token",
+        ),
+        ({"<ent>": 110}, r"resized for 2 pieces more than .*resize_token_embeddings\(110\)"),
+        (None, r"resized for 2 pieces more than .*resize_token_embeddings\(110\)"),
+    ],
+)
+def test_embeddings_that_were_resized_are_explained(folder, tmp_path, added, match):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"vocab_size": 112, "decoder_vocab_size": 112}
+    (folder / "config.json").write_text(json.dumps(config))
+    if added:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    fails(folder, tmp_path, f"the source vocabulary has 110 pieces, config.json says 112: .*{match}")
+
+
+@pytest.mark.parametrize(
     "file", ["config.json", "generation_config.json", "vocab.json", "source.spm", "target.spm", "model.safetensors"]
 )
 @pytest.mark.parametrize("damage", ["truncated", "noise", "empty", "missing"])

@@ -13,6 +13,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.files import OWN_FILES, OWN_FOLDERS
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.workdir import WorkDirectory
 
@@ -199,3 +200,28 @@ def test_fingerprints_that_are_damaged_are_an_error_and_without_any_they_are_wri
     file.unlink()
     train_and_evaluate(experiment, path)
     assert file.read_bytes() == written
+
+
+@pytest.mark.parametrize("name", ["joint.model", "config.json", "cache/text", "not_finite_3.tsv"])
+def test_a_text_where_training_writes_is_refused_before_it_is_read(name, experiment, tmp_path):
+    text = tmp_path / "run" / name
+    text.parent.mkdir(parents=True)
+    text.write_text("no tab here\n")
+    with pytest.raises(ValueError, match=r"data.valid names .*, which training would write over .*: move the text"):
+        train_and_evaluate(change(experiment, "data", valid=f"tsv:{text}"), tmp_path / "run")
+    assert text.read_text() == "no tab here\n"
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_a_text_is_read(experiment, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="the folder .*file/run cannot be made"):
+        train_and_evaluate(change(experiment, "data", train="tsv:none"), tmp_path / "file" / "run")
+
+
+def test_a_model_is_not_trained_in_its_own_folder(experiment, path):
+    with pytest.raises(ValueError, match="training.start_from and --workdir are both .*: give another --workdir"):
+        train_and_evaluate(change(experiment, "training", start_from=str(path)), path)
+
+
+def test_all_that_training_writes_is_known_to_be_its_own(path):
+    assert {each.name for each in path.iterdir()} <= {*OWN_FILES, *OWN_FOLDERS}

@@ -1,0 +1,102 @@
+"""Takes the name of a text file and leaves its lines, one by one: the only place where this library reads sentences.
+
+A line ends with a line feed, or carriage return and line feed, and with nothing else: `str.splitlines` would also split
+at U+2028, form feeds and the like, which stand inside sentences, and so shift each later line against its translation.
+"""
+
+import codecs
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+from etils import epath
+
+from flax_transformer.files import STANDARD, expand, shown
+
+# How files begin that are often given in place of text, what they are, and what unpacks them.
+_COMPRESSED = (
+    (rb"\x1f\x8b", "gzip", "zcat"),
+    (rb"\xfd7zXZ\x00", "xz", "xzcat"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P)", "bzip2", "bzcat"),
+    (rb"\x28\xb5\x2f\xfd", "zstd", "zstdcat"),
+    (rb"\x04\x22\x4d\x18", "lz4", "lz4cat"),
+)
+_ARCHIVES = ((b"PK\x03\x04", "a zip archive, as .docx and .xlsx files are"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"))
+# UTF-32 first: its mark begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, without their ends and without a byte order mark; "-" is standard input.
+
+    Raises:
+        ValueError: it cannot be read, or is not UTF-8; names the line.
+    """
+    if path == STANDARD:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: name a file")
+        yield from _decode(sys.stdin.buffer, path)
+        return
+    with _open(path) as file:
+        yield from _decode(file, path)
+
+
+def read_columns(path: str) -> Iterator[tuple[str, str]]:
+    """The first two columns of each line, parted by tabs; raises ValueError at a line that has no tab."""
+    for number, line in enumerate(read_lines(path), start=1):
+        columns = line.split("\t")
+        if len(columns) < 2:
+            spaces = " but spaces" if "  " in line.strip() else ""
+            raise ValueError(
+                f"{shown(path)}:{number}: there is no tab{spaces}: write the source, a tab, and the target"
+            )
+        yield columns[0], columns[1]
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return epath.Path(expand(path)).open("rb")
+    except (OSError, ValueError) as error:  # a name with a null character is no OSError
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {shown(path)} ({reason}): check the path") from error
+
+
+def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            _check_first(line, path)
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield line.decode().removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            found = f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8"
+            raise ValueError(f"{shown(path)}:{number}: {found}: convert it to UTF-8, e.g. with iconv") from error
+
+
+def _check_first(line: bytes, path: str) -> None:
+    """Raises ValueError where the beginning of a file shows that it is no UTF-8 text with lines."""
+    name = shown(path)
+    for magic, kind, command in _COMPRESSED:
+        if re.match(magic, line):
+            raise ValueError(f"{name} is compressed ({kind}): unpack it first, or name <({command} FILE) in its place")
+    for beginning, kind in _ARCHIVES:
+        if line.startswith(beginning):
+            raise ValueError(f"{name} is {kind}, not text: give a UTF-8 text file with a sentence a line")
+    encoding = next((encoding for mark, encoding in _MARKS.items() if line.startswith(mark)), None)
+    body = line.removesuffix(b"\n")
+    if encoding is None and len(body) > 1 and any(body):
+        # Of Latin letters without a byte order mark each second byte is 0.
+        encoding = "UTF-16LE" if not any(body[1::2]) else "UTF-16BE" if not any(body[::2]) else None
+    if encoding:
+        raise ValueError(f"{name} is {encoding}, not UTF-8: convert it with iconv -f {encoding} -t UTF-8")
+    if not line.endswith(b"\n") and b"\r" in line.rstrip(b"\r"):
+        raise ValueError(
+            f"{name} is one line without a line feed: its lines end with carriage returns alone; convert them with "
+            "tr '\\r' '\\n'"
+        )
