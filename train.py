@@ -18,11 +18,11 @@ from ml_collections import config_flags
 from flax_transformer.commands.process import (
     exit_for_device_error,
     is_device_error,
+    let_output_fail,
     load_jax,
     prepare_libraries,
     prepare_streams,
     start_devices,
-    unfailing,
     warnings_in_one_line,
 )
 from flax_transformer.training.interruption import Interrupted, Interruption
@@ -98,7 +98,7 @@ def parse_flags(argv: list[str]) -> Any:
 
 if __name__ == "__main__":
     prepare_streams()
-    sys.stdout = unfailing(sys.stdout)  # a log that cannot be written must not end a training
+    let_output_fail()  # a log that cannot be written must not end a training
     flags.mark_flags_as_required(["config", "workdir"])
     with Interruption("train.py") as interruption:
         app.run(functools.partial(main, interruption=interruption), flags_parser=parse_flags)

@@ -36,10 +36,29 @@ def prepare_streams() -> bool:
             null = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(null, True)
             setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stderr = unfailing(sys.stderr)
+    sys.stdout = _reopen(sys.stdout, _OutputFile)
+    sys.stderr = _reopen(sys.stderr, _UnfailingFile)
     return is_open
+
+
+def let_output_fail() -> None:
+    """Lets what cannot be written to standard output be lost, for a program that has more to do than to print."""
+    sys.stdout = _reopen(sys.stdout, _UnfailingFile)
+
+
+class _OutputFile(io.FileIO):
+    """A file that says that it is standard output where it cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise  # no error, see `complete_output`
+        except OSError as error:
+            raise OSError(
+                f"standard output cannot be written ({error.strerror or error}), so that text is missing from it: make "
+                "room there, or send it to a file or pipe that can be written"
+            ) from error
 
 
 class _UnfailingFile(io.FileIO):
@@ -53,18 +72,20 @@ class _UnfailingFile(io.FileIO):
         return memoryview(data).nbytes if written is None else written
 
 
-def unfailing(stream: TextIO) -> TextIO:
-    """A stream to the same file that never raises; a stream that is not of a file, as in a notebook, stays itself."""
+def _reopen(stream: TextIO, kind: type[io.FileIO]) -> TextIO:
+    """The stream as a file of that kind; one that is not a file, as in a notebook, stays what it is."""
     try:
-        file = _UnfailingFile(stream.fileno(), "w", closefd=False)
+        file = kind(stream.fileno(), "w", closefd=False)
     except (AttributeError, OSError):
         return stream
+    stream.flush()
+    unbuffered = getattr(stream, "write_through", False)
     return io.TextIOWrapper(
-        io.BufferedWriter(file),
+        file if unbuffered else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors="backslashreplace",
-        line_buffering=file.isatty() or stream is sys.stderr,
-        write_through=getattr(stream, "write_through", False),
+        line_buffering=bool(stream.line_buffering),
+        write_through=unbuffered,
     )
 
 
@@ -84,10 +105,7 @@ def complete_output(program: str) -> Iterator[None]:
         sys.exit(141)
     except OSError as error:
         _discard_output()
-        sys.exit(
-            f"{program}: standard output cannot be written ({error.strerror or error}), so that text is missing from "
-            "it: make room there, or send it to a file or pipe that can be written"
-        )
+        sys.exit(f"{program}: {error}")
 
 
 def _discard_output() -> None:
