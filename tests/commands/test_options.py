@@ -2,6 +2,7 @@
 
 import argparse
 
+import jax
 import pytest
 
 from flax_transformer.commands.options import (
@@ -90,3 +91,12 @@ def test_this_librarys_own_errors_keep_their_words():
     with pytest.raises(ValueError, match="^runs/a: beam_size is 0: it must be at least 1$"):
         with explain_damage("runs/a"):
             BeamSearch(beam_size=0)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("INTERNAL: no GPU"), RuntimeError("RESOURCE_EXHAUSTED: 8 GB")]
+)
+def test_a_device_that_fails_is_not_taken_for_a_damaged_folder(error):
+    with pytest.raises(type(error)) as raised, explain_damage("runs/a"):
+        raise error
+    assert raised.value is error
