@@ -65,8 +65,9 @@ def _train(interruption: Interruption) -> None:
 
     named = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     asked = DISTRIBUTED.value or any(value is not None for value in named)
-    if cluster := Cluster(*named) if asked else cluster_of_environment():
-        interruption.expect_peers()
+    cluster = Cluster(*named) if asked else cluster_of_environment()
+    interruption.expect_peers(cluster is not None)
+    if cluster is not None:
         cluster.connect(CONNECT_TIMEOUT.value)
         interruption.meet(Peers())
     with ending_together("train.py", unless=Interrupted), warnings_in_one_line("train.py"):

@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import absl.logging
 from tqdm import tqdm
@@ -72,7 +72,7 @@ class _UnfailingFile(io.FileIO):
         return memoryview(data).nbytes if written is None else written
 
 
-def _reopen(stream: TextIO, kind: type[io.FileIO]) -> TextIO:
+def _reopen(stream: Any, kind: type[io.FileIO]) -> Any:
     """The stream as a file of that kind; one that is not a file, as in a notebook, stays what it is."""
     try:
         file = kind(stream.fileno(), "w", closefd=False)
@@ -84,7 +84,7 @@ def _reopen(stream: TextIO, kind: type[io.FileIO]) -> TextIO:
         file if unbuffered else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors="backslashreplace",
-        line_buffering=bool(stream.line_buffering),
+        line_buffering=stream.line_buffering,
         write_through=unbuffered,
     )
 

@@ -25,9 +25,9 @@ NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 # Where a training stands, if not after a step, whose number says it then.
 BEFORE_FIRST_STEP, OVER = 0, sys.maxsize
 
-# In seconds: how often the other processes are asked, and how long one that is told to stop before it has met them
+# In seconds: how often the other processes are asked, and how long one that is told to stop while it connects with them
 # waits to tell them.
-LOOK_INTERVAL, MEETING_TIMEOUT = 0.5, 20.0
+LOOK_INTERVAL, MEETING_TIMEOUT = 0.5, 30.0
 
 
 class Interrupted(Exception):
@@ -86,7 +86,8 @@ class Interruption:
         self._position = BEFORE_FIRST_STEP
         self._stop_at: int | None = None
         self._peers: Peers | None = None
-        self._meeting_until = 0.0
+        self._is_alone: bool | None = None  # not known yet
+        self._meeting_until: float | None = None
         self._wakeup_before = -1
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
         self._ended = threading.Event()
@@ -127,9 +128,9 @@ class Interruption:
             for end in self._wakeup:
                 end.close()
 
-    def expect_peers(self) -> None:
-        """Announces that `meet` will be called: what is told until then is told to all processes."""
-        self._meeting_until = float("inf")
+    def expect_peers(self, are_there: bool) -> None:
+        """Announces that `meet` will be called, or never: a program is not ended before it is known whom to tell."""
+        self._is_alone = not are_there
 
     def meet(self, peers: Peers) -> None:
         """From here on all processes stop together, whichever of them is told to."""
@@ -210,10 +211,10 @@ class Interruption:
     def _look(self) -> None:
         """Ends the program where nothing would be lost, or else settles with the others where all stop."""
         if self._peers is None:
-            if self._signal is None or self._program is None:
+            if self._signal is None or self._program is None or self._is_alone is None:
                 return
-            if self._meeting_until:
-                self._meeting_until = min(self._meeting_until, time.monotonic() + MEETING_TIMEOUT)
+            if not self._is_alone:
+                self._meeting_until = self._meeting_until or time.monotonic() + MEETING_TIMEOUT
                 if time.monotonic() < self._meeting_until:
                     return
             with self._lock:

@@ -85,8 +85,9 @@ def busy():
 
 with Interruption("program") as interruption:
     where = sys.argv[1]
+    interruption.expect_peers(where == "connecting")
     print("ready", flush=True)
-    if where == "before":
+    if where in ("before", "connecting"):
         busy()
     interruption.check(7)
     if where == "between":
@@ -117,6 +118,15 @@ def test_a_program_with_nothing_to_save_ends_at_once_whatever_it_computes_and_sa
     error = process.communicate(timeout=10)[1]
     assert error.startswith(f"program: {number.name}: stopped {when}; nothing is lost") and error.count("\n") == 1
     assert process.returncode == 128 + number
+
+
+def test_a_program_that_has_not_met_the_others_waits_to_tell_them_and_a_second_sigterm_ends_it():
+    process = program("connecting")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert "stopped at once" in process.communicate(timeout=10)[1] and process.returncode == 143
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
