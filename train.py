@@ -1,11 +1,13 @@
 """Trains a Transformer: `python train.py --config=configs/quickstart.py --workdir=runs/quickstart`.
 
 Any value of the config can be changed on the command line, e.g. `--config.training.steps=1000`. Run again, the same
-command goes on where it stopped; SIGTERM and Ctrl-C write a checkpoint first. On several hosts the same command runs on
+command goes on where it stopped; SIGTERM, Ctrl-C, a closed terminal (SIGHUP), and SIGUSR1, SIGUSR2 and SIGXCPU, which
+clusters send before they end a job, write a checkpoint first. On several hosts the same command runs on
 each, with `--distributed` where the cluster tells them apart (Cloud TPU, Slurm), else with three flags:
 `--coordinator=HOST:PORT --num_processes=2 --process_id=0`.
 """
 
+import functools
 import re
 import sys
 from typing import Any
@@ -14,7 +16,17 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from flax_transformer.commands.options import explain_flag
-from flax_transformer.commands.process import prepare_libraries, warnings_in_one_line
+from flax_transformer.commands.process import (
+    exit_for_device_error,
+    is_device_error,
+    let_output_fail,
+    load_jax,
+    prepare_libraries,
+    prepare_streams,
+    start_devices,
+    warnings_in_one_line,
+)
+from flax_transformer.training.interruption import Interrupted, Interruption
 
 MOST = 2**31 - 1  # what jax takes of processes and of seconds
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file in configs/.")
@@ -22,40 +34,56 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the vocabulary, checkpoint
 ACCEPT = flags.DEFINE_bool("accept_changed_corpus", False, "Goes on with a text that was edited since the last run.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Joins the other hosts of a cluster that tells their addresses.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Host and port of process 0, e.g. 10.0.0.1:8476.")
-NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "The number of processes, with --coordinator.", 1, 2**31 - 1
-)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes, with --coordinator.", 1, MOST)
 PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "The number of this process, from 0, with --coordinator.", 0, 2**31 - 1
+    "process_id", None, "The number of this process, from 0, with --coordinator.", 0, MOST
 )
 PROFILE = flags.DEFINE_string("profile", "", "The first and the last step that jax's profiler watches, e.g. 20:25.")
 CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes.", 1, MOST)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], *, interruption: Interruption) -> None:
     """Trains; what a user can mend ends in one line and exit status 1."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     prepare_libraries()
-    # jax and flax load here, so that --help answers at once.
-    from flax_transformer.experiment import Experiment
-    from flax_transformer.training.hosts import Cluster, cluster_of_environment, ending_together
-    from flax_transformer.training.interruption import Interrupted
-    from flax_transformer.training.loop import train_and_evaluate
-
     try:
-        named = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        asked = DISTRIBUTED.value or any(value is not None for value in named)
-        if cluster := Cluster(*named) if asked else cluster_of_environment():
-            cluster.connect(CONNECT_TIMEOUT.value)
-        with ending_together("train.py", unless=Interrupted), warnings_in_one_line("train.py"):
-            experiment = Experiment.from_mapping(CONFIG.value.to_dict())
-            train_and_evaluate(experiment, WORKDIR.value, accept_changed_corpus=ACCEPT.value, profile=PROFILE.value)
+        _train(interruption)
     except Interrupted as interrupted:
         print(f"train.py: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {' '.join(str(error).split())}")
+    except (RuntimeError, MemoryError) as error:
+        if not is_device_error(error):
+            raise
+        exit_for_device_error("train.py", error, "lower training.rows_per_device, or data.rows")
+
+
+def _train(interruption: Interruption) -> None:
+    # jax and flax load here, so that --help answers at once.
+    load_jax()
+    from flax_transformer.experiment import Experiment
+    from flax_transformer.training.hosts import Cluster, Peers, cluster_of_environment, ending_together
+    from flax_transformer.training.loop import train_and_evaluate
+
+    named = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    asked = DISTRIBUTED.value or any(value is not None for value in named)
+    cluster = Cluster(*named) if asked else cluster_of_environment()
+    interruption.expect_peers(cluster is not None)
+    if cluster is not None:
+        cluster.connect(CONNECT_TIMEOUT.value)
+        interruption.meet(Peers())
+    with ending_together("train.py", unless=Interrupted), warnings_in_one_line("train.py"):
+        start_devices()
+        experiment = Experiment.from_mapping(CONFIG.value.to_dict())
+        train_and_evaluate(
+            experiment,
+            WORKDIR.value,
+            accept_changed_corpus=ACCEPT.value,
+            profile=PROFILE.value,
+            interruption=interruption,
+        )
 
 
 def parse_flags(argv: list[str]) -> Any:
@@ -74,6 +102,8 @@ def parse_flags(argv: list[str]) -> Any:
 
 
 if __name__ == "__main__":
+    prepare_streams()
+    let_output_fail()  # a log that cannot be written must not end a training
     flags.mark_flags_as_required(["config", "workdir"])
     for name in ("config", "workdir", "coordinator"):
         flags.register_validator(
@@ -81,4 +111,5 @@ if __name__ == "__main__":
             lambda value: value is None or not isinstance(value, str) or value.strip() != "",
             "the name is empty (a shell variable that is not set?): give one, or leave it out",
         )
-    app.run(main, flags_parser=parse_flags)
+    with Interruption("train.py") as interruption:
+        app.run(functools.partial(main, interruption=interruption), flags_parser=parse_flags)

@@ -3,14 +3,20 @@
 import argparse
 import difflib
 import importlib
-import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import flax_transformer
-from flax_transformer.commands.process import prepare_libraries, warnings_in_one_line
+from flax_transformer.commands.process import (
+    complete_output,
+    exit_for_device_error,
+    is_device_error,
+    prepare_libraries,
+    prepare_streams,
+    warnings_in_one_line,
+)
 
 PROGRAM = "flax-transformer"
 VERBS = {
@@ -48,7 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: those of the command line if not given.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    output_is_open = prepare_streams()
+    with complete_output(PROGRAM):
+        _run(sys.argv[1:] if arguments is None else list(arguments), output_is_open)
+
+
+def _run(arguments: list[str], output_is_open: bool) -> None:
     overview = _overview()
     if not arguments:
         overview.error(f"name a verb, {', '.join(VERBS)}")
@@ -68,22 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changes = [word for word in arguments[1:] if word.startswith("--config.")] if verb == "plan" else []
     options = parser.parse_all([word for word in arguments[1:] if word not in changes])
     options.changes = changes
+    if not output_is_open and not (verb in ("translate", "score") and options.output):
+        sys.exit(f"{program}: standard output is closed, so that nothing could be shown: add > FILE, or > /dev/null")
     prepare_libraries()
     try:
         with warnings_in_one_line(program):
             command.run(options)
     except BrokenPipeError:
-        # The reader has enough, as `head` does. What Python would still write when it ends goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as a program that the closed pipe stops
+        raise  # not an error: see `complete_output`
     except KeyboardInterrupt:
         sys.exit(130)  # as a program that Ctrl-C stops
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # jax's word for too little memory
+    except (RuntimeError, MemoryError) as error:
+        if not is_device_error(error):
             raise
-        sys.exit(f"{program}: the device has too little memory: lower --batch_tokens, or --beam_size")
+        exit_for_device_error(program, error, "lower --batch_tokens or --beam_size")
 
 
 def _overview() -> Parser:

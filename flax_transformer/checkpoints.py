@@ -225,6 +225,8 @@ class Checkpoints:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**targets, notes=ocp.args.JsonRestore()))
                 found = {name: restored[name] for name in trees}, restored["notes"]
                 _check_types(found[0], trees)
+            except (jax.errors.JaxRuntimeError, MemoryError):
+                raise  # The device failed, or memory is short: the checkpoint is as good as it was.
             except Exception as error:  # Orbax and what it reads with raise many kinds.
                 damaged[step] = _reason(error)
             if _on_all_processes(step not in damaged):

@@ -7,6 +7,7 @@ import argparse
 import shlex
 
 from flax_transformer.commands.options import explain_damage, path, positive
+from flax_transformer.commands.process import start_devices
 
 EXAMPLES = """\
 examples:
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Averages and says how to use it; raises ValueError or OSError with the mend."""
     # jax loads here, so that --help answers at once.
+    start_devices()
     from flax_transformer.workdir import WorkDirectory
 
     with explain_damage(options.workdir):

@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from flax_transformer.commands.options import checkpoint, explain_damage, path
+from flax_transformer.commands.process import start_devices
 
 USAGE = "{from-marian,to-marian,to-ctranslate2,to-stablehlo} FROM TO [OPTIONS]"
 EXAMPLES = """\
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
     if options.checkpoint and way == "from-marian":
         raise ValueError("--checkpoint is for work directories, not for from-marian: leave it out")
     # jax loads here, so that --help answers at once.
+    start_devices()
     from flax_transformer.interop.folders import check_new_folder
     from flax_transformer.trained_model import TrainedModel
 

@@ -282,4 +282,4 @@ def _print_json(systems: Sequence[System], p_values: Mapping[str, float], signat
     report = described[0] | {"signatures": {name.lower(): signature for name, signature in signatures.items()}}
     if p_values:
         report["compare"] = described[1] | {"p_values": {name.lower(): p_value for name, p_value in p_values.items()}}
-    print(json.dumps(report, indent=2, ensure_ascii=False))
+    print(json.dumps(report, indent=2))  # ASCII alone, which is JSON in every terminal's encoding

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flax_transformer.commands.process import is_device_error, start_devices
 from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
 from flax_transformer.files import expand
 from flax_transformer.ranges import INT32, Range, check_value, whole_number
@@ -219,6 +220,7 @@ def pair_checkpoints(workdirs: Sequence[str], checkpoints: Sequence[str | int]) 
 def load_translator(models: Sequence[Model], batch_tokens: int) -> Any:
     """A model's translator, or an ensemble of several models; raises ValueError with the mend."""
     # jax loads here, so that --help answers at once.
+    start_devices()
     from flax_transformer.decoding.translator import Translator
 
     translators = []
@@ -230,12 +232,17 @@ def load_translator(models: Sequence[Model], batch_tokens: int) -> Any:
 
 @contextlib.contextmanager
 def explain_damage(workdir: str) -> Iterator[None]:
-    """Makes one ValueError that names the folder of whatever reading a work directory raises."""
+    """Makes one ValueError that names the folder of whatever reading a work directory raises.
+
+    Errors of the device are not the folder's; `start_devices` must come before.
+    """
     try:
         yield
     except OSError:
         raise
     except Exception as error:  # Orbax and what it reads with raise many kinds; whatever it is, the mend is the same.
+        if is_device_error(error):
+            raise
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if isinstance(error, ValueError) and frame.f_globals["__name__"].startswith("flax_transformer."):
             # One of this library's own, which names its mend, if not always the folder.

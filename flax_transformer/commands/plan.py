@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from flax_transformer.commands.options import explain_flag
+from flax_transformer.commands.process import start_devices
 
 EXAMPLES = """examples:
   flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:4x4
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         count = f"--xla_force_host_platform_device_count={size}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
     # jax loads here, so that --help answers at once.
+    start_devices()
     from flax_transformer.training import planning
 
     experiment = _load(options)

@@ -200,8 +200,10 @@ def _converse(translator: Any, search: SearchSettings, seed: int) -> None:
     """Translates each sentence that is typed, until Ctrl-D or Ctrl-C."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  Lets `input` edit a line and remember those before.
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal has its own encoding, files and pipes are UTF-8.
+            stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors=errors)
     print("Type a sentence and Enter; Ctrl-D leaves.")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         for turn in itertools.count():

@@ -3,13 +3,14 @@
 import atexit
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -65,6 +66,8 @@ class Cluster:
                 f"{timeout} s",
                 flush=True,
             )
+        # It takes SIGTERM for itself, and forgets one that comes before the first step of a resumed training.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(self.address, self.num_processes, self.process_id, initialization_timeout=timeout)
 
 
@@ -170,6 +173,52 @@ def ending_together(program: str, *, unless: type[BaseException]) -> Iterator[No
         watch.join()
 
 
+class Peers:
+    """The processes of one training, which agree through jax's store of keys and values where to stop.
+
+    Costs nothing while nobody asks to stop, but for a look at the store now and then.
+    """
+
+    _made = itertools.count()  # the same on all processes: each training agrees under a name of its own
+
+    def __init__(self) -> None:
+        """All processes must make theirs for the same training, after they have connected."""
+        self._client: Any = distributed.global_state.client
+        self._name = f"flax_transformer/stop/{next(self._made)}"
+
+    def ask(self) -> None:
+        """Asks all of them to stop."""
+        with contextlib.suppress(Exception):  # another one has asked before
+            self._client.key_value_set(f"{self._name}/asked", "")
+
+    def asked(self) -> bool:
+        """Whether one of them has asked all to stop."""
+        try:
+            self._client.key_value_try_get(f"{self._name}/asked")
+            return True
+        except Exception:  # jax's way to say that there is no such key
+            return False
+
+    def post(self, position: int) -> None:
+        """Tells the others where this one stands; only the first call counts."""
+        with contextlib.suppress(Exception):  # it was told before
+            self._client.key_value_set(f"{self._name}/{distributed.global_state.process_id}", str(position))
+
+    def positions(self, ended: threading.Event) -> list[int] | None:
+        """Where all of them stood when they posted; `None` if `ended` is set before all have."""
+        found: list[int] = []
+        while len(found) < distributed.global_state.num_processes and not ended.is_set():
+            # One that does not answer is waited for: if it is gone, jax ends this process.
+            with contextlib.suppress(Exception):
+                value = self._client.blocking_key_value_get(f"{self._name}/{len(found)}", int(1000 * LOOK_INTERVAL))
+                found.append(int(value))
+        return found if len(found) == distributed.global_state.num_processes else None
+
+    def leave(self, status: int) -> NoReturn:
+        """Ends this process as soon as all of them come here, or after a while."""
+        _leave(self._client, status, f"{self._name}/left")
+
+
 def _watch(client: Any, ended: threading.Event, program: str) -> None:
     """Ends this process when another one has failed, whatever it waits for."""
     while not ended.wait(LOOK_INTERVAL):
@@ -184,13 +233,13 @@ def _watch(client: Any, ended: threading.Event, program: str) -> None:
             _leave(client)
 
 
-def _leave(client: Any) -> None:
+def _leave(client: Any, status: int = 1, farewell: str = FAREWELL) -> NoReturn:
     """Ends this process without jax's own way out, once all know why; process 0 goes last, since the store is its."""
     with contextlib.suppress(Exception):  # one that knows nothing of it is waited for no longer
-        client.wait_at_barrier(FAREWELL, FAREWELL_TIMEOUT * 1000)
+        client.wait_at_barrier(farewell, FAREWELL_TIMEOUT * 1000)
     if distributed.global_state.process_id == 0:
         time.sleep(LOOK_INTERVAL)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the terminal is gone
             stream.flush()
-    os._exit(1)
+    os._exit(status)

@@ -38,7 +38,12 @@ from flax_transformer.workdir import WorkDirectory
 
 
 def train_and_evaluate(
-    experiment: Experiment, path: epath.PathLike, *, accept_changed_corpus: bool = False, profile: str = ""
+    experiment: Experiment,
+    path: epath.PathLike,
+    *,
+    accept_changed_corpus: bool = False,
+    profile: str = "",
+    interruption: Interruption | None = None,
 ) -> Scores | None:
     """Trains in a work directory until `training.steps`, then translates the test corpus.
 
@@ -47,6 +52,7 @@ def train_and_evaluate(
         path: the work directory; if a training has begun there, it goes on from the newest checkpoint.
         accept_changed_corpus: whether it goes on where a text is another than the one that it began with.
         profile: the first and the last step that jax's profiler watches, e.g. "20:25"; none if empty.
+        interruption: notices the signals that end it; if not given, they are noticed while it makes steps.
 
     Returns:
         The test corpus's scores under the weights that `training.weights` names, `None` without a test corpus.
@@ -55,7 +61,7 @@ def train_and_evaluate(
         ValueError: a corpus cannot be read, the work directory belongs to another experiment or another training is at
             work in it, or `training.max_skipped` updates in a row were not finite.
         OSError: a checkpoint or another file could not be written.
-        Interrupted: SIGTERM or SIGINT came; the step in hand was finished and a checkpoint written.
+        Interrupted: a signal came that ends a training; the step in hand was finished and a checkpoint written.
     """
     began = time.monotonic()
     hosts.check_connected()
@@ -67,7 +73,7 @@ def train_and_evaluate(
     with _explain_full_disk(workdir), lock:
         parallelism = Parallelism(experiment.training.parallelism)
         materials = prepare(experiment, texts, workdir, parallelism, accept_changed_corpus=accept_changed_corpus)
-        training = _Training(materials, workdir, parallelism, began, watched)
+        training = _Training(materials, workdir, parallelism, began, watched, interruption)
         training.run()
         return training.test()
 
@@ -109,10 +115,11 @@ class _Training:
         parallelism: Parallelism,
         began: float,
         profile: Profile,
+        interruption: Interruption | None,
     ):
         """Builds the compiled steps and evaluations; `began` is when training was asked for, by `time.monotonic`."""
         self.materials, self.workdir, self.parallelism = materials, workdir, parallelism
-        self.began, self.profile = began, profile
+        self.began, self.profile, self.interruption = began, profile, interruption
         experiment = materials.experiment
         self.config, self.model_config = experiment.training, experiment.model
         self.model = Transformer(self.model_config)
@@ -163,11 +170,13 @@ class _Training:
                 hosts.say(told)
             with (
                 Report(self.workdir, first_step=first, steps=self.config.steps, silent=not hosts.is_first()) as report,
-                Interruption() as interruption,
+                self._interruption() as interruption,
             ):
                 if hosts.is_first():
                     self.workdir.append_metrics({"kind": "start", "step": first} | provenance())
                 self._steps(state, first, _Session(checkpoints, report, interruption, Clock(seconds)))
+        if self.interruption is not None:
+            self.interruption.training_is_over()
         if self.config.weights == "averaged":
             self._average()
 
@@ -198,6 +207,16 @@ class _Training:
             if hosts.is_first():
                 self.workdir.set_average_aside(step)
             hosts.wait("the average is set aside")
+
+    @contextlib.contextmanager
+    def _interruption(self) -> Iterator[Interruption]:
+        if self.interruption is not None:
+            yield self.interruption
+            return
+        with Interruption() as interruption:
+            if hosts.count() > 1:
+                interruption.meet(hosts.Peers())
+            yield interruption
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, int, float]:
         """The state to go on from, its step, and the seconds trained before."""

@@ -31,7 +31,8 @@ def provenance() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "command": shlex.join(sys.argv),
+        # An argument that is not text in this locale has bytes that JSON cannot hold.
+        "command": shlex.join(sys.argv).encode(errors="backslashreplace").decode(),
         "versions": versions,
         "revision": _git_revision(),
         "machine": f"{platform.system()} {platform.machine()}",

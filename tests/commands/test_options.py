@@ -2,6 +2,7 @@
 
 import argparse
 
+import jax
 import pytest
 
 from flax_transformer.commands.options import (
@@ -139,3 +140,12 @@ def test_an_error_of_absl_about_a_number_says_what_to_write():
         f"{flag}=many: {wrong}'m'"
     )
     assert explain_flag("another error") == "another error"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("INTERNAL: no GPU"), RuntimeError("RESOURCE_EXHAUSTED: 8 GB")]
+)
+def test_a_device_that_fails_is_not_taken_for_a_damaged_folder(error):
+    with pytest.raises(type(error)) as raised, explain_damage("runs/a"):
+        raise error
+    assert raised.value is error

@@ -52,9 +52,15 @@ class SmallTraining:
         self._settings = SMALL | changes
 
     def start(
-        self, *, devices: int = 1, processes: int = 1, flags: tuple[str, ...] = (), environment: dict | None = None
+        self,
+        *,
+        devices: int = 1,
+        processes: int = 1,
+        flags: tuple[str, ...] = (),
+        environment: dict | None = None,
+        shell: str = "",
     ) -> list[subprocess.Popen]:
-        """Starts the command, on so many processes with so many devices each."""
+        """Starts the command, on so many processes with so many devices each, with redirections of `shell`."""
         settings = [f"--config.{name}={value}" for name, value in self._settings.items()]
         command = [sys.executable, ROOT / "tests" / "faults" / "observed_train.py", "--config=configs/quickstart.py"]
         command += [f"--workdir={self.workdir}", *settings, *flags]
@@ -63,6 +69,8 @@ class SmallTraining:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", "--connect_timeout=60"]
+        if shell:
+            command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
         environment = (
             os.environ
             | (environment or {})

@@ -1,8 +1,10 @@
 """Takes trainings that are told to stop and leaves a verdict: each stops behind a checkpoint and goes on to the bit."""
 
 import json
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,49 @@ def test_sigterm_and_ctrl_c_stop_behind_a_checkpoint_from_which_the_same_command
     (ended,) = training.finish()
     assert f"steps {steps[-1]} to 96" in ended.stdout
     assert_equal(training, unbroken_long)
+
+
+def test_the_notices_of_clusters_and_of_a_closed_terminal_stop_it_as_sigterm_does(unbroken_long, small_training):
+    """SIGHUP comes twice, from the terminal and from the shell, and SIGXCPU every second."""
+    training = small_training(**LONG)
+    for numbers, begun in (([signal.SIGHUP] * 2, 20), ([signal.SIGXCPU] * 3, 40), ([signal.SIGUSR1], 60)):
+        started = training.start()
+        training.wait_for_step(begun, started)
+        for number in numbers:
+            started[0].send_signal(number)
+        (ended,) = training.wait(started)
+        assert begun <= stopped_behind(ended, training, 128 + number, number.name) < 96
+    training.finish()
+    assert_equal(training, unbroken_long)
+
+
+def wait_until_noticed(process, number):
+    """Waits until a process takes a signal itself, as Linux tells."""
+    while True:
+        (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+        if int(caught, 16) >> (number - 1) & 1:
+            return
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+BEFORE = "train.py: {}: stopped before the first step; nothing is lost, and the same command starts again"
+
+
+@pytest.mark.parametrize("moment", ["imports", "compiling"])
+def test_two_processes_end_before_the_first_step_of_a_training_that_is_resumed(moment, small_training):
+    training = small_training(**LONG | {"training__steps": 8})
+    training.finish()
+    started = training.start(**PAIR, flags=("--config.training.steps=100000",))
+    wait_until_noticed(started[1], signal.SIGHUP)
+    if moment == "compiling":
+        while "parameters, " not in started[0].stdout.readline():
+            assert started[0].poll() is None
+    started[1].send_signal(signal.SIGHUP)
+    ended = training.wait(started, seconds=60)
+    assert [said(process) for process in ended] == [[BEFORE.format("SIGTERM")], [BEFORE.format("SIGHUP")]]
+    assert [process.returncode for process in ended] == [143, 129]
+    assert training.steps() == [8]
 
 
 def test_sigterm_in_an_evaluation_ends_at_once_and_the_evaluation_is_made_first_thereafter(small_training):
