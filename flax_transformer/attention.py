@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.dropout import dropout
-from flax_transformer.product import dense_product
+from flax_transformer.projections import dense_project
 
 # The least that "auto" takes cuDNN for: a tile of its kernel. A step of a search asks with fewer queries.
 TILE = 64
@@ -192,7 +192,7 @@ class MultiHeadAttention(nn.Module):
             self.d_model,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
-            dot_general=dense_product,
+            dot_general=dense_project,
         )
 
     def _split_heads(self, inputs: Float[Array, "B P D"]) -> Float[Array, "B P H K"]:

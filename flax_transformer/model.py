@@ -14,7 +14,7 @@ from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
 from flax_transformer.masks import ancestor_mask, causal_mask, combine_masks, padding_mask, segment_mask
 from flax_transformer.positions import Length, check_length
-from flax_transformer.product import product
+from flax_transformer.projections import project
 from flax_transformer.stacks import Decoder, DecodingState, Encoder, first_ancestors
 
 
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
         else:
             tied = "shared_embedding" if self.config.tie_embeddings == "three_way" else "target_embedding"
             kernel = getattr(self, tied).embedding.T
-        logits = product(outputs, kernel.astype(outputs.dtype), jnp.float32)
+        logits = project(outputs, kernel.astype(outputs.dtype), jnp.float32)
         return logits + self.output_bias if self.config.output_bias else logits
 
     def _segments(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
