@@ -5,6 +5,8 @@ Glossary: D is `d_model`, H is `num_heads`, K = D / H is the size of one head, F
 
 import dataclasses
 import difflib
+import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -92,10 +94,14 @@ class TransformerConfig:
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
-        object.__setattr__(self, "banned_ids", tuple(self.banned_ids))  # JSON has lists, and only a tuple is hashable
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _plain(f"model.{field.name}", value, field.type))
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+            # A type of jax's or numpy's equals its name.
+            object.__setattr__(self, name, next(choice for choice in allowed if choice == getattr(self, name)))
         for name in ("d_model", "num_heads", "d_ff", "num_encoder_layers", "num_decoder_layers", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
@@ -142,6 +148,25 @@ class TransformerConfig:
         """5+5 layers, 512, 8 heads, d_ff = 3 * d_model = 1536: the Kannada-English tutorial's model."""
         five_layer = cls(d_ff=3 * 512, num_encoder_layers=5, num_decoder_layers=5)
         return dataclasses.replace(five_layer, **changes)
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    """A setting as Python's own type, which JSON can hold: numpy's numbers are converted, other types refused."""
+    wanted = {int: "a whole number", float: "a number", bool: "True or False", Sequence[int]: "whole numbers"}
+    try:
+        if kind is int and not isinstance(value, bool):
+            return operator.index(value)
+        if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+            return float(value)
+        if kind is bool and value in (True, False):
+            return bool(value)
+        if kind == Sequence[int]:
+            return tuple(map(operator.index, value))
+    except TypeError:
+        pass
+    if kind is str:
+        return value
+    raise ValueError(f"{name} is {value!r}: it must be {wanted[kind]}")
 
 
 def from_mapping(settings: Callable[..., Settings], mapping: Mapping[str, Any], section: str) -> Settings:

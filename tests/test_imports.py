@@ -21,8 +21,9 @@ ABOVE = "every row above"
 # The rows of the library from the bottom of the dependencies up, and the rows that each may import. The name of a
 # folder stands for all its files. The `__init__` of a folder runs before any file in it, so it imports nothing.
 LAYOUT = {
-    "masks": "",
-    "positions": "",
+    "tokens": "",
+    "masks": "tokens",
+    "positions": "tokens",
     "config": "",
     "experiment": "config",
     "dropout": "",
@@ -30,7 +31,7 @@ LAYOUT = {
     "attention": "masks dropout projections",
     "layers": "attention config dropout projections",
     "stacks": "config positions dropout attention layers",
-    "model": "config masks positions attention projections stacks",
+    "model": "config masks positions attention projections stacks tokens",
     "plots": "",
     "data.__init__": "",
     "data.vocabulary": "experiment",

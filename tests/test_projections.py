@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 from flax_transformer.projections import gradients_written_out, project, written_out
 
 D, F = 7, 11
-KERNEL = jnp.linspace(-1, 1, D * F).reshape(D, F)
+KERNEL = jnp.linspace(0.5, 1, D * F).reshape(D, F)
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 5)])
