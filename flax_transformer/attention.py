@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.dropout import dropout
-from flax_transformer.product import dense_product
+from flax_transformer.masks import check_mask, sees_something
+from flax_transformer.projections import dense_project
 
 # The least that "auto" takes cuDNN for: a tile of its kernel. A step of a search asks with fewer queries.
 TILE = 64
@@ -43,7 +44,9 @@ def dot_product_attention(
         query: one vector a query and head.
         key: one vector a memory position and head.
         value: one vector a memory position and head.
-        mask: 0 where a query may see a memory position, -inf where it may not, nothing between; `None` hides nothing.
+        mask: 0 where a query may see a memory position, -inf where it may not; `None` hides nothing. Anything else,
+            such as the 1 and 0 of `flax.linen.make_causal_mask` or a finite bias, is an error where the values are
+            known, and inside `jit`, where they are not, makes the result of its query NaN.
         dropout_rate: share of the weights that are set to zero; the paper drops none.
         dropout_rng: random key; `None` drops nothing.
         return_weights: whether the weights come too, float32, before dropout.
@@ -53,13 +56,14 @@ def dot_product_attention(
         What each query gathered, in the query's type; with `return_weights` a pair of it and the weights.
 
     Raises:
-        ValueError: the mask has not four dimensions, or is boolean; "cudnn" is asked for where it cannot run.
+        ValueError: the mask has not four dimensions that broadcast, is boolean or of integers, or is known to hold
+            anything but 0 and -inf; "cudnn" is asked for where it cannot run.
     """
     if mask is not None:
-        if mask.ndim != 4:
-            raise ValueError(f"mask has shape {mask.shape}: give it four dimensions that broadcast to [B, H, Q, M]")
-        if mask.dtype == bool:
-            raise ValueError("mask is boolean: give 0 and -inf, e.g. jnp.where(allowed, 0.0, -jnp.inf)")
+        check_mask(mask)
+        full = (*query.shape[:1], query.shape[2], query.shape[1], key.shape[1])
+        if any(size not in (1, wanted) for size, wanted in zip(mask.shape, full, strict=True)):
+            raise ValueError(f"mask has shape {mask.shape}, which does not broadcast to [B, H, Q, M], here {full}")
     if dropout_rng is None:
         dropout_rate = 0.0
     if _takes_cudnn(implementation, query, key, mask, dropout_rate, return_weights):
@@ -69,10 +73,10 @@ def dot_product_attention(
     if mask is None:
         weights = jax.nn.softmax(logits)
     else:
-        sees_something = jnp.any(mask > -jnp.inf, axis=-1, keepdims=True)
+        sees = sees_something(mask)
         # The softmax of a row that is all -inf is NaN, and so is its gradient: such a row is masked after it instead.
-        weights = jax.nn.softmax(logits + jnp.where(sees_something, mask, 0.0))
-        weights = jnp.where(sees_something, weights, 0.0)
+        weights = jax.nn.softmax(logits + jnp.where(sees > 0, mask, 0.0))
+        weights = jnp.where(sees > 0, weights, sees)
     kept = weights
     if dropout_rng is not None and dropout_rate > 0:
         kept = dropout(weights, dropout_rate, dropout_rng)
@@ -88,14 +92,14 @@ def _cudnn_attention(
 ) -> Float[Array, "B Q H K"]:
     if mask is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    allowed = mask > -jnp.inf
-    sees_something = jnp.any(allowed, axis=-1, keepdims=True)
+    sees = sees_something(mask)
     # Whatever the kernel makes of a row that sees nothing: such a row is shown everything, and zeroed after.
     # It takes a boolean mask as a bias of 16 bits, and from jax 0.11.1 on makes no gradient for it. It broadcasts B and
     # H by itself, the lengths not.
-    allowed = jnp.broadcast_to(allowed | ~sees_something, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    allowed = jnp.broadcast_to((mask == 0) | ~(sees > 0), (*mask.shape[:2], query.shape[1], key.shape[1]))
     gathered = jax.nn.dot_product_attention(query, key, value, mask=allowed, implementation="cudnn")
-    return jnp.where(sees_something.swapaxes(1, 2), gathered, 0)
+    sees = sees.swapaxes(1, 2)
+    return jnp.where(sees > 0, gathered, sees.astype(gathered.dtype))
 
 
 def _takes_cudnn(
@@ -192,7 +196,7 @@ class MultiHeadAttention(nn.Module):
             self.d_model,
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
-            dot_general=dense_product,
+            dot_general=dense_project,
         )
 
     def _split_heads(self, inputs: Float[Array, "B P D"]) -> Float[Array, "B P H K"]:

@@ -12,6 +12,8 @@ from flax_transformer.ranges import COUNT, SHARE, SIZE, Range, check, setting
 
 LAYERS = Range(at_least=1, at_most=10_000)
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 Settings = TypeVar("Settings")
 
 
@@ -81,12 +83,15 @@ class TransformerConfig:
     eos_id: int = setting(2, COUNT)
     banned_ids: Sequence[int] = setting((), COUNT)
     max_output: int = setting(0, COUNT)
-    dtype: str = setting("float32", ("float32", "bfloat16", "float16"))
+    dtype: str = setting("float32", DTYPES)
     attention_implementation: str = setting("auto", ("auto", "xla", "cudnn"))
     remat: bool = False
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        # A type of jax's or numpy's equals its name.
+        dtype = next((name for name in DTYPES if self.dtype == name), self.dtype)
+        object.__setattr__(self, "dtype", dtype)
         check(self, "model")
         if self.d_model % self.num_heads:
             raise ValueError(

@@ -21,7 +21,12 @@ def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> F
         inputs: of any shape.
         rate: at least 0 and less than 1; one that rounds to 1 drops all but one entry in 256.
         rng: the random key; equal keys drop equal entries.
+
+    Raises:
+        ValueError: the rate is less than 0, or 1 or more.
     """
+    if not 0 <= rate < 1:
+        raise ValueError(f"the dropout rate is {rate}: give the share that is set to zero, at least 0 and less than 1")
     dropped_levels = min(round(rate * LEVELS), LEVELS - 1)
     if dropped_levels == 0:
         return inputs

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from flax_transformer.attention import KVCache, MultiHeadAttention
 from flax_transformer.config import TransformerConfig
 from flax_transformer.dropout import Dropout
-from flax_transformer.product import dense_product
+from flax_transformer.projections import dense_project
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -45,7 +45,7 @@ class FeedForward(nn.Module):
         options = {
             "dtype": self.dtype,
             "kernel_init": nn.initializers.xavier_uniform(),
-            "dot_general": dense_product,
+            "dot_general": dense_project,
         }
         inner = nn.Dense(self.d_ff, name="inner", **options)(inputs)
         inner = ACTIVATIONS[self.activation](inner)

@@ -1,13 +1,19 @@
 """Takes lengths, validity or segment numbers and leaves additive masks for `attention.dot_product_attention`.
 
 A mask holds exactly 0 where a query may see a key and -inf where it may not; it is added to the logits before the
-softmax (section 3.2.3). Glossary: B batch, H heads, Q query positions, M memory positions, N hypotheses of a sentence,
+softmax (section 3.2.3). Masks of other conventions are refused: booleans and integers by their type, other numbers,
+such as the 1 and 0 of `flax.linen.make_causal_mask`, by their values. Glossary: B batch, H heads, Q query positions, M memory positions, N hypotheses of a sentence,
 L positions of a cache.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from flax_transformer.tokens import is_known
 
 
 def _additive(allowed: Bool[Array, "..."]) -> Float[Array, "..."]:
@@ -42,7 +48,15 @@ def padding_mask(valid: Bool[Array, "B M"]) -> Float[Array, "B 1 1 M"]:
 
     Args:
         valid: true where a memory position holds a token, false where it is padding.
+
+    Raises:
+        ValueError: `valid` is not boolean or has not two dimensions.
     """
+    if valid.dtype != bool or valid.ndim != 2:
+        raise ValueError(
+            f"valid is {valid.dtype} of shape {valid.shape}: give booleans [B, M], true where there is a token, e.g. "
+            "tokens != pad_id, or jnp.arange(M) < lengths[:, None]"
+        )
     return _additive(valid)[:, None, None, :]
 
 
@@ -54,12 +68,54 @@ def segment_mask(query_segments: Int[Array, "B Q"], memory_segments: Int[Array, 
     Args:
         query_segments: for each query the number of its sentence within the row.
         memory_segments: the same for each memory position.
+
+    Raises:
+        ValueError: the segments are not integers or have not two dimensions.
     """
+    for name, segments in (("query_segments", query_segments), ("memory_segments", memory_segments)):
+        if not jnp.issubdtype(segments.dtype, jnp.integer) or segments.ndim != 2:
+            raise ValueError(
+                f"{name} are {segments.dtype} of shape {segments.shape}: give one integer for each position, 0 for "
+                "padding and 1, 2, ... for sentences, e.g. (tokens != pad_id).astype(jnp.int32)"
+            )
     queries, memory = query_segments[:, :, None], memory_segments[:, None, :]
     return _additive((queries == memory) & (queries > 0))[:, None]
 
 
 def combine_masks(*masks: Float[Array, "#B #H #Q #M"] | None) -> Float[Array, "B H Q M"] | None:
-    """Adds masks, so that a query sees a key only where all of them allow it; `None` hides nothing."""
+    """Adds masks, so that a query sees a key only where all of them allow it; `None` hides nothing.
+
+    Raises:
+        ValueError: as in `check_mask`.
+    """
     present = [mask for mask in masks if mask is not None]
+    for mask in present:
+        check_mask(mask)
     return jax.tree.reduce(jnp.add, present) if present else None
+
+
+def check_mask(mask: Any) -> None:
+    """Raises ValueError unless a mask is an additive one: floats, 0 and -inf, of four dimensions.
+
+    Values are looked at where they are known; inside `jit` they are not, and `dot_product_attention` sees to them.
+    """
+    if mask.ndim != 4:
+        raise ValueError(f"mask has shape {mask.shape}: give it four dimensions that broadcast to [B, H, Q, M]")
+    if not jnp.issubdtype(mask.dtype, jnp.floating):
+        kind = "boolean" if mask.dtype == bool else mask.dtype
+        raise ValueError(f"mask is {kind}: give 0 and -inf, e.g. jnp.where(allowed, 0.0, -jnp.inf)")
+    if is_known(mask):
+        values = np.asarray(mask)
+        wrong = values[(values != 0) & (values != -np.inf)]
+        if wrong.size:
+            raise ValueError(
+                f"mask holds {wrong[0]}: give 0 where a query may see a memory position and -inf where it may not, "
+                "nothing else, e.g. jnp.where(allowed, 0.0, -jnp.inf)"
+            )
+
+
+def sees_something(mask: Float[Array, "B H Q M"]) -> Float[Array, "B H Q 1"]:
+    """For each query 1 if it may see something and 0 if not; NaN if its row holds anything but 0 and -inf."""
+    allowed = mask == 0
+    numbers = jnp.where(allowed | (mask == -jnp.inf), allowed.astype(jnp.float32), jnp.nan)
+    return jnp.max(numbers, axis=-1, keepdims=True)

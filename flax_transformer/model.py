@@ -14,8 +14,9 @@ from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
 from flax_transformer.masks import ancestor_mask, causal_mask, combine_masks, padding_mask, segment_mask
 from flax_transformer.positions import Length, check_length
-from flax_transformer.product import product
+from flax_transformer.projections import project
 from flax_transformer.stacks import Decoder, DecodingState, Encoder, first_ancestors
+from flax_transformer.tokens import check_beside, check_tokens, look_up
 
 
 class AttentionWeights(flax.struct.PyTreeNode):
@@ -50,12 +51,17 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        """One embedding matrix, two or three, by `tie_embeddings`; raises ValueError for an unknown vocabulary size."""
+        """One embedding matrix, two or three, by `tie_embeddings`; raises ValueError for a vocabulary that cannot be."""
         config = self.config
         if min(config.source_vocab_size, config.target_vocab_size) < 1:
             raise ValueError(
                 f"model.source_vocab_size is {config.source_vocab_size}, model.target_vocab_size "
                 f"{config.target_vocab_size}: set both to the numbers of token ids"
+            )
+        if not 0 <= config.start_id < config.target_vocab_size:
+            raise ValueError(
+                f"model.start_id is {config.start_id}, model.target_vocab_size {config.target_vocab_size}: "
+                "the decoder starts from a token of the target vocabulary"
             )
         if config.tie_embeddings == "three_way":
             self.shared_embedding = self._embedding(config.source_vocab_size)
@@ -77,10 +83,12 @@ class Transformer(nn.Module):
         return nn.Embed(size, self.config.d_model, embedding_init=init)
 
     def _embed_source(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        return (self.shared_embedding if self.config.tie_embeddings == "three_way" else self.source_embedding)(tokens)
+        shared = self.config.tie_embeddings == "three_way"
+        return look_up(self.shared_embedding if shared else self.source_embedding, tokens)
 
     def _embed_target(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return (self.shared_embedding if self.config.tie_embeddings == "three_way" else self.target_embedding)(tokens)
+        shared = self.config.tie_embeddings == "three_way"
+        return look_up(self.shared_embedding if shared else self.target_embedding, tokens)
 
     def logits(self, outputs: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The logits, float32, of what the decoder puts out (section 3.4)."""
@@ -89,7 +97,7 @@ class Transformer(nn.Module):
         else:
             tied = "shared_embedding" if self.config.tie_embeddings == "three_way" else "target_embedding"
             kernel = getattr(self, tied).embedding.T
-        logits = product(outputs, kernel.astype(outputs.dtype), jnp.float32)
+        logits = project(outputs, kernel.astype(outputs.dtype), jnp.float32)
         return logits + self.output_bias if self.config.output_bias else logits
 
     def _segments(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -129,7 +137,12 @@ class Transformer(nn.Module):
             return_weights: whether the attention weights come too.
 
         Returns:
-            Logits, float32; with `return_weights` a pair of them and `AttentionWeights`.
+            Logits, float32; with `return_weights` a pair of them and `AttentionWeights`. They are NaN where a sentence
+            holds a token id that the vocabulary lacks and that could not be seen, inside `jit`.
+
+        Raises:
+            ValueError: token ids, segments or positions are not integers [B, S] and [B, T], or a token id is known not
+                to be in the vocabulary.
         """
         outputs, encoder_weights, decoder_weights = self._run(
             source,
@@ -182,6 +195,12 @@ class Transformer(nn.Module):
         deterministic,
         return_weights,
     ):
+        check_tokens("source", source, self.config.source_vocab_size)
+        check_tokens("target", target, self.config.target_vocab_size)
+        check_beside("source_segments", source_segments, source)
+        check_beside("target_segments", target_segments, target)
+        check_beside("source_positions", source_positions, source)
+        check_beside("target_positions", target_positions, target)
         source_positions = self._positions(source, source_segments) if source_positions is None else source_positions
         target_positions = self._positions(target, target_segments) if target_positions is None else target_positions
         source_segments = self._segments(source) if source_segments is None else source_segments
@@ -207,6 +226,9 @@ class Transformer(nn.Module):
         deterministic: bool,
     ) -> Float[Array, "B S D"]:
         """The encoder's memory: one vector a source token; arguments as in `__call__`."""
+        check_tokens("source", source, self.config.source_vocab_size)
+        check_beside("segments", segments, source)
+        check_beside("positions", positions, source)
         positions = self._positions(source, segments) if positions is None else positions
         segments = self._segments(source) if segments is None else segments
         return self._encode(source, segments, positions, deterministic, return_weights=False)[0]
@@ -231,6 +253,10 @@ class Transformer(nn.Module):
             target_positions: positions of the decoder's input.
             deterministic: true switches dropout off.
         """
+        check_tokens("decoder_input", decoder_input, self.config.target_vocab_size)
+        check_beside("source_segments", source_segments, memory[..., 0])
+        check_beside("target_segments", target_segments, decoder_input)
+        check_beside("target_positions", target_positions, decoder_input)
         if target_positions is None:
             target_positions = self._positions(decoder_input, target_segments)
         if source_segments is None:
@@ -312,6 +338,7 @@ class Transformer(nn.Module):
         Returns:
             The next state, and logits; NaN where more tokens came than `start_decoding` made room for.
         """
+        check_tokens("tokens", tokens, self.config.target_vocab_size)
         batch, hypotheses, room = state.ancestors.shape
         length = tokens.shape[1]
         if length > room:

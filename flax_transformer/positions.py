@@ -6,9 +6,10 @@ Glossary: B batch, S positions in a row, D d_model.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from flax_transformer.tokens import is_known
 
 
 def sinusoidal_positions(
@@ -48,12 +49,14 @@ class LearnedPositions(nn.Module):
         """Looks positions up; one that the table lacks gives NaN, never another position's vector.
 
         Raises:
-            ValueError: the positions' values are known, and one is past the table.
+            ValueError: the positions' values are known, and one is past the table or less than 0.
         """
-        if not isinstance(positions, jax.core.Tracer):
+        if is_known(positions):
             check_length(int(positions.max(initial=0)) + 1, self.max_length)
+            if positions.min(initial=0) < 0:
+                raise ValueError(f"positions has {positions.min()}: count positions from 0")
         table = self.param("embedding", nn.initializers.normal(self.d_model**-0.5), (self.max_length, self.d_model))
-        return jnp.take(table, positions, axis=0, mode="fill", fill_value=jnp.nan)
+        return jnp.take(table, positions.astype(jnp.uint32), axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def check_length(length: Length, max_length: int) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import Experiment
 from flax_transformer.model import Transformer
+from flax_transformer.projections import gradients_written_out
 from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums, sums_in_chunks
 from flax_transformer.training.loss_scale import LossScale
 from flax_transformer.training.optimizer import frozen, make_optimizer
@@ -221,7 +222,8 @@ def loss_and_gradients(
             )
             return sums.smoothed if factor is None else factor * sums.smoothed, sums
 
-        gradients, sums = jax.grad(summed_loss, has_aux=True)(params)
+        with gradients_written_out():
+            gradients, sums = jax.grad(summed_loss, has_aux=True)(params)
         return sums, gradients
 
     zeros = LossSums.zeros(), jax.tree.map(jnp.zeros_like, params)
