@@ -8,6 +8,8 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
 from flax_transformer.ranges import COUNT, SHARE, SIZE, Range, check, setting
 
 LAYERS = Range(at_least=1, at_most=10_000)
@@ -89,9 +91,8 @@ class TransformerConfig:
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
-        # A type of jax's or numpy's equals its name.
-        dtype = next((name for name in DTYPES if self.dtype == name), self.dtype)
-        object.__setattr__(self, "dtype", dtype)
+        if not isinstance(self.dtype, str):  # a type such as jnp.bfloat16 stands for its name
+            object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
         check(self, "model")
         if self.d_model % self.num_heads:
             raise ValueError(
