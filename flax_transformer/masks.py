@@ -2,8 +2,9 @@
 
 A mask holds exactly 0 where a query may see a key and -inf where it may not; it is added to the logits before the
 softmax (section 3.2.3). Masks of other conventions are refused: booleans and integers by their type, other numbers,
-such as the 1 and 0 of `flax.linen.make_causal_mask`, by their values. Glossary: B batch, H heads, Q query positions, M memory positions, N hypotheses of a sentence,
-L positions of a cache.
+such as the 1 and 0 of `flax.linen.make_causal_mask`, by their values.
+
+Glossary: B batch, H heads, Q query positions, M memory positions, N hypotheses of a sentence, L positions of a cache.
 """
 
 from typing import Any

@@ -51,7 +51,7 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        """One embedding matrix, two or three, by `tie_embeddings`; raises ValueError for a vocabulary that cannot be."""
+        """One embedding matrix, two or three, by `tie_embeddings`; raises ValueError for an impossible vocabulary."""
         config = self.config
         if min(config.source_vocab_size, config.target_vocab_size) < 1:
             raise ValueError(
@@ -197,10 +197,10 @@ class Transformer(nn.Module):
     ):
         check_tokens("source", source, self.config.source_vocab_size)
         check_tokens("target", target, self.config.target_vocab_size)
-        check_beside("source_segments", source_segments, source)
-        check_beside("target_segments", target_segments, target)
-        check_beside("source_positions", source_positions, source)
-        check_beside("target_positions", target_positions, target)
+        check_beside("source_segments", source_segments, source.shape)
+        check_beside("target_segments", target_segments, target.shape)
+        check_beside("source_positions", source_positions, source.shape)
+        check_beside("target_positions", target_positions, target.shape)
         source_positions = self._positions(source, source_segments) if source_positions is None else source_positions
         target_positions = self._positions(target, target_segments) if target_positions is None else target_positions
         source_segments = self._segments(source) if source_segments is None else source_segments
@@ -227,8 +227,8 @@ class Transformer(nn.Module):
     ) -> Float[Array, "B S D"]:
         """The encoder's memory: one vector a source token; arguments as in `__call__`."""
         check_tokens("source", source, self.config.source_vocab_size)
-        check_beside("segments", segments, source)
-        check_beside("positions", positions, source)
+        check_beside("segments", segments, source.shape)
+        check_beside("positions", positions, source.shape)
         positions = self._positions(source, segments) if positions is None else positions
         segments = self._segments(source) if segments is None else segments
         return self._encode(source, segments, positions, deterministic, return_weights=False)[0]
@@ -254,9 +254,9 @@ class Transformer(nn.Module):
             deterministic: true switches dropout off.
         """
         check_tokens("decoder_input", decoder_input, self.config.target_vocab_size)
-        check_beside("source_segments", source_segments, memory[..., 0])
-        check_beside("target_segments", target_segments, decoder_input)
-        check_beside("target_positions", target_positions, decoder_input)
+        check_beside("source_segments", source_segments, memory.shape[:2])
+        check_beside("target_segments", target_segments, decoder_input.shape)
+        check_beside("target_positions", target_positions, decoder_input.shape)
         if target_positions is None:
             target_positions = self._positions(decoder_input, target_segments)
         if source_segments is None:

@@ -21,9 +21,7 @@ def check_tokens(name: str, tokens: Any, size: int) -> None:
         size: the number of token ids.
     """
     if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2:
-        raise ValueError(
-            f"{name} is {tokens.dtype} of shape {tokens.shape}: give token ids, integers of two dimensions"
-        )
+        raise ValueError(f"{name} is {tokens.dtype} of shape {tokens.shape}: give token ids, integers [B, S]")
     if is_known(tokens):
         values = np.asarray(tokens)
         wrong = values[(values < 0) | (values >= size)]
@@ -34,11 +32,11 @@ def check_tokens(name: str, tokens: Any, size: int) -> None:
             )
 
 
-def check_beside(name: str, numbers: Any, tokens: Any) -> None:
-    """Raises ValueError unless `numbers`, segments or positions, are an integer for each token; `None` is fine."""
-    if numbers is not None and not (jnp.issubdtype(numbers.dtype, jnp.integer) and numbers.shape == tokens.shape):
+def check_beside(name: str, numbers: Any, shape: tuple[Any, ...]) -> None:
+    """Raises ValueError unless `numbers`, segments or positions, are integers of the tokens' shape; `None` is fine."""
+    if numbers is not None and not (jnp.issubdtype(numbers.dtype, jnp.integer) and numbers.shape == shape):
         raise ValueError(
-            f"{name} is {numbers.dtype} of shape {numbers.shape}, the tokens have shape {tokens.shape}: give one integer "
+            f"{name} is {numbers.dtype} of shape {numbers.shape}, and the tokens have shape {shape}: give one integer "
             "for each token"
         )
 

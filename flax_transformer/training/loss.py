@@ -85,8 +85,12 @@ def sums_in_chunks(
     """What `sums_of` gives, added up over parts of the target slots: the logits of one part at a time are in memory.
 
     But for a factor, the gradient of a summed loss is known as soon as the logits are. Differentiated, each part keeps
-    that gradient, which is as large as its outputs, in place of its logits: none are made twice. Only `smoothed` has a
-    gradient, that of the other sums counts as zero; as with every `jax.custom_vjp`, `jax.jvp` is an error.
+    that gradient, which is as large as its outputs, in place of its logits: none are made twice.
+
+    This is for a training step, which differentiates `smoothed` in reverse. The gradients of `cross_entropy`, `correct`
+    and `tokens` count as zero, without an error. Forward mode (`jax.jvp`, `jax.linearize`, `jax.hessian`) is an error,
+    and so is a gradient inside `jax.shard_map` unless `check_vma=False`. Where any of that is needed, call `sums_of`
+    on the whole instead.
 
     Args:
         sums_of: from some slots' outputs, targets and validity to their sums; its other parameters it closes over.

@@ -1,0 +1,168 @@
+"""Tests that jax transforms each module in every way that it transforms flax's own, here `nn.Dense`."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import flax_transformer
+from flax_transformer import MultiHeadAttention, Transformer, TransformerConfig, causal_mask, dot_product_attention
+from flax_transformer.layers import DecoderLayer, EncoderLayer, FeedForward
+
+B, S, D, V = 4, 3, 8, 11
+CONFIG = TransformerConfig(
+    source_vocab_size=V, target_vocab_size=V, d_model=D, num_heads=2, d_ff=10, num_encoder_layers=1,
+    num_decoder_layers=1, activation="gelu",
+)  # fmt: skip
+VECTORS = jax.random.normal(jax.random.key(0), (B, S, D))
+TOKENS = jax.random.randint(jax.random.key(1), (B, S), 3, V).at[1, 2].set(0)
+DROPOUT = {"dropout": jax.random.key(2)}
+
+
+class Decoded(nn.Module):
+    """A decoder's layer looking at its own inputs as memory."""
+
+    @nn.compact
+    def __call__(self, inputs, *, deterministic):
+        layer = DecoderLayer(CONFIG)
+        return layer(inputs, layer.project_memory(inputs), causal_mask(S), deterministic=deterministic)[0]
+
+
+def stepwise(model, variables, tokens):
+    """The logits after the first two tokens, one step each."""
+    state = model.apply(variables, tokens, max_length=2, method="start_decoding")
+    state, first = model.apply(variables, state, tokens[:, :1], method="decode_step")
+    return first + model.apply(variables, state, tokens[:, 1:2], method="decode_step")[1]
+
+
+def attend(module, variables, inputs):
+    return module.apply(variables, inputs, inputs, causal_mask(S), deterministic=True)[0]
+
+
+def attend_by_hand(module, variables, inputs):
+    query = module.apply(variables, inputs).reshape(*inputs.shape[:2], 2, -1)
+    return dot_product_attention(query, query, query, causal_mask(S))
+
+
+def apply(module, variables, *inputs):
+    made = module.apply(variables, *inputs, deterministic=True)
+    return made[0] if isinstance(made, tuple) else made
+
+
+def translate(model, variables, tokens):
+    return apply(model, variables, tokens, tokens)
+
+
+def translate_with_dropout(model, variables, tokens):
+    return model.apply(variables, tokens, tokens, deterministic=False, rngs=DROPOUT)
+
+
+MODEL, REMAT = Transformer(CONFIG), Transformer(TransformerConfig(**{**vars(CONFIG), "remat": True}))
+# The module, its inputs, those it begins with, and what is differentiated.
+CASES = {
+    "flax's Dense": (nn.Dense(D), (VECTORS,), lambda module, *arguments: module.apply(*arguments)),
+    "dot_product_attention": (nn.Dense(D), (VECTORS,), attend_by_hand),
+    "MultiHeadAttention": (MultiHeadAttention(d_model=D, num_heads=2), (VECTORS, VECTORS), attend),
+    "FeedForward": (FeedForward(D, 10, activation="gelu"), (VECTORS,), apply),
+    "EncoderLayer": (EncoderLayer(CONFIG), (VECTORS,), apply),
+    "DecoderLayer": (Decoded(), (VECTORS,), apply),
+    "Transformer": (MODEL, (TOKENS, TOKENS), translate),
+    "Transformer, layers computed again": (REMAT, (TOKENS, TOKENS), translate),
+    "Transformer, dropout": (MODEL, (TOKENS, TOKENS), translate_with_dropout),
+    "Transformer, step by step": (MODEL, (TOKENS, TOKENS), stepwise),
+}
+
+
+def test_every_public_module_is_here():
+    public = {name for name in flax_transformer.__all__ if issubclass(type(getattr(flax_transformer, name)), type)}
+    modules = {name for name in public if issubclass(getattr(flax_transformer, name), nn.Module)}
+    assert modules <= set(CASES)
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    """A loss of parameters and inputs, parameters, a direction for them, and the inputs; all outputs as a function."""
+    module, inputs, call = CASES[request.param]
+    options = {} if isinstance(module, nn.Dense) else {"deterministic": True}
+    variables = jax.jit(partial(module.init, **options))(jax.random.key(3), *inputs)
+    leaves, structure = jax.tree.flatten(variables)
+    rngs = jax.random.split(jax.random.key(4), len(leaves))
+    noise = [jax.random.normal(rng, leaf.shape) for rng, leaf in zip(rngs, leaves, strict=True)]
+    # Biases begin at zero.
+    variables = jax.tree.unflatten(structure, [leaf + 0.1 * add for leaf, add in zip(leaves, noise, strict=True)])
+
+    def outputs(variables, inputs):
+        return call(module, variables, inputs)
+
+    def loss(variables, inputs):
+        return jnp.mean(outputs(variables, inputs) ** 2)
+
+    return request.param, outputs, loss, variables, jax.tree.unflatten(structure, noise), inputs[0]
+
+
+def close(found, expected):
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=2e-4, atol=2e-5)
+
+
+def test_forward_mode_linearizing_and_the_gradient_agree(case):
+    _, _, loss, variables, direction, inputs = case
+
+    @jax.jit
+    def in_each_way(variables, direction):
+        def at(variables):
+            return loss(variables, inputs)
+
+        gradient = jax.grad(at)(variables)
+        dots = jax.tree.map(jnp.vdot, gradient, direction)
+        _, linear = jax.linearize(at, variables)
+        again = jax.grad(jax.checkpoint(at))(variables)
+        forward = jax.jvp(at, (variables,), (direction,))[1]
+        return forward, linear(direction), jax.tree.reduce(jnp.add, dots), gradient, again
+
+    forward, linear, reverse, gradient, again = in_each_way(variables, direction)
+    assert abs(forward) > 1e-4
+    close([forward, linear], [reverse, reverse])
+    close(again, gradient)
+
+
+def test_the_hessian_is_symmetric_and_the_gradients_gradient(case):
+    _, _, loss, variables, direction, inputs = case
+
+    def along(steps):
+        """The loss some steps away, in this direction and in another one."""
+        moved = jax.tree.map(lambda leaf, to: leaf + steps[0] * to + steps[1] * jnp.sin(9 * to), variables, direction)
+        return loss(moved, inputs)
+
+    ways = jax.hessian(along), jax.jacrev(jax.grad(along)), jax.jacfwd(jax.jacfwd(along))
+    hessian, reverse, forward = jax.jit(lambda steps: [way(steps) for way in ways])(jnp.zeros(2))
+    assert np.abs(hessian).min() > 1e-5
+    close([hessian, hessian, hessian], [hessian.T, reverse, forward])
+
+
+def test_mapping_over_examples_equals_the_batch(case):
+    name, outputs, _, variables, _, inputs = case
+    mapped = jax.jit(jax.vmap(outputs, (None, 0)))(variables, inputs[:, None])[:, 0]
+    if "dropout" not in name:  # there each example drops as the first does
+        close(mapped, jax.jit(outputs)(variables, inputs))
+
+
+def test_inside_shard_map_with_its_checks_gradients_are_those_of_the_whole(case):
+    name, _, loss, variables, _, inputs = case
+    mesh = jax.make_mesh((B,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:B])
+    whole, rows = PartitionSpec(), PartitionSpec("rows")
+
+    def of_own_rows(variables, inputs):
+        value, gradient = jax.value_and_grad(loss)(variables, inputs)
+        # The variables are the same everywhere: their gradient comes summed.
+        return jax.lax.pmean(value, "rows"), jax.tree.map(lambda leaf: leaf / B, gradient)
+
+    sharded = jax.shard_map(of_own_rows, mesh=mesh, in_specs=(whole, rows), out_specs=(whole, whole))
+    found = jax.jit(sharded)(variables, inputs)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    if "dropout" not in name:
+        close(found, jax.jit(jax.value_and_grad(loss))(variables, inputs))
