@@ -67,6 +67,8 @@ AT_LEAST_NONE, AT_LEAST_ONE = Range(at_least=0), Range(at_least=1)
 SHARE = Range(at_least=0, below=1)
 # numpy takes no negative seed, and jax none of more than 63 bits.
 SEED = Range(at_least=0, within=Range(at_most=2**63 - 1))
+# jax makes a random key of the lowest 32 bits of a seed: a larger one would be another seed's twin.
+SEED_OF_SAMPLES = Range(at_least=0, at_most=2**32 - 1)
 # What both training and translating search by. Under these exponents a length penalty is finite in float32, whatever
 # the length, and so is what it divides. A larger beam has no room in memory.
 ALPHA = Range(at_least=-5, at_most=5)

@@ -72,7 +72,7 @@ LAYOUT = {
     "decoding.splitting": "",
     "decoding.programs": "config model decoding.settings decoding.search",
     "decoding.engine": "config positions decoding.settings decoding.search decoding.batching decoding.programs",
-    "decoding.translator": "config text trained_model data.vocabulary decoding",
+    "decoding.translator": "config ranges text trained_model data.vocabulary decoding",
     "training.__init__": "",
     "training.interruption": "",
     "training.lock": "",

@@ -215,7 +215,7 @@ def _translate(translator: Any, sources: list[str], search: SearchSettings, seed
     with progress_bar(len(sources)) as bar, unreadable.warning_once():
         for chunk in in_chunks(sources, CHUNK):
             unreadable.add(chunk)
-            translations += translator.translate(chunk, search, seed=seed + len(translations))
+            translations += translator.translate(chunk, search, seed=(seed + len(translations)) % 2**32)
             bar.update(len(chunk))
     return translations, time.perf_counter() - begun
 

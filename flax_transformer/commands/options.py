@@ -15,13 +15,12 @@ from typing import Any
 from flax_transformer.commands.process import is_device_error, start_devices
 from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
 from flax_transformer.files import expand
-from flax_transformer.ranges import INT32, Range, check_value, whole_number
+from flax_transformer.ranges import INT32, SEED_OF_SAMPLES, Range, check_value, whole_number
 
 # A work directory, and which of its checkpoints.
 Model = tuple[str, str | int]
 CHECKPOINTS = ("chosen", "best", "latest", "averaged")
 BEAM, SAMPLING = BeamSearch(), Sampling()
-SEEDS = Range(at_least=0, at_most=2**32 - 1)
 
 
 def checkpoint(text: str) -> str | int:
@@ -64,9 +63,9 @@ def positive(text: str) -> int:
 def seed(text: str) -> int:
     """The type of --seed: a whole number of 32 bits, which are all that jax takes of a seed."""
     try:
-        return check_value("it", whole_number(text), int, SEEDS)
+        return check_value("it", whole_number(text), int, SEED_OF_SAMPLES)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, {SEEDS}") from error
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, {SEED_OF_SAMPLES}") from error
 
 
 def explain_flag(message: str) -> str:

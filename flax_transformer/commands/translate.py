@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
             sentences = [sentence for sentence, _ in chunk]
             prefixes = [prefix for _, prefix in chunk] if options.prefixes else None
             # Samples of a sentence that comes again in a later chunk are others.
-            found = translator.hypotheses(sentences, search, prefixes=prefixes, seed=options.seed + done)
+            found = translator.hypotheses(sentences, search, prefixes=prefixes, seed=(options.seed + done) % 2**32)
             described = _describe(translator, sentences, found, options.alignment)
             lacking = unreadable.add(sentences)
             rows = zip(sentences, lacking, described, strict=True)
@@ -209,7 +209,7 @@ def _converse(translator: Any, search: SearchSettings, seed: int) -> None:
         for turn in itertools.count():
             sentence = input("> ")
             try:
-                _answer(translator, sentence, search, seed + turn)
+                _answer(translator, sentence, search, (seed + turn) % 2**32)
             except ValueError as error:
                 print(f"flax-transformer translate: {error}", file=sys.stderr)
     print()

@@ -17,6 +17,7 @@ from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.splitting import join_parts, split_sentence
 from flax_transformer.decoding.unreadable import UnreadableSentences
+from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
 from flax_transformer.text.spelling import is_blank
 from flax_transformer.trained_model import TrainedModel
 
@@ -325,6 +326,7 @@ def _random_keys(search: SearchSettings, seed: int, places: Sequence[tuple[int, 
     """A key for each pair of numbers, made of them and the seed alone: neighbours do not change what is drawn."""
     if not isinstance(search, Sampling):
         return None
+    seed = check_value("seed", seed, int, SEED_OF_SAMPLES)
     sentences, parts = np.array(places, np.uint32).reshape(-1, 2).T
     fold_in = jax.random.fold_in
     return jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)

@@ -273,6 +273,8 @@ def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
     [
         (lambda each: each.translate("the cat"), "sentences is one string: give a list"),
         (lambda each: each.translate(["the cat"], prefixes="a"), "prefixes is one string: give a list"),
+        (lambda each: each.translate(["a"], SAMPLING, seed=-1), "seed is -1: it must be at least 0"),
+        (lambda each: each.translate(["a"], SAMPLING, seed=2**32), f"seed is {2**32}: it must be"),
         (lambda each: each.translate(["a", "b"], prefixes=["a"]), "there are 1 prefixes for 2 sentences: give one for"),
         (lambda each: each.score(["a", "b"], ["a"]), "there are 1 targets for 2 sources: give one for each"),
         (lambda each: each.score("a", ["a"]), "sources is one string: give a list"),
