@@ -197,6 +197,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Whatever Orbax and the storage under it raise, the mend is the same.
+            self._expected = []  # a failure is told once
             complete = [step for step in self._manager.all_steps() if step != self._writing]
             goes_on = f"goes on from step {max(complete)}" if complete else "begins anew"
             raise OSError(
