@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.dropout import dropout
-from flax_transformer.masks import check_mask, sees_something
+from flax_transformer.masks import check_mask, count_seen
 from flax_transformer.projections import dense_project
 
 # The least that "auto" takes cuDNN for: a tile of its kernel. A step of a search asks with fewer queries.
@@ -73,10 +73,10 @@ def dot_product_attention(
     if mask is None:
         weights = jax.nn.softmax(logits)
     else:
-        sees = sees_something(mask)
+        seen = count_seen(mask)
         # The softmax of a row that is all -inf is NaN, and so is its gradient: such a row is masked after it instead.
-        weights = jax.nn.softmax(logits + jnp.where(sees > 0, mask, 0.0))
-        weights = jnp.where(sees > 0, weights, sees)
+        weights = jax.nn.softmax(logits + jnp.where(seen > 0, mask, 0.0))
+        weights = jnp.where(seen > 0, weights, seen)
     kept = weights
     if dropout_rng is not None and dropout_rate > 0:
         kept = dropout(weights, dropout_rate, dropout_rng)
@@ -92,14 +92,14 @@ def _cudnn_attention(
 ) -> Float[Array, "B Q H K"]:
     if mask is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    sees = sees_something(mask)
+    seen = count_seen(mask)
     # Whatever the kernel makes of a row that sees nothing: such a row is shown everything, and zeroed after.
     # It takes a boolean mask as a bias of 16 bits, and from jax 0.11.1 on makes no gradient for it. It broadcasts B and
     # H by itself, the lengths not.
-    allowed = jnp.broadcast_to((mask == 0) | ~(sees > 0), (*mask.shape[:2], query.shape[1], key.shape[1]))
+    allowed = jnp.broadcast_to((mask == 0) | ~(seen > 0), (*mask.shape[:2], query.shape[1], key.shape[1]))
     gathered = jax.nn.dot_product_attention(query, key, value, mask=allowed, implementation="cudnn")
-    sees = sees.swapaxes(1, 2)
-    return jnp.where(sees > 0, gathered, sees.astype(gathered.dtype))
+    seen = seen.swapaxes(1, 2)
+    return jnp.where(seen > 0, gathered, seen.astype(gathered.dtype))
 
 
 def _takes_cudnn(

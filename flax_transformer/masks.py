@@ -115,8 +115,9 @@ def check_mask(mask: Any) -> None:
             )
 
 
-def sees_something(mask: Float[Array, "B H Q M"]) -> Float[Array, "B H Q 1"]:
-    """For each query 1 if it may see something and 0 if not; NaN if its row holds anything but 0 and -inf."""
+def count_seen(mask: Float[Array, "B H Q M"]) -> Float[Array, "B H Q 1"]:
+    """How many memory positions each query may see; NaN if its row holds anything but 0 and -inf."""
     allowed = mask == 0
     numbers = jnp.where(allowed | (mask == -jnp.inf), allowed.astype(jnp.float32), jnp.nan)
-    return jnp.max(numbers, axis=-1, keepdims=True)
+    # A sum, for a maximum may pass over NaN (on XLA for CPUs it does).
+    return jnp.sum(numbers, axis=-1, keepdims=True)

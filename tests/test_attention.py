@@ -198,3 +198,9 @@ def test_a_boolean_mask_is_an_error_that_tells_what_to_give():
     visible = jnp.ones((1, 1, Q, Q), bool)
     with pytest.raises(ValueError, match="mask is boolean: give 0 and -inf"):
         inspect.unwrap(dot_product_attention)(inputs, inputs, inputs, visible)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, M), (B, H + 1, Q, M), (B, 1, M, Q), (B, Q, H, M)])
+def test_a_mask_that_does_not_broadcast_is_an_error(shape):
+    with pytest.raises(ValueError, match=r"which does not broadcast to \[B, H, Q, M\], here \(2, 3, 5, 7\)"):
+        inspect.unwrap(dot_product_attention)(*random_inputs(), jnp.zeros(shape))

@@ -7,6 +7,7 @@ import re
 from functools import partial
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,3 +236,22 @@ def test_the_steps_of_a_search_are_left_to_xla(calls):
 
     jax.eval_shape(first_steps, variables)
     assert calls == [((B, M, H, 2 * K),) * 2] * 3  # the encoder's
+
+
+# Masks of other conventions, which cannot be told from additive ones while tracing.
+FOREIGN = {
+    "1 and 0": lambda: nn.make_causal_mask(jnp.ones((B, Q))),
+    "a large finite bias": lambda: jnp.where(causal_mask(Q) == 0, 0.0, -1e9),
+    "a bias by distance": lambda: causal_mask(Q) - 0.1 * jnp.abs(jnp.arange(Q) - jnp.arange(Q)[:, None]),
+}
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_while_tracing_a_mask_of_another_convention_makes_nan_on_each_implementation(name, implementation, calls):
+    inputs = random_inputs(memory=Q)
+    call = partial(dot_product_attention, implementation=implementation)
+    assert np.isnan(jax.jit(call)(*inputs, FOREIGN[name]())).any()
+    with pytest.raises(ValueError, match="mask holds"):
+        call(*inputs, FOREIGN[name]())
+    assert np.isfinite(jax.jit(call)(*inputs, causal_mask(Q))).all()

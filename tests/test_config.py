@@ -1,9 +1,13 @@
 """Takes settings, right and wrong, and leaves a verdict: presets are the paper's, and mistakes are named."""
 
 import dataclasses
+import inspect
+import json
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flax_transformer.config import TransformerConfig, from_mapping
@@ -135,3 +139,42 @@ def test_the_number_of_parameters_is_the_one_worked_out_by_hand(size):
     assert counted == embedding + 6 * encoder_layer + 6 * decoder_layer
     # The same on paper: 18,944,000 + 6 * 3,152,384 + 6 * 4,204,032 and 37,888,000 + 6 * 12,596,224 + 6 * 16,796,672.
     assert counted == {"base": 63_082_496, "big": 214_245_376}[size]
+
+
+def unchecked(**settings):
+    """A config as a user makes it: while tests run, the check of types would speak before its own errors do."""
+    config = object.__new__(TransformerConfig)
+    inspect.unwrap(TransformerConfig.__init__)(config, **settings)
+    return config
+
+
+def test_numbers_and_types_of_numpys_and_jaxs_become_pythons():
+    config = unchecked(
+        d_model=np.int64(8), num_heads=np.uint8(2), dropout_rate=np.float32(0.5), norm=np.str_("pre"),
+        attention_dropout_rate=0, scale_embeddings=np.bool_(False), banned_ids=np.array([3, 4]),
+        dtype=jnp.dtype("bfloat16"),
+    )  # fmt: skip
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert from_mapping(TransformerConfig, settings, "model") == config
+    assert (config.d_model, config.scale_embeddings, config.banned_ids, config.dtype) == (8, False, (3, 4), "bfloat16")
+    assert {type(value) for value in vars(config).values()} == {int, float, bool, str, tuple}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("d_model", 512.0, "a whole number"),
+        ("num_heads", "8", "a whole number"),
+        ("num_encoder_layers", True, "a whole number"),
+        ("max_length", None, "a whole number"),
+        ("dropout_rate", "0.1", "a number"),
+        ("norm_epsilon", True, "a number"),
+        ("scale_embeddings", "False", "True or False"),
+        ("remat", 2, "True or False"),
+        ("banned_ids", [0.5], "whole numbers"),
+        ("banned_ids", 3, "whole numbers"),
+    ],
+)
+def test_a_setting_of_another_type_is_an_error_that_says_which_it_must_have(name, value, wanted):
+    with pytest.raises(ValueError, match=re.escape(f"model.{name} is {value!r}: it must be {wanted}")):
+        unchecked(**{name: value})

@@ -78,3 +78,9 @@ def test_the_layer_drops_only_when_it_is_not_deterministic():
 
 def test_a_layer_of_rate_zero_asks_for_no_key():
     assert np.array_equal(Dropout(0.0).apply({}, INPUTS, deterministic=False), INPUTS)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 10.0, float("nan")])
+def test_a_rate_that_is_no_share_is_an_error(rate):
+    with pytest.raises(ValueError, match=f"the dropout rate is {rate}: give the share"):
+        dropout(jnp.ones((2, 5)), rate, jax.random.key(0))

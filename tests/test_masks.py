@@ -1,10 +1,22 @@
-"""Takes lengths, validity and segments and leaves a verdict: masks hold 0 and -inf where they should."""
+"""Tests that masks hold 0 and -inf where they should, and that masks of other conventions are refused."""
 
+import inspect
+
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_transformer.masks import ancestor_mask, causal_mask, combine_masks, padding_mask, segment_mask
+from flax_transformer.masks import (
+    ancestor_mask,
+    causal_mask,
+    check_mask,
+    combine_masks,
+    count_seen,
+    padding_mask,
+    segment_mask,
+)
 
 VALID = jnp.array([[True, True, True, True, True], [True, True, False, False, False]])
 QUERY_SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 0]])
@@ -88,3 +100,62 @@ def test_combining_passes_over_none():
     assert jnp.array_equal(combine_masks(None, causal_mask(3), None), causal_mask(3))
     assert combine_masks(None, None) is None
     assert combine_masks() is None
+
+
+WRONG = [
+    (jnp.ones((2, 1, 7, 7), bool), "mask is boolean: give 0 and -inf"),
+    (jnp.ones((2, 1, 7, 7), jnp.int32), "mask is int32: give 0 and -inf"),
+    (np.zeros((2, 1, 7, 7), "int8"), "mask is int8: give 0 and -inf"),
+    (jnp.zeros((2, 7, 7)), r"mask has shape \(2, 7, 7\): give it four dimensions"),
+    (nn.make_causal_mask(jnp.ones((2, 7))), r"mask holds 1\.0: give 0 where"),
+    (np.asarray(nn.make_causal_mask(jnp.ones((2, 7)))), r"mask holds 1\.0: give 0 where"),
+    (jnp.where(causal_mask(7) == 0, 0.0, -1e9), "mask holds -1000000000.0: give 0 where"),
+    (jnp.where(causal_mask(7) == 0, 0.0, jnp.finfo("bfloat16").min).astype("bfloat16"), "mask holds -3.38"),
+    (causal_mask(7).at[0, 0, 6, 2].set(jnp.nan), "mask holds nan"),
+    (causal_mask(7) - 0.5 * jnp.abs(jnp.arange(7) - jnp.arange(7)[:, None]), r"mask holds -0\.5"),
+]
+
+
+@pytest.mark.parametrize(("mask", "message"), WRONG)
+def test_a_mask_of_another_convention_is_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(combine_masks)(causal_mask(7), mask)
+
+
+@pytest.mark.parametrize("mask", [causal_mask(7), np.asarray(causal_mask(7)), causal_mask(7).astype("bfloat16")])
+def test_additive_masks_pass_whoever_made_them(mask):
+    check_mask(mask)
+    # Where a function that is traced closes over it, its values are looked at outside the program.
+    assert not jax.make_jaxpr(lambda: check_mask(mask))().eqns
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_in_rows_of_zeros_and_infinities_zeros_are_counted_and_others_are_nan(length):
+    no = -jnp.inf
+    rows = jnp.array([[0, no], [no, no], [0, 0], [1, no], [no, 1], [-1e9, 0], [0, -1e9], [-1e9, no], [jnp.nan, 0]])
+    rows = jnp.repeat(rows, length, axis=1)[:, None, None]
+    expected = [length, 0, 2 * length] + [np.nan] * 6
+    for function in (count_seen, jax.jit(count_seen)):
+        np.testing.assert_array_equal(function(rows)[:, 0, 0, 0], expected)
+
+
+NOT_VALIDITY = {
+    "lengths": jnp.array([3, 2]),
+    "integers": jnp.ones((2, 5), jnp.int32),
+    "floats": jnp.ones((2, 5)),
+    "one row": jnp.ones(5, bool),
+    "three dimensions": np.ones((2, 5, 1), bool),
+}
+
+
+@pytest.mark.parametrize("name", NOT_VALIDITY)
+def test_validity_is_boolean_of_two_dimensions(name):
+    with pytest.raises(ValueError, match="give booleans .* true where there is a token"):
+        inspect.unwrap(padding_mask)(NOT_VALIDITY[name])
+
+
+@pytest.mark.parametrize("segments", [VALID, VALID.astype("float32"), jnp.array([3, 2])])
+def test_segments_are_integers_of_two_dimensions(segments):
+    for pair in ((segments, MEMORY_SEGMENTS), (QUERY_SEGMENTS, segments)):
+        with pytest.raises(ValueError, match="_segments are .*: give one integer for each position, 0 for padding"):
+            inspect.unwrap(segment_mask)(*pair)

