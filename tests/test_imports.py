@@ -65,7 +65,7 @@ LAYOUT = {
     "decoding.__init__": "",
     "decoding.settings": "ranges",
     "decoding.results": "",
-    "decoding.unreadable": "data.vocabulary",
+    "decoding.unreadable": "data.vocabulary text.spelling",
     "decoding.next_token": "decoding.settings",
     "decoding.search": "decoding.settings decoding.next_token",
     "decoding.batching": "",

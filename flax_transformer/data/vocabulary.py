@@ -49,7 +49,7 @@ class Vocabulary:
         """Reads a serialised SentencePiece model; ValueError if it is none, or if ids 0 to 3 mean something else."""
         self._processor = _read_pieces(model)
         self._model = model
-        self._spelling = Spelling(self._knows, set("".join(self.pieces(range(self.size)))))
+        self._spelling = Spelling(self._knows, self.pieces(range(self.size)))
         expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
         processor = self._processor
         found = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())

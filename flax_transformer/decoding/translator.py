@@ -281,12 +281,13 @@ class Translator:
 
     def _texts(self, outputs: Sequence[Output], prefix: str) -> list[str]:
         """What the parts of a translation say; the first begins with the prefix as it was written."""
-        decode, target = self.vocabularies.target.decode, self.vocabularies.target
-        texts = decode(output.ids for output in outputs)
-        if prefix and texts and target.unknown_characters(prefix):
-            # Decoded, the characters that the vocabulary lacks would be marks of the unknown token.
-            (begun,) = decode([target.encode([prefix])[0][:-1]])
-            texts[0] = prefix.strip() + texts[0].removeprefix(begun)
+        target = self.vocabularies.target
+        texts = target.decode(output.ids for output in outputs)
+        if texts and prefix.strip():
+            # Decoded, it has the vocabulary's spelling, and the mark of the unknown token for characters it lacks.
+            (begun,) = target.decode([target.encode([prefix])[0][:-1]])
+            if begun and texts[0].startswith(begun):
+                texts[0] = prefix.strip() + texts[0].removeprefix(begun)
         return texts
 
     def _translation(self, outputs: Sequence[Output], search: SearchSettings, prefix: str = "") -> Translation:

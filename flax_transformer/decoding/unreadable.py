@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 
 from flax_transformer.data.vocabulary import Vocabulary
+from flax_transformer.text.spelling import is_blank
 
 # With this share of unknown characters a sentence is called hardly readable: another script or language, not a name.
 HARDLY_READABLE = 1 / 3
@@ -17,7 +19,7 @@ class Unreadable:
 
     Attributes:
         characters: the characters that it has no piece for, in their order, each as often as it occurs.
-        share: their share of the sentence's characters that are not white space, from 0 to 1.
+        share: their share of the sentence's visible characters, from 0 to 1.
     """
 
     characters: str
@@ -27,7 +29,11 @@ class Unreadable:
     def of(cls, sentence: str, vocabulary: Vocabulary) -> "Unreadable":
         """Looks a sentence's characters up."""
         characters = vocabulary.unknown_characters(sentence)
-        return cls(characters, len(characters) / max(1, len("".join(sentence.split()))))
+        if not characters:
+            return cls("", 0.0)
+        # The unknown ones are counted in composed form, so all are.
+        visible = sum(not is_blank(character) for character in unicodedata.normalize("NFC", sentence))
+        return cls(characters, len(characters) / visible)
 
 
 class UnreadableWarning(UserWarning):

@@ -6,6 +6,7 @@ that was trained on one of these spellings the others are unknown characters. `S
 the vocabulary what it knows; the functions here need no vocabulary.
 """
 
+import collections
 import unicodedata
 from collections.abc import Callable, Iterable
 
@@ -54,20 +55,24 @@ def training_text(text: str) -> str:
 class Spelling:
     """Spells text with the characters that a vocabulary knows. Safe to share between threads."""
 
-    def __init__(self, knows: Callable[[str], bool], characters: Iterable[str]):
+    def __init__(self, knows: Callable[[str], bool], pieces: Iterable[str]):
         """Remembers the vocabulary.
 
         Args:
             knows: whether the vocabulary has a piece for a character.
-            characters: those that its pieces consist of.
+            pieces: those that it has.
         """
         self._knows = knows
+        # In how many pieces each character stands.
+        uses = collections.Counter(character for piece in pieces for character in set(piece))
         # A vocabulary that was trained on text that was not composed may know characters which composing replaces, such
-        # as U+0958 or the ohm sign. It keeps reading them.
+        # as U+0958 or the ohm sign. It keeps reading them, unless it knows the replacement as well: the letter K stays
+        # one, also where the text held a few Kelvin signs.
         self._restored = {
             composed: character
-            for character in sorted(characters)
+            for character in sorted(uses)
             if (composed := unicodedata.normalize("NFC", character)) != character
+            and any(uses[part] < uses[character] for part in composed)
         }
         # What each character met so far becomes, and those that the vocabulary can write.
         self._replacements: dict[int, str] = {}

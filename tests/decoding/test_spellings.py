@@ -58,6 +58,13 @@ def test_a_forced_beginning_is_kept_as_it_was_written_where_the_vocabulary_lacks
     assert begun.text != free.text and begun.text.count("☃") == 1 and "⁇" not in begun.text
 
 
+@pytest.mark.parametrize("prefix", ["the  cat", "the\xa0cat", "the\u200bcat", "cafe\u0301"])
+def test_a_forced_beginning_keeps_a_spelling_that_is_not_the_vocabulary_s(translator, prefix):
+    for settings in (BEAM, Sampling(extra_length=4)):
+        (hypotheses,) = translator.hypotheses([SENTENCE], settings, prefixes=[prefix])
+        assert all(each.text.startswith(prefix) for each in hypotheses)
+
+
 def test_a_sentence_of_another_script_is_told_once_with_a_count(translator):
     lines = [SENTENCE, "日本語のテキスト", "ಕನ್ನಡ", "the cat ☃", "日 cat sat on"]
     with pytest.warns(UnreadableWarning, match="^2 of 5 sentences .*日本語のテキスト") as told:
@@ -76,3 +83,7 @@ def test_what_is_unreadable_is_named_with_its_share(translator):
     assert [one.characters for one in found] == ["☃", "日本", "", "日本"]
     assert [one.share for one in found] == pytest.approx([1 / 7, 1, 0, 2 / 8])
     assert (counted.count, counted.total, counted.example) == (1, 4, "日本")
+    # Decomposed, the unknown letters are three characters each, and no smaller share.
+    text = "각각 the cat"
+    composed, decomposed = counted.add([text, unicodedata.normalize("NFD", text)])
+    assert composed == decomposed and composed.share == pytest.approx(2 / 8)

@@ -66,6 +66,16 @@ def test_a_vocabulary_of_text_that_was_not_composed_keeps_reading_it():
     assert spelling({"\u0958", "\u2126"}).spell("\u0915\u093c\u03a9") == "\u0958\u2126"
 
 
+@pytest.mark.parametrize("sign", ["\u212a", "\u212b", "\u2126", "\u037e", "\u1fef"])
+def test_a_sign_in_the_vocabulary_does_not_replace_the_letter_that_it_equals(sign):
+    letter = unicodedata.normalize("NFC", sign)
+    for pieces in ([letter, sign], [letter, sign, f"{letter}a", f"b{letter}"]):
+        reader = Spelling(set("".join(pieces)).__contains__, pieces)
+        assert reader.spell(f"a{letter}b{sign}") == f"a{letter}b{letter}"
+    # Where it is the usual one, it stays.
+    assert Spelling({letter, sign, "a"}.__contains__, [letter, sign, f"{sign}a"]).spell(letter) == sign
+
+
 def test_a_letter_with_two_marks_is_taken_apart_as_far_as_needed():
     assert spelling({"ê", "\u0301"}).spell("ế") == "ê\u0301"
 
