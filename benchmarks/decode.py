@@ -30,8 +30,9 @@ import transformers
 from benchmarks import peers, report
 from benchmarks.report import RESULTS, SEED, THREADS
 from flax_transformer.config import TransformerConfig
-from flax_transformer.data.vocabulary import Vocabulary, VocabularyPair
-from flax_transformer.decoding.programs import search_translations
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.jitted import search_translations
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import VocabularyConfig

@@ -5,7 +5,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 
-from flax_transformer.data.vocabulary import Vocabulary
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 
 # With this share of unknown characters a sentence is called hardly readable: another script or language, not a name.
 HARDLY_READABLE = 1 / 3

@@ -19,21 +19,21 @@ from jaxtyping import PyTree
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.experiment import Experiment, scored_by
 from flax_transformer.model import Transformer
+from flax_transformer.monitoring.profile import Profile
+from flax_transformer.monitoring.provenance import provenance
+from flax_transformer.monitoring.report import TITLES, Report
+from flax_transformer.monitoring.utilization import Work, device_memory_peak
+from flax_transformer.processes import hosts
+from flax_transformer.processes.interruption import Interrupted, Interruption
+from flax_transformer.processes.lock import TrainingLock
 from flax_transformer.text.spelling import in_one_cell
 from flax_transformer.trained_model import TrainedModel
-from flax_transformer.training import hosts
-from flax_transformer.training.evaluation import Evaluation, Scores
-from flax_transformer.training.interruption import Interrupted, Interruption
-from flax_transformer.training.lock import TrainingLock
+from flax_transformer.training.evaluation import Evaluation, Scores, show_samples, show_test
+from flax_transformer.training.inputs import Materials, check_paths, load_texts, prepare
 from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.preparation import Materials, check_paths, load_texts, prepare
-from flax_transformer.training.profile import Profile
-from flax_transformer.training.provenance import provenance
-from flax_transformer.training.report import Report, show_samples, show_test
 from flax_transformer.training.step import StepMetrics, TrainState, create_state, eval_step, make_train_step
-from flax_transformer.training.utilization import Work, device_memory_peak
-from flax_transformer.training.window import Clock, Window
+from flax_transformer.training.step_statistics import Clock, Window
 from flax_transformer.workdir import WorkDirectory
 
 
@@ -271,7 +271,13 @@ class _Training:
                     session.report.say(told)
                 if step == first + 1:
                     jax.block_until_ready(metrics)
-                    session.report.compiled(step, self.train_step, time.monotonic() - self.began)
+                    session.report.compiled(
+                        step,
+                        trace_seconds=self.train_step.trace_seconds,
+                        compile_seconds=self.train_step.compile_seconds,
+                        program_bytes=self.train_step.memory,
+                        seconds_from_start=time.monotonic() - self.began,
+                    )
                     window.begin_anew()
                 session.report.step_done()
                 record(window.add(step, metrics))
@@ -314,8 +320,8 @@ class _Training:
         params = state.ema if self.config.weights == "ema" else state.params
         stop = functools.partial(session.interruption.stop_behind, step)
         scores, _ = self.evaluations["valid"].score(params, after_batch=stop)
-        session.report.validation(step, scores, session.clock.seconds)
-        metrics = {name: getattr(scores, name) for name in ("loss", "bleu", "chrf", "exact_match")}
+        metrics = {name: getattr(scores, name) for name in TITLES}
+        session.report.validation(step, metrics, session.clock.seconds)
         session.checkpoints.record_scores(step, metrics)
 
     def _ends_early(self, step: int, session: "_Session") -> bool:

@@ -8,11 +8,11 @@ import dataclasses
 from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
 from flax_transformer.data.corpus import ParallelText, corpus_files, load_corpus
 from flax_transformer.data.pipeline import PackedCorpus
-from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
+from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.files import Named, check_inputs, same_file, work_directory_of
-from flax_transformer.training import hosts
-from flax_transformer.training.foresight import check_ahead
+from flax_transformer.processes import hosts
+from flax_transformer.training.early_checks import check_ahead
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
@@ -155,11 +155,14 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
 
 def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPair) -> Experiment:
     target = vocabularies.target
-    # A converted model starts from whatever it was trained to start from.
-    start_id = experiment.model.start_id if isinstance(target, MarianVocabulary) else target.bos_id
+    # The vocabulary of a converted model leaves it to the model from which id it starts.
+    start_id = experiment.model.start_id if target.start_id is None else target.start_id
     for name, id_ in (("pad_id", target.pad_id), ("start_id", start_id), ("eos_id", target.eos_id)):
         if getattr(experiment.model, name) != id_:
-            raise ValueError(f"model.{name} is {getattr(experiment.model, name)}, the vocabulary has {id_}: set it so")
+            raise ValueError(
+                f"model.{name} is {getattr(experiment.model, name)}, but the vocabulary has {id_}: "
+                f"set model.{name}={id_}"
+            )
     model = dataclasses.replace(
         experiment.model, source_vocab_size=vocabularies.source.size, target_vocab_size=target.size
     )

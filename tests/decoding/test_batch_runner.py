@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from flax_transformer.decoding import engine as engine_module
+from flax_transformer.decoding.batch_runner import Engine
 from flax_transformer.decoding.batching import bucket
-from flax_transformer.decoding.engine import Engine
-from flax_transformer.decoding.programs import search_translations
+from flax_transformer.decoding.jitted import search_translations
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 
 V, PAD, START, EOS = 12, 0, 1, 2

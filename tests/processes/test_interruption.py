@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_transformer.training.interruption import OVER, Interrupted, Interruption
+from flax_transformer.processes.interruption import OVER, Interrupted, Interruption
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ def test_what_may_be_done_again_is_ended_by_a_signal_and_by_nothing_else():
 # A program that is busy outside Python, where no handler of Python's can run, but in the middle part of its life.
 PROGRAM = """
 import hashlib, sys, time
-from flax_transformer.training.interruption import Interrupted, Interruption
+from flax_transformer.processes.interruption import Interrupted, Interruption
 
 def busy():
     hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
@@ -194,7 +194,7 @@ class FakePeers:
 @pytest.mark.parametrize("seed", range(5))
 def test_processes_that_are_steps_apart_stop_after_the_same_step(seed, monkeypatch):
     """They start from a step other than 0, as resumed trainings do, and one asks all to stop at a random moment."""
-    monkeypatch.setattr("flax_transformer.training.interruption.LOOK_INTERVAL", 0.005)
+    monkeypatch.setattr("flax_transformer.processes.interruption.LOOK_INTERVAL", 0.005)
     store, first, stopped = Store(3), 40, {}
 
     def train(number):
@@ -219,7 +219,7 @@ def test_processes_that_are_steps_apart_stop_after_the_same_step(seed, monkeypat
 
 
 def test_what_is_not_asked_to_stop_does_not(monkeypatch):
-    monkeypatch.setattr("flax_transformer.training.interruption.LOOK_INTERVAL", 0.005)
+    monkeypatch.setattr("flax_transformer.processes.interruption.LOOK_INTERVAL", 0.005)
     with Interruption() as interruption:
         interruption.meet(FakePeers(Store(2), 0))
         for step in range(1, 20):

@@ -1,33 +1,31 @@
-"""Takes what training measures and leaves it where people look: the terminal, `metrics.jsonl`, TensorBoard."""
+"""Shows how a training is going on the terminal, and records it in `metrics.jsonl` and for TensorBoard."""
 
 import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from flax_transformer.training.evaluation import Scores
-from flax_transformer.training.events import open_events
-from flax_transformer.training.parallel import ParallelStep
+from flax_transformer.monitoring.tensorboard import open_events
 from flax_transformer.workdir import WorkDirectory
 
 TITLES = {"loss": "loss", "bleu": "BLEU", "chrf": "chrF", "exact_match": "exact match"}
 
 
 def format_score(name: str, value: float) -> str:
-    """One score as a person reads it, e.g. `97.2 %`."""
+    """Formats one score for people, e.g. `97.2 %`."""
     return {"loss": f"{value:.3f}", "exact_match": f"{value:.1f} %"}.get(name, f"{value:.1f}")
 
 
 class Report:
-    """Shows a training's progress and records it; use it in a `with` statement."""
+    """The progress bar and the records of one training; use it in a `with` statement."""
 
     def __init__(self, workdir: WorkDirectory, *, first_step: int, steps: int, silent: bool = False):
-        """Starts a progress bar at `first_step` of `steps`; a silent one shows and records nothing."""
+        """Starts a progress bar at `first_step` of `steps`; a silent report shows and records nothing."""
         self._workdir, self._silent = workdir, silent
         self._events = None if silent else open_events(workdir.path / "tensorboard")
-        # A log file gets a line every half minute, a terminal a bar that moves.
+        # In a log file the bar is a new line each time, so it is written only every half minute.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
             total=steps,
@@ -44,7 +42,7 @@ class Report:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # What ended the training must not give way to a terminal that is gone.
+        # If the terminal is gone, that error must not hide the one that ended the training.
         with contextlib.suppress(*() if kind is None else (Exception,)):
             if self._events is not None:
                 self._events.close()
@@ -57,12 +55,12 @@ class Report:
             sys.stdout.flush()
 
     def step_done(self) -> None:
-        """Moves the bar one step."""
+        """Advances the progress bar by one step."""
         self._bar.update()
 
     def training(self, step: int, metrics: dict[str, float]) -> None:
-        """Records one window of steps."""
-        # Where no update of the window was made, these have no value.
+        """Shows and records the means over some steps."""
+        # These are NaN if all updates were skipped.
         parts = []
         if math.isfinite(metrics["loss"]):
             parts.append(f"loss {metrics['loss']:.3f}")
@@ -84,30 +82,35 @@ class Report:
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._record("train", step, metrics)
 
-    def compiled(self, step: int, compiled: ParallelStep, seconds: float) -> None:
-        """Tells of the first step: what compiling took, the memory of the program, and the time since the start."""
-        trace = (
-            f"tracing took {compiled.trace_seconds:.1f} s, compiling" if compiled.trace_seconds else "compiling took"
-        )
-        memory = f"; the program takes {compiled.memory / 1e9:.2f} GB of a device" if compiled.memory else ""
+    def compiled(
+        self, step: int, *, trace_seconds: float, compile_seconds: float, program_bytes: int, seconds_from_start: float
+    ) -> None:
+        """Shows and records how long the first step took, and how much memory its program needs."""
+        trace = f"tracing took {trace_seconds:.1f} s, compiling" if trace_seconds else "compiling took"
+        memory = f"; the program takes {program_bytes / 1e9:.2f} GB of a device" if program_bytes else ""
         self.say(
-            f"step {step} was done {seconds:.1f} s after the start; {trace} {compiled.compile_seconds:.1f} s{memory}"
+            f"step {step} was done {seconds_from_start:.1f} s after the start; {trace} {compile_seconds:.1f} s{memory}"
         )
-        times = {"trace_seconds": compiled.trace_seconds, "compile_seconds": compiled.compile_seconds}
-        self._record("compile", step, times | {"program_bytes": compiled.memory, "seconds_from_start": seconds})
+        metrics = {
+            "trace_seconds": trace_seconds,
+            "compile_seconds": compile_seconds,
+            "program_bytes": program_bytes,
+            "seconds_from_start": seconds_from_start,
+        }
+        self._record("compile", step, metrics)
 
     def checkpoint(self, step: int, seconds: float) -> None:
-        """Records how long a checkpoint kept training waiting."""
+        """Records how long training waited for a checkpoint."""
         self._record("checkpoint", step, {"blocked_seconds": seconds})
 
-    def validation(self, step: int, scores: Scores, seconds: float) -> None:
-        """Records the validation corpus's scores and prints them as the next row of a table."""
+    def validation(self, step: int, scores: Mapping[str, float], seconds: float) -> None:
+        """Records the scores of the validation corpus, named as in `TITLES`, and prints them as a row of a table."""
         if not self._table_has_head:
             self.say("    step   time  " + "  ".join(f"{title:>11}" for title in TITLES.values()))
             self._table_has_head = True
-        values = "  ".join(f"{format_score(name, getattr(scores, name)):>11}" for name in TITLES)
+        values = "  ".join(f"{format_score(name, scores[name]):>11}" for name in TITLES)
         self.say(f"{step:>8}  {seconds:>4.0f}s  {values}")
-        self._record("valid", step, {name: getattr(scores, name) for name in TITLES} | {"seconds": seconds})
+        self._record("valid", step, {name: scores[name] for name in TITLES} | {"seconds": seconds})
 
     def _record(self, kind: str, step: int, metrics: dict[str, float]) -> None:
         if self._silent:
@@ -116,29 +119,3 @@ class Report:
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
-
-
-def show_samples(source: Sequence[str], references: Sequence[str], translations: Sequence[str], count: int) -> None:
-    """Prints the first few sources, references and translations, one under the other."""
-    for triple in list(zip(source, references, translations, strict=True))[:count]:
-        print()
-        for name, text in zip(("source", "reference", "translation"), triple, strict=True):
-            print(f"  {name:>11}  {text}")
-
-
-def show_test(weights: str, scores: Scores, *, metric: str, seconds: float) -> None:
-    """Prints the test corpus's scores; the last line tells the one that chose the checkpoint.
-
-    Args:
-        weights: which ones, in words.
-        scores: the test corpus's.
-        metric: a key of `TITLES`.
-        seconds: spent training.
-    """
-    print(f"\ntest corpus, {weights}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")
-    print(f"BLEU signature: {scores.signature}")
-    corpus = (
-        f"of {scores.sentences} held-out phrases" if metric == "exact_match" else f"on {scores.sentences} sentences"
-    )
-    value = format_score(metric, getattr(scores, metric))
-    print(f"{TITLES[metric]}: {value} {corpus}, trained in {seconds:.0f} s", flush=True)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from flax_transformer.data.batch import Batch
+from flax_transformer.monitoring.utilization import Work
 from flax_transformer.training.step import StepMetrics
-from flax_transformer.training.utilization import Work
 
 # Steps run ahead of the host; more than two of them on several CPU devices can deadlock jax's runtime.
 STEPS_IN_FLIGHT = 2

@@ -7,11 +7,11 @@ import types
 import numpy as np
 import pytest
 
-import flax_transformer.training.window as window_module
+import flax_transformer.training.step_statistics as window_module
+from flax_transformer.monitoring.utilization import Work
 from flax_transformer.training.loss import LossSums
 from flax_transformer.training.step import StepMetrics
-from flax_transformer.training.utilization import Work
-from flax_transformer.training.window import STEPS_IN_FLIGHT, Clock, Window
+from flax_transformer.training.step_statistics import STEPS_IN_FLIGHT, Clock, Window
 
 
 def metrics_of(smoothed, tokens, *, norm=1.0, skipped=0, skipped_in_a_row=0):

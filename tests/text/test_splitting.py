@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from flax_transformer.data.vocabulary import Vocabulary
-from flax_transformer.decoding.splitting import join_parts, split_sentence
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.text.splitting import join_parts, split_sentence
 
 
 def words(text):

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from flax_transformer.training import provenance as module
-from flax_transformer.training.provenance import provenance
+from flax_transformer.monitoring import provenance as module
+from flax_transformer.monitoring.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 

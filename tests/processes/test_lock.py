@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from flax_transformer.processes.lock import TrainingLock
 from flax_transformer.training import lock
-from flax_transformer.training.lock import TrainingLock
 from tests.fake_scheme import fake_bucket
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ HOST = socket.gethostname()
 HOLD = """
 import sys
 from etils import epath
-from flax_transformer.training.lock import TrainingLock
+from flax_transformer.processes.lock import TrainingLock
 
 with TrainingLock(epath.Path(sys.argv[1])):
     print("holds", flush=True)

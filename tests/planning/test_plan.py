@@ -8,9 +8,9 @@ import pytest
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig
-from flax_transformer.training import planning
-from flax_transformer.training.planning import Program, TooLarge, device_memory, find_devices, make_plan, plans
-from flax_transformer.training.utilization import CHIPS
+from flax_transformer.monitoring.utilization import CHIPS
+from flax_transformer.planning import plan as planning
+from flax_transformer.planning.plan import Program, TooLarge, device_memory, find_devices, make_plan, plans
 
 MODEL = TransformerConfig(
     source_vocab_size=64,

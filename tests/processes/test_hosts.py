@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from flax_transformer.training import hosts
-from flax_transformer.training.hosts import Cluster, cluster_of_environment
+from flax_transformer.processes import hosts
+from flax_transformer.processes.hosts import Cluster, cluster_of_environment
 
 ROOT = Path(__file__).parents[2]
 THREE = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}
@@ -89,7 +89,7 @@ def test_one_process_is_the_first_and_waits_for_nobody(capsys):
 # Each process gives values that differ in length and script, waits for the slow one, and speaks.
 TOGETHER = """
 import json, os, sys, time
-from flax_transformer.training import hosts
+from flax_transformer.processes import hosts
 
 process, folder = int(sys.argv[2]), sys.argv[3]
 hosts.Cluster(sys.argv[1], 2, process).connect(60)
@@ -108,7 +108,7 @@ print(json.dumps([gathered, seen, hosts.index(), hosts.count(), hosts.is_first()
 FAILING = """
 import sys, time
 from tqdm import tqdm
-from flax_transformer.training import hosts
+from flax_transformer.processes import hosts
 
 process, failing = int(sys.argv[2]), int(sys.argv[3])
 hosts.Cluster(sys.argv[1], 2, process).connect(60)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_transformer.decoding.programs import (
+from flax_transformer.decoding.jitted import (
     align_targets,
     extend_stream,
     score_targets,

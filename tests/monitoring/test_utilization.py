@@ -11,8 +11,8 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import DataConfig, Experiment
 from flax_transformer.model import Transformer
+from flax_transformer.monitoring.utilization import CHIPS, Work, model_flops, peak_flops
 from flax_transformer.training.step import batch_sums
-from flax_transformer.training.utilization import CHIPS, Work, model_flops, peak_flops
 
 
 def device(kind):

@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 
 from flax_transformer.experiment import Experiment, scored_by
-from flax_transformer.training import hosts
+from flax_transformer.processes import hosts
 from flax_transformer.workdir import WorkDirectory
 
 

@@ -2,12 +2,10 @@
 
 import pytest
 
-from flax_transformer.training.evaluation import Scores
-from flax_transformer.training.report import Report, format_score, show_samples, show_test
+from flax_transformer.monitoring.report import Report, format_score
 from flax_transformer.workdir import WorkDirectory
 
-SCORES = Scores(loss=1.23456, bleu=31.44, chrf=55.06, exact_match=97.2, sentences=500, signature="case:mixed")
-NAMES = ("source", "reference", "translation")
+SCORES = {"loss": 1.23456, "bleu": 31.44, "chrf": 55.06, "exact_match": 97.2}
 SPEED = {"fill_rate": 0.94, "input_wait": 0.02, "step_seconds_p50": 0.1, "step_seconds_p95": 0.25}
 METRICS = {"loss": 2.5, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "skipped": 0} | SPEED
 
@@ -27,9 +25,7 @@ def test_every_measurement_becomes_a_line_of_metrics(tmp_path):
     train, checkpoint, first, second = report_to(tmp_path).read_metrics()
     assert train == {"kind": "train", "step": 4} | METRICS
     assert checkpoint == {"kind": "checkpoint", "step": 4, "blocked_seconds": 0.25}
-    assert first == {
-        "kind": "valid", "step": 4, "loss": 1.23456, "bleu": 31.44, "chrf": 55.06, "exact_match": 97.2, "seconds": 61.4
-    }  # fmt: skip
+    assert first == {"kind": "valid", "step": 4, "seconds": 61.4} | SCORES
     assert (second["step"], second["seconds"]) == (8, 122.6)
 
 
@@ -112,27 +108,3 @@ def test_validations_are_rows_under_one_head(tmp_path, capsys):
 )
 def test_each_score_is_shown_in_its_own_unit(name, shown):
     assert format_score(name, 0.12345) == shown
-
-
-@pytest.mark.parametrize("count", [0, 2, 5])
-def test_samples_stand_one_under_the_other_as_many_as_asked_for(count, capsys):
-    show_samples(["a", "b", "c"], ["A", "B", "C"], ["x", "y", "z"], count)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
-    triples = zip("abc", "ABC", "xyz", strict=True)
-    expected = [[name, text] for triple in triples for name, text in zip(NAMES, triple, strict=True)]
-    assert lines == expected[: 3 * count]
-
-
-@pytest.mark.parametrize(
-    ("metric", "last"),
-    [
-        ("exact_match", "exact match: 97.2 % of 500 held-out phrases, trained in 83 s"),
-        ("bleu", "BLEU: 31.4 on 500 sentences, trained in 83 s"),
-        ("loss", "loss: 1.235 on 500 sentences, trained in 83 s"),
-    ],
-)
-def test_the_last_line_tells_the_score_that_chose_the_checkpoint(metric, last, capsys):
-    show_test("checkpoint 70", SCORES, metric=metric, seconds=83.2)
-    *others, closing = capsys.readouterr().out.splitlines()
-    assert closing == last
-    assert "checkpoint 70" in "\n".join(others) and "case:mixed" in "\n".join(others)

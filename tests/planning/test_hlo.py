@@ -1,6 +1,6 @@
 """Takes the text of programs and leaves a verdict: collectives and loops are counted as they run."""
 
-from flax_transformer.training.hlo import Module, read_collectives
+from flax_transformer.planning.hlo import Module, read_collectives
 
 
 def test_a_loop_turns_as_often_as_its_condition_says_where_xla_does_not_tell():

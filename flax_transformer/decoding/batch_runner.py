@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.batching import Shape, bucket, bucket_shapes, full_rows, rows_for, shape_batches
-from flax_transformer.decoding.programs import (
+from flax_transformer.decoding.jitted import (
     BATCH_AXIS,
     align_targets,
     extend_stream,

@@ -18,10 +18,10 @@ from jax.experimental import topologies
 
 from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import Experiment
-from flax_transformer.training.hlo import Collective, Module, read_collectives
+from flax_transformer.monitoring.utilization import CHIPS, Work, memory_of
+from flax_transformer.planning.hlo import Collective, Module, read_collectives
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import TrainState, create_state, make_train_step
-from flax_transformer.training.utilization import CHIPS, Work, memory_of
 
 # A step that the chip has no room for is tried again with so many chunks, if the slots can be divided.
 LOSS_CHUNKS = 8

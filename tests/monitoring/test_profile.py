@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from flax_transformer.monitoring.profile import Profile
 from flax_transformer.training import profile
 from flax_transformer.training.loop import train_and_evaluate
-from flax_transformer.training.profile import Profile
 from tests.training.conftest import STEPS, losses_of, with_training, without_held_out
 
 

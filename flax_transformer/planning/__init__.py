@@ -1,0 +1,1 @@
+"""Finds out, without the devices, what a training step needs of them."""
