@@ -1,7 +1,7 @@
-"""Takes a path and leaves one in whose folder Orbax finds its files, whatever characters the path holds.
+"""Makes paths in which Orbax finds its files even if they contain `[`, `*` or `?`.
 
-Orbax puts the parts of a checkpoint together by a glob. etils looks for it in the whole path, where `[`, `*` and `?`
-then match nothing, or the files of another training, and the checkpoint that is left cannot be read.
+Orbax collects the parts of a checkpoint with `path.glob(...)`, and etils treats the whole path as the pattern. These
+characters would then match nothing, or another training's files, and the checkpoint could not be read.
 """
 
 import glob
@@ -12,19 +12,20 @@ from etils.epath.gpath import PosixGPath
 
 
 class LiteralPath(PosixGPath):
-    """A local path that `glob` takes as it is written."""
+    """A local path whose own characters are not part of the pattern in `glob`."""
 
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:
-        """The files in this folder that match."""
+        """The files in this folder that match the pattern."""
         found: Iterator[LiteralPath] = PosixGPath.glob(type(self)(glob.escape(str(self))), pattern)
         return found
 
 
 def literal(path: epath.Path, *, read_only: bool) -> epath.Path:
-    """The same path, to be given to Orbax.
+    """Returns the same path in a form for Orbax.
 
     Raises:
-        ValueError: it is not local, and what is written to it could not be read; reading needs no pattern.
+        ValueError: the path is remote, has such characters, and is not `read_only`; only writing uses a pattern, and
+            what it wrote could not be read.
     """
     is_remote = "://" in str(path)
     if is_remote and glob.has_magic(str(path)) and not read_only:

@@ -1,4 +1,4 @@
-"""Takes token ids of many sentences and leaves the searched outputs: batches, devices and compiled programs.
+"""Divides many sentences into batches, runs the compiled functions of `jitted.py` on them, and collects the outputs.
 
 Glossary: B sentences of a batch, S source, T target, L longest output, P longest prefix.
 """

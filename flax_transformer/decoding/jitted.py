@@ -1,7 +1,7 @@
-"""Takes parameters and token ids and leaves hypotheses, scores or alignments: the compiled programs of translating.
+"""The functions that `jax.jit` compiles for translating: search, scores, alignments and streaming.
 
-Each takes a tuple of models' parameters and their configs; several models are an ensemble, whose probabilities are
-averaged. Glossary: B sentences, S source, T target, L longest output, P longest prefix, V vocabulary.
+Each takes a tuple of parameters and a tuple of configs; several models form an ensemble, which averages their
+probabilities. Glossary: B sentences, S source, T target, L longest output, P longest prefix, V vocabulary.
 """
 
 import functools

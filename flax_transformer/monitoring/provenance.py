@@ -1,4 +1,4 @@
-"""Takes the process that trains and leaves what it was: command, versions, revision, devices."""
+"""Collects what describes a run of training: command, versions, git revision, devices."""
 
 import contextlib
 import importlib.metadata
@@ -25,13 +25,13 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """What somebody needs who wants to train the same again, beside the config."""
+    """Returns what one needs besides the config to repeat this run."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        # An argument that is not text in this locale has bytes that JSON cannot hold.
+        # JSON cannot represent arguments that are not valid text in this locale.
         "command": shlex.join(sys.argv).encode(errors="backslashreplace").decode(),
         "versions": versions,
         "revision": _git_revision(),
@@ -42,10 +42,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit that this code is of, with "-dirty" where it was changed; `None` where it was installed as a wheel."""
+    """The commit of this code, with "-dirty" if files were changed; `None` if it was installed from a wheel."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
-        noted = folder / "build" / "revision"  # cloud/tpu_vm.sh brings it to machines where there is no git
+        noted = folder / "build" / "revision"  # cloud/tpu_vm.sh writes it on machines that have no git repository
         return (noted.read_text().strip() or None) if noted.is_file() else None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

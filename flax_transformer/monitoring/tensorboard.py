@@ -1,7 +1,7 @@
-"""Takes a folder, local or in an object store, and leaves in it what tensorboardX writes, with no harm to training.
+"""Writes TensorBoard's event files, locally or in an object store, so that a failed write does not stop training.
 
-tensorboardX writes on a thread of its own. Where that thread dies, of a full disk or an upload that failed, the next
-measurement waits for it for ever; so the file that it is given here does not fail.
+tensorboardX writes in a thread of its own. If that thread died, of a full disk or a failed upload, the next measurement
+would wait for it forever. So the file objects that this module gives to tensorboardX do not raise errors.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from etils import epath
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Inside, PyTorch is not loaded: tensorboardX wants it, two seconds at each start, for what is not used."""
+    """Keeps tensorboardX from importing PyTorch, which takes two seconds and is not needed."""
     if "torch" in sys.modules:
         yield
         return
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way of saying that there is none
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise an ImportError
     try:
         yield
     finally:
@@ -32,23 +32,23 @@ SCHEME = "epath"
 
 
 def open_events(folder: epath.Path) -> SummaryWriter:
-    """A writer of TensorBoard's events, which lag behind, with a warning, while the folder cannot be written to."""
+    """Opens a writer of TensorBoard's events; while the folder cannot be written, it warns and keeps the events."""
     record_writer.register_writer_factory(SCHEME, _EventFiles())
     return SummaryWriter(f"{SCHEME}:{folder}")
 
 
 class _EventFiles:
-    """What tensorboardX opens its files with; the names of its methods are those it asks for."""
+    """The factory with which tensorboardX opens files; it prescribes the names of the methods."""
 
     def directory_check(self, path: str) -> None:
-        """Nothing: the folder is made with the file, where a failure is known what to do with."""
+        """Does nothing: the folder is created together with the file, where errors are handled."""
 
     def open(self, path: str) -> "_EventFile":
         return _EventFile(epath.Path(path.removeprefix(f"{SCHEME}:")))
 
 
 class _EventFile:
-    """A file that keeps all that it was given, some megabytes after days, until it could be written."""
+    """A file that keeps its whole content in memory, some megabytes after days, until it can be written."""
 
     def __init__(self, path: epath.Path):
         self._path, self._content, self._failed = path, bytearray(), False
@@ -57,11 +57,11 @@ class _EventFile:
         self._content += data
 
     def flush(self) -> None:
-        """Writes the whole file, since an object store cannot append; what fails now is tried again the next time."""
+        """Writes the whole file, because object stores cannot append; a write that fails is repeated the next time."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_bytes(bytes(self._content))
-        except Exception as error:  # Each store has its own kinds.
+        except Exception as error:  # Each object store has its own kinds of errors.
             self._warn(error)
         else:
             self._failed = False
@@ -72,10 +72,10 @@ class _EventFile:
         if self._failed:
             return
         self._failed = True
-        # Where warnings are made errors, this one would end the thread.
+        # If warnings are turned into errors, this one would end the thread.
         with contextlib.suppress(Warning):
             warnings.warn(
-                f"{self._path.parent}: TensorBoard lags behind until it can be written, metrics.jsonl holds the same "
-                f"numbers: {' '.join(str(error).split())}",
+                f"{self._path.parent}: TensorBoard lags behind until this folder can be written; metrics.jsonl has the "
+                f"same numbers: {' '.join(str(error).split())}",
                 stacklevel=1,
             )

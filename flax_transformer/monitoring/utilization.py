@@ -1,4 +1,4 @@
-"""Takes a model's shape and a device and leaves how much of what the device can do a step asks for.
+"""Counts the floating-point operations and the memory of a training step, and compares them with what devices offer.
 
 Glossary: S source and T target slots of a row, D d_model, F d_ff, V target vocabulary.
 """
@@ -14,14 +14,14 @@ from flax_transformer.experiment import Experiment
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip can do, as its maker says.
+    """The specification of a chip, according to its manufacturer.
 
     Attributes:
-        product: its name where it is rented or bought.
-        flops: floating-point operations a second of its matrix units, in `dtypes`, without sparsity.
+        product: the name under which it is rented or sold.
+        flops: floating-point operations per second of its matrix units, in `dtypes`, without sparsity.
         memory: bytes of high-bandwidth memory.
-        devices: how many devices jax makes of one chip.
-        dtypes: in which it is that fast.
+        devices: how many jax devices one chip is.
+        dtypes: the types in which it reaches `flops`.
     """
 
     product: str
@@ -52,7 +52,7 @@ CHIPS = {
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """Floating-point operations a second of a device at its best; `None` where nobody has told, as in float32."""
+    """A device's maximum of floating-point operations per second; `None` if unknown, as it is for float32."""
     chip = CHIPS.get(device.device_kind)
     if chip is None or dtype not in chip.dtypes:
         return None
@@ -61,12 +61,12 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one step asks of all devices together, and what they can do.
+    """The work of one step on all devices together, and what these devices can do.
 
     Attributes:
-        target_slots: of the global batch.
-        flops: the model's floating-point operations.
-        peak_flops: of all devices a second; `None` where nobody has told.
+        target_slots: target slots of the global batch.
+        flops: floating-point operations of the model.
+        peak_flops: the most floating-point operations per second of all devices; `None` if unknown.
     """
 
     target_slots: int
@@ -75,7 +75,7 @@ class Work:
 
     @classmethod
     def of(cls, experiment: Experiment, rows: int, devices: list[jax.Device]) -> "Work":
-        """The work of an experiment's step on so many rows, those that fill up the batch included."""
+        """The work of a step on so many rows, including the empty rows that fill up the batch."""
         data = experiment.data
         peak = peak_flops(devices[0], experiment.model.dtype)
         return cls(
@@ -86,29 +86,29 @@ class Work:
 
 
 def device_memory_peak(devices: list[jax.Device]) -> dict[str, float]:
-    """The most bytes that one of this process's devices has held so far, under its metric's name; nothing on a CPU."""
+    """The metric `memory_bytes`: the most bytes in use so far on a device of this process; empty on a CPU."""
     statistics = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
     peaks = [stats["peak_bytes_in_use"] for stats in statistics if stats and "peak_bytes_in_use" in stats]
     return {"memory_bytes": float(max(peaks))} if peaks else {}
 
 
 def memory_of(compiled: jax.stages.Compiled) -> int:
-    """Bytes of a device that a program takes: arguments, results that take no argument's place, temporaries, code."""
+    """Bytes that a program needs on a device: arguments, results that do not replace arguments, temporaries, code."""
     memory: Any = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 def model_flops(config: TransformerConfig, rows: int, source_slots: int, target_slots: int) -> float:
-    """Floating-point operations of the matrix products that one update of some rows asks for, padding included.
+    """Floating-point operations of the matrix products in one update on so many rows, including padding.
 
-    The backward pass counts twice the forward pass; what `remat` computes again does not count, nor do additions,
-    softmax and norms: the "model FLOPs" of Chowdhery et al., 2022 (PaLM, appendix B).
+    These are the "model FLOPs" of Chowdhery et al., 2022 (PaLM, appendix B): the backward pass counts twice as much as
+    the forward pass; additions, softmax, norms and what `remat` computes again do not count.
     """
     d_model, d_ff = config.d_model, config.d_ff
     feed_forward = 2 * 2 * d_model * d_ff
     projection = 2 * d_model * d_model
-    # Scores and weighted sums of one query over all slots that it may look at.
+    # Attention scores and weighted sums of one query over all slots.
     over_source, over_target = 2 * 2 * source_slots * d_model, 2 * 2 * target_slots * d_model
     encoder = config.num_encoder_layers * (4 * projection + over_source + feed_forward)
     memory = config.num_decoder_layers * 2 * projection

@@ -1,1 +1,1 @@
-"""Finds out, without the devices, what a training step needs of them."""
+"""Predicts, without the devices, the memory, communication and speed of a training step."""

@@ -1,6 +1,6 @@
-"""Takes the text of a compiled program and leaves what its devices tell each other, and how often its loops turn.
+"""Reads XLA's text of a compiled program (HLO): its collective operations and how often its loops run.
 
-XLA writes such a text (HLO) of each program; its numbers on collectives and loops stand nowhere else.
+Jax reports neither of these in any other way.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What devices tell each other in one step, all of one kind.
+    """All collective operations of one kind in one step.
 
     Attributes:
         kind: XLA's name, e.g. "all-reduce".
-        count: how often.
-        bytes: of what is reduced, or of what has been gathered, on one device.
+        count: how often it runs.
+        bytes: total size on one device of what is reduced, or of what has been gathered.
     """
 
     kind: str
@@ -28,16 +28,16 @@ class Collective:
 
 
 class Module:
-    """The text of an optimised HLO module, and how often a step runs each of its computations.
+    """An optimised HLO module, and how often a step runs each of its computations.
 
     Attributes:
-        computations: the lines of each, by name.
-        times: how often each is run, a loop's body as often as it turns; by name.
-        fused: the names of those that are the inside of one operation.
+        computations: the lines of each computation, by name.
+        times: how often each computation runs, by name; the body of a loop runs once per iteration.
+        fused: the names of the computations that are the body of a fusion.
     """
 
     def __init__(self, text: str):
-        """Parses the text that XLA writes."""
+        """Parses the text."""
         self.computations: dict[str, list[str]] = {}
         self.times: dict[str, int] = defaultdict(int)
         self.fused: set[str] = set()
@@ -61,7 +61,7 @@ class Module:
                     self._visit(called, turns)
 
     def _turns(self, line: str) -> int:
-        """How often a loop turns: XLA tells, or it is the number that the loop's condition compares with."""
+        """The number of iterations of a loop: from XLA's annotation, else the constant in the loop's condition."""
         if known := re.search(r"known_trip_count\W+n\W+(\d+)", line):
             return int(known[1])
         condition = re.search(r"condition=%?([\w.\-]+)", line)
@@ -70,17 +70,17 @@ class Module:
 
     @property
     def has_loops(self) -> bool:
-        """Whether a computation is run more often than its place in the text tells."""
+        """Whether the program has loops."""
         return any(" while(" in line for lines in self.computations.values() for line in lines)
 
     @property
     def num_custom_calls(self) -> int:
-        """The custom calls that are operations of their own and compute, those of a loop's body counted once."""
+        """The number of custom calls outside fusions that compute something; those in a loop's body count once."""
         whole = [lines for name, lines in self.computations.items() if self.times[name] and name not in self.fused]
         return sum(" custom-call(" in line and '"AllocateBuffer"' not in line for lines in whole for line in lines)
 
     def cycles(self, *, loops: bool) -> int:
-        """The TPU compiler's estimates of single operations, added up; a loop's body once, or as often as it turns."""
+        """Sum of the TPU compiler's estimates for single operations; with `loops`, each iteration of a loop counts."""
         total = 0
         for name, lines in self.computations.items():
             cycles = sum(map(int, re.findall(r"estimated_cycles\W+(\d+)", "\n".join(lines))))
@@ -89,9 +89,9 @@ class Module:
 
 
 def read_collectives(module: Module) -> list[Collective]:
-    """What devices tell each other in a step."""
-    # Where one runs beside other work, the TPU's compiler writes it into several computations: they share a channel.
-    # Under `pmap` all share one channel, but stand in one computation.
+    """The collective operations of a step, by kind."""
+    # The TPU's compiler writes a collective that overlaps with other work into several computations, which share a
+    # channel. Under `pmap` all collectives share one channel, but they are in one computation.
     found: dict[tuple[str, str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
     for name, lines in module.computations.items():
         for number, line in enumerate(lines):
@@ -102,7 +102,7 @@ def read_collectives(module: Module) -> list[Collective]:
             channel = re.search(r"channel_id=(\d+)", line)
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             if match[2] == "all-gather" and "-start(" in line:
-                shapes = shapes[len(shapes) // 2 :]  # what is given stands before what is made
+                shapes = shapes[len(shapes) // 2 :]  # the operands come before the results
             size = sum(ITEM_BYTES[dtype] * math.prod(map(int, re.findall(r"\d+", shape))) for dtype, shape in shapes)
             places = found[kind, channel[1] if channel else f"{name}:{number}", str(shapes)]
             count, total = places.get(name, (0, 0))

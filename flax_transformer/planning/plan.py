@@ -1,6 +1,7 @@
-"""Takes an experiment and the name of a slice and leaves what the compiler says of its training step there.
+"""Compiles an experiment's training step for a slice of devices, and reports what the compiler says about it.
 
-The step is the one that training runs, lowered for shapes alone: no array is made, and no device of the slice is there.
+It is the same step that training runs, lowered from shapes alone: no array is created, and the devices of the slice do
+not have to exist.
 """
 
 import dataclasses
@@ -23,25 +24,25 @@ from flax_transformer.planning.hlo import Collective, Module, read_collectives
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import TrainState, create_state, make_train_step
 
-# A step that the chip has no room for is tried again with so many chunks, if the slots can be divided.
+# The number of loss chunks to try if the step does not fit and the target slots can be divided.
 LOSS_CHUNKS = 8
-# Seconds: a chip with a clock of 0.1 GHz.
+# In seconds, for a clock of 0.1 GHz.
 LONGEST_CYCLE = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled training step, the figures for one device.
+    """One compiled training step; all figures are for one device.
 
     Attributes:
         arguments: bytes of the state and the batch.
-        temporaries: bytes of everything that lives during the step only.
-        peak: bytes in all: arguments, results that take no argument's place, temporaries and code.
-        flops: floating-point operations that the compiler counts; `None` where there are loops, of which it counts one
-            turn.
-        seconds: its estimate of a step without collectives; `None` where it makes none.
-        collectives: by kind.
-        compile_seconds: what compiling took here.
+        temporaries: bytes of everything that exists only during the step.
+        peak: bytes in all: arguments, results not stored in place of arguments, temporaries and code.
+        flops: floating-point operations that the compiler counts; `None` if there are loops, of which it counts only
+            one iteration.
+        seconds: the compiler's estimate for a step without collectives; `None` if it makes none.
+        collectives: the collective operations, by kind.
+        compile_seconds: how long compiling took on this machine.
     """
 
     arguments: int
@@ -55,12 +56,12 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """The compiler's refusal: the step needs more memory than there is.
+    """The result for a step that needs more memory than the device has.
 
     Attributes:
-        needed: bytes, at least: compilers tell of temporaries alone, or of all; `None` where they did not tell.
-        available: bytes that it may use.
-        compile_seconds: until it refused.
+        needed: bytes, at least: some compilers count only temporaries; `None` if the compiler did not say.
+        available: bytes that the step may use; `None` if the compiler did not say.
+        compile_seconds: how long compiling took until it failed.
     """
 
     needed: float | None
@@ -73,15 +74,15 @@ class Plan:
     """One way of running the step on a slice.
 
     Attributes:
-        changes: what was changed in the config, in words; empty for the config as it is.
+        changes: the settings that differ from the experiment's, in words; empty if there are none.
         parallelism: how devices share the work.
-        rows: of the global batch, filled up to a multiple of the devices.
-        empty_rows: those that fill it up.
-        micro_batches: in how many parts a device takes its rows.
-        devices: their number.
-        gradient_bytes: of the whole gradient, in float32.
-        work: what a step asks of the devices.
-        result: the program, or why there is none.
+        rows: rows of the global batch, filled up to a multiple of the devices.
+        empty_rows: how many of these rows only fill up the batch.
+        micro_batches: into how many micro-batches a device divides its rows.
+        devices: the number of devices.
+        gradient_bytes: size of the whole gradient, in float32.
+        work: the floating-point operations of a step, and what the devices can do.
+        result: the compiled program, or why there is none.
     """
 
     changes: str
@@ -96,15 +97,15 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every device has room for the step."""
+        """Whether every device has enough memory for the step."""
         return isinstance(self.result, Program)
 
 
 def find_devices(topology: str) -> list[jax.Device]:
-    """The devices of a slice that need not be there.
+    """Returns the devices of a slice, or descriptions of them that suffice for compiling.
 
     Args:
-        topology: "here", "cpu:8" (so many devices of this machine's CPU), or a TPU's, e.g. "v5e:4x4".
+        topology: "here", "cpu:8" (that many devices of this machine's CPU), or a TPU slice, e.g. "v5e:4x4".
 
     Raises:
         ValueError: there is no such slice, or the TPU's compiler is not installed.
@@ -121,7 +122,7 @@ def find_devices(topology: str) -> list[jax.Device]:
         return jax.devices("cpu")[: int(size)]
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU's compiler is not installed: pip install 'flax_transformer[libtpu]'")
-    # Nothing is there to be asked what machine this is, or to be kept from other processes.
+    # There is no TPU here to identify, or to reserve for this process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -140,8 +141,8 @@ def find_devices(topology: str) -> list[jax.Device]:
 
 
 def device_memory(device: jax.Device) -> float | None:
-    """Bytes that a program may take of a device: as it says if it is here, as its maker says, or `None`."""
-    # jax leaves a part of a GPU's memory to others.
+    """Bytes of a device that a program may use: from the device if it is here, from its specification, or `None`."""
+    # jax leaves a part of a GPU's memory to other programs.
     statistics = device.memory_stats() if device in jax.local_devices() else None
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"]
@@ -150,15 +151,15 @@ def device_memory(device: jax.Device) -> float | None:
 
 
 def plans(experiment: Experiment, devices: list[jax.Device], memory: float | None) -> Iterator[Plan]:
-    """Compiles the experiment's step, and where it has no room, again with one remedy more each time until it has.
+    """Compiles the experiment's step and, while it does not fit, compiles it again with one more remedy.
 
-    The remedies, in turn: ever smaller micro-batches, down to one row a device, the loss in chunks, computing
-    activations again, parameters divided.
+    The remedies are, in this order: smaller micro-batches, down to one row per device; the loss in chunks;
+    rematerialisation; dividing the parameters among the devices.
 
     Args:
         experiment: with the vocabulary's sizes filled in.
-        devices: of the slice.
-        memory: bytes of a device, where its compiler does not know; `None` if nobody does.
+        devices: the devices of the slice.
+        memory: bytes of a device, for compilers that do not know it; `None` if unknown.
     """
     plan = make_plan(experiment, devices, memory, changes="")
     yield plan
@@ -171,7 +172,7 @@ def plans(experiment: Experiment, devices: list[jax.Device], memory: float | Non
 
 
 def _remedy(name: str, experiment: Experiment, plan: Plan, num_devices: int) -> tuple[Experiment, str] | None:
-    """The experiment with a remedy, and what it changes, in words; `None` where it has it already."""
+    """The experiment with a remedy, and the changed setting in words; `None` if the remedy cannot be applied."""
     training, model = experiment.training, experiment.model
     assert isinstance(plan.result, TooLarge)
     share = plan.rows // num_devices
@@ -202,7 +203,7 @@ def _remedy(name: str, experiment: Experiment, plan: Plan, num_devices: int) -> 
 
 
 def make_plan(experiment: Experiment, devices: list[jax.Device], memory: float | None, *, changes: str) -> Plan:
-    """Compiles one step; arguments as in `plans`, `changes` in words."""
+    """Compiles one step; `changes` describes the experiment, the other arguments are those of `plans`."""
     config, data = experiment.training, experiment.data
     parallelism = Parallelism(config.parallelism, devices)
     parts = parallelism.micro_batches(data.rows, config.rows_per_device)
@@ -235,7 +236,7 @@ def make_plan(experiment: Experiment, devices: list[jax.Device], memory: float |
 
 
 def count_parameters(experiment: Experiment) -> int:
-    """The model's parameters."""
+    """The number of the model's parameters."""
     shapes = jax.eval_shape(lambda: create_state(experiment, jax.random.key(0)).params)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -246,7 +247,7 @@ def _lower(experiment: Experiment, parallelism: Parallelism, rows: int, micro_ba
     def create() -> TrainState:
         return create_state(experiment, jax.random.key(0, impl=experiment.training.rng_impl))
 
-    # Numbers that take no memory: whoever looks at a batch sees arrays.
+    # Arrays that take no memory.
     source, target = (np.broadcast_to(np.int32(0), (rows, slots)) for slots in (data.source_slots, data.target_slots))
     batch = Batch(source, source, source, target, target, target)
     return parallelism.lower(make_train_step(experiment, micro_batches), parallelism.shapes(create), batch)
@@ -256,10 +257,10 @@ def _read_program(compiled: Any, seconds: float) -> Program:
     memory, costs, module = compiled.memory_analysis(), compiled.cost_analysis(), Module(compiled.as_text())
     seconds_of_step, cycles = None, module.cycles(loops=False)
     if cycles:
-        # For each custom call the TPU's compiler adds -1 second: it has no estimate of it. It counts loops as one turn.
+        # The TPU's compiler counts -1 second for each custom call, and only one iteration of a loop.
         estimate = costs["optimal_seconds"] + module.num_custom_calls
         if not 0 < estimate < 1 + cycles * LONGEST_CYCLE:
-            estimate %= 1  # a compiler that counts other calls: whole seconds cannot be told
+            estimate %= 1  # another version counts other calls: whole seconds cannot be known
         seconds_of_step = estimate * module.cycles(loops=True) / cycles
     return Program(
         arguments=memory.argument_size_in_bytes,

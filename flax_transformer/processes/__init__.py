@@ -1,1 +1,1 @@
-"""How the processes of a training find each other, keep others out, and end together."""
+"""The processes of a training: how they find each other, lock the work directory, and stop on signals."""

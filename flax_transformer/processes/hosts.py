@@ -1,4 +1,4 @@
-"""Takes several processes, one a host, and lets them train as one: they connect, agree, and one speaks for all."""
+"""Lets several processes, usually one per host, train together: they connect, exchange values, and fail together."""
 
 import atexit
 import contextlib
@@ -14,15 +14,15 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # its store of keys and values has no public name; Orbax takes it from here too
+from jax._src import distributed  # its key-value store has no public name; Orbax imports it from here too
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-# Where a process that fails leaves word for the others, and where all of them meet before they end.
+# The key under which a failing process says why, and the barrier at which all processes meet before they exit.
 FAILURE, FAREWELL = "flax_transformer/failure", "flax_transformer/farewell"
 
-# In seconds: how often a process looks whether another one failed, and how long one that has failed stays until all
-# others have looked.
+# In seconds: how often a process checks whether another one has failed, and how long a failing process waits for the
+# others to notice.
 LOOK_INTERVAL, FAREWELL_TIMEOUT = 0.5, 10
 
 
@@ -31,10 +31,10 @@ class Cluster:
     """How the processes of one training find each other.
 
     Attributes:
-        address: host and port of process 0, e.g. "10.0.0.1:8476"; `None` where the cluster itself tells (Cloud TPU,
-            Slurm, Open MPI, Kubernetes).
-        num_processes: how many there are; `None` as above.
-        process_id: this one's number, from 0; `None` as above.
+        address: host and port of process 0, e.g. "10.0.0.1:8476"; `None` where jax finds it itself (Cloud TPU, Slurm,
+            Open MPI, Kubernetes).
+        num_processes: the number of processes; `None` if `address` is.
+        process_id: the number of this process, from 0; `None` if `address` is.
     """
 
     address: str | None = None
@@ -42,21 +42,22 @@ class Cluster:
     process_id: int | None = None
 
     def connect(self, timeout: int) -> None:
-        """Waits for the other processes; must come before anything else that uses a device.
+        """Waits for the other processes and connects with them; call it before anything that uses a device.
 
-        A process that does not come ends this one inside jax, without an exception: what is awaited is printed first.
+        If another process does not connect in time, jax ends this one without an exception. So this first prints what
+        it waits for.
 
         Args:
             timeout: seconds to wait.
 
         Raises:
-            ValueError: an address is there without the two numbers that belong to it, or nothing tells one.
+            ValueError: only some of address, number of processes and process id are given, or jax finds no address.
         """
         given = (self.address, self.num_processes, self.process_id)
         if any(value is not None for value in given) and None in given:
             raise ValueError(
                 f"coordinator address {self.address}, num_processes {self.num_processes}, process_id "
-                f"{self.process_id}: give all three, or none where the cluster tells them"
+                f"{self.process_id}: give all three, or none of them where the cluster provides them"
             )
         if self.address is None:
             print(f"connecting to the other processes of this cluster, for at most {timeout} s", flush=True)
@@ -66,25 +67,25 @@ class Cluster:
                 f"{timeout} s",
                 flush=True,
             )
-        # It takes SIGTERM for itself, and forgets one that comes before the first step of a resumed training.
+        # jax's own handler of SIGTERM would replace ours and miss signals before the first step of a resumed training.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(self.address, self.num_processes, self.process_id, initialization_timeout=timeout)
 
 
 def check_connected() -> None:
-    """Raises ValueError where jax sees devices of other processes, and nobody has connected this one with them."""
+    """Raises ValueError if jax sees devices of other processes and this process was not connected with them."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ValueError(
-            f"this process is one of {jax.process_count()} that share their devices, and was not connected with the "
+            f"this process is one of {jax.process_count()} that share their devices, but it was not connected with the "
             "others: give --distributed to all of them"
         )
 
 
 def cluster_of_environment(environment: Mapping[str, str] = os.environ) -> Cluster | None:
-    """The cluster that environment variables name, `None` where they name none.
+    """The cluster that the environment variables describe, or `None`.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name one; several hosts in TPU_WORKER_HOSTNAMES are a
-    slice of Cloud TPU.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe one explicitly; several hosts in
+    TPU_WORKER_HOSTNAMES mean a slice of Cloud TPU.
     """
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
         num_processes, process_id = (
@@ -103,7 +104,7 @@ def _number(name: str, value: str | None) -> int | None:
 
 
 def index() -> int:
-    """This process's number, from 0."""
+    """The number of this process, from 0."""
     return jax.process_index()
 
 
@@ -113,24 +114,24 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Whether this is process 0, the one that prints and writes files."""
     return index() == 0
 
 
 def say(line: str = "") -> None:
-    """Prints a line, on the first process only."""
+    """Prints a line on process 0, and nothing on the others."""
     if is_first():
         print(line, flush=True)
 
 
 def wait(name: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has called this function with the same name."""
     if count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order; anything that JSON holds."""
+    """Returns the values of all processes in their order; a value is anything that JSON can represent."""
     if count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -141,14 +142,14 @@ def gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def ending_together(program: str, *, unless: type[BaseException]) -> Iterator[None]:
-    """Inside, an error of one process ends the others too, which would wait for it in jax for minutes.
+    """Inside the `with` block, an error in one process ends all of them; otherwise they would wait in jax for minutes.
 
-    A process that dies without an error is noticed by jax, which then ends the others: process 0's death at once,
-    another's after some 90 seconds.
+    If a process dies without raising an error, jax notices and ends the others: at once if it was process 0, otherwise
+    after about 90 seconds.
 
     Args:
-        program: is named to the user where another process failed.
-        unless: an exception that all processes raise together, and that is none of their errors.
+        program: the program's name, for the message of the processes that end because another one failed.
+        unless: an exception that all processes raise together and that is not an error.
     """
     client = distributed.global_state.client
     if client is None:
@@ -162,10 +163,10 @@ def ending_together(program: str, *, unless: type[BaseException]) -> Iterator[No
     except unless:
         raise
     except BaseException as error:
-        with contextlib.suppress(Exception):  # another one failed before, or the store is gone with process 0
+        with contextlib.suppress(Exception):  # another process failed earlier, or process 0 and its store are gone
             reason = " ".join(f"{error}".split()) or type(error).__name__
             client.key_value_set(FAILURE, f"process {distributed.global_state.process_id} failed: {reason}")
-        # Registered after jax's own, it runs before: jax would wait there for processes that are gone.
+        # Registered after jax's exit handler, it runs before that one, which would wait for processes that are gone.
         atexit.register(_leave, client)
         raise
     finally:
@@ -174,59 +175,59 @@ def ending_together(program: str, *, unless: type[BaseException]) -> Iterator[No
 
 
 class Peers:
-    """The processes of one training, which agree through jax's store of keys and values where to stop.
+    """Lets the processes of one training agree, through jax's key-value store, after which step to stop.
 
-    Costs nothing while nobody asks to stop, but for a look at the store now and then.
+    While nobody asks to stop, it costs only an occasional look at the store.
     """
 
-    _made = itertools.count()  # the same on all processes: each training agrees under a name of its own
+    _made = itertools.count()  # the same on all processes, so that each training has its own keys
 
     def __init__(self) -> None:
-        """All processes must make theirs for the same training, after they have connected."""
+        """Every process must create one for the same training, after connecting."""
         self._client: Any = distributed.global_state.client
         self._name = f"flax_transformer/stop/{next(self._made)}"
 
     def ask(self) -> None:
-        """Asks all of them to stop."""
-        with contextlib.suppress(Exception):  # another one has asked before
+        """Asks all processes to stop."""
+        with contextlib.suppress(Exception):  # another process has already asked
             self._client.key_value_set(f"{self._name}/asked", "")
 
     def asked(self) -> bool:
-        """Whether one of them has asked all to stop."""
+        """Whether a process has asked all to stop."""
         try:
             self._client.key_value_try_get(f"{self._name}/asked")
             return True
-        except Exception:  # jax's way to say that there is no such key
+        except Exception:  # how jax reports that the key does not exist
             return False
 
     def post(self, position: int) -> None:
-        """Tells the others where this one stands; only the first call counts."""
-        with contextlib.suppress(Exception):  # it was told before
+        """Tells the others which step this process has reached; only the first call counts."""
+        with contextlib.suppress(Exception):  # it was posted before
             self._client.key_value_set(f"{self._name}/{distributed.global_state.process_id}", str(position))
 
     def positions(self, ended: threading.Event) -> list[int] | None:
-        """Where all of them stood when they posted; `None` if `ended` is set before all have."""
+        """The steps that all processes have posted; `None` if `ended` is set before all have done so."""
         found: list[int] = []
         while len(found) < distributed.global_state.num_processes and not ended.is_set():
-            # One that does not answer is waited for: if it is gone, jax ends this process.
+            # Wait for a process that does not answer: if it is gone, jax ends this one.
             with contextlib.suppress(Exception):
                 value = self._client.blocking_key_value_get(f"{self._name}/{len(found)}", int(1000 * LOOK_INTERVAL))
                 found.append(int(value))
         return found if len(found) == distributed.global_state.num_processes else None
 
     def leave(self, status: int) -> NoReturn:
-        """Ends this process as soon as all of them come here, or after a while."""
+        """Exits as soon as all processes have called this, or after a while."""
         _leave(self._client, status, f"{self._name}/left")
 
 
 def _watch(client: Any, ended: threading.Event, program: str) -> None:
-    """Ends this process when another one has failed, whatever it waits for."""
+    """Ends this process when another one has failed, even while the main thread is waiting."""
     while not ended.wait(LOOK_INTERVAL):
         try:
             failure = client.key_value_try_get(FAILURE)
-        except Exception:  # nobody has failed
+        except Exception:  # no process has failed
             continue
-        # The process ends inside: the progress bar, which gave way to the line, is not drawn again.
+        # The process exits inside, so tqdm clears the progress bar for this line and does not draw it again.
         with tqdm.external_write_mode(file=sys.stderr):
             with contextlib.suppress(OSError):  # the terminal is gone
                 print(f"{program}: {failure}; this process ends with it", file=sys.stderr)
@@ -234,8 +235,8 @@ def _watch(client: Any, ended: threading.Event, program: str) -> None:
 
 
 def _leave(client: Any, status: int = 1, farewell: str = FAREWELL) -> NoReturn:
-    """Ends this process without jax's own way out, once all know why; process 0 goes last, since the store is its."""
-    with contextlib.suppress(Exception):  # one that knows nothing of it is waited for no longer
+    """Exits without jax's exit handlers once all processes know why; process 0, which has the store, exits last."""
+    with contextlib.suppress(Exception):  # do not wait any longer for a process that does not come
         client.wait_at_barrier(farewell, FAREWELL_TIMEOUT * 1000)
     if distributed.global_state.process_id == 0:
         time.sleep(LOOK_INTERVAL)

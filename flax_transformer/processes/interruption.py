@@ -1,8 +1,9 @@
-"""Lets a signal end a training as soon as no work is lost: before the first step, after a checkpoint, or at the end.
+"""Ends a training after a signal as soon as no work is lost: before the first step, after a checkpoint, or at the end.
 
-SIGTERM is what a pre-empted machine and a scheduler send, SIGINT is Ctrl-C, SIGHUP says that the terminal or the ssh
-connection is gone. Slurm and grids send SIGUSR1, SIGUSR2 or SIGXCPU some time before they end a job. SIGHUP often comes
-twice, from the terminal and from the shell, and SIGXCPU every second; so only a second SIGTERM or SIGINT ends at once.
+Pre-empted machines and schedulers send SIGTERM, Ctrl-C sends SIGINT, and SIGHUP comes when the terminal or the ssh
+connection is gone. Slurm and other schedulers send SIGUSR1, SIGUSR2 or SIGXCPU some time before they end a job. SIGHUP
+often comes twice, from the terminal and from the shell, and SIGXCPU every second, so only a second SIGTERM or SIGINT
+ends the training at once.
 """
 
 import contextlib
@@ -19,65 +20,67 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 from tqdm import tqdm
 
 INSISTING = (signal.SIGTERM, signal.SIGINT)
-# These end a training unless whoever started it had them ignored, as nohup does with SIGHUP.
+# These end a training unless its parent process has set them to be ignored, as nohup does with SIGHUP.
 NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
-# Where a training stands, if not after a step, whose number says it then.
+# Positions of a training that are not after a step; after a step, the position is its number.
 BEFORE_FIRST_STEP, OVER = 0, sys.maxsize
 
-# In seconds: how often the other processes are asked, and how long one that is told to stop while it connects with them
-# waits to tell them.
+# In seconds: how often to ask the other processes, and how long a process that receives a signal while it is connecting
+# with them waits before it stops alone.
 LOOK_INTERVAL, MEETING_TIMEOUT = 0.5, 30.0
 
 
 class Interrupted(Exception):
-    """A training was told to stop, and did so after writing a checkpoint.
+    """Raised when a training stops because of a signal, after writing a checkpoint.
 
     Attributes:
-        step: the checkpoint's.
-        signal: what told it.
+        step: the step of the checkpoint.
+        signal: the signal that stopped it.
     """
 
     def __init__(self, step: int, number: signal.Signals):
-        """Says what happened, and what goes on."""
-        super().__init__(f"{number.name}: stopped behind the checkpoint of step {step}; the same command goes on there")
+        """Makes the message that tells the user how to continue."""
+        super().__init__(
+            f"{number.name}: stopped after the checkpoint of step {step}; the same command continues there"
+        )
         self.step, self.signal = step, number
 
     @property
     def exit_status(self) -> int:
-        """What a shell gives a program that this signal ended."""
+        """The exit status that a shell reports for a program ended by this signal."""
         return 128 + self.signal
 
 
 @runtime_checkable
 class Peers(Protocol):
-    """The processes of one training, as an interruption needs them (`hosts.Peers`)."""
+    """What an interruption needs of the other processes (see `hosts.Peers`); this file must not import jax."""
 
     def ask(self) -> None:
-        """Asks all of them to stop."""
+        """Asks all processes to stop."""
 
     def asked(self) -> bool:
-        """Whether one of them has asked all to stop."""
+        """Whether a process has asked all to stop."""
 
     def post(self, position: int) -> None:
-        """Tells the others where this one stands; only the first call counts."""
+        """Tells the others which step this process has reached; only the first call counts."""
 
     def positions(self, ended: threading.Event) -> list[int] | None:
-        """Where all of them stood when they posted; `None` if `ended` is set before all have."""
+        """The steps that all processes have posted; `None` if `ended` is set before all have done so."""
 
     def leave(self, status: int) -> None:
-        """Ends this process as soon as all of them come here."""
+        """Exits as soon as all processes have called this."""
 
 
 class Interruption:
-    """Notices signals while it is entered, in the main thread, and with several processes also those of the others.
+    """Handles signals inside a `with` block in the main thread, including those that other processes receive.
 
-    A training program enters it first thing and names itself. It is then ended from a thread, whatever its main thread
-    computes or waits for, while there is nothing to save: before its first step is done, and after the last one.
+    A training program enters it first and gives its own name. While there is nothing to save, before the first step is
+    done and after the last one, a thread then ends the program on a signal, whatever the main thread is doing.
     """
 
     def __init__(self, program: str | None = None) -> None:
-        """Notices nothing yet; `program` is the one that may be ended, named in what is said of its end."""
+        """Handles nothing yet; `program` names the program that may be ended, `None` if only the training may be."""
         self._program = program
         self._signal: signal.Signals | None = None
         self._insisted = False
@@ -94,10 +97,10 @@ class Interruption:
         self._watch: threading.Thread | None = None
 
     def __enter__(self) -> "Interruption":
-        # Python lets only the main thread notice signals; a training in another one is not told of them.
+        # Python handles signals only in the main thread; a training in another thread does not notice them.
         if threading.current_thread() is threading.main_thread():
             if self._program is not None:
-                # Python writes the number of each signal here at once, even while the main thread is in C++.
+                # Python writes the number of each signal here at once, even while the main thread runs C++ code.
                 self._wakeup = socket.socketpair()
                 for end in self._wakeup:
                     end.setblocking(False)
@@ -111,16 +114,16 @@ class Interruption:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         if self._peers is not None:
-            self._peers.post(OVER)  # for one that asks where this process stands
+            self._peers.post(OVER)  # for another process that waits for this one's position
         if self._wakeup is not None:
             with contextlib.suppress(OSError):
-                self._wakeup[1].send(b"\0")  # no signal: it only ends the thread's wait
+                self._wakeup[1].send(b"\0")  # not a signal number: it only wakes the thread
         if self._watch is not None:
             self._watch.join()
         told, before = self._signal is not None, list(self._before)
         self._restore()
         if self._program is not None and told:
-            # What comes while the program ends must not change its exit status, and must not keep it from ending.
+            # Signals that arrive while the program exits must not change its exit status or keep it from exiting.
             for number in before:
                 signal.signal(number, signal.SIG_DFL if number in INSISTING else signal.SIG_IGN)
         if self._wakeup is not None:
@@ -129,20 +132,22 @@ class Interruption:
                 end.close()
 
     def expect_peers(self, are_there: bool) -> None:
-        """Announces that `meet` will be called, or never: a program is not ended before it is known whom to tell."""
+        """Says whether `meet` will be called; until this is known, a signal does not end the program."""
         self._is_alone = not are_there
 
     def meet(self, peers: Peers) -> None:
-        """From here on all processes stop together, whichever of them is told to."""
+        """From now on all processes stop together, whichever of them receives a signal."""
         self._peers = peers
         if self._watch is None:
             self._start_watch()
 
     def check(self, step: int) -> signal.Signals | None:
-        """The signal behind which training stops after this step, the same step on all processes, if there is one.
+        """Returns the signal because of which training must stop after this step, or `None`.
+
+        All processes stop after the same step.
 
         Args:
-            step: the one just made; with several processes it must be asked for each.
+            step: the step that was just done; with several processes this must be called after each step.
         """
         with self._lock:
             self._position = step
@@ -151,16 +156,19 @@ class Interruption:
             stops = self._stop_at is not None and self._position >= self._stop_at
             return (self._signal or signal.SIGTERM) if stops else None
 
-    def stop_behind(self, step: int) -> None:
-        """Raises `Interrupted` if there was a signal: for work behind the checkpoint of `step` that may be done again.
+    def stop_after_checkpoint(self, step: int) -> None:
+        """Raises `Interrupted` if there was a signal; call it during work that the next run can do again.
 
-        With several processes it does nothing, since the others wait for the result of that work.
+        With several processes it does nothing, because the others wait for the result of that work.
+
+        Args:
+            step: the step of the newest checkpoint.
         """
         if self._signal is not None and self._peers is None:
             raise Interrupted(step, self._signal)
 
     def training_is_over(self) -> None:
-        """Says that the last checkpoint is complete: from here on a signal ends the program at once."""
+        """Says that the last checkpoint is complete: from now on a signal ends the program at once."""
         with self._lock:
             self._position = OVER
             told = self._signal is not None if self._peers is None else self._stop_at is not None
@@ -170,7 +178,7 @@ class Interruption:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number)
         if self._program is not None or number not in INSISTING:
-            return  # the signals of a program are counted by its thread
+            return  # the thread of a program counts its signals
         if self._insisted:
             self._restore()
             signal.raise_signal(number)
@@ -179,7 +187,7 @@ class Interruption:
     def _restore(self) -> None:
         while self._before:
             number, handler = self._before.popitem()
-            # What was not set from Python comes as None and cannot be set again.
+            # A handler that was not set from Python is None and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _start_watch(self) -> None:
@@ -198,7 +206,7 @@ class Interruption:
                 self._look()
 
     def _signals_received(self) -> list[signal.Signals]:
-        """Those that came within the next moment, in their order."""
+        """Waits a moment for signals, and returns them in their order."""
         if self._wakeup is None:
             self._ended.wait(LOOK_INTERVAL)
             return []
@@ -209,7 +217,7 @@ class Interruption:
         return []
 
     def _look(self) -> None:
-        """Ends the program where nothing would be lost, or else settles with the others where all stop."""
+        """Ends the program if no work would be lost; otherwise agrees with the other processes where to stop."""
         if self._peers is None:
             if self._signal is None or self._program is None or self._is_alone is None:
                 return
@@ -225,7 +233,7 @@ class Interruption:
             self._peers.ask()
         elif not self._peers.asked():
             return
-        # Nobody comes past a check before all know where they stop: the lock is held.
+        # While the lock is held, `check` waits, so that this process cannot pass the step that all agree on.
         with self._lock:
             self._peers.post(self._position)
             positions = self._peers.positions(self._ended)
@@ -237,15 +245,15 @@ class Interruption:
                 self._end_without_loss()
 
     def _end_without_loss(self) -> NoReturn:
-        number = self._signal or signal.SIGTERM  # that of another process is not known here
+        number = self._signal or signal.SIGTERM  # the signal that another process received is not known here
         if self._position == OVER:
-            what = "stopped after the last step; nothing is lost, and the same command does what comes after it"
+            what = "stopped after the last step; nothing is lost, and the same command does the rest"
         else:
             what = "stopped before the first step; nothing is lost, and the same command starts again"
         self._end_program(number, what, self._peers)
 
     def _end_program(self, number: signal.Signals, what: str, peers: Peers | None = None) -> NoReturn:
-        # The program ends inside: the progress bar, which gives way to the line, is not drawn again.
+        # The program exits inside, so tqdm clears the progress bar for this line and does not draw it again.
         with tqdm.external_write_mode(file=sys.stderr):
             for stream, line in ((sys.stdout, ""), (sys.stderr, f"{self._program}: {number.name}: {what}\n")):
                 with contextlib.suppress(OSError):  # the terminal is gone

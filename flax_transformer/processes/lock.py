@@ -1,4 +1,4 @@
-"""Takes a work directory and leaves one training in it: a second one is refused, or warned where there are no locks."""
+"""Ensures that only one training at a time uses a work directory; where files cannot be locked, it only warns."""
 
 import contextlib
 import datetime
@@ -14,30 +14,31 @@ from etils import epath
 
 LOCK_FILE, HEARTBEAT_FILE = "training.lock", "training.heartbeat"
 
-# In seconds: how often a training shows that it lives, and the silence after which it counts as ended.
+# In seconds: how often a training writes its heartbeat, and the age at which a heartbeat no longer counts.
 HEARTBEAT_INTERVAL, HEARTBEAT_LIFETIME = 60.0, 300.0
 
-# What `flock` answers on a network share that has no locks.
+# The errors of `flock` on network shares that do not support locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class TrainingLock:
-    """Keeps a work directory for one training while it is entered.
+    """Reserves a work directory for one training inside a `with` block.
 
-    Locally it locks `training.lock`, and the system frees it when the process ends, however that comes. The file stays:
-    removing it could take it from a process that has just locked it. On a remote path, and on a network share without
-    locks, `training.heartbeat` is written again every minute instead, and whoever finds a young one is warned.
+    On a local path it locks `training.lock`, which the system unlocks when the process ends for whatever reason. The
+    file is not removed, because another process might just have locked it. On a remote path, and on a network share
+    without locks, it rewrites `training.heartbeat` every minute instead, and a training that finds a recent heartbeat
+    of another one warns.
     """
 
     def __init__(self, path: epath.Path):
-        """Names the folder; nothing is read or written yet."""
+        """Stores the folder's path; reads and writes nothing yet."""
         self._path = path
         self._lock: int | None = None
         self._heart: threading.Thread | None = None
         self._ended = threading.Event()
 
     def __enter__(self) -> "TrainingLock":
-        """Makes the folder and takes the lock; ValueError names the training that has it."""
+        """Creates the folder and locks it; raises a ValueError that names the training which holds the lock."""
         if "://" in str(self._path) or not self._take_lock():
             self._warn_of_another()
             self._write_heartbeat()
@@ -49,8 +50,8 @@ class TrainingLock:
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._lock, 0)  # names nobody who no longer trains
-            # Closing would not free it while a forked child has the file open too.
+                os.ftruncate(self._lock, 0)  # this process no longer trains here
+            # Closing alone would not unlock the file while a forked child has it open too.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
@@ -61,7 +62,7 @@ class TrainingLock:
             self._remove_heartbeat()
 
     def _take_lock(self) -> bool:
-        """Whether the folder is locked now, which it cannot be on a file system without locks."""
+        """Locks the folder; returns whether the file system supports locks."""
         self._path.mkdir(parents=True, exist_ok=True)
         file = os.open(self._path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -77,7 +78,7 @@ class TrainingLock:
                 f"{self._path}: {_describe(holder)}: wait until it ends or stop it, or give another --workdir"
             ) from error
         self._lock = file
-        # The lock holds without the text, which does not fit on a full disk.
+        # The text only informs, and cannot be written to a full disk; the lock does not depend on it.
         with contextlib.suppress(OSError):
             os.ftruncate(file, 0)
             os.write(file, _entry("since"))
@@ -88,7 +89,7 @@ class TrainingLock:
         return self._path / HEARTBEAT_FILE
 
     def _last_heartbeat(self) -> tuple[str, float] | None:
-        """Whose it is and how many seconds old; `None` where there is none, or something else."""
+        """The process that wrote the heartbeat, and its age in seconds; `None` if there is none that can be read."""
         try:
             entry = json.loads(self._heartbeat_file.read_bytes())
             age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(entry["time"])
@@ -107,7 +108,7 @@ class TrainingLock:
         )
 
     def _write_heartbeat(self) -> None:
-        # It warns others and no more: a bucket out of reach for a while, whose errors are of many kinds, ends nothing.
+        # The heartbeat only serves to warn, so errors, of which buckets have many kinds, must not end the training.
         with contextlib.suppress(Exception):
             self._heartbeat_file.write_bytes(_entry("time"))
 
@@ -116,14 +117,14 @@ class TrainingLock:
             self._write_heartbeat()
 
     def _remove_heartbeat(self) -> None:
-        with contextlib.suppress(Exception):  # as above
+        with contextlib.suppress(Exception):  # as in _write_heartbeat
             last = self._last_heartbeat()
             if last is not None and last[0] == _own_name():
                 self._heartbeat_file.unlink(missing_ok=True)
 
 
 def _entry(moment: str) -> bytes:
-    """This process and the time, under the name `moment`, as a line of JSON."""
+    """A line of JSON with this process and the current time, which has the key `moment`."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return json.dumps({"host": socket.gethostname(), "process": os.getpid(), moment: now}).encode() + b"\n"
 
@@ -140,5 +141,5 @@ def _describe(holder: bytes) -> str:
     try:
         entry = json.loads(holder)
         return f"{_name(entry['host'], entry['process'])} has been training there since {entry['since']}"
-    except (KeyError, TypeError, ValueError):  # it is writing its name just now, or could not
+    except (KeyError, TypeError, ValueError):  # it has not written its name yet, or could not
         return "another process trains there"

@@ -1,7 +1,8 @@
-"""Takes a text too long for the model and leaves parts that are not, and joins their translations again.
+"""Splits texts that are too long for the model into parts that fit, and joins the parts' translations.
 
-What ends a sentence or a clause is what Unicode says it is (annex 44, `Sentence_Terminal`, `Terminal_Punctuation`), so
-that every script has its own marks; there are no lists of abbreviations, which are a language's own.
+Sentences and clauses end at the characters that Unicode says end them (annex 44, `Sentence_Terminal` and
+`Terminal_Punctuation`), so this works for every script. There are no lists of abbreviations, since each language would
+need its own.
 """
 
 import bisect
@@ -10,49 +11,49 @@ from collections.abc import Callable, Iterable, Sequence
 
 import regex
 
-# "." and its like stand inside numbers, addresses and names too, where they end nothing. Other scripts' marks do not,
-# and often no white space follows them.
+# "." and similar marks also occur inside numbers, addresses and names, so white space must follow them. The marks of
+# other scripts do not occur there, and often no white space follows them.
 _QUOTES = r"""['"\p{Pi}\p{Pf}\p{Pe}]*(?=\s)"""
 _SENTENCE = rf"[\p{{Sentence_Terminal}}…]+{_QUOTES}"
 _SENTENCE_WITHOUT_SPACE = r"[\p{Sentence_Terminal}--[.?!]]+[\p{Pf}\p{Pe}]*"
 _CLAUSE = rf"[\p{{Terminal_Punctuation}}…–-]+{_QUOTES}"
 _CLAUSE_WITHOUT_SPACE = r"[\p{Terminal_Punctuation}—--[.?!,;:]]+[\p{Pf}\p{Pe}]*"
 
-# What ends a piece of text, the better places to cut first.
+# Where a text can be cut, the best places first.
 _ENDS = tuple(
     regex.compile(pattern, regex.VERSION1 | regex.DOTALL)
     for pattern in (
-        # "e.g. this" and "'Why?' he said" go on in lower case. A text all in lower case has the next row.
+        # The sentence continues if lower case follows, as in "e.g. this". The next row is for texts without upper case.
         rf"{_SENTENCE}(?!\s+\p{{Ll}})|{_SENTENCE_WITHOUT_SPACE}",
         rf"{_SENTENCE}|{_SENTENCE_WITHOUT_SPACE}",
         rf"{_CLAUSE}|{_CLAUSE_WITHOUT_SPACE}",
-        r"[\s\u200b]+",  # Khmer and Thai may have a space of no width between words
-        r"\X",  # what a reader takes for one character: a letter and its marks
+        r"[\s\u200b]+",  # Khmer and Thai may have zero-width spaces between words
+        r"\X",  # a grapheme cluster: a letter with its marks
         r".",
     )
 )
 
-# Chinese and Japanese write no space between sentences; Thai, Khmer, Lao, Burmese and Tibetan do.
+# Chinese and Japanese have no spaces between sentences; Thai, Khmer, Lao, Burmese and Tibetan have.
 _WITHOUT_SPACE = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Block=CJK_Symbols_And_Punctuation}！-､]", regex.VERSION1
 )
 
 
 def split_sentence(text: str, length: Callable[[str], int], limit: int) -> list[str]:
-    """Splits a text of more than so many tokens into its sentences, as a model knows them from its training.
+    """Splits a text that has more tokens than `limit` into sentences, which is what a model was trained on.
 
-    A sentence that is still too long is cut into parts as full as fits: at the marks between its clauses; a clause, at
-    white space; a word, between characters. Parts have no white space around them. Nothing else is lost: `join_parts`
-    makes the text of them again, but for runs of white space and a space inside a word that was cut.
+    A sentence that is still too long is cut into parts that are as long as possible: between clauses; a clause that is
+    too long, at white space; a word that is too long, between characters. Parts have no white space around them.
+    `join_parts` restores the text, except for runs of white space and an additional space in a word that was cut.
 
     Args:
-        text: of any length; one that fits is one part.
-        length: counts the tokens of a text, its end of sentence included. It is called some dozen times for each part,
-            on texts of about that size.
-        limit: the most tokens of a part.
+        text: the text; if it fits, it is the only part.
+        length: counts the tokens of a text, including the end of sentence. It is called about a dozen times for each
+            part, on texts of about the size of the part.
+        limit: the maximum number of tokens of a part.
 
     Raises:
-        ValueError: a single character has more.
+        ValueError: a single character has more tokens than `limit`.
     """
 
     def measure(part: str) -> int:
@@ -64,7 +65,7 @@ def split_sentence(text: str, length: Callable[[str], int], limit: int) -> list[
 
 
 def join_parts(parts: Iterable[str]) -> str:
-    """Joins parts, or translations of them: with a space, and without between Chinese or Japanese characters."""
+    """Joins parts, or their translations, with spaces, but without them between Chinese or Japanese characters."""
     joined = ""
     for part in filter(None, parts):
         apart = joined and not (_WITHOUT_SPACE.match(joined[-1]) and _WITHOUT_SPACE.match(part[0]))
@@ -73,7 +74,7 @@ def join_parts(parts: Iterable[str]) -> str:
 
 
 def _split(text: str, length: Callable[[str], int], limit: int, ends: Sequence[regex.Pattern[str]]) -> list[str]:
-    """The parts of the text, white space included, cut after `ends[0]`; where that is not enough, after later ones."""
+    """The parts of the text, including white space, cut after `ends[0]`; if they are too long, after later ends."""
     size = length(text)
     if size <= limit:
         return [text]
@@ -90,23 +91,23 @@ def _split(text: str, length: Callable[[str], int], limit: int, ends: Sequence[r
             stop = cuts[bisect.bisect_right(cuts, start)]
             *whole, rest = _split(text[start:stop], length, limit, ends[1:])
             parts += whole
-            start = stop - len(rest)  # the rest shares a part with what follows
+            start = stop - len(rest)  # the rest may share a part with the following text
     return parts
 
 
 def _cut(text: str, end: regex.Pattern[str]) -> list[str]:
-    """The text in pieces, cut after each such end."""
+    """Cuts the text after each match of `end`."""
     cuts = sorted({0, len(text), *(match.end() for match in end.finditer(text))})
     return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 def _farthest(text: str, start: int, cuts: Sequence[int], length: Callable[[str], int], limit: int) -> int:
-    """The last of the cuts up to which the text from `start` fits, or `start`; a longer text is taken for longer."""
+    """The last cut up to which the text from `start` fits, or `start`; assumes that longer texts have more tokens."""
 
     def size(index: int) -> int:
         return length(text[start : cuts[index]])
 
-    # Doubling first: what is measured is at most twice a part, however long the text.
+    # Double the width first, so that texts of at most twice a part are measured, however long the whole text is.
     first, width = bisect.bisect_right(cuts, start), 1
     while first + width < len(cuts) and size(first + width) <= limit:
         width *= 2

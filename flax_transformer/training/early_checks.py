@@ -1,4 +1,4 @@
-"""Refuses, before the first step, settings whose failure would show only after the last one."""
+"""Rejects, before the first step, settings that would fail only after the last one."""
 
 import dataclasses
 import warnings
@@ -9,34 +9,34 @@ from flax_transformer.workdir import WorkDirectory
 
 
 def check_ahead(experiment: Experiment, workdir: WorkDirectory) -> None:
-    """Checks that the end of a training will find what it needs, whether it begins or goes on.
+    """Checks that a training, new or resumed, will have the checkpoints and scores that its end needs.
 
     Args:
         experiment: with the tokeniser filled in.
-        workdir: whose checkpoints count, too.
+        workdir: the work directory, whose checkpoints count, too.
 
     Raises:
-        ValueError: the mean is wanted of more checkpoints than there will be, or scores are needed and nothing will be
-            scored.
+        ValueError: more checkpoints are to be averaged than there will be, or scores are needed and no checkpoint will
+            be scored.
     """
     config = experiment.training
     newest, best = _steps_so_far(experiment, workdir)
     first = max(newest, default=0)
     if first >= config.steps:
-        return  # Nothing can be saved by refusing: what there is will be averaged and tested.
+        return  # An error would not help now: the checkpoints that exist are averaged and tested.
     is_scored = bool(experiment.data.valid) and config.evaluate_every > 0
     every = config.evaluate_every if is_scored else 0
     if not is_scored:
         lacking = "training.evaluate_every is 0" if experiment.data.valid else "data.valid is empty"
-        mend = "set it, or " if experiment.data.valid else "name a validation corpus, or "
+        remedy = "set it, or " if experiment.data.valid else "name a validation corpus, or "
         if config.patience:
             raise ValueError(
                 f"training.patience is {config.patience}, but {lacking}: no evaluation could end training early; "
-                f"{mend}set training.patience=0"
+                f"{remedy}set training.patience=0"
             )
         if config.average_best > len(best):
             raise ValueError(
-                f"training.average_best is {config.average_best}, but {lacking}: no checkpoint will be scored; {mend}"
+                f"training.average_best is {config.average_best}, but {lacking}: no checkpoint will be scored; {remedy}"
                 f"set training.average_best=0 and training.average_last={config.average_best}"
             )
         if config.keep_best > 1 and hosts.is_first():
@@ -53,7 +53,7 @@ def check_ahead(experiment: Experiment, workdir: WorkDirectory) -> None:
 
 
 def _steps_so_far(experiment: Experiment, workdir: WorkDirectory) -> tuple[set[int], set[int]]:
-    """The steps of the checkpoints that there are, and of those that have comparable scores."""
+    """The steps of the existing checkpoints, and of those among them that have comparable scores."""
     if not workdir.exists:
         return set(), set()
     config = experiment.training
@@ -67,7 +67,7 @@ def _steps_so_far(experiment: Experiment, workdir: WorkDirectory) -> tuple[set[i
 def _check_count(
     kind: str, setting: str, wanted: int, there: set[int], first: int, steps: int, intervals: list[int]
 ) -> None:
-    """Raises ValueError where the intervals leave fewer checkpoints; warns where only some were lost on the way."""
+    """Raises ValueError if the intervals give too few checkpoints; only warns if some of them have been lost."""
     kept = "checkpoints" if kind == "last" else "scored checkpoints"
     planned = _due(0, steps, intervals, wanted)
     expected = there | _due(first, steps, intervals, wanted)
@@ -76,8 +76,8 @@ def _check_count(
     if len(planned) >= wanted:
         if hosts.is_first():
             warnings.warn(
-                f"training.average_{kind} is {wanted}, but from step {first} on there will be {len(expected)} {kept}, "
-                "since earlier ones are gone: the mean of these will be taken",
+                f"training.average_{kind} is {wanted}, but from step {first} on there will be only "
+                f"{len(expected)} {kept}, because earlier ones are missing: the mean of these will be used",
                 stacklevel=3,
             )
         return
@@ -89,7 +89,7 @@ def _check_count(
 
 
 def _due(first: int, steps: int, intervals: list[int], most: int) -> set[int]:
-    """The last steps after `first` at which one of the intervals is over, at least `most` where there are so many."""
+    """The steps after `first` that the intervals select; with many of them, only the last ones, but at least `most`."""
     due = set()
     for every in filter(None, intervals):
         last = steps // every

@@ -1,6 +1,7 @@
-"""Takes an experiment and a work directory and leaves what is trained on: texts, vocabulary, packed corpora.
+"""Prepares everything that a training needs: texts, vocabulary, packed corpora.
 
-All of it is held against what the work directory was begun with, so that a training that goes on is the same one.
+It compares all of these, and the settings, with what the work directory records, so that a resumed training is the
+same one that was started there.
 """
 
 import dataclasses
@@ -16,29 +17,29 @@ from flax_transformer.training.early_checks import check_ahead
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
-# What a training keeps from beginning to end; nothing named is all of the section.
+# The settings of each section that a training cannot change once it has started; an empty tuple means all of them.
 FIXED: dict[str, tuple[str, ...]] = {
     "model": (),
     "vocabulary": (),
     "data": ("train", "rows", "source_slots", "target_slots", "seed"),
     "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay", "start_from", "freeze"),
 }
-# How the model is computed may change with the machine that goes on.
+# Settings of how the model is computed, which may differ from machine to machine.
 FREE = ("attention_implementation",)
-# What a training may change of the model that it starts from.
+# The settings of the model in which a training may differ from the model that it starts from.
 OF_TRAINING = (*FREE, "dropout_rate", "attention_dropout_rate", "activation_dropout_rate", "dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
 class Materials:
-    """What is trained on.
+    """The inputs of a training.
 
     Attributes:
-        experiment: with the vocabulary's sizes filled in, and the tokeniser of BLEU where it is chosen by the script.
-        texts: the corpora by name: "train", and "valid" and "test" where there are such.
-        packed: the same, tokenised and packed.
+        experiment: with the vocabulary's sizes and BLEU's tokeniser filled in.
+        texts: the corpora by name: "train", and "valid" and "test" if there are any.
+        packed: the same corpora, tokenised and packed.
         vocabularies: of both sides.
-        micro_batches: in how many parts a device takes its rows of a batch.
+        micro_batches: into how many micro-batches a device divides its rows of a batch.
     """
 
     experiment: Experiment
@@ -49,10 +50,10 @@ class Materials:
 
 
 def check_paths(experiment: Experiment, workdir: WorkDirectory) -> None:
-    """Checks that the work directory can be written to, and that training will write over nothing that it reads.
+    """Checks that the work directory can be written, and that training will not overwrite a file that it reads.
 
     Raises:
-        ValueError: names the file or folder.
+        ValueError: one of these is not so; names the file or folder.
     """
     workdir.check_place()
     if experiment.training.start_from and same_file(experiment.training.start_from, str(workdir.path)):
@@ -68,13 +69,13 @@ def check_paths(experiment: Experiment, workdir: WorkDirectory) -> None:
         owner = work_directory_of(file, [str(workdir.path)])
         if owner is not None and same_file(owner, str(workdir.path)):
             raise ValueError(
-                f"{setting} names {file}, which training would write over as a file of its own: move the text, or "
+                f"{setting} names {file}, which training would write over with a file of its own: move the text, or "
                 "give another --workdir"
             )
 
 
 def load_texts(experiment: Experiment) -> dict[str, ParallelText]:
-    """The corpora that the experiment names, by "train", "valid" and "test"; raises ValueError with the mend."""
+    """Loads the experiment's corpora, by "train", "valid" and "test"; raises ValueError if one cannot be loaded."""
     if not experiment.data.train:
         raise ValueError("data.train is empty: name a corpus, e.g. --config.data.train=files:train.en,train.de")
     named = {"train": experiment.data.train, "valid": experiment.data.valid, "test": experiment.data.test}
@@ -89,18 +90,18 @@ def prepare(
     *,
     accept_changed_corpus: bool,
 ) -> Materials:
-    """Makes or reads the vocabulary, packs the corpora, and notes in the work directory what they are.
+    """Trains or loads the vocabulary, packs the corpora, and records both in the work directory.
 
     Args:
-        experiment: what is trained on what.
-        texts: what `load_texts` read.
-        workdir: where; what is there already must belong to the same experiment.
+        experiment: the experiment to run.
+        texts: the corpora from `load_texts`.
+        workdir: the work directory; if it is not new, it must belong to the same experiment.
         parallelism: the devices that share a batch.
-        accept_changed_corpus: whether a text may be another than the one that the training began with.
+        accept_changed_corpus: whether a text may differ from the one that the training started with.
 
     Raises:
-        ValueError: the work directory belongs to another experiment, vocabulary or text, or the end of the training
-            would lack something.
+        ValueError: the work directory belongs to another experiment, vocabulary or text, or the settings would make the
+            end of the training fail.
     """
     experiment = _fill_in_tokenizer(experiment, workdir, texts)
     check_ahead(experiment, workdir)
@@ -124,11 +125,11 @@ def prepare(
         )
         for name, text in texts.items()
     }
-    # Last, so that what stopped at a mistake can be mended in the same folder.
+    # Recorded last, so that after an error the same work directory can be used with corrected settings.
     if hosts.is_first():
         if "valid" in changed:
             workdir.forget_scores()
-        # Of a corpus that is not named now, what it was stays known.
+        # The fingerprint of a corpus that the experiment no longer names stays recorded.
         workdir.write_fingerprints(begun | fingerprints | {"vocabulary": vocabularies.fingerprint()})
         workdir.write_config(experiment.to_mapping())
     hosts.wait("the first process has written what the training is")
@@ -170,7 +171,7 @@ def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPa
 
 
 def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: dict[str, ParallelText]) -> Experiment:
-    """Chooses the tokeniser of BLEU where that is left to us, as this training chose before, or by the references."""
+    """Replaces the tokeniser "auto" by the one that this training used before, or by one that suits the references."""
     scored = [texts[name] for name in ("valid", "test") if name in texts]
     if not scored:
         return experiment
@@ -178,7 +179,7 @@ def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: di
     if tokenize == "auto":
         tokenize = (workdir.read_config() if workdir.exists else {}).get("training", {}).get("tokenize", tokenize)
         tokenize = choose_tokenizer(scored[0].target) if tokenize == "auto" else tokenize
-        # What is installed may differ from host to host.
+        # The choice depends on installed packages, which may differ between hosts.
         tokenize = hosts.gather(tokenize)[0]
         if tokenize != DEFAULT:
             hosts.say(
@@ -191,9 +192,9 @@ def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: di
 
 
 def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
-    """Checks that what a training cannot change on its way is what it began with.
+    """Checks that the settings in `FIXED` are those that the training was started with.
 
-    The held-out corpora may change, and so may lengths, rates and intervals.
+    The held-out corpora, the number of steps, rates and intervals may change.
     """
     if not workdir.exists:
         _check_start(experiment)
@@ -216,7 +217,7 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
 
 
 def _check_start(experiment: Experiment) -> None:
-    """Checks that the model to start from is the one that the experiment describes."""
+    """Checks that the model to start from has the shape that the experiment describes."""
     start = experiment.training.start_from
     if not start:
         return
@@ -225,15 +226,15 @@ def _check_start(experiment: Experiment) -> None:
         if getattr(found, name) != getattr(wanted, name):
             raise ValueError(
                 f"model.{name} is {getattr(wanted, name)!r}, in training.start_from = {start} it is "
-                f"{getattr(found, name)!r}: set it so, as configs/finetune_opus_mt.py does"
+                f"{getattr(found, name)!r}: use the same value, as configs/finetune_opus_mt.py does"
             )
 
 
 def _check_fingerprints(
     experiment: Experiment, workdir: WorkDirectory, fingerprints: dict[str, str], accept_changed_corpus: bool
 ) -> tuple[dict[str, str], set[str]]:
-    """What the corpora were, and which are not that now; raises ValueError unless that was accepted."""
-    # Read before the processes meet: the first one writes them anew after.
+    """Returns the recorded fingerprints and the names of changed corpora; raises ValueError if any is not accepted."""
+    # Read before `gather`, after which process 0 may overwrite them.
     begun = workdir.read_fingerprints() if workdir.exists else {}
     for process, others in enumerate(hosts.gather(fingerprints)):
         if others != fingerprints:

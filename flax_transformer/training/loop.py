@@ -318,7 +318,7 @@ class _Training:
         if not due or step in session.checkpoints.scores:
             return
         params = state.ema if self.config.weights == "ema" else state.params
-        stop = functools.partial(session.interruption.stop_behind, step)
+        stop = functools.partial(session.interruption.stop_after_checkpoint, step)
         scores, _ = self.evaluations["valid"].score(params, after_batch=stop)
         metrics = {name: getattr(scores, name) for name in TITLES}
         session.report.validation(step, metrics, session.clock.seconds)

@@ -1,4 +1,4 @@
-"""Takes the metrics of steps that are still under way and leaves their means over some steps, and their speed."""
+"""Averages the metrics of training steps and measures their speed, without making the device wait for the host."""
 
 import collections
 import contextlib
@@ -12,56 +12,56 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.monitoring.utilization import Work
 from flax_transformer.training.step import StepMetrics
 
-# Steps run ahead of the host; more than two of them on several CPU devices can deadlock jax's runtime.
+# How many steps may be queued on the devices; with more than two on several CPU devices, jax's runtime can deadlock.
 STEPS_IN_FLIGHT = 2
 
 
 class Clock:
-    """Counts the seconds trained, those before an interruption included."""
+    """Measures how long a training has taken, including the time before interruptions."""
 
     def __init__(self, before: float):
-        """Goes on from the seconds trained before."""
+        """Starts the clock at the seconds trained before."""
         self._start = time.monotonic() - before
 
     @property
     def seconds(self) -> float:
-        """Seconds trained until now."""
+        """The seconds trained until now."""
         return time.monotonic() - self._start
 
 
 class Window:
-    """Gathers the metrics of some steps without making the device wait for the host."""
+    """Collects the metrics of `size` steps, then returns their means and starts again."""
 
     def __init__(self, size: int, check: Callable[[int, StepMetrics], None], work: Work):
-        """Begins the first window.
+        """Starts the first window.
 
         Args:
-            size: steps in a window.
-            check: is shown the number and the metrics of each step, once they are there.
-            work: what a step asks of the devices.
+            size: the number of steps in a window.
+            check: called with the number and the metrics of each step as soon as they are known.
+            work: the floating-point operations of a step, and what the devices can do.
         """
         self._size, self._check, self._work = size, check, work
         self._in_flight: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        # With the seconds that each took, where they were measured.
+        # With the seconds that each step took, if they were measured.
         self._gathered: list[tuple[StepMetrics, float | None]] = []
         self._last = 0
         self._since, self._is_measured = time.monotonic(), True
         self._waited = 0.0
 
     def add(self, step: int, metrics: StepMetrics) -> list[tuple[int, dict[str, float]]]:
-        """Takes a step's metrics; gives the step and the means of each window that is complete.
+        """Adds a step's metrics; returns the last step and the means of each window that is now complete.
 
-        It leaves room for the step that comes next.
+        It waits until no more than `STEPS_IN_FLIGHT` - 1 steps are queued, so that the next step can start.
         """
         self._in_flight.append((step, metrics))
         return self._fetch(STEPS_IN_FLIGHT - 1)
 
     def settle(self) -> list[tuple[int, dict[str, float]]]:
-        """Waits for the steps under way; gives the windows that are complete with them."""
+        """Waits for all steps; returns the windows that are now complete."""
         return self._fetch(0)
 
     def close(self) -> list[tuple[int, dict[str, float]]]:
-        """Waits for the steps under way; gives the last window too, complete or not."""
+        """Waits for all steps; returns the remaining windows, including an incomplete one."""
         complete = self._fetch(0)
         return [*complete, (self._last, self._means())] if self._gathered else complete
 
@@ -85,18 +85,18 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of the speed."""
+        """Excludes the time inside the `with` block from the speed."""
         begin = time.monotonic()
         yield
         self._since += time.monotonic() - begin
 
     def begin_anew(self) -> None:
-        """Leaves out of the speed the time so far and the step that is added next, which was compiled in it."""
+        """Excludes from the speed the time so far, and the next step to be added, whose time includes compiling."""
         self._since, self._is_measured = time.monotonic(), False
         self._waited = 0.0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Hands batches on, and counts the time that they are waited for."""
+        """Yields the batches, and measures how long each takes to arrive."""
         while True:
             begin = time.monotonic()
             batch = next(batches, None)
@@ -120,7 +120,7 @@ class Window:
         }
 
     def _speed(self, gathered: list[tuple[StepMetrics, float | None]]) -> dict[str, float]:
-        """That of the steps whose time was measured; nothing where there are none."""
+        """The speed of the steps whose time was measured; empty if there are none."""
         measured = [(metrics, seconds) for metrics, seconds in gathered if seconds is not None]
         if not measured:
             return {}

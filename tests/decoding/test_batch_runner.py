@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_transformer.decoding import engine as engine_module
+from flax_transformer.decoding import batch_runner as engine_module
 from flax_transformer.decoding.batch_runner import Engine
 from flax_transformer.decoding.batching import bucket
 from flax_transformer.decoding.jitted import search_translations

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from flax_transformer.monitoring import profile
 from flax_transformer.monitoring.profile import Profile
-from flax_transformer.training import profile
 from flax_transformer.training.loop import train_and_evaluate
 from tests.training.conftest import STEPS, losses_of, with_training, without_held_out
 
@@ -49,8 +49,8 @@ def test_the_steps_asked_for_are_watched_and_the_place_is_told(wish, first, last
 @pytest.mark.parametrize(
     ("wish", "first", "last", "said"),
     [
-        ("20:25", 191, 200, "this training makes steps 191 to 200, ask for some of these"),
-        ("201:205", 1, 200, "this training makes steps 1 to 200, ask for some of these"),
+        ("20:25", 191, 200, "this training makes steps 191 to 200, choose some of these"),
+        ("201:205", 1, 200, "this training makes steps 1 to 200, choose some of these"),
         ("20:25", 201, 200, "this training has made its 200 steps, raise training.steps"),
         ("20:25", 25, 200, None),
         ("200:205", 1, 200, None),
@@ -59,7 +59,7 @@ def test_the_steps_asked_for_are_watched_and_the_place_is_told(wish, first, last
 )
 def test_steps_that_will_not_be_made_are_told_of(wish, first, last, said, tmp_path):
     line = Profile(wish, epath.Path(tmp_path)).missed(first, last)
-    assert line == (said and f"--profile={wish} watches nothing: {said}")
+    assert line == (said and f"--profile={wish} profiles nothing: {said}")
 
 
 def test_a_training_tells_of_its_profile_at_its_start_or_end(experiment, tmp_path, traces, capsys):
@@ -69,7 +69,7 @@ def test_a_training_tells_of_its_profile_at_its_start_or_end(experiment, tmp_pat
     told = f"profile of steps {STEPS - 1} to {STEPS}: tensorboard --logdir {tmp_path}"
     assert capsys.readouterr().out.splitlines().count(told) == 1
     train_and_evaluate(with_training(experiment, steps=STEPS + 2), tmp_path, profile="2:3")
-    assert f"--profile=2:3 watches nothing: this training makes steps {STEPS + 1} to" in capsys.readouterr().out
+    assert f"--profile=2:3 profiles nothing: this training makes steps {STEPS + 1} to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wish", ["2:3", f"{STEPS}:{STEPS + 1}"])

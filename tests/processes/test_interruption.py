@@ -69,10 +69,10 @@ def test_a_thread_that_can_notice_no_signals_trains_all_the_same():
 
 def test_what_may_be_done_again_is_ended_by_a_signal_and_by_nothing_else():
     with Interruption() as interruption:
-        interruption.stop_behind(4)
+        interruption.stop_after_checkpoint(4)
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Interrupted, match="SIGTERM: stopped .* step 5;"):
-            interruption.stop_behind(5)
+            interruption.stop_after_checkpoint(5)
 
 
 # A program that is busy outside Python, where no handler of Python's can run, but in the middle part of its life.

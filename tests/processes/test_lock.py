@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from flax_transformer.processes import lock
 from flax_transformer.processes.lock import TrainingLock
-from flax_transformer.training import lock
 from tests.fake_scheme import fake_bucket
 
 ROOT = Path(__file__).parents[2]
