@@ -50,7 +50,7 @@ def test_a_reader_never_finds_a_part_of_the_new_file(tmp_path, monkeypatch):
     assert set(seen) == {b"before"} and path.read_bytes() == b"after"
 
 
-@pytest.mark.parametrize("name", ["model", "ಅ" * 80])  # 240 bytes
+@pytest.mark.parametrize("name", ["model", "ಅ" * 80], ids=["short", "240 bytes"])
 def test_a_folder_appears_with_all_its_files_also_in_place_of_an_empty_one(tmp_path, name):
     path = epath.Path(tmp_path) / name
     for exists in (False, True):
