@@ -26,7 +26,7 @@ from flax_transformer.commands.process import (
     start_devices,
     warnings_in_one_line,
 )
-from flax_transformer.training.interruption import Interrupted, Interruption
+from flax_transformer.processes.interruption import Interrupted, Interruption
 
 MOST = 2**31 - 1  # what jax takes of processes and of seconds
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment: a file in configs/.")
@@ -64,7 +64,7 @@ def _train(interruption: Interruption) -> None:
     # jax and flax load here, so that --help answers at once.
     load_jax()
     from flax_transformer.experiment import Experiment
-    from flax_transformer.training.hosts import Cluster, Peers, cluster_of_environment, ending_together
+    from flax_transformer.processes.hosts import Cluster, Peers, cluster_of_environment, ending_together
     from flax_transformer.training.loop import train_and_evaluate
 
     named = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

@@ -30,8 +30,10 @@ import transformers
 from benchmarks import peers, report
 from benchmarks.report import RESULTS, SEED, THREADS
 from flax_transformer.config import TransformerConfig
-from flax_transformer.data.vocabulary import Vocabulary, VocabularyPair
-from flax_transformer.decoding.programs import search_translations
+from flax_transformer.data.lines import read_lines
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.jitted import search_translations
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import VocabularyConfig
@@ -311,9 +313,7 @@ def main() -> None:
     )
     text = None
     if options.text:
-        sentences = [
-            line for path in options.text for line in Path(path).read_text("utf-8").splitlines() if line.strip()
-        ]
+        sentences = [line for path in options.text for line in read_lines(path) if line.strip()]
         try:
             vocabulary = Vocabulary.train(sentences, VocabularyConfig(size=options.vocabulary_size))
             text = Text(sentences, vocabulary)

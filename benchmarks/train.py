@@ -34,7 +34,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment, TrainingConfig, VocabularyConfig
-from flax_transformer.training.utilization import model_flops
+from flax_transformer.monitoring.utilization import model_flops
 
 ENGINES = ("flax_transformer", "torch", "torch_compiled")
 

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from flax_transformer.literal_path import literal
+from flax_transformer.orbax_paths import literal
 from flax_transformer.scores import Scores, StepScores
 
 TREES = ("params", "ema", "training")

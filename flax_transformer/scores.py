@@ -1,6 +1,6 @@
-"""Keeps the validation scores of a training's steps in `scores.json`, each with the settings that it was found by.
+"""Keeps the validation scores of each evaluated step in `scores.json`, with the settings of that evaluation.
 
-Only scores that were found alike are compared: BLEU of ten sentences says nothing about BLEU of a thousand.
+Only scores with the same settings are compared: the BLEU of ten sentences says nothing about the BLEU of a thousand.
 """
 
 import json
@@ -11,10 +11,12 @@ from typing import Any
 import jax
 from etils import epath
 
+from flax_transformer.atomic_files import write_file
+
 Scores = Mapping[str, float]
 
 LESS_IS_BETTER = ("loss",)
-# The settings of training that each metric depends on.
+# The training settings that each metric depends on.
 _OF_TRANSLATIONS = ("weights", "evaluate_sentences", "beam_size", "alpha")
 DEPENDS_ON = {
     "loss": ("weights",),
@@ -22,22 +24,22 @@ DEPENDS_ON = {
     "exact_match": _OF_TRANSLATIONS,
     "bleu": (*_OF_TRANSLATIONS, "tokenize"),
 }
-# The key beside a step's scores that holds these settings.
+# The key beside a step's scores under which these settings are stored.
 FOUND_BY = "found_by"
-# What is known of scores without that key: BLEU had no other tokeniser when they were written.
+# Settings of scores without that key, which are from before `training.tokenize` existed.
 BEFORE = {"tokenize": "13a"}
 
 
 class StepScores:
-    """The scores of a training's steps."""
+    """The validation scores of one training."""
 
     def __init__(self, file: epath.Path | None, best_metric: str, found_by: Mapping[str, Any]):
-        """Reads them.
+        """Reads the scores that have been recorded.
 
         Args:
-            file: where they are, if there are any.
+            file: where they are stored; `None` for checkpoints that are never scored.
             best_metric: the metric by which steps are compared.
-            found_by: today's settings; scores that were found by others are not compared with today's.
+            found_by: the current settings; scores with other settings are not compared with new ones.
 
         Raises:
             ValueError: the file is damaged.
@@ -46,11 +48,11 @@ class StepScores:
         self._scores, self._settings = _read(file)
 
     def comparable(self) -> dict[int, Scores]:
-        """By step, the scores that were found as today's are."""
+        """The scores with the current settings, by step."""
         return {step: scores for step, scores in self._scores.items() if self._is_comparable(step)}
 
     def ranked(self) -> list[int]:
-        """The steps with such scores, the best first, of equally good ones the newest."""
+        """The steps with comparable scores, the best first; among equally good ones, the newest first."""
         return sorted(self.comparable(), key=lambda step: (self._value(step), step), reverse=True)
 
     @property
@@ -63,12 +65,12 @@ class StepScores:
         return sum(step > first for step in values)
 
     def record(self, step: int, scores: Scores) -> None:
-        """Writes down how good the parameters of a step are, found by today's settings."""
+        """Records the scores of a step, found with the current settings."""
         self._scores[step], self._settings[step] = dict(scores), self._found_by
         self._write()
 
     def forget_after(self, step: int) -> None:
-        """Drops the scores of later steps: training goes on from this one, and they will have other parameters."""
+        """Removes the scores of later steps: training continues from this one, and will compute those steps again."""
         later = [scored for scored in self._scores if scored > step]
         for scored in later:
             del self._scores[scored]
@@ -84,9 +86,7 @@ class StepScores:
             step: scores | ({FOUND_BY: settings} if (settings := self._settings.get(step)) else {})
             for step, scores in self._scores.items()
         }
-        draft = self._file.with_name(f"{self._file.name}.tmp")
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-        draft.replace(self._file)
+        write_file(self._file, json.dumps(content, indent=1).encode() + b"\n")
 
     def _is_comparable(self, step: int) -> bool:
         if self._best_metric not in self._scores[step]:
@@ -98,13 +98,13 @@ class StepScores:
         )
 
     def _value(self, step: int) -> float:
-        """A step's score, larger is better."""
+        """A step's score, negated if less is better, so that larger is always better."""
         value = self._scores[step][self._best_metric]
         return -math.inf if math.isnan(value) else -value if self._best_metric in LESS_IS_BETTER else value
 
 
 def _read(file: epath.Path | None) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, Any]]]:
-    """The scores of each step, and the settings that they were found by where these are told."""
+    """The scores of each step, and the settings that they were found with if these were recorded."""
     if file is None or not file.exists():
         return {}, {}
     try:

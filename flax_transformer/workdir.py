@@ -1,7 +1,7 @@
-"""Takes what training makes and leaves it in one folder, from which training goes on and a translator is loaded.
+"""The work directory: one folder that holds everything needed to continue a training, or to translate.
 
-The folder holds `config.json`, the vocabulary, `checkpoints/` and `averaged/` (Orbax), `metrics.jsonl` and TensorBoard
-events. It knows pytrees, no model.
+It contains `config.json`, the vocabulary, `checkpoints/` and `averaged/` (Orbax), `metrics.jsonl` and TensorBoard
+events. This file handles parameters as pytrees and does not depend on the model.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 from jaxtyping import PyTree
 
+from flax_transformer.atomic_files import write_file
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
@@ -37,20 +38,20 @@ class WorkDirectory:
         """
         _check_name(os.fspath(path))
         path = epath.Path(path).expanduser()
-        # Orbax takes absolute paths only; `resolve` would take gs:// for a folder here.
+        # Orbax accepts only absolute paths; `resolve` would turn gs:// into a local folder.
         self.path = path if path.is_absolute() else path.resolve()
         _check_name(str(self.path))
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies in an object store such as gs://, where files cannot be locked or appended to."""
+        """Whether it is in an object store such as gs://, where files cannot be locked or appended to."""
         return "://" in str(self.path)
 
     def check_place(self) -> None:
-        """Checks, before anything is made, that the folder can be made or written to.
+        """Checks, without changing anything, that the folder can be created or written to.
 
         Raises:
-            ValueError: it cannot be; names the file or folder that is in the way.
+            ValueError: it cannot be; names the file or folder that prevents it.
         """
         if self.is_remote:
             return
@@ -93,7 +94,7 @@ class WorkDirectory:
 
     @property
     def exists(self) -> bool:
-        """Whether a training has begun here."""
+        """Whether a training has been started here."""
         return self._config_file.exists()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -101,14 +102,10 @@ class WorkDirectory:
         self._write(self._config_file, config)
 
     def _write(self, file: epath.Path, content: Mapping[str, Any]) -> None:
-        """Writes JSON; a reader never sees half of it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f"{file.name}.tmp")
-        draft.write_text(json.dumps(content, indent=2) + "\n")
-        draft.replace(file)
+        write_file(file, json.dumps(content, indent=2).encode() + b"\n")
 
     def read_config(self) -> dict[str, Any]:
-        """Reads `config.json`; raises ValueError where there is none, or where it does not hold sections."""
+        """Reads `config.json`; raises ValueError if it is missing or has no sections."""
         if not self.exists:
             raise ValueError(f"{self.path} is not a work directory, config.json is missing: give train.py's --workdir")
         try:
@@ -120,13 +117,13 @@ class WorkDirectory:
         return config
 
     def read_model_config(self) -> TransformerConfig:
-        """The model's section of `config.json`; raises ValueError as above, or where the section is not there."""
+        """Reads the model section of `config.json`; raises ValueError if either is missing or invalid."""
         config = self.read_config()
         if "model" not in config:
             raise self._damaged('no section "model"')
         try:
             return from_mapping(TransformerConfig, config["model"], "model")
-        except (TypeError, ValueError) as error:  # a text where a number belongs, or a number out of its range
+        except (TypeError, ValueError) as error:  # a string instead of a number, or a number out of range
             raise self._damaged(str(error).partition("\n")[0]) from error
 
     def _damaged(self, reason: str) -> ValueError:
@@ -138,11 +135,10 @@ class WorkDirectory:
 
     def write_vocabularies(self, vocabularies: VocabularyPair) -> None:
         """Stores the vocabulary."""
-        self.path.mkdir(parents=True, exist_ok=True)
         vocabularies.save(self.path)
 
     def read_vocabularies(self) -> VocabularyPair:
-        """The vocabulary stored here; raises ValueError if it is not the one that the model was trained with."""
+        """Reads the vocabulary; raises ValueError if it is not the one that the model was trained with."""
         vocabularies = VocabularyPair.load(self.path)
         if self.read_fingerprints().get("vocabulary", vocabularies.fingerprint()) != vocabularies.fingerprint():
             raise ValueError(
@@ -152,11 +148,11 @@ class WorkDirectory:
         return vocabularies
 
     def write_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
-        """Writes down by which vocabulary and texts the training is known."""
+        """Records checksums of the vocabulary and the texts that the training uses."""
         self._write(self._fingerprints_file, dict(fingerprints))
 
     def read_fingerprints(self) -> dict[str, str]:
-        """What `write_fingerprints` wrote, nothing if it did not; ValueError where it is damaged."""
+        """Reads these checksums, an empty dict if there are none; raises ValueError if the file is damaged."""
         if not self._fingerprints_file.exists():
             return {}
         try:
@@ -168,30 +164,30 @@ class WorkDirectory:
             ) from error
 
     def forget_scores(self) -> None:
-        """Drops the scores of all checkpoints: those of another text cannot be compared."""
+        """Removes the scores of all checkpoints: the validation text has changed, so they cannot be compared."""
         self._scores_file.unlink(missing_ok=True)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Adds one line to `metrics.jsonl`; after an interruption some steps come twice, and the later line counts.
+        """Adds one line to `metrics.jsonl`; after an interruption some steps appear twice, and the later line counts.
 
-        NaN and infinity, which JSON does not know, become null.
+        NaN and infinity, which JSON cannot represent, become null.
         """
         values = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
         line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
         before = self._read_metrics_file()
-        if before and not before.endswith(b"\n"):  # a kill or a full disk cut that line off; this one must not join it
+        if before and not before.endswith(b"\n"):  # a kill or a full disk cut off the last line; start a new one
             line = b"\n" + line
         if self.is_remote:
-            # Object stores cannot append. They change a whole object at once, so that a draft would gain nothing.
+            # Object stores cannot append. They replace objects atomically, so a draft is not needed.
             self._metrics_file.write_bytes(before + line)
         else:
             with self._metrics_file.open("ab") as file:
                 file.write(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of `metrics.jsonl`, none if there are none; a line that was cut off is passed over."""
+        """Reads the lines of `metrics.jsonl`, skipping any that was cut off."""
         lines = []
-        # As bytes: a text splits at more than "\n", and is none where a character was cut in two.
+        # As bytes: str has more line ends than "\n", and a line may end inside a character.
         for line in self._read_metrics_file().split(b"\n"):
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
@@ -212,15 +208,15 @@ class WorkDirectory:
         found_by: Mapping[str, Any] = types.MappingProxyType({}),
         read_only: bool = False,
     ) -> "Checkpoints":
-        """The checkpoints; use it in a `with` statement, which waits for the last one to be written.
+        """Opens the checkpoints; use it in a `with` statement, which waits until the last one is written.
 
         Args:
-            keep_latest: how many of the newest are kept; all if not given.
-            keep_best: how many of the best are kept as well.
-            best_metric: the metric by which they are compared.
-            found_by: the settings of training by which scores are found today (`TrainingConfig`'s, or a part of them);
-                scores that others gave are not compared with these.
-            read_only: leaves the folder as it is; a training may be writing to it.
+            keep_latest: how many of the newest to keep; all if not given.
+            keep_best: how many of the best to keep as well.
+            best_metric: the metric that ranks them.
+            found_by: the current training settings (`TrainingConfig`'s fields, or some of them); scores that were found
+                with other settings are not compared with new ones.
+            read_only: changes nothing in the folder, to which a training may be writing.
         """
         return Checkpoints(
             self.path / "checkpoints",
@@ -233,18 +229,18 @@ class WorkDirectory:
         )
 
     def restore_params(self, step: str | int, shapes: PyTree) -> PyTree:
-        """One checkpoint's parameters, or the average, on this process's first device.
+        """Loads the parameters of one checkpoint, or the average of several, to this process's first device.
 
-        Where the config's `training.weights` is "ema", those of a checkpoint are their moving average.
+        If the config's `training.weights` is "ema", it loads the moving average that the checkpoint holds.
 
         Args:
-            step: "chosen" ("averaged" where `training.weights` is that and there is an average, else "best"), "best" by
-                training's own metric (the newest where none was scored), "latest", a number, or "averaged", what
-                `average_checkpoints` wrote last.
+            step: "best" by `training.best_metric` (the newest if no checkpoint was scored), "latest", a step number,
+                "averaged" (what `average_checkpoints` wrote last), or "chosen": "averaged" if `training.weights` is
+                "averaged" and there is an average, else "best".
             shapes: the parameters' shapes and types.
 
         Raises:
-            ValueError: there is no such checkpoint, or it holds other shapes.
+            ValueError: there is no such checkpoint, or its parameters have other shapes.
         """
         # A converted model has no training section.
         weights = self.read_config().get("training", {}).get("weights", "trained")
@@ -265,12 +261,12 @@ class WorkDirectory:
             return averages.latest_step is not None
 
     def averages_after(self, step: int) -> bool:
-        """Whether there is an average, and checkpoints of later steps are part of it."""
+        """Whether there is an average that includes checkpoints of later steps."""
         with self._open_averages(read_only=True) as averages:
             return averages.latest_step is not None and max(averages.read_notes().get("steps", []), default=0) > step
 
     def set_average_aside(self, step: int) -> None:
-        """Moves the average to `damaged/`, with a warning, since training goes on from an earlier step."""
+        """Moves the average to `damaged/`, with a warning, because training continues from an earlier step."""
         folder = self.path / "damaged"
         folder.mkdir(exist_ok=True)
         number = len(list(folder.glob("averaged-*"))) + 1
@@ -282,14 +278,14 @@ class WorkDirectory:
         )
 
     def average_checkpoints(self, *, last: int | None = None, best: int | None = None) -> list[int]:
-        """Writes the mean of some checkpoints' parameters to `averaged/`, in place of an older one.
+        """Writes the mean of some checkpoints' parameters to `averaged/`, replacing an older mean.
 
         Args:
-            last: so many of the newest checkpoints are averaged.
-            best: so many of the best by training's own metric are; give one of the two.
+            last: how many of the newest checkpoints to average.
+            best: how many of the best by `training.best_metric` to average; give one of the two.
 
         Returns:
-            The steps averaged, the newest or the best first.
+            The averaged steps, the newest or the best first.
 
         Raises:
             ValueError: both or neither is given, or there are fewer checkpoints.
@@ -303,7 +299,7 @@ class WorkDirectory:
                 assert best is not None, "one of the two is given"
                 steps = checkpoints.best_steps(best)
             params = checkpoints.average_params(steps)
-        # Numbered upwards, so that the old average goes only when the new one is complete.
+        # With increasing numbers, so that the old average is removed only when the new one is complete.
         with self._open_averages(read_only=False) as averages:
             averages.save((averages.latest_step or 0) + 1, {"params": params}, {"steps": steps})
         return steps
@@ -326,7 +322,7 @@ class WorkDirectory:
 
 
 def _check_name(path: str) -> None:
-    """Raises ValueError for a path under which checkpoints could be neither written nor read."""
+    """Raises ValueError for a path in which Orbax can neither write nor read checkpoints."""
     if not path.strip():
         raise ValueError("the name of the work directory is empty (a shell variable that is not set?): give one")
     if "\0" in path or path.encode(errors="replace").decode() != path:

@@ -10,7 +10,7 @@ from etils import epath
 
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import VocabularyConfig
-from flax_transformer.training.report import Report
+from flax_transformer.monitoring.report import Report
 from flax_transformer.workdir import WorkDirectory
 from tests.fake_scheme import fake_bucket
 

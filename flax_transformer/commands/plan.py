@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
     # jax loads here, so that --help answers at once.
     start_devices()
-    from flax_transformer.training import planning
+    from flax_transformer.planning import plan as planning
 
     experiment = _load(options)
     devices = planning.find_devices(options.topology)

@@ -1,38 +1,39 @@
-"""Takes arrays that are slow to make and leaves them in a file, from which the next start reads them.
+"""Caches arrays that take long to compute in files, so that the next run only reads them.
 
-The file is `NAME-KEY.npz`, plain numpy. Its key is a hash of everything that decides the arrays, so a file is right or
-is not looked at. The folder may lie in a bucket: files are read and written whole.
+A file is `NAME-KEY.npz`, in numpy's format. The key is a hash of everything that the arrays depend on, so a file with
+the right key has the right arrays. The folder may be in a bucket: files are read and written as a whole.
 """
 
 import contextlib
 import io
 import re
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from etils import epath
 
+from flax_transformer.atomic_files import write_file
+
 KEY_LENGTH = 16
-ABANDONED_AFTER = 24 * 60 * 60  # seconds; no writing of a living process takes as long
+ABANDONED_AFTER = 24 * 60 * 60  # seconds; no process takes that long to write a file
 
 
 def cached_arrays(
     folder: epath.Path, name: str, key: str, build: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The arrays that `build` makes, read from the folder where they lie there already.
+    """Returns the arrays that `build` computes, from the cache if they are there.
 
-    Any number of processes may ask for them at once: each that finds none builds them, and no one sees half a file.
-    A damaged file is built again. One that cannot be written is a warning and no more. A new file takes the place of
-    those of the same name and another key.
+    Several processes may ask for the same arrays at once: each process that finds no file builds them. A damaged file
+    is built again. If a file cannot be written, a warning says so. A new file replaces those of the same name with
+    another key.
 
     Args:
-        folder: holds the files; made if it is not there.
-        name: tells apart what the folder keeps side by side.
-        key: hexadecimal, a hash of everything that decides the arrays.
-        build: makes the arrays, none of them of objects.
+        folder: where the files are; created if necessary.
+        name: distinguishes the arrays that one folder caches.
+        key: a hash, in hexadecimal, of everything that the arrays depend on.
+        build: computes the arrays, none of which may have dtype object.
     """
     assert re.fullmatch(rf"[0-9a-f]{{{KEY_LENGTH},}}", key), f"key is {key!r}: give a hexadecimal hash"
     path = folder / f"{name}-{key[:KEY_LENGTH]}.npz"
@@ -46,42 +47,36 @@ def cached_arrays(
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray] | None:
-    """The file's arrays, or None where there is no file or a damaged one."""
+    """The file's arrays, or `None` if it is missing or damaged."""
     try:
-        # A checksum stands in the file for each array and is compared as it is read. Nothing in it can run as code.
+        # zipfile compares each array with its checksum; without pickles, nothing in the file can run as code.
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             return dict(file)
-    except Exception:  # Bytes may be damaged in as many ways as numpy and zipfile have errors; the mend is the same.
+    except Exception:  # numpy and zipfile raise many kinds of errors; the remedy is always to build again.
         return None
 
 
 def _write(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> bool:
-    """Writes the file, whole or not at all; says whether it could."""
-    draft = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
+    """Writes the file and returns whether that was possible; warns if not."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()  # zipfile goes back to write its headers, which a file in a bucket does not allow
+        content = io.BytesIO()  # zipfile seeks back to write its headers, which a file in a bucket does not allow
         np.savez(content, allow_pickle=False, **arrays)
-        draft.write_bytes(content.getvalue())
-        draft.replace(path)
+        write_file(path, content.getvalue())
         return True
-    except Exception as error:  # Buckets have errors of their own, which are no OSError.
+    except Exception as error:  # Errors of buckets are not OSErrors.
         reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
         warnings.warn(
             f"{path} cannot be written ({reason}): this run goes on without it, and the next one makes the same again; "
-            "free room there, or make the folder writable",
+            "free some space there, or make the folder writable",
             stacklevel=3,
         )
         return False
-    finally:
-        with contextlib.suppress(Exception):
-            draft.unlink(missing_ok=True)
 
 
 def _clear(path: epath.Path, name: str) -> None:
-    """Deletes the name's files with another key, and drafts so old that whoever wrote them must be gone."""
+    """Deletes files of the same name with another key, and drafts of processes that must have ended long ago."""
     file_name = re.compile(rf"{re.escape(name)}-[0-9a-f]{{{KEY_LENGTH}}}\.npz(?P<draft>\.[0-9a-f]{{32}}\.tmp)?")
-    with contextlib.suppress(Exception):  # what stays takes room and does no harm
+    with contextlib.suppress(Exception):  # a file that stays takes space and does no harm
         for other in path.parent.iterdir():
             match = file_name.fullmatch(other.name)
             if match and other != path:

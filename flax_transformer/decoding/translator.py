@@ -12,13 +12,13 @@ from jaxtyping import Array, Key, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.decoding.engine import Engine, Output
+from flax_transformer.decoding.batch_runner import Engine, Output
 from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
-from flax_transformer.decoding.splitting import join_parts, split_sentence
 from flax_transformer.decoding.unreadable import UnreadableSentences
 from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
 from flax_transformer.text.spelling import is_blank
+from flax_transformer.text.splitting import join_parts, split_sentence
 from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()

@@ -6,7 +6,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 
-from flax_transformer.data.vocabulary import Vocabulary
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.text.spelling import is_blank
 
 # With this share of unknown characters a sentence is called hardly readable: another script or language, not a name.

@@ -1,4 +1,4 @@
-"""Takes a model of ours and leaves a folder that CTranslate2 translates with, and all else that this asks for."""
+"""Exports a model to a folder for CTranslate2, with the SentencePiece models and an example of their use."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,17 +9,17 @@ from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.data.vocabulary import MarianVocabulary
 from flax_transformer.interop.folders import new_folder
 from flax_transformer.interop.marian_tensors import embeddings
 from flax_transformer.positions import sinusoidal_positions
+from flax_transformer.ranges import check_value
 from flax_transformer.trained_model import TrainedModel
 
-# As CTranslate2 names them; with "none" the weights stay float32.
+# CTranslate2's names; with "none" the weights stay float32.
 QUANTIZATIONS = ("none", "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16")
-# A logit's bias, in reach of float16, that leaves no probability.
+# A logit's bias that float16 can hold and that reduces the probability to 0.
 NEVER = -3e4
-# The positions that a model has which could have more: the table takes 4 * d_model bytes for each.
+# Minimum number of sinusoidal positions to export: each takes 4 * d_model bytes.
 POSITIONS = 1024
 EXAMPLE = """\
 import ctranslate2, sentencepiece
@@ -36,15 +36,14 @@ def to_ctranslate2(model: TrainedModel, folder: epath.PathLike, *, quantization:
     """Writes a folder for CTranslate2, with the SentencePiece models and a README that shows their use.
 
     Args:
-        model: ours.
-        folder: a new one.
+        model: the model to export.
+        folder: where to write it; must be empty or not exist.
         quantization: one of `QUANTIZATIONS`.
 
     Raises:
         ValueError: ctranslate2 is not installed, or there is no such quantization.
     """
-    if quantization not in QUANTIZATIONS:
-        raise ValueError(f"--quantization is {quantization!r}: choose one of {', '.join(QUANTIZATIONS)}")
+    check_value("--quantization", quantization, str, QUANTIZATIONS)
     vocabularies = model.vocabularies
     source, target = (side.pieces(range(side.size)) for side in (vocabularies.source, vocabularies.target))
     with new_folder(folder) as draft:
@@ -66,15 +65,15 @@ def write_model(
     *,
     quantization: str = "none",
 ) -> None:
-    """Writes what CTranslate2 itself reads; ValueError if it is not installed.
+    """Writes the files that CTranslate2 reads; raises ValueError if it is not installed.
 
     Args:
-        folder: an existing one, whose files it takes the place of.
-        config: the model's.
+        folder: an existing folder; files of the same names are replaced.
+        config: the model's config.
         params: its parameters.
-        source_pieces: how each source token is spelled, in the order of their ids.
-        target_pieces: the same of the target.
-        unk_id: the target token that stands for all others.
+        source_pieces: the piece of each source token, in the order of their ids.
+        target_pieces: the piece of each target token, in the order of their ids.
+        unk_id: the target's unknown token.
         quantization: one of `QUANTIZATIONS`.
     """
     try:
@@ -96,7 +95,7 @@ def write_model(
 
 
 def _describe(config: TransformerConfig, params: PyTree) -> Any:
-    """What CTranslate2 calls a specification: the model's shape and its arrays."""
+    """Builds what CTranslate2 calls a specification: the model's shape and its arrays."""
     from ctranslate2.specs import common_spec
     from ctranslate2.specs.transformer_spec import TransformerSpec
 
@@ -108,7 +107,7 @@ def _describe(config: TransformerConfig, params: PyTree) -> Any:
     )
     spec.config.layer_norm_epsilon = config.norm_epsilon
     spec.config.add_source_bos, spec.config.add_source_eos = False, True
-    # Copies, since quantizing changes arrays where they are.
+    # Copies, because quantizing changes arrays in place.
     source, target, output = (np.array(matrix) for matrix in embeddings(config, params))
     spec.encoder.embeddings[0].weight, spec.decoder.embeddings.weight = source, target
     spec.encoder.scale_embeddings = spec.decoder.scale_embeddings = config.scale_embeddings
@@ -118,7 +117,7 @@ def _describe(config: TransformerConfig, params: PyTree) -> Any:
         bias[list(config.banned_ids)] = NEVER
         spec.decoder.projection.bias = bias
     for theirs, name in ((spec.encoder, "encoder"), (spec.decoder, "decoder")):
-        # Without a table CTranslate2 makes one, from position 1 and of other wavelengths.
+        # Without this table CTranslate2 computes its own, which starts from position 1 and has other wavelengths.
         theirs.position_encodings.encodings = _positions(config, params[name])
         if config.norm == "pre":
             _fill_norm(theirs.layer_norm, params[name]["norm"])
@@ -163,7 +162,6 @@ def _fill_norm(theirs: Any, ours: PyTree) -> None:
 
 def _readme(model: TrainedModel, name: str, quantization: str) -> str:
     config, vocabulary = model.config, model.vocabularies.target
-    languages = vocabulary.languages if isinstance(vocabulary, MarianVocabulary) else ()
     example = EXAMPLE.format(
         folder=name,
         limit=config.max_output or config.max_length,
@@ -176,8 +174,8 @@ def _readme(model: TrainedModel, name: str, quantization: str) -> str:
         f"```python\n{example}```\n\n"
         "CTranslate2 adds the end of a sentence itself; its `length_penalty` divides by length ^ penalty.\n"
         + (
-            f"The source begins with a language token, put before its pieces: {', '.join(languages)}.\n"
-            if languages
+            f"The source begins with a language token, put before its pieces: {', '.join(vocabulary.languages)}.\n"
+            if vocabulary.languages
             else ""
         )
     )

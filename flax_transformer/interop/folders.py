@@ -1,18 +1,22 @@
-"""Takes the place of a new folder and leaves it whole or not at all."""
+"""Checks that a new folder can be made for an exported or imported model, and writes it as a whole or not at all."""
 
 import contextlib
 import os
-import uuid
 from collections.abc import Iterator
 
 from etils import epath
 
+from flax_transformer.atomic_files import write_folder
 from flax_transformer.files import work_directory_of
 from flax_transformer.workdir import WorkDirectory
 
 
 def check_new_folder(path: epath.PathLike) -> epath.Path:
-    """The absolute path of a folder that can be made; raises ValueError where it cannot be, or something is there."""
+    """Returns the absolute path of a folder that does not exist yet or is empty, and that can be made.
+
+    Raises:
+        ValueError: something else is at that path, or it cannot be made.
+    """
     workdir = WorkDirectory(path)
     place = workdir.path
     if os.path.islink(place):
@@ -27,22 +31,10 @@ def check_new_folder(path: epath.PathLike) -> epath.Path:
 
 @contextlib.contextmanager
 def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
-    """A folder to write to, which takes its place when all is written, and is removed when something fails.
-
-    Args:
-        path: where; an empty folder may be there.
+    """Gives a folder to write to, which moves to `path` when the `with` block ends without an error.
 
     Raises:
-        ValueError: something is there, or it cannot be made.
+        ValueError: as `check_new_folder`.
     """
-    place = check_new_folder(path)
-    draft = place.with_name(f"{place.name[:40]}.{uuid.uuid4().hex}.tmp")  # a name has 255 bytes at most
-    draft.mkdir(parents=True)
-    try:
+    with write_folder(check_new_folder(path)) as draft:
         yield draft
-        if place.exists():
-            place.rmdir()
-        draft.rename(place)
-    except BaseException:
-        draft.rmtree(missing_ok=True)
-        raise

@@ -1,7 +1,7 @@
-"""Takes an OPUS-MT (Marian) model as transformers stores it and leaves ours, and goes the way back.
+"""Converts OPUS-MT (Marian) models, in the format that transformers stores, to models of this library and back.
 
-The folder is one as downloaded from the hub: `config.json`, the weights, `source.spm`, `target.spm`, `vocab.json`, and
-perhaps `target_vocab.json`, `generation_config.json` and `tokenizer_config.json`.
+A folder downloaded from the hub has `config.json`, the weights, `source.spm`, `target.spm`, `vocab.json`, and possibly
+`target_vocab.json`, `generation_config.json` and `tokenizer_config.json`.
 """
 
 import json
@@ -10,12 +10,9 @@ from typing import Any
 from etils import epath
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.data.vocabulary import (
-    TARGET_IDS,
-    MarianVocabulary,
-    Vocabulary,
-    VocabularyPair,
-)
+from flax_transformer.data.marian_vocabulary import TARGET_IDS, MarianVocabulary, read_marian_vocabularies
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.interop.folders import new_folder
 from flax_transformer.interop.marian_fields import (
     check_expressible,
@@ -40,8 +37,8 @@ def read_marian(folder: epath.PathLike) -> TrainedModel:
         folder: where its files are.
 
     Raises:
-        ValueError: a file is missing or damaged, the files do not belong together, or the model has something that ours
-            cannot express; names the field and its value.
+        ValueError: a file is missing or damaged, the files do not belong together, or the model has a feature that this
+            library's models lack; names the field and its value.
     """
     folder = epath.Path(folder).expanduser()
     if not folder.is_dir():
@@ -79,7 +76,7 @@ def _read_vocabularies(folder: epath.Path) -> VocabularyPair:
     separate = (folder / TARGET_IDS).exists()
     if tokenizer.exists():
         separate = bool(_read_json(tokenizer).get("separate_vocabs", separate))
-    return VocabularyPair.load_marian(folder, separate=separate)
+    return VocabularyPair(*read_marian_vocabularies(folder, separate=separate))
 
 
 def _check_vocabularies(folder: epath.Path, config: TransformerConfig, vocabularies: VocabularyPair) -> None:
@@ -107,7 +104,7 @@ def _check_vocabularies(folder: epath.Path, config: TransformerConfig, vocabular
 
 
 def _explain_size(folder: epath.Path, vocabulary: Vocabulary, size: int) -> str:
-    """Why the model has embeddings for another number of pieces than the vocabulary, and what to do about it."""
+    """Explains why the model has more or fewer embeddings than the vocabulary has pieces, and what to do about it."""
     tokens: dict[str, Any] = {}
     if (folder / ADDED_TOKENS).exists():
         tokens = _read_json(folder / ADDED_TOKENS)
@@ -128,7 +125,7 @@ def _explain_size(folder: epath.Path, vocabulary: Vocabulary, size: int) -> str:
 
 
 def from_marian(folder: epath.PathLike, workdir: epath.PathLike) -> TrainedModel:
-    """Makes a work directory of a Marian model; arguments and errors as of `read_marian` and `new_folder`."""
+    """Converts a Marian model to a work directory; arguments and errors as of `read_marian` and `new_folder`."""
     model = read_marian(folder)
     with new_folder(workdir) as draft:
         model.save(draft)
@@ -139,11 +136,11 @@ def to_marian(model: TrainedModel, folder: epath.PathLike) -> None:
     """Writes a folder that transformers' `MarianMTModel` and `MarianTokenizer` load.
 
     Args:
-        model: ours.
-        folder: a new one.
+        model: the model to convert.
+        folder: where to write it; must be empty or not exist.
 
     Raises:
-        ValueError: Marian cannot express the model; names the option that does not fit.
+        ValueError: Marian has no such model; names the option that does not fit.
     """
     import safetensors.numpy
 
@@ -152,7 +149,8 @@ def to_marian(model: TrainedModel, folder: epath.PathLike) -> None:
     config, params = concatenate_waves(config, model.params)
     tensors, sharing = to_tensors(config, params)
     fields, searching = write_fields(config)
-    vocabulary = _marian_files(model.vocabularies)
+    sides = (model.vocabularies.source, model.vocabularies.target)
+    vocabulary = VocabularyPair(*map(MarianVocabulary.of, sides)).files()
     tokenizer = {
         "tokenizer_class": "MarianTokenizer",
         "model_max_length": config.max_length,
@@ -168,15 +166,3 @@ def to_marian(model: TrainedModel, folder: epath.PathLike) -> None:
             ("tokenizer_config.json", tokenizer),
         ):
             (draft / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _marian_files(vocabularies: VocabularyPair) -> dict[str, bytes]:
-    """The vocabulary as Marian has it: one SentencePiece model a side, and the lists of ids."""
-    if not isinstance(vocabularies.source, MarianVocabulary):
-        vocabularies = VocabularyPair(*map(_with_list_of_ids, (vocabularies.source, vocabularies.target)))
-    return vocabularies.files()
-
-
-def _with_list_of_ids(vocabulary: Vocabulary) -> MarianVocabulary:
-    pieces = vocabulary.pieces(range(vocabulary.size))
-    return MarianVocabulary(vocabulary.to_bytes(), {piece: number for number, piece in enumerate(pieces)})

@@ -1,4 +1,4 @@
-"""Takes parameters and a held-out corpus and leaves its scores and a few translations to look at."""
+"""Scores a model on a held-out corpus, by loss, BLEU, chrF and exact matches, and prints the results."""
 
 import dataclasses
 import warnings
@@ -18,9 +18,10 @@ from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.decoding.unreadable import UnreadableSentences, UnreadableWarning
 from flax_transformer.experiment import TrainingConfig
+from flax_transformer.monitoring.report import TITLES, format_score
 from flax_transformer.positions import check_length
+from flax_transformer.processes import hosts
 from flax_transformer.text.spelling import comparable
-from flax_transformer.training import hosts
 from flax_transformer.training.loss import LossSums
 
 
@@ -29,12 +30,12 @@ class Scores:
     """How well a corpus was translated.
 
     Attributes:
-        loss: cross-entropy, nats a target token.
-        bleu: cased, detokenised BLEU, 0 to 100.
-        chrf: chrF2, 0 to 100.
-        exact_match: translations equal to the reference to the letter, percent.
-        sentences: how many were translated.
-        signature: sacrebleu's, of the BLEU.
+        loss: cross-entropy in nats per target token.
+        bleu: cased, detokenised BLEU, from 0 to 100.
+        chrf: chrF2, from 0 to 100.
+        exact_match: percentage of translations that equal the reference exactly.
+        sentences: how many sentences were translated.
+        signature: sacrebleu's signature of the BLEU score.
     """
 
     loss: float
@@ -48,12 +49,12 @@ class Scores:
 def score_translations(
     translations: Sequence[str], references: Sequence[str], loss: float, *, tokenize: str = "auto"
 ) -> Scores:
-    """Compares translations with references, one each.
+    """Compares each translation with its reference.
 
     Args:
-        translations: what a model said.
-        references: what it should have said.
-        loss: handed on.
+        translations: by a model.
+        references: one for each translation.
+        loss: copied to the result.
         tokenize: as in `TrainingConfig`.
     """
     translations, references = list(map(comparable, translations)), list(map(comparable, references))
@@ -72,7 +73,7 @@ def score_translations(
 
 
 class Evaluation:
-    """One held-out corpus, ready to be scored again and again."""
+    """One held-out corpus, prepared to be scored several times during training."""
 
     def __init__(
         self,
@@ -86,23 +87,23 @@ class Evaluation:
         *,
         sentences: int = 0,
     ):
-        """Takes the corpus and the ways to score it.
+        """Prepares the corpus.
 
         Args:
             text: the corpus.
-            packed: the same, tokenised and packed.
+            packed: the same corpus, tokenised and packed.
             vocabularies: of both sides.
-            model_config: the model's.
-            config: beam, alpha and the tokeniser of BLEU.
-            eval_step: compiled, from parameters and a batch to summed losses.
-            as_whole: from parameters as `eval_step` takes them to the same, whole on a device of this process.
-            sentences: how many of the corpus are translated; 0 is all.
+            model_config: the model's config.
+            config: has the beam size, alpha and BLEU's tokeniser.
+            eval_step: the compiled function from parameters and a batch to summed losses.
+            as_whole: gathers the parameters that `eval_step` takes on one device of this process.
+            sentences: how many sentences to translate; 0 means all.
 
         Raises:
-            ValueError: positions are learned and a source sentence has more of them.
+            ValueError: positions are learned and a source sentence is longer than the model allows.
         """
         if model_config.positions == "learned":
-            # Now, not when the first evaluation comes: translating has no way around a sentence that does not fit.
+            # Fail now and not at the first evaluation: a sentence that is too long cannot be translated.
             check_length(int(packed.source.lengths.max()), model_config.max_length)
         count = sentences or len(text)
         self.source, self.references = text.source[:count], text.target[:count]
@@ -115,11 +116,11 @@ class Evaluation:
         self._eval_step, self._as_whole = eval_step, as_whole
 
     def score(self, params: PyTree, *, after_batch: Callable[[], None] = lambda: None) -> tuple[Scores, list[str]]:
-        """The scores under these parameters, and the translations; on several processes the same on each.
+        """Returns the scores of these parameters, and the translations; with several processes, the same on each.
 
         Args:
-            params: of the model.
-            after_batch: called after each batch that was scored or translated; what it raises ends the evaluation.
+            params: the model's parameters.
+            after_batch: called after each batch that was scored or translated; an exception in it ends the evaluation.
         """
         parts = []
         for batch in self._packed.one_epoch():
@@ -132,14 +133,40 @@ class Evaluation:
         return scores, translations
 
     def _translate(self, params: PyTree, after_batch: Callable[[], None]) -> list[str]:
-        """The translations of the source; each process makes its share."""
+        """Translates the source sentences; each process translates its share."""
         translator = Translator(self._model_config, params, self._vocabularies)
         search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
         mine = self.source[hosts.index() :: hosts.count()]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnreadableWarning)  # said once, when the evaluation was made
+            warnings.simplefilter("ignore", UnreadableWarning)  # __init__ has warned once
             share = translator.translate(mine, search, after_batch=after_batch)
         translations = [""] * len(self.source)
         for number, made in enumerate(hosts.gather(share)):
             translations[number :: hosts.count()] = made
         return translations
+
+
+def show_samples(source: Sequence[str], references: Sequence[str], translations: Sequence[str], count: int) -> None:
+    """Prints the first `count` sources, each with its reference and its translation."""
+    for triple in list(zip(source, references, translations, strict=True))[:count]:
+        print()
+        for name, text in zip(("source", "reference", "translation"), triple, strict=True):
+            print(f"  {name:>11}  {text}")
+
+
+def show_test(weights: str, scores: Scores, *, metric: str, seconds: float) -> None:
+    """Prints the scores of the test corpus; the last line has the score that chose the checkpoint.
+
+    Args:
+        weights: which weights were tested, in words.
+        scores: the scores of the test corpus.
+        metric: `training.best_metric`.
+        seconds: how long training took.
+    """
+    print(f"\ntest corpus, {weights}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")
+    print(f"BLEU signature: {scores.signature}")
+    corpus = (
+        f"of {scores.sentences} held-out phrases" if metric == "exact_match" else f"on {scores.sentences} sentences"
+    )
+    value = format_score(metric, getattr(scores, metric))
+    print(f"{TITLES[metric]}: {value} {corpus}, trained in {seconds:.0f} s", flush=True)

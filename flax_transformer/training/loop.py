@@ -1,7 +1,7 @@
-"""Takes an experiment and a work directory and leaves a trained model in it; called again, it goes on where it was.
+"""Trains an experiment in a work directory; called again, it continues from the newest checkpoint.
 
-The way of one training: materials (texts, vocabulary, packed batches), state (new, or from the newest checkpoint),
-steps with a checkpoint and an evaluation now and then, and at the end the test corpus.
+A training first prepares its inputs (texts, vocabulary, packed batches) and its state (new, or from the newest
+checkpoint). It then makes steps, with checkpoints and evaluations in between, and finally scores the test corpus.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ from jaxtyping import PyTree
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.experiment import Experiment, scored_by
 from flax_transformer.model import Transformer
+from flax_transformer.monitoring.profile import Profile
+from flax_transformer.monitoring.provenance import provenance
+from flax_transformer.monitoring.report import TITLES, Report
+from flax_transformer.monitoring.utilization import Work, device_memory_peak
+from flax_transformer.processes import hosts
+from flax_transformer.processes.interruption import Interrupted, Interruption
+from flax_transformer.processes.lock import TrainingLock
 from flax_transformer.text.spelling import in_one_cell
 from flax_transformer.trained_model import TrainedModel
-from flax_transformer.training import hosts
-from flax_transformer.training.evaluation import Evaluation, Scores
-from flax_transformer.training.interruption import Interrupted, Interruption
-from flax_transformer.training.lock import TrainingLock
+from flax_transformer.training.evaluation import Evaluation, Scores, show_samples, show_test
+from flax_transformer.training.inputs import Materials, check_paths, load_texts, prepare
 from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.preparation import Materials, check_paths, load_texts, prepare
-from flax_transformer.training.profile import Profile
-from flax_transformer.training.provenance import provenance
-from flax_transformer.training.report import Report, show_samples, show_test
 from flax_transformer.training.step import StepMetrics, TrainState, create_state, eval_step, make_train_step
-from flax_transformer.training.utilization import Work, device_memory_peak
-from flax_transformer.training.window import Clock, Window
+from flax_transformer.training.step_statistics import Clock, Window
 from flax_transformer.workdir import WorkDirectory
 
 
@@ -48,20 +48,20 @@ def train_and_evaluate(
     """Trains in a work directory until `training.steps`, then translates the test corpus.
 
     Args:
-        experiment: what is trained on what.
-        path: the work directory; if a training has begun there, it goes on from the newest checkpoint.
-        accept_changed_corpus: whether it goes on where a text is another than the one that it began with.
-        profile: the first and the last step that jax's profiler watches, e.g. "20:25"; none if empty.
-        interruption: notices the signals that end it; if not given, they are noticed while it makes steps.
+        experiment: the model, the data and the settings of training.
+        path: the work directory; if it has a training of this experiment, that training continues.
+        accept_changed_corpus: whether to continue although a text differs from the one that training started with.
+        profile: the first and the last step to record with jax's profiler, e.g. "20:25"; "" for no profile.
+        interruption: handles the signals that end training; if not given, they are handled only while it makes steps.
 
     Returns:
         The test corpus's scores under the weights that `training.weights` names, `None` without a test corpus.
 
     Raises:
-        ValueError: a corpus cannot be read, the work directory belongs to another experiment or another training is at
-            work in it, or `training.max_skipped` updates in a row were not finite.
+        ValueError: a corpus cannot be read, the work directory belongs to another experiment or is in use by another
+            training, or `training.max_skipped` updates in a row were not finite.
         OSError: a checkpoint or another file could not be written.
-        Interrupted: a signal came that ends a training; the step in hand was finished and a checkpoint written.
+        Interrupted: a signal ended the training, after the current step and a checkpoint.
     """
     began = time.monotonic()
     hosts.check_connected()
@@ -80,7 +80,7 @@ def train_and_evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Session:
-    """What is open while steps are made."""
+    """The objects that exist only while steps are made."""
 
     checkpoints: Checkpoints
     report: Report
@@ -90,7 +90,7 @@ class _Session:
 
 @contextlib.contextmanager
 def _explain_full_disk(workdir: WorkDirectory) -> Iterator[None]:
-    """Says where a training goes on whose file could not be written; of a checkpoint it has been said."""
+    """Adds to the error of a file that could not be written from which step the training will continue."""
     try:
         yield
     except OSError as error:
@@ -106,7 +106,7 @@ def _explain_full_disk(workdir: WorkDirectory) -> Iterator[None]:
 
 
 class _Training:
-    """One training, prepared: everything that its loop needs."""
+    """One training, with everything that its loop needs."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class _Training:
         profile: Profile,
         interruption: Interruption | None,
     ):
-        """Builds the compiled steps and evaluations; `began` is when training was asked for, by `time.monotonic`."""
+        """Builds the compiled step and the evaluations; `began` is the start of the program, by `time.monotonic`."""
         self.materials, self.workdir, self.parallelism = materials, workdir, parallelism
         self.began, self.profile, self.interruption = began, profile, interruption
         experiment = materials.experiment
@@ -157,7 +157,7 @@ class _Training:
         )
 
     def run(self) -> None:
-        """Steps from the newest checkpoint to the last step, or until evaluations get no better."""
+        """Makes the steps from the newest checkpoint to the last step, or until evaluations stop improving."""
         with self.open_checkpoints() as checkpoints:
             state, first, seconds = self._start(checkpoints)
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -181,7 +181,7 @@ class _Training:
             self._average()
 
     def _average(self) -> None:
-        """Writes the mean of checkpoints; of fewer than asked for where training ended early or lost some."""
+        """Writes the mean of the checkpoints; of fewer than wanted if training ended early or some were lost."""
         wanted = self.config.average_last or self.config.average_best
         with self.open_checkpoints() as checkpoints:
             steps = set(checkpoints.all_steps)
@@ -190,7 +190,7 @@ class _Training:
             kind = "checkpoints" if self.config.average_last else "scored checkpoints"
             warnings.warn(
                 f"there are {there} {kind}, not the {wanted} whose mean is wanted: "
-                + (f"the mean of these {there} is taken" if there else "the newest checkpoint is taken"),
+                + (f"the mean of these {there} is used" if there else "the newest checkpoint is used"),
                 stacklevel=2,
             )
         count = min(there, wanted)
@@ -200,7 +200,7 @@ class _Training:
             self.workdir.average_checkpoints(best=count)
 
     def _forget_later(self, checkpoints: Checkpoints, step: int) -> None:
-        """Lets go of what was found after the step that training goes on from: those steps will come again."""
+        """Discards scores and averages of later steps than the one from which training continues."""
         checkpoints.forget_scores_after(step)
         if self.workdir.averages_after(step):
             hosts.wait("all processes have seen the average")
@@ -219,7 +219,7 @@ class _Training:
             yield interruption
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, int, float]:
-        """The state to go on from, its step, and the seconds trained before."""
+        """The state to continue from, its step, and the seconds trained before."""
         rng = jax.random.key(self.config.seed, impl=self.config.rng_impl)
         state = self.parallelism.create(functools.partial(create_state, self.materials.experiment), rng)
         restored = checkpoints.restore(self._trees(state))
@@ -232,14 +232,14 @@ class _Training:
         return state, step, notes["seconds"]
 
     def _with_start(self, state: TrainState) -> TrainState:
-        """A new state, with the parameters of the model that training starts from, where there is one."""
+        """Replaces the parameters of a new state by those of `training.start_from`, if it is set."""
         if not self.config.start_from:
             return state
         params = self.parallelism.place(TrainedModel.load(self.config.start_from).params)
         return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
     def _trees(self, state: TrainState) -> dict[str, PyTree]:
-        """What a checkpoint holds of a state: the parameters apart, since translating wants no more."""
+        """The parts of a state in a checkpoint; the parameters are separate because translating reads only them."""
         apart = {"params": state.params} | ({} if state.ema is None else {"ema": state.ema})
         names = [field.name for field in dataclasses.fields(state) if field.name not in ("params", "ema")]
         rest = {name: value for name in names if (value := getattr(state, name)) is not None}
@@ -252,12 +252,12 @@ class _Training:
 
         def record(windows: list[tuple[int, dict[str, float]]]) -> None:
             for step, means in windows:
-                # An update that was left out has not moved the schedule.
+                # A skipped update does not advance the schedule.
                 rate = float(self.schedule(step - 1 - means["skipped"]))
                 memory = device_memory_peak(self.parallelism.devices)
                 session.report.training(step, means | {"learning_rate": rate} | memory)
 
-        # What was stopped in its evaluation does it now.
+        # If the last run was stopped during its evaluation, evaluate now.
         if first:
             self._evaluate(first, state, session)
         if self._ends_early(first, session):
@@ -271,7 +271,13 @@ class _Training:
                     session.report.say(told)
                 if step == first + 1:
                     jax.block_until_ready(metrics)
-                    session.report.compiled(step, self.train_step, time.monotonic() - self.began)
+                    session.report.compiled(
+                        step,
+                        trace_seconds=self.train_step.trace_seconds,
+                        compile_seconds=self.train_step.compile_seconds,
+                        program_bytes=self.train_step.memory,
+                        seconds_from_start=time.monotonic() - self.began,
+                    )
                     window.begin_anew()
                 session.report.step_done()
                 record(window.add(step, metrics))
@@ -292,7 +298,7 @@ class _Training:
             raise
         finally:
             if told := self.profile.close():
-                # What ended the training must not give way to a terminal that is gone.
+                # If the terminal is gone, that error must not hide the one that ended the training.
                 with contextlib.suppress(OSError):
                     session.report.say(told)
         record(window.close())
@@ -307,15 +313,15 @@ class _Training:
         session.report.checkpoint(step, time.monotonic() - begin)
 
     def _evaluate(self, step: int, state: TrainState, session: "_Session") -> None:
-        """Scores the validation corpus, if this step's turn has come and it was not scored so before."""
+        """Scores the validation corpus if it is due at this step and the step has no comparable scores yet."""
         due = "valid" in self.evaluations and self._is_due(step, self.config.evaluate_every)
         if not due or step in session.checkpoints.scores:
             return
         params = state.ema if self.config.weights == "ema" else state.params
-        stop = functools.partial(session.interruption.stop_behind, step)
+        stop = functools.partial(session.interruption.stop_after_checkpoint, step)
         scores, _ = self.evaluations["valid"].score(params, after_batch=stop)
-        session.report.validation(step, scores, session.clock.seconds)
-        metrics = {name: getattr(scores, name) for name in ("loss", "bleu", "chrf", "exact_match")}
+        metrics = {name: getattr(scores, name) for name in TITLES}
+        session.report.validation(step, metrics, session.clock.seconds)
         session.checkpoints.record_scores(step, metrics)
 
     def _ends_early(self, step: int, session: "_Session") -> bool:
@@ -328,7 +334,7 @@ class _Training:
         return True
 
     def _check_finite(self, step: int, metrics: StepMetrics) -> None:
-        """Raises ValueError if too many updates in a row were left out, this one the last."""
+        """Raises ValueError if too many updates in a row, including this one, were skipped."""
         if metrics.skipped_in_a_row < self.config.max_skipped:
             return
         text, pairs = self.materials.texts["train"], self.materials.packed["train"].example_ids(step - 1)
@@ -347,7 +353,7 @@ class _Training:
         )
 
     def test(self) -> Scores | None:
-        """Translates the test corpus with the weights that training chose, and shows how well."""
+        """Translates the test corpus with the weights that training chose, and prints the scores."""
         if "test" not in self.evaluations:
             return None
         shapes = jax.eval_shape(lambda: create_state(self.materials.experiment, jax.random.key(0)).params)

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from flax_transformer.training.utilization import memory_of
+from flax_transformer.monitoring.utilization import memory_of
 
 AXIS = "batch"
 

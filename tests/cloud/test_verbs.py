@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from flax_transformer.training import provenance
+from flax_transformer.monitoring import provenance
 from tests.cloud.conftest import BEGIN, ROOT, TRAIN, does, soon
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machines of Cloud TPU are Linux, with /proc")
@@ -117,7 +117,7 @@ def test_what_git_knows_is_copied_and_the_text_that_is_named(cloud):
 
 
 def test_a_training_there_notes_the_revision_that_was_copied(cloud, monkeypatch):
-    there = cloud.home / "machines/1/my-tpu/flax_transformer/training/provenance.py"
+    there = cloud.home / "machines/1/my-tpu/flax_transformer/monitoring/provenance.py"
     monkeypatch.setattr(provenance, "__file__", str(there))
     command = ["git", "-C", cloud.repository, "rev-parse", "--short=12", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -73,7 +73,7 @@ def test_the_storage_is_quiet_and_others_are_not(unprepared, monkeypatch, capsys
 
 def test_a_warning_of_this_library_is_one_line_and_others_are_not_shown(capsys):
     with warnings_in_one_line("train.py"):
-        for module in ("flax_transformer.training.lock", "numpy.linalg"):
+        for module in ("flax_transformer.processes.lock", "numpy.linalg"):
             warnings.warn_explicit("two\nlines", UserWarning, "file.py", 3, module=module)
     assert capsys.readouterr().err.strip() == "train.py: warning: two lines"
 

@@ -13,7 +13,8 @@ from etils import epath
 from flax_transformer.data import pipeline
 from flax_transformer.data.corpus import ParallelText, load_corpus
 from flax_transformer.data.pipeline import OPEN_ROWS, PackedCorpus, Packing, TokenSide, pack
-from flax_transformer.data.vocabulary import Vocabulary, VocabularyPair
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import DataConfig, VocabularyConfig
 
 PAIRS, ROWS, SOURCE_SLOTS, TARGET_SLOTS = 41, 5, 20, 24

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from flax_transformer.data.vocabulary import Vocabulary
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.experiment import VocabularyConfig
 
 KINDS = ["bpe", "unigram", "char"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.decoding.programs import search_translations
+from flax_transformer.decoding.jitted import search_translations
 from flax_transformer.decoding.settings import BeamSearch
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: `make peers` installs it")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.decoding.programs import search_translations
+from flax_transformer.decoding.jitted import search_translations
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.translator import Translation, Translator
 from flax_transformer.decoding.unreadable import UnreadableWarning

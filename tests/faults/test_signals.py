@@ -27,7 +27,7 @@ def stopped_behind(ended, training, status, name):
     """The step that a process stopped behind, which stands in its only line, in the checkpoints and in the metrics."""
     (line,) = said(ended)
     step = training.steps()[-1]
-    assert line == f"train.py: {name}: stopped behind the checkpoint of step {step}; the same command goes on there"
+    assert line == f"train.py: {name}: stopped after the checkpoint of step {step}; the same command continues there"
     assert ended.returncode == status
     return step
 

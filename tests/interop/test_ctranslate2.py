@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
+from flax_transformer.data.marian_vocabulary import MarianVocabulary
+from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translation, Translator
 from flax_transformer.interop.ctranslate2 import to_ctranslate2

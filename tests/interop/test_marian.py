@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_transformer.data.vocabulary import MarianVocabulary
+from flax_transformer.data.marian_vocabulary import MarianVocabulary
+from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.interop.marian import from_marian, read_marian, to_marian
@@ -163,3 +164,30 @@ def test_harmless_fields_are_passed_over(folder):
     change(folder, "config.json", _attn_implementation_autoset=True, pruned_heads={}, suppress_tokens=[])
     change(folder, "generation_config.json", num_beams=6, length_penalty=0.8, early_stopping=True, max_new_tokens=30)
     assert read_marian(folder).config == dataclasses.replace(plain.config, max_output=30)
+
+
+def test_each_part_of_a_long_sentence_keeps_its_language(make_model, vocabularies):
+    source = vocabularies.source
+    pieces = [*source.pieces(range(source.size)), ">>fra<<"]
+    vocabulary = MarianVocabulary(source.to_bytes(), {piece: number for number, piece in enumerate(pieces)})
+    model = make_model(pair=VocabularyPair(vocabulary, vocabulary), max_length=12)
+    translator = Translator(model.config, model.params, model.vocabularies)
+    search = BeamSearch(beam_size=1, max_length=6)
+    with pytest.warns(UserWarning, match="in 2 parts"):
+        whole, *parts = translator.translate(
+            [
+                ">>fra<< the cat runs fast. The dog runs slow.",
+                ">>fra<< the cat runs fast.",
+                ">>fra<<The dog runs slow.",
+            ],
+            search,
+        )
+    assert whole.split() == " ".join(parts).split()
+    with pytest.raises(ValueError, match="knows no language >>deu<<"):
+        translator.translate(["the cat", ">>deu<< the cat"], search)
+
+
+def test_ids_that_are_those_of_another_vocabulary_are_told(folder, tmp_path):
+    for file in ("config.json", "generation_config.json"):
+        change(folder, file, pad_token_id=4)
+    fails(folder, tmp_path, "pad_token_id is 4, the source vocabulary has 0")

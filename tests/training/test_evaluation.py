@@ -16,7 +16,7 @@ from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import DataConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.model import Transformer
-from flax_transformer.training.evaluation import Evaluation, score_translations
+from flax_transformer.training.evaluation import Evaluation, Scores, score_translations, show_samples, show_test
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import eval_step
 
@@ -124,3 +124,31 @@ def test_some_sentences_are_translated_where_some_are_asked_for_under_pmap_too(
     scores, translations = evaluation.score(eight.place(params))
     assert scores.sentences == len(translations) == 5
     assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+SCORES = Scores(loss=1.23456, bleu=31.44, chrf=55.06, exact_match=97.2, sentences=500, signature="case:mixed")
+NAMES = ("source", "reference", "translation")
+
+
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_samples_stand_one_under_the_other_as_many_as_asked_for(count, capsys):
+    show_samples(["a", "b", "c"], ["A", "B", "C"], ["x", "y", "z"], count)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    triples = zip("abc", "ABC", "xyz", strict=True)
+    expected = [[name, text] for triple in triples for name, text in zip(NAMES, triple, strict=True)]
+    assert lines == expected[: 3 * count]
+
+
+@pytest.mark.parametrize(
+    ("metric", "last"),
+    [
+        ("exact_match", "exact match: 97.2 % of 500 held-out phrases, trained in 83 s"),
+        ("bleu", "BLEU: 31.4 on 500 sentences, trained in 83 s"),
+        ("loss", "loss: 1.235 on 500 sentences, trained in 83 s"),
+    ],
+)
+def test_the_last_line_tells_the_score_that_chose_the_checkpoint(metric, last, capsys):
+    show_test("checkpoint 70", SCORES, metric=metric, seconds=83.2)
+    *others, closing = capsys.readouterr().out.splitlines()
+    assert closing == last
+    assert "checkpoint 70" in "\n".join(others) and "case:mixed" in "\n".join(others)

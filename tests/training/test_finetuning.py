@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from flax_transformer.data.vocabulary import MarianVocabulary, VocabularyPair
+from flax_transformer.data.marian_vocabulary import MarianVocabulary
+from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.interop.marian import from_marian, to_marian
+from flax_transformer.monitoring.report import Report
 from flax_transformer.trained_model import TrainedModel, param_shapes
 from flax_transformer.training.loop import train_and_evaluate
-from flax_transformer.training.report import Report
 from tests.training.conftest import STEPS, lines_of, losses_of, with_training, without_held_out
 
 

@@ -9,10 +9,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from flax_transformer.experiment import Experiment
+from flax_transformer.monitoring.report import Report
+from flax_transformer.processes.interruption import Interrupted
 from flax_transformer.training.evaluation import Evaluation, Scores
-from flax_transformer.training.interruption import Interrupted
 from flax_transformer.training.loop import train_and_evaluate
-from flax_transformer.training.report import Report
 from flax_transformer.workdir import WorkDirectory
 from tests.training.conftest import EVERY, STEPS, lines_of, losses_of, with_training, without_held_out
 

@@ -10,12 +10,12 @@ import pytest
 import flax_transformer.training.loop as loop
 import flax_transformer.training.step as step_module
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.monitoring.report import Report
+from flax_transformer.processes.interruption import Interrupted
 from flax_transformer.training.evaluation import Evaluation, Scores
-from flax_transformer.training.interruption import Interrupted
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.training.parallel import ParallelStep
-from flax_transformer.training.report import Report
-from flax_transformer.training.window import STEPS_IN_FLIGHT
+from flax_transformer.training.step_statistics import STEPS_IN_FLIGHT
 from flax_transformer.workdir import WorkDirectory
 from tests.training.conftest import EVERY, STEPS, lines_of, losses_of, with_training, without_held_out
 

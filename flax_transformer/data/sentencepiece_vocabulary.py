@@ -1,0 +1,154 @@
+"""Turns sentences into token ids and back with a SentencePiece model.
+
+In every vocabulary that this library trains, ids 0 to 3 are padding, beginning of sentence, end of sentence and
+unknown, and the pieces follow. There is no byte fallback: a character that did not occur in the training text becomes
+the unknown id, which is decoded as " ⁇ ".
+
+Before a sentence is encoded, it is rewritten in the spelling that the vocabulary knows (`text/spelling.py`): composed
+and decomposed accents, a tab and a space, or a word with and without a byte order mark give the same ids.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
+
+import sentencepiece
+
+from flax_transformer.data.vocabulary_training import train_pieces
+from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.text.spelling import Spelling
+
+JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
+
+
+class Vocabulary:
+    """The vocabulary of one side: immutable, picklable, and safe to share between threads.
+
+    Other kinds of vocabularies derive from this class. Callers tell them apart by what they answer (`start_id`,
+    `languages`, `files`), not by their type.
+
+    Attributes:
+        pad_id: 0, fills up rows.
+        bos_id: 1, the beginning of a sentence.
+        eos_id: 2, the end of a sentence.
+        unk_id: 3, stands for a character that has no piece.
+        languages: the tokens that name the language to translate into; empty if the vocabulary has none.
+    """
+
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_id: int = 3
+    languages: tuple[str, ...] = ()
+
+    def __init__(self, model: bytes):
+        """Reads a serialised SentencePiece model.
+
+        Raises:
+            ValueError: the bytes are not a SentencePiece model, or ids 0 to 3 have other meanings in it.
+        """
+        self._processor = read_pieces(model)
+        self._model = model
+        self._spelling = Spelling(self._knows, self.pieces(range(self.size)))
+        expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
+        processor = self._processor
+        found = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
+        if found != expected:
+            raise ValueError(
+                f"the SentencePiece model has pad, bos, eos, unk = {found}, but {expected} is needed: "
+                "train it with Vocabulary.train, or with pad_id=0 bos_id=1 eos_id=2 unk_id=3"
+            )
+
+    def __reduce__(self):
+        """Pickles as the model's bytes."""
+        return Vocabulary, (self._model,)
+
+    @property
+    def size(self) -> int:
+        """The number of ids, including the four special ones."""
+        return self._processor.get_piece_size()
+
+    @property
+    def start_id(self) -> int | None:
+        """The id from which a decoder starts, or `None` if each model defines its own."""
+        return self.bos_id
+
+    def to_bytes(self) -> bytes:
+        """Everything that defines this vocabulary, in bytes."""
+        return self._model
+
+    @property
+    def pieces_model(self) -> bytes:
+        """The serialised SentencePiece model."""
+        return self._model
+
+    def files(self, target: "Vocabulary") -> dict[str, bytes]:
+        """The files that store this vocabulary, of the source, together with that of the target: contents by name."""
+        if target is self:
+            return {JOINT_FILE: self._model}
+        return {SOURCE_FILE: self._model, TARGET_FILE: target.to_bytes()}
+
+    def encode(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each sentence, with `eos_id` at the end and no `bos_id`.
+
+        Several spaces count as one, white space without a piece counts as a space, and invisible characters without a
+        piece are dropped. Canonically equivalent texts give equal ids. A lone surrogate, which is not a character,
+        becomes a question mark.
+        """
+        spelled = [self._spelling.spell(sentence).encode(errors="replace") for sentence in sentences]
+        return self._processor.encode(spelled, add_eos=True)
+
+    def unknown_characters(self, sentence: str) -> str:
+        """The visible characters of a sentence that have no piece, in their order, each as often as it occurs."""
+        return self._spelling.unknown(sentence)
+
+    def _knows(self, character: str) -> bool:
+        """Whether a character has pieces other than the unknown one and those of single bytes."""
+        ids = self._processor.encode(character.encode(errors="replace"))
+        return not any(token == self.unk_id or self._processor.is_byte(token) for token in ids)
+
+    def split_language(self, sentence: str) -> tuple[str, str]:
+        """Splits a source sentence into the token that names the wanted language ("" if there is none) and the text."""
+        return "", sentence
+
+    def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
+        """Returns the sentence of each row, up to its first `eos_id`, skipping `pad_id` and `bos_id`.
+
+        Args:
+            ids: rows of ids of any lengths; lists, or an integer array `[B, T]`.
+        """
+        return [self._processor.decode(self._text_ids(row)) for row in ids]
+
+    def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
+        """The piece of each id, including special ones, e.g. ["▁a", "</s>"]; "▁" stands for a space."""
+        return [self._processor.id_to_piece(int(token)) for token in ids]
+
+    def _text_ids(self, row: Iterable[SupportsIndex]) -> list[int]:
+        ids = []
+        for token in map(int, row):
+            if token == self.eos_id:
+                break
+            if token not in (self.pad_id, self.bos_id):
+                ids.append(token)
+        return ids
+
+    @classmethod
+    def train(cls, sentences: Sequence[str], config: VocabularyConfig) -> "Vocabulary":
+        """Trains a vocabulary on the sentences; equal arguments give equal bytes.
+
+        `config.size` is exact for "bpe" and "unigram"; for "char" it is an upper limit, since there are only as many
+        pieces as characters. A warning names the characters of the sentences that the vocabulary cannot represent.
+
+        Raises:
+            ValueError: there is no text, or `config.size` does not fit it; names the limit and the setting to change.
+        """
+        return Vocabulary(train_pieces(sentences, config, (cls.pad_id, cls.bos_id, cls.eos_id, cls.unk_id)))
+
+
+def read_pieces(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Reads a serialised SentencePiece model; raises ValueError if the bytes are not one."""
+    if not model:  # SentencePiece takes no bytes for "load later" and fails only when it is used.
+        raise ValueError("the SentencePiece model has 0 bytes: the file is empty, train the vocabulary again")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(f"these {len(model)} bytes are no SentencePiece model: {error}") from error

@@ -1,0 +1,1 @@
+"""What shows and records how a training is going."""

@@ -1,0 +1,264 @@
+"""Prepares everything that a training needs: texts, vocabulary, packed corpora.
+
+It compares all of these, and the settings, with what the work directory records, so that a resumed training is the
+same one that was started there.
+"""
+
+import dataclasses
+
+from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
+from flax_transformer.data.corpus import ParallelText, corpus_files, load_corpus
+from flax_transformer.data.pipeline import PackedCorpus
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.experiment import Experiment
+from flax_transformer.files import Named, check_inputs, same_file, work_directory_of
+from flax_transformer.processes import hosts
+from flax_transformer.training.early_checks import check_ahead
+from flax_transformer.training.parallel import Parallelism
+from flax_transformer.workdir import WorkDirectory
+
+# The settings of each section that a training cannot change once it has started; an empty tuple means all of them.
+FIXED: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "vocabulary": (),
+    "data": ("train", "rows", "source_slots", "target_slots", "seed"),
+    "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay", "start_from", "freeze"),
+}
+# Settings of how the model is computed, which may differ from machine to machine.
+FREE = ("attention_implementation",)
+# The settings of the model in which a training may differ from the model that it starts from.
+OF_TRAINING = (*FREE, "dropout_rate", "attention_dropout_rate", "activation_dropout_rate", "dtype", "remat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Materials:
+    """The inputs of a training.
+
+    Attributes:
+        experiment: with the vocabulary's sizes and BLEU's tokeniser filled in.
+        texts: the corpora by name: "train", and "valid" and "test" if there are any.
+        packed: the same corpora, tokenised and packed.
+        vocabularies: of both sides.
+        micro_batches: into how many micro-batches a device divides its rows of a batch.
+    """
+
+    experiment: Experiment
+    texts: dict[str, ParallelText]
+    packed: dict[str, PackedCorpus]
+    vocabularies: VocabularyPair
+    micro_batches: int
+
+
+def check_paths(experiment: Experiment, workdir: WorkDirectory) -> None:
+    """Checks that the work directory can be written, and that training will not overwrite a file that it reads.
+
+    Raises:
+        ValueError: one of these is not so; names the file or folder.
+    """
+    workdir.check_place()
+    if experiment.training.start_from and same_file(experiment.training.start_from, str(workdir.path)):
+        raise ValueError(
+            f"training.start_from and --workdir are both {workdir.path}: give another --workdir to train the model "
+            "further, or leave training.start_from empty to go on with a training"
+        )
+    named: list[Named] = []
+    for name in ("train", "valid", "test"):
+        named += [(f"data.{name}", file) for file in corpus_files(getattr(experiment.data, name))]
+    check_inputs(named)
+    for setting, file in named:
+        owner = work_directory_of(file, [str(workdir.path)])
+        if owner is not None and same_file(owner, str(workdir.path)):
+            raise ValueError(
+                f"{setting} names {file}, which training would write over with a file of its own: move the text, or "
+                "give another --workdir"
+            )
+
+
+def load_texts(experiment: Experiment) -> dict[str, ParallelText]:
+    """Loads the experiment's corpora, by "train", "valid" and "test"; raises ValueError if one cannot be loaded."""
+    if not experiment.data.train:
+        raise ValueError("data.train is empty: name a corpus, e.g. --config.data.train=files:train.en,train.de")
+    named = {"train": experiment.data.train, "valid": experiment.data.valid, "test": experiment.data.test}
+    return {name: load_corpus(spec) for name, spec in named.items() if spec}
+
+
+def prepare(
+    experiment: Experiment,
+    texts: dict[str, ParallelText],
+    workdir: WorkDirectory,
+    parallelism: Parallelism,
+    *,
+    accept_changed_corpus: bool,
+) -> Materials:
+    """Trains or loads the vocabulary, packs the corpora, and records both in the work directory.
+
+    Args:
+        experiment: the experiment to run.
+        texts: the corpora from `load_texts`.
+        workdir: the work directory; if it is not new, it must belong to the same experiment.
+        parallelism: the devices that share a batch.
+        accept_changed_corpus: whether a text may differ from the one that the training started with.
+
+    Raises:
+        ValueError: the work directory belongs to another experiment, vocabulary or text, or the settings would make the
+            end of the training fail.
+    """
+    experiment = _fill_in_tokenizer(experiment, workdir, texts)
+    check_ahead(experiment, workdir)
+    vocabularies = _vocabularies(experiment, workdir, texts["train"])
+    experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
+    _check_config(experiment, workdir)
+    fingerprints = {name: text.fingerprint() for name, text in texts.items() if name != "test"}
+    begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
+    micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.rows_per_device)
+    packed = {
+        name: PackedCorpus.from_text(
+            text,
+            vocabularies,
+            experiment.data,
+            max_length=experiment.model.max_length,
+            multiple=parallelism.num_devices * micro_batches,
+            host=hosts.index(),
+            num_hosts=hosts.count(),
+            cache=workdir.path / "cache",
+            name=name,
+        )
+        for name, text in texts.items()
+    }
+    # Recorded last, so that after an error the same work directory can be used with corrected settings.
+    if hosts.is_first():
+        if "valid" in changed:
+            workdir.forget_scores()
+        # The fingerprint of a corpus that the experiment no longer names stays recorded.
+        workdir.write_fingerprints(begun | fingerprints | {"vocabulary": vocabularies.fingerprint()})
+        workdir.write_config(experiment.to_mapping())
+    hosts.wait("the first process has written what the training is")
+    for name in texts:
+        hosts.say(_describe(name, texts[name], packed[name], experiment.training.steps))
+    return Materials(experiment, texts, packed, vocabularies, micro_batches)
+
+
+def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: ParallelText) -> VocabularyPair:
+    if hosts.is_first() and not (workdir.exists and workdir.has_vocabularies()):
+        if experiment.training.start_from:
+            vocabularies = WorkDirectory(experiment.training.start_from).read_vocabularies()
+        else:
+            vocabularies = VocabularyPair.train(text.source, text.target, experiment.vocabulary)
+        workdir.write_vocabularies(vocabularies)
+    hosts.wait("the first process has written the vocabulary")
+    if not workdir.has_vocabularies():
+        raise ValueError(
+            f"process {hosts.index()} does not see the vocabulary that process 0 wrote to {workdir.path}: give a "
+            "--workdir that all hosts share, e.g. gs://BUCKET/FOLDER"
+        )
+    return workdir.read_vocabularies()
+
+
+def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPair) -> Experiment:
+    target = vocabularies.target
+    # The vocabulary of a converted model leaves it to the model from which id it starts.
+    start_id = experiment.model.start_id if target.start_id is None else target.start_id
+    for name, id_ in (("pad_id", target.pad_id), ("start_id", start_id), ("eos_id", target.eos_id)):
+        if getattr(experiment.model, name) != id_:
+            raise ValueError(
+                f"model.{name} is {getattr(experiment.model, name)}, but the vocabulary has {id_}: "
+                f"set model.{name}={id_}"
+            )
+    model = dataclasses.replace(
+        experiment.model, source_vocab_size=vocabularies.source.size, target_vocab_size=target.size
+    )
+    return dataclasses.replace(experiment, model=model)
+
+
+def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: dict[str, ParallelText]) -> Experiment:
+    """Replaces the tokeniser "auto" by the one that this training used before, or by one that suits the references."""
+    scored = [texts[name] for name in ("valid", "test") if name in texts]
+    if not scored:
+        return experiment
+    tokenize = experiment.training.tokenize
+    if tokenize == "auto":
+        tokenize = (workdir.read_config() if workdir.exists else {}).get("training", {}).get("tokenize", tokenize)
+        tokenize = choose_tokenizer(scored[0].target) if tokenize == "auto" else tokenize
+        # The choice depends on installed packages, which may differ between hosts.
+        tokenize = hosts.gather(tokenize)[0]
+        if tokenize != DEFAULT:
+            hosts.say(
+                f"BLEU with sacrebleu's tokeniser {tokenize}, by the script of the references (training.tokenize)"
+            )
+    make_bleu(tokenize, "training.tokenize")
+    if hosts.is_first():
+        warn_of_missing_spaces(tokenize, scored[0].target, "training.tokenize")
+    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, tokenize=tokenize))
+
+
+def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
+    """Checks that the settings in `FIXED` are those that the training was started with.
+
+    The held-out corpora, the number of steps, rates and intervals may change.
+    """
+    if not workdir.exists:
+        _check_start(experiment)
+        return
+    config = workdir.read_config()
+    if "training" not in config:
+        raise ValueError(
+            f"{workdir.path} holds a model and no training: give another --workdir, and start from the model there by "
+            f"--config=configs/finetune_opus_mt.py:{workdir.path}"
+        )
+    begun = Experiment.from_mapping(config)
+    for section, names in FIXED.items():
+        found, wanted = getattr(begun, section), getattr(experiment, section)
+        for name in names or [field.name for field in dataclasses.fields(wanted) if field.name not in FREE]:
+            if getattr(found, name) != getattr(wanted, name):
+                raise ValueError(
+                    f"{workdir.path} was begun with {section}.{name} = {getattr(found, name)!r}, now it is "
+                    f"{getattr(wanted, name)!r}: set it back, or give another --workdir"
+                )
+
+
+def _check_start(experiment: Experiment) -> None:
+    """Checks that the model to start from has the shape that the experiment describes."""
+    start = experiment.training.start_from
+    if not start:
+        return
+    found, wanted = WorkDirectory(start).read_model_config(), experiment.model
+    for name in (field.name for field in dataclasses.fields(wanted) if field.name not in OF_TRAINING):
+        if getattr(found, name) != getattr(wanted, name):
+            raise ValueError(
+                f"model.{name} is {getattr(wanted, name)!r}, in training.start_from = {start} it is "
+                f"{getattr(found, name)!r}: use the same value, as configs/finetune_opus_mt.py does"
+            )
+
+
+def _check_fingerprints(
+    experiment: Experiment, workdir: WorkDirectory, fingerprints: dict[str, str], accept_changed_corpus: bool
+) -> tuple[dict[str, str], set[str]]:
+    """Returns the recorded fingerprints and the names of changed corpora; raises ValueError if any is not accepted."""
+    # Read before `gather`, after which process 0 may overwrite them.
+    begun = workdir.read_fingerprints() if workdir.exists else {}
+    for process, others in enumerate(hosts.gather(fingerprints)):
+        if others != fingerprints:
+            raise ValueError(
+                f"process {process} has other texts than process {hosts.index()}: give all hosts the same files"
+            )
+    changed = {name for name, found in fingerprints.items() if begun.get(name, found) != found}
+    if changed and not accept_changed_corpus:
+        specs = " and ".join(f"data.{name} ({getattr(experiment.data, name)})" for name in sorted(changed))
+        raise ValueError(
+            f"{specs} has another text than when training last ran in {workdir.path}: put the text back, give another "
+            "--workdir, or go on with the new text by --accept_changed_corpus"
+        )
+    return begun, changed
+
+
+def _describe(name: str, text: ParallelText, packed: PackedCorpus, steps: int) -> str:
+    line = (
+        f"{name}: {len(text):,} sentence pairs in {packed.num_rows:,} rows, {packed.fill_rate:.1%} of the slots filled"
+    )
+    if len(packed.too_long):
+        line += f"; {len(packed.too_long):,} pairs too long for a row are left out of the loss"
+    if len(packed.blank):
+        line += f"; {len(packed.blank):,} pairs with a blank side are left out of the loss"
+    if name == "train":
+        line += f"; {packed.epoch_steps:,.1f} steps an epoch, {steps / packed.epoch_steps:,.1f} epochs"
+    return line

@@ -1,0 +1,36 @@
+"""Takes the text of programs and leaves a verdict: collectives and loops are counted as they run."""
+
+from flax_transformer.planning.hlo import Module, read_collectives
+
+
+def test_a_loop_turns_as_often_as_its_condition_says_where_xla_does_not_tell():
+    text = """HloModule step
+%body (p: (s32[])) -> (s32[]) {
+  %r = f32[5]{0} all-reduce(%x), channel_id=1, to_apply=%add, backend_config={"estimated_cycles":"10"}
+  %r2 = f32[5]{0} all-reduce(%x), channel_id=1, to_apply=%add
+}
+%condition (p: (s32[])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+}
+%async (p: f32[5]) -> f32[9] {
+  %g = (f32[5]{0}, bf16[9]{0}) all-gather-start(%x), channel_id=2
+}
+%async_end (p: f32[5]) -> f32[9] {
+  %c = f32[9] custom-call(%p), custom_call_target="Inside"
+  %g = (f32[5]{0}, bf16[9]{0}) all-gather-start(%x), channel_id=2
+}
+ENTRY %main (p: f32[5]) -> f32[5] {
+  %w = (s32[]) while(%t), condition=%condition, body=%body
+  %f = f32[9] fusion(%p), kind=kCustom, calls=%async, backend_config={"estimated_cycles":"3"}
+  %h = f32[9] fusion(%p), kind=kCustom, calls=%async_end
+  %c = f32[9] custom-call(%p), custom_call_target="X64Combine"
+  %b = f32[9] custom-call(), custom_call_target="AllocateBuffer"
+}
+"""
+    module = Module(text)
+    assert module.num_custom_calls == 1
+    assert module.has_loops and module.cycles(loops=True) == 73 and module.cycles(loops=False) == 13
+    assert {(each.kind, each.count, each.bytes) for each in read_collectives(module)} == {
+        ("all-reduce", 14, 14 * 5 * 4),
+        ("all-gather", 1, 9 * 2),
+    }
