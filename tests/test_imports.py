@@ -90,7 +90,8 @@ LAYOUT = {
     "training.provenance": "",
     "training.foresight": "experiment workdir training.hosts",
     "training.preparation": "bleu experiment files data workdir training.hosts training.parallel training.foresight",
-    "training.evaluation": "bleu config positions experiment text data decoding training.hosts training.loss",
+    "training.evaluation": "bleu config positions experiment text data decoding trained_model training.hosts "
+    "training.loss",
     "training.events": "",
     "training.report": "workdir training.evaluation training.events training.parallel",
     "training.loop": "experiment text model checkpoints workdir trained_model training",

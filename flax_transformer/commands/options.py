@@ -222,12 +222,13 @@ def load_translator(models: Sequence[Model], batch_tokens: int) -> Any:
     # jax loads here, so that --help answers at once.
     start_devices()
     from flax_transformer.decoding.translator import Translator
+    from flax_transformer.trained_model import TrainedModel
 
-    translators = []
+    loaded = []
     for workdir, step in models:
         with explain_damage(workdir):
-            translators.append(Translator.from_workdir(workdir, step=step, batch_tokens=batch_tokens))
-    return translators[0] if len(translators) == 1 else Translator.ensemble(translators)
+            loaded.append(TrainedModel.load(workdir, step=step))
+    return Translator(loaded, batch_tokens=batch_tokens)
 
 
 @contextlib.contextmanager

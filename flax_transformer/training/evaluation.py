@@ -20,6 +20,7 @@ from flax_transformer.decoding.unreadable import UnreadableSentences, Unreadable
 from flax_transformer.experiment import TrainingConfig
 from flax_transformer.positions import check_length
 from flax_transformer.text.spelling import comparable
+from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training import hosts
 from flax_transformer.training.loss import LossSums
 
@@ -133,7 +134,7 @@ class Evaluation:
 
     def _translate(self, params: PyTree, after_batch: Callable[[], None]) -> list[str]:
         """The translations of the source; each process makes its share."""
-        translator = Translator(self._model_config, params, self._vocabularies)
+        translator = Translator(TrainedModel(self._model_config, params, self._vocabularies))
         search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
         mine = self.source[hosts.index() :: hosts.count()]
         with warnings.catch_warnings():

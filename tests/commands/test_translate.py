@@ -11,6 +11,7 @@ import pytest
 
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.trained_model import TrainedModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,8 +118,8 @@ def test_limits_are_kept(run, workdir, source):
 
 
 def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, lines):
-    others = [Translator.from_workdir(workdir, step=step) for step in (2, 3)]
-    expected = Translator.ensemble(others).translate(lines)
+    others = [TrainedModel.load(workdir, step=step) for step in (2, 3)]
+    expected = Translator(others).translate(lines)
     assert expected != translator.translate(lines)
     said = run("translate", "--workdir", workdir, workdir, "--checkpoint", 2, 3, "--input", source)
     assert said.splitlines() == expected
