@@ -14,6 +14,7 @@ examples:
   flax-transformer average --workdir=runs/mine --last=5
   flax-transformer translate --workdir=runs/mine --checkpoint=averaged --input=letters.en
 """
+MEMORY_REMEDY = "average on a machine that has more"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ examples:
   flax-transformer convert to-stablehlo runs/mine exported
 """
 WAYS = ("from-marian", "to-marian", "to-ctranslate2", "to-stablehlo")
+MEMORY_REMEDY = "convert on a machine that has more"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -48,6 +48,7 @@ SIGNIFICANT = 0.05
 LESS_IS_BETTER = ("TER",)
 # Sentences translated between two moves of the progress bar: enough to sort by length.
 CHUNK = 2000
+MEMORY_REMEDY = "lower --batch_tokens or --beam_size"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ They are declared and checked without jax, so that --help and a mistake answer a
 import argparse
 import contextlib
 import dataclasses
-import re
 import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,13 @@ from typing import Any
 from flax_transformer.commands.process import is_device_error, start_devices
 from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
 from flax_transformer.files import expand
-from flax_transformer.ranges import INT32, Range, check_value, whole_number
+from flax_transformer.ranges import COUNT, INT32, Range, check_value, whole_number
 
 # A work directory, and which of its checkpoints.
 Model = tuple[str, str | int]
 CHECKPOINTS = ("chosen", "best", "latest", "averaged")
 BEAM, SAMPLING = BeamSearch(), Sampling()
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 SEEDS = Range(at_least=0, at_most=2**32 - 1)
 
 
@@ -69,18 +69,19 @@ def seed(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, {SEEDS}") from error
 
 
-def explain_flag(message: str) -> str:
-    """An error of absl's about a number that was set on the command line, with what to write in its place."""
-    found = re.search(r"(--\S+?)=(.*?): (?:invalid literal for int|could not convert string to float)", message)
-    if not found:
-        return message
-    name, text = found.groups()
-    if "float" in found[0]:
-        return f"{name}={text}: invalid, it must be a number"
+def process_number(text: str) -> int:
+    """The type of --process_id: a whole number, at least 0."""
     try:
-        return f"{name}={text}: invalid, a whole number is written in digits: {name}={whole_number(text)}"
-    except ValueError:
-        return f"{name}={text}: invalid, it must be a whole number, in digits"
+        return check_value("it", whole_number(text), int, COUNT)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least 0") from error
+
+
+def true_or_false(text: str) -> bool:
+    """The type of an option that is on or off and may be followed by =true or =false."""
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"{text!r}: give true or false")
+    return BOOLEANS[text.lower()]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

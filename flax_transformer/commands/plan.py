@@ -7,12 +7,9 @@ compiled again with one remedy more each time, until it does.
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from flax_transformer.commands.options import explain_flag
+from flax_transformer.commands.config import add_config_option, read_config
 from flax_transformer.commands.process import start_devices
 
 EXAMPLES = """examples:
@@ -22,13 +19,14 @@ EXAMPLES = """examples:
 
 topologies, by product: v4-8 is v4:2x2x1; v5e-4 v5e:2x2, v5e-16 v5e:4x4, v5e-256 v5e:16x16; v5p-128 v5p:4x4x4;
 v6e-16 v6e:4x4; a host of tpu7x tpu7x:2x2x1. Compiling for a TPU takes minutes on a small machine."""
-USAGE = "--config FILE --topology NAME [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
+USAGE = "--config CONFIG --topology NAME [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
+MEMORY_REMEDY = "plan on a machine that has more"
 GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment, as train.py takes it")
+    add_config_option(parser)
     parser.add_argument(
         "--topology",
         required=True,
@@ -79,25 +77,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    """The experiment with the vocabulary's wished-for size filled in, since no text is read."""
+    """The experiment, with a vocabulary of the size that the config asks for where none is known yet."""
     import dataclasses
-
-    from ml_collections import config_flags
 
     from flax_transformer.experiment import Experiment
 
-    # As train.py reads it, so that its flags can be copied.
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    path = options.config.partition(":")[0]
-    if not Path(path).is_file():
-        raise ValueError(f"--config: {path} is no file: give an experiment, e.g. configs/wmt14_en_de_base.py")
-    try:
-        values(["plan", f"--config={options.config}", *options.changes])
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
-        raise ValueError(f"--config: {explain_flag(str(cause))}") from error
-    experiment = Experiment.from_mapping(holder.value.to_dict())
+    experiment = Experiment.from_mapping(read_config(options.config, options.changes))
     model, size = experiment.model, experiment.vocabulary.size
     model = dataclasses.replace(
         model, source_vocab_size=model.source_vocab_size or size, target_vocab_size=model.target_vocab_size or size

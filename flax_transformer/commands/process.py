@@ -46,14 +46,18 @@ def let_output_fail() -> None:
     sys.stdout = _reopen(sys.stdout, _UnfailingFile)
 
 
+class OutputClosed(BrokenPipeError):
+    """The reader of standard output has gone, as `head` does after its last line."""
+
+
 class _OutputFile(io.FileIO):
-    """A file that says that it is standard output where it cannot be written."""
+    """Standard output, whose errors say that it is standard output."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            raise  # no error, see `complete_output`
+        except BrokenPipeError as error:
+            raise OutputClosed(*error.args) from error  # not a failure: see `complete_output`
         except OSError as error:
             raise OSError(
                 f"standard output cannot be written ({error.strerror or error}), so that text is missing from it: make "
@@ -100,7 +104,7 @@ def complete_output(program: str) -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()  # at the end Python would only say that it ignored the error
-    except BrokenPipeError:
+    except OutputClosed:
         _discard_output()
         sys.exit(141)
     except OSError as error:

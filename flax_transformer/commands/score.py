@@ -42,6 +42,7 @@ examples:
 """
 # Pairs scored together: enough to sort by length, few enough to see the output grow.
 CHUNK = 2000
+MEMORY_REMEDY = "lower --batch_tokens"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -51,6 +51,7 @@ examples:
   flax-transformer translate --workdir=runs/mine --interactive
   flax-transformer translate --workdir runs/a runs/b --nbest=4 --format=tsv --input=letters.en
 """
+MEMORY_REMEDY = "lower --batch_tokens or --beam_size"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

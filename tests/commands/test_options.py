@@ -10,7 +10,6 @@ from flax_transformer.commands.options import (
     add_search_options,
     checkpoint,
     explain_damage,
-    explain_flag,
     pair_checkpoints,
     positive,
     search_settings,
@@ -131,15 +130,6 @@ def test_a_number_that_no_search_can_be_made_with_is_an_error_that_names_the_opt
 def test_no_temperature_makes_logits_that_are_no_numbers(temperature):
     with pytest.raises(ValueError, match=r"^--temperature is .*: it must be "):
         parse("--sample", f"--temperature={temperature}")
-
-
-def test_an_error_of_absl_about_a_number_says_what_to_write():
-    flag, wrong = "flag --config.training.steps", "invalid literal for int() with base 10: "
-    assert explain_flag(f"{flag}=1e3: {wrong}'1e3'").endswith("written in digits: --config.training.steps=1000")
-    assert "--config.training.steps=many: invalid, it must be a whole number" in explain_flag(
-        f"{flag}=many: {wrong}'m'"
-    )
-    assert explain_flag("another error") == "another error"
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def test_a_model_that_has_a_vocabulary_keeps_it():
         (["--topology=cpu:0"], "give cpu:N"),
         (["--topology=cpu:4", "--parallel=data=3"], "3 places for 4 devices"),
         (["--topology=cpu:2", "--parallel=both"], "choose auto, jit, pmap"),
-        (["--topology=cpu:2", "--config.data.row=4"], "row"),
-        (["--topology=cpu:2", "--config=configs/none.py"], "configs/none.py is no file"),
-        (["--topology=cpu:2", "--config.data.rows=many"], "rows"),
+        (["--topology=cpu:2", "--config.data.row=4"], "data.rows"),
+        (["--topology=cpu:2", "--config=configs/none.py"], "configs/none.py"),
+        (["--topology=cpu:2", "--config.data.rows=many"], "data.rows is 'many'"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
