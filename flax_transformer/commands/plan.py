@@ -1,7 +1,8 @@
-"""Compiles the training step of an experiment for a slice that need not be there, and tells what it would take.
+"""Compiles the training step for a TPU slice or other devices that need not be here,
+and shows the memory and the time that it would take there.
 
-Memory, collectives and the estimate of time are the compiler's; nothing runs. Where the step does not fit, it is
-compiled again with one remedy more each time, until it does.
+All figures are the compiler's, and nothing is run. If the step does not fit into
+memory, it is compiled again with one more remedy at a time until it fits.
 """
 
 import argparse
@@ -31,22 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         required=True,
         metavar="NAME",
-        help="the slice: a TPU and its chips, e.g. v5e:4x4 (needs the extra libtpu), cpu:N, or here for the devices at "
-        "hand",
+        help="the devices: a TPU slice, e.g. v5e:4x4 (needs the extra libtpu), cpu:N, or here for the devices of this "
+        "machine",
     )
     parser.add_argument(
         "--parallel",
         metavar="KIND",
-        help="in place of the config's training.parallelism: pmap, data, fsdp, data=2,fsdp=4 or jit",
+        help="replaces training.parallelism of the config: pmap, data, fsdp, data=2,fsdp=4 or jit",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compiles and prints; ValueError with the mend."""
+    """Compiles and prints; raises ValueError that says what to do."""
     if options.topology != "here":
-        # Before jax loads: the compiler is wanted, not a device.
+        # Set before jax loads: planning needs a compiler and no device.
         os.environ["JAX_PLATFORMS"] = "cpu"
-        # What libtpu says of the machine that it is not on helps nobody.
+        # Hides what libtpu logs about not being on a TPU machine.
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     kind, _, size = options.topology.partition(":")
@@ -102,7 +103,9 @@ def _show(plan: Any, memory: float | None) -> bool:
     )
     result = plan.result
     if not plan.fits:
-        needed = "more memory than there is" if result.needed is None else f"at least {_gb(result.needed)} a device"
+        needed = (
+            "more memory than the device has" if result.needed is None else f"at least {_gb(result.needed)} a device"
+        )
         available = "" if result.available is None else f" of {_gb(result.available)}"
         print(f"  does not fit: it needs {needed}{available} (compiled for {result.compile_seconds:.0f} s)")
         return False
@@ -122,7 +125,7 @@ def _show(plan: Any, memory: float | None) -> bool:
         if plan.work.peak_flops:
             share, peak = plan.work.flops / result.seconds / plan.work.peak_flops, plan.work.peak_flops / plan.devices
             print(f"    utilisation       {share:.0%} of {peak / 1e12:.0f} TFLOP/s (model FLOPs)")
-    verdict = "it fits" if memory else "nobody tells what the device has"
+    verdict = "it fits" if memory else "device memory is unknown, so whether it fits cannot be checked"
     print(f"  compiled in {result.compile_seconds:.0f} s; {verdict}")
     return True
 

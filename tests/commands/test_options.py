@@ -45,7 +45,7 @@ def test_every_setting_can_be_given():
 
 @pytest.mark.parametrize("option", ["--beam_size=1", "--stopping=first"])
 def test_an_option_of_the_search_that_is_not_made_is_an_error(option):
-    with pytest.raises(ValueError, match=f"{option.partition('=')[0]} is for beam search: leave it or --sample out"):
+    with pytest.raises(ValueError, match=f"{option.partition('=')[0]} applies to beam search only"):
         parse("--sample", option)
 
 
@@ -59,7 +59,7 @@ def test_checkpoints_and_work_directories_pair_up():
     assert pair_checkpoints(["a"], [1, 2]) == [("a", 1), ("a", 2)]
     assert pair_checkpoints(["a", "b"], ["best"]) == [("a", "best"), ("b", "best")]
     assert pair_checkpoints(["a", "b"], [1, 2]) == [("a", 1), ("b", 2)]
-    with pytest.raises(ValueError, match="names 2, --workdir 3: give one for all, or one for each"):
+    with pytest.raises(ValueError, match="2 values of --checkpoint for 3 of --workdir"):
         pair_checkpoints(["a", "b", "c"], [1, 2])
 
 

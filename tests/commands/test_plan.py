@@ -1,4 +1,4 @@
-"""Takes the verb `plan` and leaves a verdict: a person reads what a slice would take, and how to mend a mistake."""
+"""`plan` shows what a training step takes, and reports a mistake in one line."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_a_plan_tells_memory_collectives_and_verdict():
     assert lines[1] == f"as the config says: {mesh}, 12 rows a step (2 of them empty)"
     for word in ("memory a device", "state and batch", "temporaries", "floating point", "gradient", "all-reduce"):
         assert any(line.strip().startswith(word) for line in lines)
-    assert lines[-1].endswith("nobody tells what the device has")
+    assert lines[-1].endswith("device memory is unknown, so whether it fits cannot be checked")
 
 
 def test_a_model_that_has_a_vocabulary_keeps_it():
