@@ -1,4 +1,4 @@
-# Takes a fresh checkout and leaves an environment in .venv, a trained model, or a verdict on the code.
+# Makes the environment in .venv from a fresh checkout, and trains, tests, checks and packages in it.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-faults check peers clean
+.PHONY: help venv quickstart test test-faults check peers release clean
 
 help:
 	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-faults kills trainings, stops them and fills their disks: some minutes"
 	@echo "make check       ruff and mypy"
 	@echo "make peers       installs the libraries that some tests compare with"
+	@echo "make release     builds sdist and wheel into dist/, checks them and tries the wheel in a new environment"
 	@echo "make clean       removes .venv, caches and build products; runs/ stays"
 
 # Stamps: each is made again only when what it was made from has changed.
@@ -53,6 +54,12 @@ check: $(VENV)/tools.stamp
 	$(BIN)/mypy
 
 peers: $(VENV)/peers.stamp
+
+release: $(VENV)/tools.stamp
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	PYTHON=$(abspath $(BIN)/python) .ci/try_wheel dist/*.whl
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist

@@ -37,6 +37,7 @@ from flax_transformer.decoding.jitted import search_translations
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.trained_model import TrainedModel
 
 ENGINES = ("flax_transformer", "transformers", "ctranslate2")
 SENTENCES, SOURCE_LENGTH, TARGET_LENGTH = 32, 20, 24
@@ -67,7 +68,7 @@ class Ours:
         self._models = (jax.device_put(params),)
         if vocabulary is not None:
             pair = VocabularyPair(vocabulary, vocabulary)
-            self._translator = Translator(config, params, pair, batch_tokens=batch_tokens)
+            self._translator = Translator(TrainedModel(config, params, pair), batch_tokens=batch_tokens)
 
     def decode(self, source: Rows, beam: int) -> Tokens:
         found, _ = search_translations(

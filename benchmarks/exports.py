@@ -106,7 +106,7 @@ def main() -> None:
         (options.data / f"{options.test}.{side}").read_text(encoding="utf-8").split("\n")[:-1] for side in ("en", "de")
     )
     model = TrainedModel.load(options.workdir)
-    translator = Translator(model.config, model.params, model.vocabularies)
+    translator = Translator(model)
     ours = translator.translate(sources, SEARCH)
     systems, found = {"flax_transformer": ours}, {}
     with tempfile.TemporaryDirectory() as folder:

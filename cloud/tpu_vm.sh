@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Takes a config and a folder in a bucket, and leaves a training on Cloud TPU VMs that goes on after a pre-emption.
+# Trains on Cloud TPU VMs, with a work directory in a bucket, and continues after pre-emptions.
 #
-# docs/cloud.md tells more. Read from: verbs and flags, `gcloud compute tpus ... --help` of gcloud 528; states,
+# docs/cloud.md explains it. Sources: verbs and flags, `gcloud compute tpus ... --help` of gcloud 528; states,
 # docs.cloud.google.com/tpu/docs/queued-resources; runtime versions, docs.cloud.google.com/tpu/docs/runtimes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,20 +9,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck disable=SC2016
 usage='cloud/tpu_vm.sh VERB [OPTION ...] [-- ARGUMENT OF train.py ...]
 
-  create   asks for TPU VMs and waits until they are there     copy     brings this repository to all workers
+  create   requests TPU VMs and waits until they are ready     copy     copies this repository to all workers
   install  makes .venv on all workers                          run      starts the training on all workers
-  follow   shows the log of a worker                           status   tells how the machines and the training are
-  stop     lets the training write a checkpoint and end        delete   gives the machines back, which ends the bill
-  resume   delete, create, copy, install and run               keep     does so after each pre-emption, to the end
+  follow   shows the log of a worker                           status   shows the state of machines and training
+  stop     ends the training after a checkpoint                delete   deletes the machines, which ends their cost
+  resume   delete, create, copy, install and run               keep     resumes after each pre-emption until the end
 
   --name= --zone= --project= --accelerator-type= --runtime-version= --config= --workdir=, or the variables NAME, ZONE,
-  PROJECT, ACCELERATOR_TYPE, RUNTIME_VERSION (it has a default), CONFIG, WORKDIR
-  --on-demand            not spot machines
-  --create-flag=FLAG     one more flag of `gcloud compute tpus queued-resources create`; may be repeated
-  --data=PATH            text that is copied, though git does not know it; may be repeated
-  --worker=N             whose log is followed, 0 if not given, or all
-  --delete-when-done     keep deletes the machines when the training is done
-  --dry-run              prints the commands, and runs none'
+  PROJECT, ACCELERATOR_TYPE, RUNTIME_VERSION (which has a default), CONFIG, WORKDIR
+  --on-demand            use on-demand machines, not spot ones
+  --create-flag=FLAG     add a flag to `gcloud compute tpus queued-resources create`; may be repeated
+  --data=PATH            also copy this file or folder, which git does not track; may be repeated
+  --worker=N             the worker whose log is shown, or all (default 0)
+  --delete-when-done     with keep: delete the machines when the training is done
+  --dry-run              print the commands without running them'
 
 say() { echo "tpu_vm.sh: $1"; }
 
@@ -32,10 +32,10 @@ die() { # MESSAGE [STATUS]
 }
 
 : "${NAME:=}" "${ZONE:=}" "${PROJECT:=}" "${ACCELERATOR_TYPE:=}" "${RUNTIME_VERSION:=}" "${CONFIG:=}" "${WORKDIR:=}"
-# Seconds between two looks, and how many in a row may fail, or find the training ended, before `keep` believes it: a
-# training shows before the state does that its machines are being taken away.
+# Seconds between two looks, and how many looks in a row must fail, or find that the training has ended, before `keep`
+# acts on it: when machines are taken away, the training ends before their state changes.
 : "${POLL:=60}" "${PATIENCE:=5}"
-# Empty arrays are written ${a[@]+"${a[@]}"}: bash before 4.4, as on macOS, takes them for unset.
+# Arrays are expanded as ${a[@]+"${a[@]}"}, since bash before 4.4, as on macOS, treats empty ones as unset.
 data=() extra=() create_flags=() spot=--spot worker=0 dry_run='' delete_when_done=''
 
 need() {
@@ -53,7 +53,7 @@ need_machines() {
     v5litepod-*) RUNTIME_VERSION=v2-alpha-tpuv5-lite ;;
     v5p-*) RUNTIME_VERSION=v2-alpha-tpuv5 ;;
     v6e-*) RUNTIME_VERSION=v2-alpha-tpuv6e ;;
-    v5e-*) die "$ACCELERATOR_TYPE is the product's name: give --accelerator-type=v5litepod-${ACCELERATOR_TYPE#v5e-}" ;;
+    v5e-*) die "$ACCELERATOR_TYPE is a product name: give --accelerator-type=v5litepod-${ACCELERATOR_TYPE#v5e-}" ;;
     tpu7x*) die "$ACCELERATOR_TYPE is not in the Cloud TPU API: use GKE or Compute Engine, or give another type" ;;
     *) die "no runtime version is known for $ACCELERATOR_TYPE: correct it, or give --runtime-version=..." ;;
   esac
@@ -61,9 +61,9 @@ need_machines() {
 
 need_training() {
   need CONFIG WORKDIR
-  [[ $WORKDIR == gs://?* ]] || die "--workdir is $WORKDIR: all workers share it, give gs://BUCKET/FOLDER"
+  [[ $WORKDIR == gs://?* ]] || die "--workdir is $WORKDIR: all workers must share it, so give gs://BUCKET/FOLDER"
   git ls-files --error-unmatch -- "${CONFIG%%:*}" >/dev/null 2>&1 ||
-    die "--config is $CONFIG, a file that git does not know, so it is not copied: give one of configs/, or git add it"
+    die "--config is $CONFIG, a file that git does not track, so it is not copied: give one of configs/, or git add it"
 }
 
 quote() { # WORD ...: on one line, as a shell reads them back
@@ -86,7 +86,7 @@ on() { # WORKER VERB ARGUMENT ...: of cloud/worker.sh, in the copy there
   remote "$1" "$(quote bash "$NAME/cloud/worker.sh" "${@:2}")"
 }
 
-# The verbs. In what `keep` tries `set -e` is off: steps are joined by && or return.
+# The verbs. Inside `keep`, `set -e` has no effect, so steps are joined by && or return.
 
 describe() { call queued-resources describe "$NAME" '--format=value(state.state)'; }
 
@@ -95,7 +95,7 @@ request() {
     "--runtime-version=$RUNTIME_VERSION" ${spot:+"$spot"} ${create_flags[@]+"${create_flags[@]}"}
 }
 
-see() { # into `state`, of the caller; a change is told
+see() { # sets `state` of the caller, and reports a change
   local last=$state
   state=$(describe) || return
   [[ $state == "$last" ]] || say "$NAME is $state"
@@ -111,7 +111,7 @@ create() {
   done
 }
 
-pack() { # the files that git knows, as they are now, their revision, which a training notes there, and --data
+pack() { # the files that git tracks, as they are now, their revision, which a training records, and --data
   local path revision=build/revision
   [[ ! $dry_run ]] || return 0
   mkdir -p build && { git describe --always --dirty --abbrev=12 '--exclude=*' 2>/dev/null || :; } >$revision &&
@@ -119,7 +119,7 @@ pack() { # the files that git knows, as they are now, their revision, which a tr
     tar --null -T - -czf "$archive"
 }
 
-send() { # what was packed last, so that what is edited meanwhile does not slip into a training that goes on
+send() { # what was packed last, so that later edits do not slip into a training that is continued
   [[ -e $archive ]] || pack || return
   call tpu-vm scp "$archive" "$NAME:" --worker=all &&
     remote all "mkdir -p $NAME && tar -xzf $NAME.tar.gz -C $NAME"
@@ -149,7 +149,7 @@ delete() { call queued-resources delete "$NAME" --force; }
 
 resume() { delete && create && send && install && run; }
 
-tend() { # one look of `keep`, whose variables it works on, and what it asks for
+tend() { # one look of `keep`, whose variables it changes, and what follows from it
   local found
   if [[ $state == DELETED ]]; then
     request && state='' ended=0 restarts=0
@@ -157,7 +157,7 @@ tend() { # one look of `keep`, whose variables it works on, and what it asks for
   fi
   see || return
   case $state in
-    # Of the workers that ended, the one that did so by a mistake comes first, since its status is the lowest.
+    # Sorted by status, a worker that ended with an error comes before those that a signal ended.
     ACTIVE) found=$(look | sed 's/.*: //; s/^gone$/ended 137/' | sort -k 2n) || return ;;
     FAILED | SUSPENDED)
       delete && state=DELETED
@@ -165,18 +165,18 @@ tend() { # one look of `keep`, whose variables it works on, and what it asks for
       ;;
     *) return 0 ;;
   esac
-  case $found in # the worker that is least far decides
+  case $found in # the worker that is furthest behind decides
     *empty* | *copied*) send && install && run ;;
-    *installed*) run ;; # those that run already refuse, and the others join them
+    *installed*) run ;; # workers that are already running refuse, and the others join them
     *'ended '[1-9]*)
       ended=$((ended + 1))
       ((ended >= PATIENCE)) || return 0
       [[ $found =~ 'ended '([1-9][0-9]*) ]]
       found=${BASH_REMATCH[1]}
-      # Above 128 a signal ended it, which may come of another worker's end; but 130 is Ctrl-C and 143 is `stop`.
+      # A status above 128 means a signal, perhaps because another worker ended; but 130 is Ctrl-C and 143 is `stop`.
       ended=0 restarts=$((restarts + 1))
       ((found > 128 && found != 130 && found != 143 && restarts <= 3)) ||
-        die "the training ended with status $found; $NAME costs money: see follow, then run or delete" "$found"
+        die "the training ended with status $found; $NAME costs money: follow shows its log; then run or delete" "$found"
       say "the training ended with status $found: starting it again"
       stop && run
       ;;
@@ -192,11 +192,11 @@ tend() { # one look of `keep`, whose variables it works on, and what it asks for
 keep() {
   local state='' ended=0 restarts=0 failures=0 failure
   [[ ! $dry_run ]] || { describe && look && resume && return; }
-  # A `keep` that was stopped between delete and create leaves no machines. But those that go later somebody deleted,
-  # who does not want to pay for others.
+  # A `keep` that was stopped between delete and create leaves no machines. Machines that disappear later were deleted
+  # by somebody who does not want to pay for new ones.
   while state=$(describe 2>&1); [[ $state == *DELETING ]]; do sleep "$POLL"; done
   if [[ $state == *' NOT_FOUND: '* ]]; then
-    say "$NAME is not there: creating it"
+    say "$NAME does not exist: creating it"
     state=DELETED
   else
     state=''
@@ -205,7 +205,7 @@ keep() {
     failure=0
     tend || failure=$?
     failures=$((failure ? failures + 1 : 0))
-    ((failures < PATIENCE)) || die "$failures tries in a row failed, the last as you see above" "$failure"
+    ((failures < PATIENCE)) || die "$failures attempts in a row failed, the last one as shown above" "$failure"
     sleep "$POLL"
   done
 }
@@ -217,7 +217,7 @@ case $verb in
   run) needs=(training) ;;
   resume | keep) needs=(machines training) ;;
   copy | install | follow | status | stop | delete) needs=() ;;
-  *) die "${verb:-nothing} is no verb: give create, copy, install, run, follow, status, stop, resume, keep or delete" ;;
+  *) die "${verb:-nothing} is not a verb: give create, copy, install, run, follow, status, stop, resume, keep, delete" ;;
 esac
 while shift && (($#)); do
   value=${1#*=}
@@ -230,7 +230,7 @@ while shift && (($#)); do
     --create-flag=*) create_flags+=("$value") ;;
     --data=*)
       [[ -e $value && $value != /* && $value != *..* ]] ||
-        die "--data is $value: give a file or folder of this repository, named from its root as the config names it"
+        die "--data is $value: give a file or folder inside this repository, by its path from the root"
       data+=("$value")
       ;;
     --on-demand) spot='' ;;
@@ -240,14 +240,14 @@ while shift && (($#)); do
       extra=("${@:2}")
       break
       ;;
-    *) die "$1 is no option: see --help, --flag=VALUE is one word, and what is for train.py comes behind --" ;;
+    *) die "$1 is not an option: see --help; write --flag=VALUE as one word, and arguments of train.py after --" ;;
   esac
 done
 need NAME ZONE PROJECT
-[[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name is $NAME: take a-z, 0-9 and hyphens, a letter first"
+[[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name is $NAME: use a-z, 0-9 and hyphens, beginning with a letter"
 for what in ${needs[@]+"${needs[@]}"}; do "need_$what"; done
 [[ $dry_run ]] || command -v gcloud >/dev/null ||
-  die 'gcloud is not there: see cloud.google.com/sdk/docs/install, or print the commands with --dry-run'
+  die 'gcloud is not installed: see cloud.google.com/sdk/docs/install, or print the commands with --dry-run'
 archive=build/$NAME.tar.gz
-[[ $verb != create || $dry_run ]] || rm -f "$archive" # of a training before this one
+[[ $verb != create || $dry_run ]] || rm -f "$archive" # left by an earlier training
 "$verb"

@@ -1,4 +1,4 @@
-"""Takes a verb and its options and leaves the work to that verb's file in `commands/`, the only one imported."""
+"""Parses `flax-transformer VERB [OPTIONS]` and runs the verb. Only the file of that verb in `commands/` is imported."""
 
 import argparse
 import difflib
@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import flax_transformer
+from flax_transformer.commands.config import split_changes
 from flax_transformer.commands.process import (
+    OutputClosed,
     complete_output,
     exit_for_device_error,
     is_device_error,
+    let_output_fail,
     prepare_libraries,
     prepare_streams,
     warnings_in_one_line,
@@ -20,51 +23,61 @@ from flax_transformer.commands.process import (
 
 PROGRAM = "flax-transformer"
 VERBS = {
-    "translate": "translate text, a file or sentence by sentence at a prompt",
-    "evaluate": "BLEU, chrF and TER of a model on a test set, or of two models compared",
-    "score": "log-probabilities and perplexity of given translations",
+    "train": "train a model on a corpus, or continue a training that was stopped",
+    "translate": "translate a file, standard input, or sentences typed at a prompt",
+    "evaluate": "score a model on a test set with BLEU, chrF and TER, or compare two models",
+    "score": "compute the log-probabilities and the perplexity of given translations",
     "average": "average the weights of several checkpoints into one",
-    "convert": "OPUS-MT (Marian) models in; CTranslate2, Marian and StableHLO out",
-    "plan": "what training would take on a TPU slice that is not here, from its compiler",
+    "convert": "import OPUS-MT (Marian) models; export to CTranslate2, Marian and StableHLO",
+    "plan": "compile the training step for devices that are not here, and show memory and speed",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that reports a mistake in one line and suggests the nearest option."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with exit status 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        """Ends the program with exit status 2, or the one that the verb set."""
+        self.exit(self.get_default("mistake_status") or 2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parses every argument; an option that does not exist is an error that names the nearest."""
-        options, unknown = self.parse_known_args(arguments)
+        """Parses all arguments; options may be written with one dash or two.
+
+        A verb that has --config accepts changes of its settings too, which `options.changes` holds afterwards.
+        """
+        words = [re.sub(r"^-(?=[a-z]{2})", "--", word) for word in arguments]
+        changes = []
+        if self.get_default("changes") is not None:
+            words, changes = split_changes(words)
+        options, unknown = self.parse_known_args(words)
         if unknown:
             name = unknown[0].partition("=")[0]
             if not name.startswith("-"):
-                self.error(f"{name} stands alone: every value follows its option")
+                self.error(f"unexpected argument {name}: give every value after the name of its option")
             near = difflib.get_close_matches(name, re.findall(r"--\w+", self.format_help()), n=1)
-            self.error(f"{name} is no option" + (f": did you mean {near[0]}?" if near else ""))
+            self.error(f"there is no option {name}" + (f": did you mean {near[0]}?" if near else ""))
+        options.changes = changes
         return options
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `flax-transformer VERB [OPTIONS]`; what a user can mend ends in one line and exit status 1 or 2.
+def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> None:
+    """Runs `flax-transformer VERB [OPTIONS]`; a mistake of the user's ends it with one line and exit status 1 or 2.
 
     Args:
         arguments: those of the command line if not given.
+        program: what --help and errors call the program; `flax-transformer VERB` if not given.
     """
     output_is_open = prepare_streams()
     with complete_output(PROGRAM):
-        _run(sys.argv[1:] if arguments is None else list(arguments), output_is_open)
+        _run(sys.argv[1:] if arguments is None else list(arguments), program, output_is_open)
 
 
-def _run(arguments: list[str], output_is_open: bool) -> None:
+def _run(arguments: list[str], program: str | None, output_is_open: bool) -> None:
     overview = _overview()
     if not arguments:
-        overview.error(f"name a verb, {', '.join(VERBS)}")
+        overview.error(f"name a verb: {', '.join(VERBS)}")
     verb = overview.parse_args(arguments[:1]).verb
-    program = f"{PROGRAM} {verb}"
+    program = program or f"{PROGRAM} {verb}"
     command = importlib.import_module(f"flax_transformer.commands.{verb}")
     parser = Parser(
         prog=program,
@@ -74,18 +87,18 @@ def _run(arguments: list[str], output_is_open: bool) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # or an option added later would break a script that abbreviates another
     )
+    parser.set_defaults(program=program, needs_output=True)
     command.add_arguments(parser)
-    # A verb that takes a config takes changes of it too, which its own flags read.
-    changes = [word for word in arguments[1:] if word.startswith("--config.")] if verb == "plan" else []
-    options = parser.parse_all([word for word in arguments[1:] if word not in changes])
-    options.changes = changes
-    if not output_is_open and not (verb in ("translate", "score") and options.output):
-        sys.exit(f"{program}: standard output is closed, so that nothing could be shown: add > FILE, or > /dev/null")
+    options = parser.parse_all(arguments[1:])
+    if not options.needs_output:
+        let_output_fail()  # a log that cannot be written must not end a training
+    elif not output_is_open and not (verb in ("translate", "score") and options.output):
+        sys.exit(f"{program}: standard output is closed, so nothing could be shown: add > FILE, or > /dev/null")
     prepare_libraries()
     try:
         with warnings_in_one_line(program):
             command.run(options)
-    except BrokenPipeError:
+    except OutputClosed:
         raise  # not an error: see `complete_output`
     except KeyboardInterrupt:
         sys.exit(130)  # as a program that Ctrl-C stops
@@ -94,18 +107,20 @@ def _run(arguments: list[str], output_is_open: bool) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_device_error(error):
             raise
-        exit_for_device_error(program, error, "lower --batch_tokens or --beam_size")
+        exit_for_device_error(program, error, command.MEMORY_REMEDY)
 
 
 def _overview() -> Parser:
     overview = Parser(
         prog=PROGRAM,
-        description='The Transformer of "Attention Is All You Need" in pure Flax.',
+        description='Train and use the Transformer of "Attention Is All You Need", in pure JAX and Flax.',
         epilog="verbs:\n" + "\n".join(f"  {verb:<12}{purpose}" for verb, purpose in VERBS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     overview.add_argument("--version", action="version", version=f"{PROGRAM} {flax_transformer.__version__}")
-    overview.add_argument("verb", metavar="VERB", choices=VERBS, help=f"see below; `{PROGRAM} VERB --help` tells more")
+    overview.add_argument(
+        "verb", metavar="VERB", choices=VERBS, help=f"one of the verbs below; `{PROGRAM} VERB --help` explains each"
+    )
     return overview
 
 

@@ -107,7 +107,9 @@ class WorkDirectory:
     def read_config(self) -> dict[str, Any]:
         """Reads `config.json`; raises ValueError if it is missing or has no sections."""
         if not self.exists:
-            raise ValueError(f"{self.path} is not a work directory, config.json is missing: give train.py's --workdir")
+            raise ValueError(
+                f"{self.path} is not a work directory, config.json is missing: give the --workdir of a training"
+            )
         try:
             config = json.loads(self._config_file.read_bytes())
         except ValueError as error:  # no JSON, or no UTF-8

@@ -1,6 +1,7 @@
-"""Takes command lines of train.py and leaves a verdict: it answers at once, names mistakes in one line, and trains."""
+"""train.py answers --help at once, reports a mistake in one line, and trains."""
 
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -25,9 +26,9 @@ def test_help_names_the_flags_without_loading_jax():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = train("--help", python=["-X", "importtime"])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "--config" in shown.stdout and "--workdir" in shown.stdout and "configs/quickstart.py" in shown.stdout
+    assert shown.returncode == 0 and {"--config", "--workdir", "quickstart"} <= set(re.findall(r"[-\w]+", shown.stdout))
     imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines()}
-    assert "absl.app" in imported and not {"jax", "flax", "numpy"} & imported
+    assert "argparse" in imported and not {"jax", "flax", "numpy"} & imported
     # Seconds of work, not of waiting: a busy machine is not the program's fault.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
@@ -35,7 +36,7 @@ def test_help_names_the_flags_without_loading_jax():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([QUICKSTART, "--config.training.stepz=3"], ["stepz", 'Did you mean "steps"']),
+        ([QUICKSTART, "--config.training.stepz=3"], ["training.stepz", "training.steps"]),
         (["--config=configs/none.py"], ["configs/none.py"]),
         (["--config=configs/finetune_opus_mt.py:none"], ["none is not a work directory"]),
         ([QUICKSTART, "--config.data.train=files:none.kn,none.en"], ["cannot read none.kn", "check the path"]),
@@ -54,18 +55,19 @@ def test_a_mistake_is_one_line_that_names_it_and_no_traceback(arguments, said, t
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([QUICKSTART], "--workdir must have a value"),
-        (["--workdir=runs/none"], "--config must have a value"),
-        ([QUICKSTART, "--workdir="], "--workdir=: the name is empty"),
-        ([QUICKSTART, "--workdri=runs/none"], "Did you mean: workdir"),
-        ([QUICKSTART, "--workdir=runs/none", "--config.training.steps=many"], "--config.training.steps=many: invalid"),
-        ([QUICKSTART, "--workdir=runs/none", "more"], "unexpected arguments: more"),
+        ([QUICKSTART], ["--workdir"]),
+        (["--workdir=runs/none"], ["--config"]),
+        ([QUICKSTART, "--workdir="], ["--workdir", "empty"]),
+        ([QUICKSTART, "-workdir=runs/none", "--workdri=runs/none"], ["--workdri", "--workdir?"]),
+        (["--config=quickstart", "--workdir", "runs/none", "more"], ["more"]),
+        ([QUICKSTART, "--workdir=runs/none", "--process_id=-1"], ["--process_id", "'-1'"]),
+        ([QUICKSTART, "--workdir=runs/none", "--distributed=maybe"], ["--distributed", "'maybe'"]),
     ],
 )
 def test_a_mistaken_flag_is_named_without_a_traceback(arguments, said):
     ended = train(*arguments)
-    assert ended.returncode not in (0, None)
-    assert said in ended.stderr + ended.stdout and "Traceback" not in ended.stderr
+    assert ended.returncode == 1 and ended.stderr.startswith("train.py: ") and ended.stderr.count("\n") == 1
+    assert all(words in ended.stderr for words in said)
     assert not (ROOT / "runs" / "none").exists()
 
 

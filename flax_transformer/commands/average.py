@@ -1,6 +1,6 @@
-"""Averages the weights of several checkpoints of one training into one, as the
-paper did with the last 5 of its base models (section 6.1). It takes the place of
-an average made before; the checkpoints themselves stay.
+"""Averages the weights of several checkpoints of one training, as the paper did with
+the last 5 checkpoints of its base models (section 6.1). The result replaces an
+earlier average; the checkpoints are kept.
 """
 
 import argparse
@@ -14,6 +14,7 @@ examples:
   flax-transformer average --workdir=runs/mine --last=5
   flax-transformer translate --workdir=runs/mine --checkpoint=averaged --input=letters.en
 """
+MEMORY_REMEDY = "average on a machine that has more"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,17 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         required=True,
         metavar="FOLDER",
-        help="the work directory that training left; the average joins it",
+        help="the work directory of the training, in which the average is written",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--last", type=positive, metavar="N", help="average the N newest checkpoints; this or --best")
     which.add_argument(
-        "--best", type=positive, metavar="N", help="average the N best by the metric that training chose by"
+        "--last", type=positive, metavar="N", help="average the N newest checkpoints; give this or --best"
+    )
+    which.add_argument(
+        "--best", type=positive, metavar="N", help="average the N best checkpoints by training.best_metric"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Averages and says how to use it; raises ValueError or OSError with the mend."""
+    """Averages and says how to use it; raises ValueError or OSError that says what to do."""
     # jax loads here, so that --help answers at once.
     start_devices()
     from flax_transformer.workdir import WorkDirectory

@@ -1,6 +1,6 @@
 """Converts OPUS-MT (Marian) models into work directories, and work directories into
 folders for CTranslate2, for transformers (Marian) and for jax alone (StableHLO). The
-folder that is made must not be there yet; what fails on its way leaves none.
+target folder must not exist yet, and a conversion that fails leaves none.
 """
 
 import argparse
@@ -19,35 +19,38 @@ examples:
   flax-transformer convert to-stablehlo runs/mine exported
 """
 WAYS = ("from-marian", "to-marian", "to-ctranslate2", "to-stablehlo")
+MEMORY_REMEDY = "convert on a machine that has more"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `convert`."""
     parser.add_argument("way", choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument(
-        "source", type=path, metavar="FROM", help="the folder that is read: a downloaded model, or a work directory"
+        "source", type=path, metavar="FROM", help="the folder to read: a downloaded model, or a work directory"
     )
-    parser.add_argument("target", type=path, metavar="TO", help="the folder that is made")
+    parser.add_argument("target", type=path, metavar="TO", help="the folder to write")
     parser.add_argument(
         "--checkpoint",
         type=checkpoint,
         metavar="STEP",
-        help="which one of a work directory: best, latest, averaged or a number (default: what training chose)",
+        help="checkpoint of the work directory: best, latest, averaged or the number of a step (default: the one that "
+        "the config asks for)",
     )
     parser.add_argument(
         "--quantization",
         metavar="TYPE",
-        help="of CTranslate2's weights: int8, int8_float16, int8_bfloat16, int16, float16, bfloat16 (default float32)",
+        help="type of CTranslate2's weights: int8, int8_float16, int8_bfloat16, int16, float16 or bfloat16 "
+        "(default float32)",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Converts and says how to go on; raises ValueError or OSError with the mend."""
+    """Converts and prints how to use the result; raises ValueError or OSError that says what to do."""
     way = options.way
     if options.quantization and way != "to-ctranslate2":
-        raise ValueError(f"--quantization is for to-ctranslate2, not for {way}: leave it out")
+        raise ValueError(f"--quantization applies to to-ctranslate2 only, not to {way}: remove it")
     if options.checkpoint and way == "from-marian":
-        raise ValueError("--checkpoint is for work directories, not for from-marian: leave it out")
+        raise ValueError("--checkpoint applies to work directories, not to from-marian: remove it")
     # jax loads here, so that --help answers at once.
     start_devices()
     from flax_transformer.interop.folders import check_new_folder
@@ -86,10 +89,10 @@ def _describe(model: Any, options: argparse.Namespace) -> str:
     if options.way == "from-marian":
         lines += [
             f"  flax-transformer translate --workdir={target} --input=FILE",
-            f"  python train.py --config=configs/finetune_opus_mt.py:{target} --workdir=runs/finetuned  # on your text",
+            f"  flax-transformer train --config=finetune_opus_mt:{target} --workdir=runs/finetuned  # on your text",
         ]
         if languages := getattr(model.vocabularies.source, "languages", ()):
-            lines.append(f"each source sentence begins with the language that is wanted: {', '.join(languages)}")
+            lines.append(f"each source sentence must begin with the target language: {', '.join(languages)}")
     elif options.way == "to-marian":
         lines.append(f"  transformers.MarianMTModel.from_pretrained({options.target!r}), MarianTokenizer likewise")
     elif options.way == "to-ctranslate2":

@@ -1,5 +1,5 @@
 """Translates a test set and scores the translations with sacrebleu: BLEU, chrF and
-TER. With --compare, tells whether a second model is better or only luckier.
+TER. With --compare, tests whether the difference to a second model is significant.
 """
 
 import argparse
@@ -35,24 +35,25 @@ from flax_transformer.files import STANDARD, Named, check_inputs, check_output
 from flax_transformer.text.spelling import comparable, in_one_line
 
 EXAMPLES = """\
-length is the translations' tokens divided by the references', as BLEU counts them;
-sentences/s is of the whole time of translating, compiling included.
+length is the number of tokens in the translations divided by that in the references, as
+BLEU counts them; sentences/s includes the time for compiling.
 
 examples:
   flax-transformer evaluate --workdir=runs/mine --source=test.en --reference=test.de
   flax-transformer evaluate --workdir=runs/mine --corpus=tfds:wmt14_translate/de-en:test
   flax-transformer evaluate --workdir=runs/a --compare=runs/b --source=test.en --reference=test.de
 """
-# Below this probability a difference is called significant, as is usual.
+# A difference with a smaller p-value is called significant, as is usual.
 SIGNIFICANT = 0.05
 LESS_IS_BETTER = ("TER",)
-# Sentences translated between two moves of the progress bar: enough to sort by length.
+# Sentences that are translated together between two updates of the progress bar; enough to sort by length.
 CHUNK = 2000
+MEMORY_REMEDY = "lower --batch_tokens or --beam_size"
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """What one model, or an ensemble, made of the test set.
+    """The translations of the test set by one model or ensemble, and their scores.
 
     Attributes:
         models: each model's work directory and checkpoint.
@@ -87,53 +88,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
     text = parser.add_argument_group("the test set")
-    text.add_argument("--source", type=path, metavar="FILE", help="UTF-8, a sentence a line")
-    text.add_argument("--reference", type=path, metavar="FILE", help="line i translates line i of the source")
+    text.add_argument("--source", type=path, metavar="FILE", help="UTF-8 text, one sentence per line")
+    text.add_argument(
+        "--reference", type=path, metavar="FILE", help="file whose line i translates line i of the source"
+    )
     text.add_argument(
         "--corpus",
         type=filled,
         metavar="CORPUS",
-        help="in place of both: files:SOURCE,REFERENCE, tsv:FILE or tfds:NAME:SPLIT?source=en&target=de, as in "
-        "training; quote it in a shell",
+        help="instead of both files: files:SOURCE,REFERENCE, tsv:FILE or tfds:NAME:SPLIT?source=en&target=de, as in "
+        "training; put it in quotes in a shell",
     )
 
     report = parser.add_argument_group("the report")
     report.add_argument(
-        "--output", choices=("text", "json"), default="text", help="how scores are shown (default text)"
+        "--output", choices=("text", "json"), default="text", help="format of the report (default text)"
     )
     report.add_argument(
-        "--translations", type=path, metavar="FILE", help="also write the translations of --workdir, a line each"
+        "--translations",
+        type=path,
+        metavar="FILE",
+        help="also write the translations of --workdir to this file, one per line",
     )
     report.add_argument(
         "--tokenize",
         choices=list(BLEU.TOKENIZERS),
         metavar="NAME",
-        help="sacrebleu's tokeniser for BLEU, e.g. 13a, zh, ja-mecab or char (default: the one that training scored "
-        "with; else by the script of the references)",
+        help="sacrebleu's tokeniser for BLEU, e.g. 13a, zh, ja-mecab or char (default: the one that training used; "
+        "if it chose none, or models differ, one that suits the script of the references)",
     )
     report.add_argument(
         "--compare",
         nargs="+",
         type=path,
         metavar="FOLDER",
-        help="a second work directory, or ensemble: shows both and tests each difference by paired bootstrap",
+        help="a second work directory or ensemble, whose scores are shown and compared by paired bootstrap resampling",
     )
     report.add_argument(
         "--compare_checkpoint",
         nargs="+",
         type=checkpoint,
         metavar="STEP",
-        help="the checkpoint of --compare (default: that of --workdir)",
+        help="the checkpoint of --compare (default: the same as for --workdir)",
     )
 
     add_search_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Translates, scores and prints; raises ValueError or OSError with the mend."""
+    """Translates, scores and prints; raises ValueError or OSError that says what to do."""
     search = search_settings(options)
     if options.compare_checkpoint and not options.compare:
-        raise ValueError("--compare_checkpoint is of no use alone: name its work directory with --compare")
+        raise ValueError("--compare_checkpoint needs --compare: name the work directory of that checkpoint with it")
     models = [pair_checkpoints(options.workdir, options.checkpoint)]
     if options.compare:
         models.append(pair_checkpoints(options.compare, options.compare_checkpoint or options.checkpoint))
@@ -147,7 +153,7 @@ def run(options: argparse.Namespace) -> None:
         check_output("--translations", options.translations, inputs, workdirs)
     sources, references = _read(options)
     metrics = _metrics(options.tokenize or _default_tokenizer(options, references), references)
-    # All load before any translates, so that a wrong path is found now and not after hours.
+    # All models are loaded before any translates, so that a wrong path is found now and not after hours.
     translators = [load_translator(each, options.batch_tokens) for each in models]
     systems: list[System] = []
     for each, translator in zip(models, translators, strict=True):
@@ -173,8 +179,8 @@ def _metrics(tokenize: str, references: list[str]) -> dict[str, Metric]:
 
 
 def _default_tokenizer(options: argparse.Namespace, references: list[str]) -> str:
-    """The tokeniser that all trainings scored with, or that of the references' script where they do not agree."""
-    # jax loads here, so that a mistake in the options is told at once.
+    """The tokeniser that all trainings used, or one for the script of the references where they differ."""
+    # jax loads here, so that a mistake in the options is reported at once.
     from flax_transformer.workdir import WorkDirectory
 
     chosen = set()
@@ -191,7 +197,7 @@ def _inputs(options: argparse.Namespace) -> list[Named]:
     if options.corpus and not (options.source or options.reference):
         return [("--corpus", file) for file in corpus_files(options.corpus)]
     if options.corpus or not (options.source and options.reference):
-        raise ValueError("which test set? Give --source and --reference, or --corpus alone")
+        raise ValueError("there must be one test set: give --source and --reference, or --corpus alone")
     return [("--source", options.source), ("--reference", options.reference)]
 
 
@@ -223,7 +229,7 @@ def _translate(translator: Any, sources: list[str], search: SearchSettings, seed
 def _compare(
     systems: Sequence[System], references: list[str], metrics: dict[str, Metric]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """By metric the probability that equally good systems differ so much, and the signature of that test.
+    """For each metric the probability that equally good systems differ this much, and the signature of that test.
 
     It is sacrebleu's paired bootstrap; but where two systems do not differ it is 1, not sacrebleu's "never by chance".
     """
@@ -253,7 +259,7 @@ def _print_text(systems: Sequence[System], p_values: Mapping[str, float], signat
 
 
 def _verdict(name: str, systems: Sequence[System], p_value: float) -> str:
-    """What a p-value means, in a sentence."""
+    """A sentence that says what a p-value means."""
     difference = systems[1].scores[name].score - systems[0].scores[name].score
     if difference == 0:
         return f"{name}: both score the same."

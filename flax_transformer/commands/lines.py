@@ -1,6 +1,6 @@
-"""Puts the lines of text files together in pairs, columns and chunks for the commands, and writes lines.
+"""Reads lines of text files in pairs and chunks for the commands, and opens their output.
 
-Which lines a file has is decided in `data/lines.py`.
+How a file is divided into lines is decided in `data/lines.py`.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 
 
 def read_pairs(first: str, second: str) -> Iterator[tuple[str, str]]:
-    """Line i of one file with line i of the other; raises ValueError where one of them ends before the other."""
+    """Pairs of line i of both files; raises ValueError if one of them ends before the other."""
     lines = itertools.zip_longest(read_lines(first), read_lines(second))
     for number, (line, other) in enumerate(lines, start=1):
         if line is None or other is None:
@@ -33,10 +33,10 @@ def read_pairs(first: str, second: str) -> Iterator[tuple[str, str]]:
 
 
 def count_lines(*paths: str) -> int | None:
-    """Reads files through, so that what is wrong with them is known before the work begins, and leaves their length.
+    """Counts the lines of files, which also finds whatever is wrong with them before the work begins.
 
     Returns:
-        How many lines each has; `None` where none can be read twice, since it comes through a pipe.
+        How many lines each has; `None` if all of them are pipes, which cannot be read twice.
 
     Raises:
         ValueError: as in `read_lines`, or their lengths differ.
@@ -49,7 +49,7 @@ def count_lines(*paths: str) -> int | None:
 
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items each, the last one shorter; what came before an error is handed out before the error."""
+    """Lists of `size` items, the last one shorter; items that precede an error are yielded before it is raised."""
     chunk: list[Item] = []
     failure = None
     try:
@@ -90,7 +90,7 @@ def _rounded(value: Any) -> Any:
 
 
 def progress_bar(total: int | None, *, beside: str = "") -> Any:
-    """Counts sentences on standard error, where that is a terminal and is not the one that `beside` is written to."""
+    """A progress bar on standard error if that is a terminal, unless the output `beside` it goes there too."""
     crowded = beside == STANDARD and sys.stdout.isatty()
     # To tqdm `None` is "only on a terminal".
     return tqdm(total=total, unit=" sentences", disable=True if crowded else None, dynamic_ncols=True)

@@ -1,12 +1,11 @@
-"""Takes the options that several verbs share and leaves a loaded translator and the settings of its search.
+"""Declares the options that several verbs share, and makes the settings of a search and a translator from them.
 
-They are declared and checked without jax, so that --help and a mistake answer at once; the model loads last.
+Options are declared and checked without jax, so that --help and mistakes are answered at once; the model loads last.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import re
 import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,13 @@ from typing import Any
 from flax_transformer.commands.process import is_device_error, start_devices
 from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
 from flax_transformer.files import expand
-from flax_transformer.ranges import INT32, SEED_OF_SAMPLES, Range, check_value, whole_number
+from flax_transformer.ranges import COUNT, INT32, SEED_OF_SAMPLES, Range, check_value, whole_number
 
 # A work directory, and which of its checkpoints.
 Model = tuple[str, str | int]
 CHECKPOINTS = ("chosen", "best", "latest", "averaged")
 BEAM, SAMPLING = BeamSearch(), Sampling()
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 def checkpoint(text: str) -> str | int:
@@ -45,7 +45,7 @@ def filled(text: str) -> str:
 
 
 def whole(text: str) -> int:
-    """The type of a number that the settings of a search check: a whole number."""
+    """The type of a whole number whose range the settings of the search check."""
     try:
         return whole_number(text)
     except ValueError as error:
@@ -68,22 +68,23 @@ def seed(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, {SEED_OF_SAMPLES}") from error
 
 
-def explain_flag(message: str) -> str:
-    """An error of absl's about a number that was set on the command line, with what to write in its place."""
-    found = re.search(r"(--\S+?)=(.*?): (?:invalid literal for int|could not convert string to float)", message)
-    if not found:
-        return message
-    name, text = found.groups()
-    if "float" in found[0]:
-        return f"{name}={text}: invalid, it must be a number"
+def process_number(text: str) -> int:
+    """The type of --process_id: a whole number, at least 0."""
     try:
-        return f"{name}={text}: invalid, a whole number is written in digits: {name}={whole_number(text)}"
-    except ValueError:
-        return f"{name}={text}: invalid, it must be a whole number, in digits"
+        return check_value("it", whole_number(text), int, COUNT)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least 0") from error
+
+
+def true_or_false(text: str) -> bool:
+    """The type of an option that is on or off and may be followed by =true or =false."""
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"{text!r}: give true or false")
+    return BOOLEANS[text.lower()]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Declares which trained model translates, or which several together."""
+    """Declares the options that choose the trained model, or the models of an ensemble."""
     group = parser.add_argument_group("the model")
     group.add_argument(
         "--workdir",
@@ -91,7 +92,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=path,
         required=True,
         metavar="FOLDER",
-        help="the work directory that training left; several make an ensemble, which averages their probabilities",
+        help="the work directory of a training; several make an ensemble, which averages their probabilities",
     )
     group.add_argument(
         "--checkpoint",
@@ -99,104 +100,109 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=checkpoint,
         default=["chosen"],
         metavar="STEP",
-        help="chosen (default: averaged where training.weights of the config is that and there is an average, else "
-        "best), best, latest, averaged (what was averaged last) or the number of a step; of a checkpoint the moving "
-        "average, where training.weights is ema; one for all work directories or one for each; several of one work "
-        "directory make an ensemble, too",
+        help="which checkpoint to load: chosen (the default: the average if training.weights of the config is averaged "
+        "and an average was made, otherwise best), best, latest, averaged (the latest average) or the number of a "
+        "step. If training.weights is ema, the checkpoint's moving average is loaded. Give one checkpoint for all work "
+        "directories or one for each; several of one work directory also make an ensemble",
     )
     group.add_argument(
         "--batch_tokens",
         type=positive,
         default=4096,
         metavar="N",
-        help="source tokens translated side by side; fewer need less memory (default 4096)",
+        help="source tokens in a batch; smaller batches need less memory (default 4096)",
     )
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """Declares how a translation is found; an option that is not given does not appear among the parsed ones."""
+    """Declares the settings of the search; those that are not given are missing from the parsed options."""
     beam = parser.add_argument_group("beam search", argument_default=argparse.SUPPRESS)
     beam.add_argument(
         "--beam_size",
         type=whole,
         metavar="N",
-        help=f"beginnings kept for each sentence; 1 is greedy search (default {BEAM.beam_size})",
+        help=f"hypotheses kept for each sentence; 1 is greedy search (default {BEAM.beam_size})",
     )
     beam.add_argument(
         "--stopping",
         choices=STOPPING,
-        help="optimal (default): when nothing better can come; first: when beam_size translations have ended",
+        help="when the search ends: optimal (default), when no better translation can follow; first, when beam_size "
+        "translations are complete",
     )
     add_length_penalty(beam)
 
     sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
     sampling.add_argument(
-        "--sample", action="store_true", default=False, help="draw translations at random instead of searching"
+        "--sample",
+        action="store_true",
+        default=False,
+        help="sample translations at random instead of searching for the best",
     )
     sampling.add_argument(
         "--temperature",
         type=float,
         metavar="X",
-        help=f"below 1 surer, above 1 more varied (default {SAMPLING.temperature:g})",
+        help=f"below 1 samples are more predictable, above 1 more varied (default {SAMPLING.temperature:g})",
     )
     sampling.add_argument(
         "--top_k",
         type=whole,
         metavar="N",
-        help=f"draw only among the N most probable tokens (default {SAMPLING.top_k}: among all)",
+        help=f"sample only from the N most probable tokens (default {SAMPLING.top_k}: from all)",
     )
     sampling.add_argument(
         "--top_p",
         type=float,
         metavar="P",
-        help="draw only among the most probable tokens that together have probability P "
-        f"(default {SAMPLING.top_p:g}: among all)",
+        help="sample only from the most probable tokens that together have probability P "
+        f"(default {SAMPLING.top_p:g}: from all)",
     )
     sampling.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help="equal seeds draw equal translations (default 0)"
+        "--seed", type=seed, default=0, metavar="N", help="the same seed gives the same samples (default 0)"
     )
 
     limits = parser.add_argument_group("limits, in tokens", argument_default=argparse.SUPPRESS)
-    limits.add_argument(
-        "--min_length", type=whole, metavar="N", help=f"shortest translation (default {BEAM.min_length})"
-    )
-    limits.add_argument("--max_length", type=whole, metavar="N", help="longest translation (default: no such limit)")
+    limits.add_argument("--min_length", type=whole, metavar="N", help=f"minimum length (default {BEAM.min_length})")
+    limits.add_argument("--max_length", type=whole, metavar="N", help="maximum length (default: no fixed limit)")
     limits.add_argument(
         "--extra_length",
         type=whole,
         metavar="N",
-        help=f"longest translation, beyond the length of its source (default {BEAM.extra_length}, the paper's)",
+        help=f"maximum length beyond that of the source (default {BEAM.extra_length}, as in the paper)",
     )
     limits.add_argument(
         "--no_repeat_ngram",
         type=whole,
         metavar="N",
-        help=f"no N tokens in a row come twice in a translation (default {BEAM.no_repeat_ngram}: they may)",
+        help=f"never repeat a sequence of N tokens within a translation (default {BEAM.no_repeat_ngram}: allow it)",
     )
 
 
 def add_length_penalty(group: Any) -> None:
-    """Declares what a score divides a log-probability by."""
+    """Declares the length penalty, by which a score divides a log-probability."""
     group.add_argument(
         "--length_penalty",
         choices=LENGTH_PENALTIES,
-        help="a log-probability is divided by ((5 + length) / 6) ^ alpha (paper, the default) or by length ^ alpha "
+        help="what log-probabilities are divided by: ((5 + length) / 6) ^ alpha (paper, the default) or length ^ alpha "
         "(length)",
     )
     group.add_argument(
-        "--alpha", type=float, metavar="X", help=f"that exponent; 0 does not divide (default {BEAM.alpha})"
+        "--alpha",
+        type=float,
+        metavar="X",
+        help=f"exponent of the length penalty; 0 switches it off (default {BEAM.alpha})",
     )
 
 
 def search_settings(options: argparse.Namespace) -> SearchSettings:
-    """What the options say of the search; raises ValueError naming the option that is wrong."""
+    """The settings of the search that the options ask for; raises ValueError naming the option that is wrong."""
     sample = getattr(options, "sample", False)
     own, other = (Sampling, BeamSearch) if sample else (BeamSearch, Sampling)
     names = {field.name for field in dataclasses.fields(own)}
     for field in dataclasses.fields(other):
         if field.name in options and field.name not in names:
-            mend = "leave it or --sample out" if sample else "add --sample"
-            raise ValueError(f"--{field.name} is for {'beam search' if sample else 'sampling'}: {mend}")
+            wanted, remedy = ("beam search", "remove it or --sample") if sample else ("sampling", "add --sample")
+            raise ValueError(f"--{field.name} applies to {wanted} only: {remedy}")
     try:
         return own(**{name: value for name, value in vars(options).items() if name in names})
     except ValueError as error:
@@ -211,40 +217,42 @@ def pair_checkpoints(workdirs: Sequence[str], checkpoints: Sequence[str | int]) 
         checkpoints = [*checkpoints] * len(workdirs)
     if len(workdirs) != len(checkpoints):
         raise ValueError(
-            f"--checkpoint names {len(checkpoints)}, --workdir {len(workdirs)}: give one for all, or one for each"
+            f"there are {len(checkpoints)} values of --checkpoint for {len(workdirs)} of --workdir: give one for all "
+            "work directories, or one for each"
         )
     return list(zip(workdirs, checkpoints, strict=True))
 
 
 def load_translator(models: Sequence[Model], batch_tokens: int) -> Any:
-    """A model's translator, or an ensemble of several models; raises ValueError with the mend."""
+    """Loads the models; several translate as an ensemble. Raises ValueError naming a folder that cannot be read."""
     # jax loads here, so that --help answers at once.
     start_devices()
     from flax_transformer.decoding.translator import Translator
+    from flax_transformer.trained_model import TrainedModel
 
-    translators = []
+    loaded = []
     for workdir, step in models:
         with explain_damage(workdir):
-            translators.append(Translator.from_workdir(workdir, step=step, batch_tokens=batch_tokens))
-    return translators[0] if len(translators) == 1 else Translator.ensemble(translators)
+            loaded.append(TrainedModel.load(workdir, step=step))
+    return Translator(loaded, batch_tokens=batch_tokens)
 
 
 @contextlib.contextmanager
 def explain_damage(workdir: str) -> Iterator[None]:
-    """Makes one ValueError that names the folder of whatever reading a work directory raises.
+    """Turns any error in reading a work directory into a ValueError that names the folder.
 
-    Errors of the device are not the folder's; `start_devices` must come before.
+    Errors of a device are passed on; call `start_devices` first, so that they show there.
     """
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # Orbax and what it reads with raise many kinds; whatever it is, the mend is the same.
+    except Exception as error:  # Orbax and what it reads with raise many kinds; the remedy is the same.
         if is_device_error(error):
             raise
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if isinstance(error, ValueError) and frame.f_globals["__name__"].startswith("flax_transformer."):
-            # One of this library's own, which names its mend, if not always the folder.
+            # One of this library's own errors, which says what to do, but not always for which folder.
             raise ValueError(str(error) if workdir.rstrip("/") in str(error) else f"{workdir}: {error}") from error
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
         raise ValueError(f"{workdir} is damaged ({reason}): copy it again, or choose another --checkpoint") from error

@@ -1,18 +1,16 @@
-"""Compiles the training step of an experiment for a slice that need not be there, and tells what it would take.
+"""Compiles the training step for a TPU slice or other devices that need not be here,
+and shows the memory and the time that it would take there.
 
-Memory, collectives and the estimate of time are the compiler's; nothing runs. Where the step does not fit, it is
-compiled again with one remedy more each time, until it does.
+All figures are the compiler's, and nothing is run. If the step does not fit into
+memory, it is compiled again with one more remedy at a time until it fits.
 """
 
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from flax_transformer.commands.options import explain_flag
+from flax_transformer.commands.config import add_config_option, read_config
 from flax_transformer.commands.process import start_devices
 
 EXAMPLES = """examples:
@@ -22,33 +20,34 @@ EXAMPLES = """examples:
 
 topologies, by product: v4-8 is v4:2x2x1; v5e-4 v5e:2x2, v5e-16 v5e:4x4, v5e-256 v5e:16x16; v5p-128 v5p:4x4x4;
 v6e-16 v6e:4x4; a host of tpu7x tpu7x:2x2x1. Compiling for a TPU takes minutes on a small machine."""
-USAGE = "--config FILE --topology NAME [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
+USAGE = "--config CONFIG --topology NAME [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
+MEMORY_REMEDY = "plan on a machine that has more"
 GB = 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment, as train.py takes it")
+    add_config_option(parser)
     parser.add_argument(
         "--topology",
         required=True,
         metavar="NAME",
-        help="the slice: a TPU and its chips, e.g. v5e:4x4 (needs the extra libtpu), cpu:N, or here for the devices at "
-        "hand",
+        help="the devices: a TPU slice, e.g. v5e:4x4 (needs the extra libtpu), cpu:N, or here for the devices of this "
+        "machine",
     )
     parser.add_argument(
         "--parallel",
         metavar="KIND",
-        help="in place of the config's training.parallelism: pmap, data, fsdp, data=2,fsdp=4 or jit",
+        help="replaces training.parallelism of the config: pmap, data, fsdp, data=2,fsdp=4 or jit",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compiles and prints; ValueError with the mend."""
+    """Compiles and prints; raises ValueError that says what to do."""
     if options.topology != "here":
-        # Before jax loads: the compiler is wanted, not a device.
+        # Set before jax loads: planning needs a compiler and no device.
         os.environ["JAX_PLATFORMS"] = "cpu"
-        # What libtpu says of the machine that it is not on helps nobody.
+        # Hides what libtpu logs about not being on a TPU machine.
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     kind, _, size = options.topology.partition(":")
@@ -79,25 +78,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    """The experiment with the vocabulary's wished-for size filled in, since no text is read."""
+    """The experiment, with a vocabulary of the size that the config asks for where none is known yet."""
     import dataclasses
-
-    from ml_collections import config_flags
 
     from flax_transformer.experiment import Experiment
 
-    # As train.py reads it, so that its flags can be copied.
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    path = options.config.partition(":")[0]
-    if not Path(path).is_file():
-        raise ValueError(f"--config: {path} is no file: give an experiment, e.g. configs/wmt14_en_de_base.py")
-    try:
-        values(["plan", f"--config={options.config}", *options.changes])
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
-        raise ValueError(f"--config: {explain_flag(str(cause))}") from error
-    experiment = Experiment.from_mapping(holder.value.to_dict())
+    experiment = Experiment.from_mapping(read_config(options.config, options.changes))
     model, size = experiment.model, experiment.vocabulary.size
     model = dataclasses.replace(
         model, source_vocab_size=model.source_vocab_size or size, target_vocab_size=model.target_vocab_size or size
@@ -117,7 +103,9 @@ def _show(plan: Any, memory: float | None) -> bool:
     )
     result = plan.result
     if not plan.fits:
-        needed = "more memory than there is" if result.needed is None else f"at least {_gb(result.needed)} a device"
+        needed = (
+            "more memory than the device has" if result.needed is None else f"at least {_gb(result.needed)} a device"
+        )
         available = "" if result.available is None else f" of {_gb(result.available)}"
         print(f"  does not fit: it needs {needed}{available} (compiled for {result.compile_seconds:.0f} s)")
         return False
@@ -137,7 +125,7 @@ def _show(plan: Any, memory: float | None) -> bool:
         if plan.work.peak_flops:
             share, peak = plan.work.flops / result.seconds / plan.work.peak_flops, plan.work.peak_flops / plan.devices
             print(f"    utilisation       {share:.0%} of {peak / 1e12:.0f} TFLOP/s (model FLOPs)")
-    verdict = "it fits" if memory else "nobody tells what the device has"
+    verdict = "it fits" if memory else "device memory is unknown, so whether it fits cannot be checked"
     print(f"  compiled in {result.compile_seconds:.0f} s; {verdict}")
     return True
 

@@ -1,6 +1,6 @@
-"""Prepares a process for its user: standard streams that can be written to, errors and warnings in one line, devices.
+"""Prepares a process: standard streams that can be written to, errors and warnings in one line, and devices.
 
-It does not import jax before `start_devices`, so that programs that use it still answer --help at once.
+jax is imported in `start_devices` and not before, so that programs answer --help at once.
 """
 
 import contextlib
@@ -42,22 +42,26 @@ def prepare_streams() -> bool:
 
 
 def let_output_fail() -> None:
-    """Lets what cannot be written to standard output be lost, for a program that has more to do than to print."""
+    """Drops output that cannot be written, for a program whose work matters more than what it prints."""
     sys.stdout = _reopen(sys.stdout, _UnfailingFile)
 
 
+class OutputClosed(BrokenPipeError):
+    """The reader of standard output has gone, as `head` does after its last line."""
+
+
 class _OutputFile(io.FileIO):
-    """A file that says that it is standard output where it cannot be written."""
+    """Standard output, whose errors say that it is standard output."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            raise  # no error, see `complete_output`
+        except BrokenPipeError as error:
+            raise OutputClosed(*error.args) from error  # not a failure: see `complete_output`
         except OSError as error:
             raise OSError(
-                f"standard output cannot be written ({error.strerror or error}), so that text is missing from it: make "
-                "room there, or send it to a file or pipe that can be written"
+                f"standard output cannot be written ({error.strerror or error}), so some of the output is lost: free "
+                "some space, or send it to a file or pipe that can be written"
             ) from error
 
 
@@ -100,7 +104,7 @@ def complete_output(program: str) -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()  # at the end Python would only say that it ignored the error
-    except BrokenPipeError:
+    except OutputClosed:
         _discard_output()
         sys.exit(141)
     except OSError as error:
@@ -123,7 +127,7 @@ def load_jax() -> None:
 
 
 def start_devices() -> None:
-    """Lets jax find its devices and use one, before anything is read that might be blamed for their failure.
+    """Starts jax's devices and uses one, so that their failure is not blamed on a file that is read later.
 
     Raises:
         ValueError: it fails; says why and what to do.
@@ -133,7 +137,7 @@ def start_devices() -> None:
 
     try:
         jax.device_put(0.0, jax.local_devices()[0]).block_until_ready()
-    except Exception as error:  # Whatever jax raises here, it is not about what the user wants it for.
+    except Exception as error:  # Whatever jax raises here, the user's input is not the cause.
         raise ValueError(_does_not_start(error)) from error
 
 
@@ -142,8 +146,8 @@ def _does_not_start(error: Exception) -> str:
     named = f" with JAX_PLATFORMS={platforms}" if platforms else ""
     return (
         f"jax does not start{named} ({_reason(error)}): set JAX_PLATFORMS=cpu to use the CPU, or unset it to use what "
-        "there is; a GPU needs the extra cuda, its driver, and memory that no other process holds (see nvidia-smi), a "
-        "TPU the extra tpu"
+        "is available; a GPU needs the extra cuda, its driver, and memory that no other process holds (see nvidia-smi), "
+        "a TPU the extra tpu"
     )
 
 
@@ -174,14 +178,14 @@ def _reason(error: BaseException) -> str:
 
 
 def prepare_libraries() -> None:
-    """Lets jax keep what it compiles from run to run, and Orbax be quiet; what the user has set stays."""
+    """Makes jax keep compiled programs between runs, and Orbax quiet; environment variables that are set stay."""
     # The specification wants a relative path to be ignored: https://specifications.freedesktop.org/basedir-spec
     cache = os.environ.get("XDG_CACHE_HOME", "")
     cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "flax-transformer", "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     absl.logging.set_verbosity(absl.logging.ERROR)
-    # Of one save that fails Orbax tells the trace of each array, on every way there is: one error stands for them all.
+    # When a save fails, Orbax logs a trace for each array in several ways: one error is enough.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     show = sys.unraisablehook

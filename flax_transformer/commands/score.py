@@ -1,13 +1,13 @@
-"""Scores translations that are already there: how probable the model finds each.
+"""Computes how probable a model finds given translations.
 
-Reads two files with --source and --target, or from standard input lines of a
-source, a tab and a target. For each pair it writes
+Reads pairs from the two files --source and --target, or from standard input, where
+each line is a source, a tab and a target. For each pair it writes
 
   tsv       line number, log-probability, tokens, score
   jsonl     line, source, text, log_prob, score, tokens and token_log_probs
 
-with natural logarithms; tokens are the target's, its end of sentence included.
-The whole text's log-probability and perplexity go to standard error at the end.
+Logarithms are natural; tokens are those of the target, including its end of sentence.
+The log-probability and the perplexity of the whole text go to standard error at the end.
 """
 
 import argparse
@@ -40,27 +40,30 @@ examples:
   flax-transformer score --workdir=runs/mine --source=test.en --target=test.de > scores.tsv
   paste test.en test.de | flax-transformer score --workdir=runs/mine --format=jsonl
 """
-# Pairs scored together: enough to sort by length, few enough to see the output grow.
+# Pairs that are scored together: enough to sort by length, few enough that output appears steadily.
 CHUNK = 2000
+MEMORY_REMEDY = "lower --batch_tokens"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `score`."""
     add_model_options(parser)
     pairs = parser.add_argument_group("the pairs")
-    pairs.add_argument("--source", type=path, metavar="FILE", help="UTF-8, a sentence a line")
-    pairs.add_argument("--target", type=path, metavar="FILE", help="line i translates line i of the source")
-    pairs.add_argument("--output", type=path, metavar="FILE", help="where scores go; standard output if not given")
-    pairs.add_argument("--format", choices=("tsv", "jsonl"), default="tsv", help="tsv (default) or jsonl, see above")
+    pairs.add_argument("--source", type=path, metavar="FILE", help="UTF-8 text, one sentence per line")
+    pairs.add_argument("--target", type=path, metavar="FILE", help="file whose line i translates line i of the source")
+    pairs.add_argument("--output", type=path, metavar="FILE", help="file for the scores; standard output if not given")
+    pairs.add_argument("--format", choices=("tsv", "jsonl"), default="tsv", help="tsv (default) or jsonl; see above")
     add_length_penalty(parser.add_argument_group("the score", argument_default=argparse.SUPPRESS))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Scores chunk by chunk; raises ValueError or OSError with the mend."""
+    """Scores chunk by chunk; raises ValueError or OSError that says what to do."""
     search = search_settings(options)
     models = pair_checkpoints(options.workdir, options.checkpoint)
     if (options.source is None) != (options.target is None):
-        raise ValueError("--source and --target come together: give both, or neither and pairs on standard input")
+        raise ValueError(
+            "--source and --target belong together: give both, or neither to read pairs from standard input"
+        )
     if options.source:
         inputs = [("--source", options.source), ("--target", options.target)]
     else:
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     if total == 0:
         raise ValueError("there are no pairs: the input is empty")
     if not options.source and sys.stdin.isatty():
-        print("type a source, a tab and a target on each line; Ctrl-D ends them", file=sys.stderr)
+        print("type a source, a tab and a target on each line, and end with Ctrl-D", file=sys.stderr)
     pairs = read_pairs(options.source, options.target) if options.source else read_columns(STANDARD)
     translator = load_translator(models, options.batch_tokens)
     done, tokens, log_prob = 0, 0, 0.0
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("there are no pairs: the input is empty")
     print(
         f"{done} pairs, {tokens} tokens, log-probability {log_prob:.4f}, "
-        f"perplexity {math.exp(-log_prob / tokens):.4f} a token",
+        f"perplexity {math.exp(-log_prob / tokens):.4f} per token",
         file=sys.stderr,
     )
 

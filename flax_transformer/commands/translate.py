@@ -1,5 +1,5 @@
-"""Translates a file, or standard input: one line for one line, in order, empty
-lines kept. With --interactive, translates what you type.
+"""Translates a file or standard input line by line; every line, even an empty one,
+gives one line of output. With --interactive, translates what you type.
 """
 
 import argparse
@@ -38,12 +38,12 @@ EXAMPLES = """\
 formats:
   text      the best translation of each line
   tsv       line number, rank, score and translation, --nbest rows for each line
-  jsonl     an object for each line: source, and hypotheses with text, score, log_prob,
-            tokens, ids, token_log_probs, and alignment where it is asked for; where the
-            source holds characters that the vocabulary lacks, also unknown_characters,
-            and unknown_share, their share of the source's characters
+  jsonl     an object for each line, with the source and its hypotheses: text, score,
+            log_prob, tokens, ids, token_log_probs and, with --alignment, alignment. If
+            the vocabulary lacks characters of the source, unknown_characters lists them
+            and unknown_share is their share of all characters.
 
-Line ends and, in tsv, tabs inside a translation are written as spaces; jsonl keeps them.
+Line ends within a translation, and tabs in tsv, are written as spaces; jsonl keeps them.
 
 examples:
   flax-transformer translate --workdir=runs/mine --input=letters.en --output=letters.de
@@ -51,6 +51,7 @@ examples:
   flax-transformer translate --workdir=runs/mine --interactive
   flax-transformer translate --workdir runs/a runs/b --nbest=4 --format=tsv --input=letters.en
 """
+MEMORY_REMEDY = "lower --batch_tokens or --beam_size"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,17 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     text = parser.add_argument_group("the text")
     text.add_argument(
-        "--input", type=path, metavar="FILE", help="UTF-8, a sentence a line; standard input if not given"
+        "--input", type=path, metavar="FILE", help="UTF-8 text, one sentence per line; standard input if not given"
     )
-    text.add_argument("--output", type=path, metavar="FILE", help="where translations go; standard output if not given")
-    text.add_argument("--format", choices=FORMATS, help="text (default), tsv or jsonl, see below")
+    text.add_argument(
+        "--output", type=path, metavar="FILE", help="file for the translations; standard output if not given"
+    )
+    text.add_argument("--format", choices=FORMATS, help="text (default), tsv or jsonl; see below")
     text.add_argument(
         "--nbest",
         dest="num_return",
         type=whole,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="translations of each sentence, the best first, or that many samples (default 1)",
+        help="number of translations or samples of each sentence, best translation first (default 1)",
     )
     text.add_argument(
         "--alignment",
@@ -77,27 +80,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole,
         const=-1,
         metavar="LAYER",
-        help="add to jsonl how much each target token attended to each source token: the cross-attention of a decoder "
-        "layer, heads averaged; layers count from 0, and the last is the default",
+        help="add to jsonl how much each target token attends to each source token: the cross-attention of this "
+        "decoder layer, averaged over heads; layers count from 0, and the last is the default",
     )
     text.add_argument(
-        "--prefixes", type=path, metavar="FILE", help="line i is how the translation of line i must begin"
+        "--prefixes", type=path, metavar="FILE", help="file whose line i is how the translation of line i must begin"
     )
-    text.add_argument("--interactive", action="store_true", help="translate at a prompt; Ctrl-D leaves it")
+    text.add_argument("--interactive", action="store_true", help="translate what you type at a prompt; Ctrl-D ends it")
     text.add_argument(
         "--buffer_lines",
         type=positive,
         default=2000,
         metavar="N",
-        help="lines read before they are sorted by length and translated: more are faster, fewer show sooner "
-        "(default 2000)",
+        help="lines that are read, sorted by length and translated together; more are faster, fewer show results "
+        "sooner (default 2000)",
     )
 
     add_search_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Translates chunk by chunk; raises ValueError or OSError with the mend."""
+    """Translates chunk by chunk; raises ValueError or OSError that says what to do."""
     # Loads SentencePiece, so not for --help.
     from flax_transformer.decoding.unreadable import UnreadableSentences
 
@@ -114,10 +117,10 @@ def run(options: argparse.Namespace) -> None:
     check_output("--output", output, inputs, options.workdir)
     total = count_lines(*(name for _, name in inputs))
     if source == STANDARD and sys.stdin.isatty():
-        print("type sentences, Ctrl-D ends them; --interactive answers each at once", file=sys.stderr)
+        print("type sentences and end with Ctrl-D; --interactive answers each at once", file=sys.stderr)
     translator = load_translator(models, options.batch_tokens)
     if options.alignment is not None:
-        # Where there is no such layer, it says so now, not after the first chunk.
+        # Reports a layer that does not exist now, not after the first chunk.
         translator.align([], [], layer=options.alignment)
     lines = read_pairs(source, options.prefixes) if options.prefixes else ((line, "") for line in read_lines(source))
     write_lines = FORMATS[options.format or "text"]
@@ -126,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
         for chunk in in_chunks(lines, options.buffer_lines):
             sentences = [sentence for sentence, _ in chunk]
             prefixes = [prefix for _, prefix in chunk] if options.prefixes else None
-            # Samples of a sentence that comes again in a later chunk are others.
+            # A sentence that is repeated in a later chunk gets different samples.
             found = translator.hypotheses(sentences, search, prefixes=prefixes, seed=(options.seed + done) % 2**32)
             described = _describe(translator, sentences, found, options.alignment)
             lacking = unreadable.add(sentences)
@@ -142,22 +145,24 @@ def run(options: argparse.Namespace) -> None:
 def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:
     if search.num_return > 1 and options.format in (None, "text"):
         raise ValueError(
-            f"--nbest is {search.num_return}, and text has one line for each line: add --format=tsv or --format=jsonl"
+            f"--nbest is {search.num_return}, but --format=text has room for one translation: use --format=tsv or jsonl"
         )
     if options.alignment is not None and options.format != "jsonl":
-        raise ValueError("--alignment has no place in text or tsv: add --format=jsonl")
+        raise ValueError("--alignment needs --format=jsonl: text and tsv have no place for it")
 
 
 def _check_interactive(options: argparse.Namespace) -> None:
     for name in ("input", "output", "format", "alignment", "prefixes"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name} is for files, --interactive for a prompt: leave one of them out")
+            raise ValueError(
+                f"--{name} cannot be combined with --interactive, which translates what you type: remove one of them"
+            )
 
 
 def _describe(
     translator: Any, sentences: Sequence[str], found: Sequence[Sequence[Any]], layer: int | None
 ) -> list[list[dict[str, Any]]]:
-    """Each hypothesis of each sentence by its fields, with its alignment where a layer is given."""
+    """The fields of each hypothesis of each sentence, with its alignment if a layer is given."""
     described = [[dataclasses.asdict(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
     if layer is None:
         return described
@@ -188,7 +193,8 @@ def _jsonl(number: int, sentence: str, unknown: Any, hypotheses: Sequence[dict[s
     return [json_line({"line": number, "source": sentence} | mark | {"hypotheses": hypotheses})]
 
 
-# Each writes a line number, its sentence, what the vocabulary cannot read of it (`Unreadable`), and its hypotheses.
+# Each makes the output lines of one sentence from its line number, the sentence, the characters that the vocabulary
+# lacks (`Unreadable`) and the hypotheses.
 FORMATS: dict[str, Callable[[int, str, Any, Sequence[dict[str, Any]]], list[str]]] = {
     "text": _text,
     "tsv": _tsv,
@@ -204,7 +210,7 @@ def _converse(translator: Any, search: SearchSettings, seed: int) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal has its own encoding, files and pipes are UTF-8.
             stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors=errors)
-    print("Type a sentence and Enter; Ctrl-D leaves.")
+    print("Type a sentence and press Enter; Ctrl-D ends.")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         for turn in itertools.count():
             sentence = input("> ")
@@ -216,7 +222,7 @@ def _converse(translator: Any, search: SearchSettings, seed: int) -> None:
 
 
 def _answer(translator: Any, sentence: str, search: SearchSettings, seed: int) -> None:
-    """Prints a translation as its pieces are chosen, where there is but one to choose, or the n-best with scores."""
+    """Prints the translation: piece by piece if the search has one hypothesis, with scores if n-best are asked for."""
     if search.hypotheses == 1:
         for piece in translator.stream(sentence, search, seed=seed):
             print(piece, end="", flush=True)

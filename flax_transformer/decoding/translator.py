@@ -11,7 +11,6 @@ from etils import epath
 from jaxtyping import Array, Key, PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.batch_runner import Engine, Output
 from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
@@ -28,7 +27,7 @@ Texts = Iterable[Any]
 
 
 class Translator:
-    """Translates sentences with a model, or with several that share a vocabulary.
+    """Translates sentences with a model, or with an ensemble that averages the probabilities of several models.
 
     Attributes:
         vocabularies: of both sides.
@@ -36,38 +35,46 @@ class Translator:
 
     def __init__(
         self,
-        config: TransformerConfig,
-        params: PyTree,
-        vocabularies: VocabularyPair,
+        models: TrainedModel | Sequence[TrainedModel],
         *,
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Puts a translator together from its parts.
+        """Copies the parameters to the devices; compiling waits for the first sentences.
 
         Args:
-            config: the model's.
-            params: its parameters.
-            vocabularies: of both sides.
+            models: one model, or several with the same vocabularies.
             batch_tokens: source tokens in a batch, padding included.
-            devices: those that a batch is divided among; all of this process if not given.
+            devices: the devices that share each batch; all of this process if not given.
 
         Raises:
-            ValueError: the vocabularies are not the model's.
+            ValueError: there is no model, or their vocabularies differ.
         """
-        model = TrainedModel(config, params, vocabularies)
-        self.vocabularies = model.vocabularies
-        devices = jax.local_devices() if devices is None else devices
-        self._engine = Engine([model.config], [model.params], batch_tokens=batch_tokens, devices=devices)
+        models = [models] if isinstance(models, TrainedModel) else list(models)
+        if not models:
+            raise ValueError("a translator needs at least one model, and the list of models is empty: add one")
+        self.vocabularies = models[0].vocabularies
+        for number, model in enumerate(models[1:], 2):
+            if model.vocabularies.fingerprint() != self.vocabularies.fingerprint():
+                raise ValueError(
+                    f"model {number} has a different vocabulary from model 1: an ensemble averages the probabilities "
+                    "of the same pieces, so train its models with one vocabulary"
+                )
+        self._engine = Engine(
+            [model.config for model in models],
+            [model.params for model in models],
+            batch_tokens=batch_tokens,
+            devices=jax.local_devices() if devices is None else devices,
+        )
 
     @property
     def config(self) -> TransformerConfig:
-        """The model's; the first one's of an ensemble."""
+        """The configuration of the model, or of the first model of an ensemble."""
         return self._engine.configs[0]
 
     @property
     def params(self) -> PyTree:
-        """The model's parameters; the first one's of an ensemble."""
+        """The parameters of the model, or of the first model of an ensemble."""
         return self._engine.models[0]
 
     @classmethod
@@ -79,7 +86,7 @@ class Translator:
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Translator":
-        """Loads a translator from the work directory that training left.
+        """Loads the model of a work directory; for an ensemble give the constructor several `TrainedModel.load(path)`.
 
         Args:
             path: the work directory.
@@ -92,34 +99,7 @@ class Translator:
         Raises:
             ValueError: it is no work directory, has no such checkpoint, or another vocabulary than the model's.
         """
-        model = TrainedModel.load(path, step=step)
-        return cls(model.config, model.params, model.vocabularies, batch_tokens=batch_tokens, devices=devices)
-
-    @classmethod
-    def ensemble(cls, translators: Sequence["Translator"]) -> "Translator":
-        """One translator that averages the probabilities of several; batches and devices are the first one's.
-
-        Raises:
-            ValueError: there is none, or their vocabularies differ.
-        """
-        if not translators:
-            raise ValueError("an ensemble needs models: give at least one translator")
-        first = translators[0]
-        for number, other in enumerate(translators[1:], 2):
-            if other.vocabularies.fingerprint() != first.vocabularies.fingerprint():
-                raise ValueError(
-                    f"model {number} has another vocabulary than the first: an ensemble averages the probabilities "
-                    "of the same pieces, so train its models with one vocabulary"
-                )
-        together = cls.__new__(cls)
-        together.vocabularies = first.vocabularies
-        together._engine = Engine(
-            [config for each in translators for config in each._engine.configs],
-            [params for each in translators for params in each._engine.models],
-            batch_tokens=first._engine.batch_tokens,
-            devices=list(first._engine.mesh.devices.flat),
-        )
-        return together
+        return cls(TrainedModel.load(path, step=step), batch_tokens=batch_tokens, devices=devices)
 
     def translate(
         self,

@@ -22,6 +22,7 @@ from flax_transformer.monitoring.report import TITLES, format_score
 from flax_transformer.positions import check_length
 from flax_transformer.processes import hosts
 from flax_transformer.text.spelling import comparable
+from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training.loss import LossSums
 
 
@@ -134,7 +135,7 @@ class Evaluation:
 
     def _translate(self, params: PyTree, after_batch: Callable[[], None]) -> list[str]:
         """Translates the source sentences; each process translates its share."""
-        translator = Translator(self._model_config, params, self._vocabularies)
+        translator = Translator(TrainedModel(self._model_config, params, self._vocabularies))
         search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
         mine = self.source[hosts.index() :: hosts.count()]
         with warnings.catch_warnings():

@@ -61,15 +61,15 @@ def test_keep_starts_the_training_when_a_machine_was_started_anew(cloud):
 
 def test_keep_gives_up_when_gcloud_fails_for_long(cloud):
     cloud.plays(failing={"describe": 4 * [7]})
-    assert "3 tries in a row failed" in cloud("keep", status=7, PATIENCE="3")
+    assert "3 attempts in a row failed" in cloud("keep", status=7, PATIENCE="3")
     assert [does(command) for command in cloud.calls] == 4 * ["describe"]
 
 
 @pytest.mark.parametrize("states", ["NOT_FOUND ACTIVE", "DELETING DELETING NOT_FOUND ACTIVE"])
 def test_keep_finds_its_way_when_the_one_before_ended_behind_delete(states, cloud):
     cloud.plays(f"SUSPENDED SUSPENDED {states}", "0", failing={"create": [8, 8]})
-    assert "2 tries in a row failed" in cloud("keep", status=8, PATIENCE="2")
-    assert "my-tpu is not there: creating it" in cloud("keep")
+    assert "2 attempts in a row failed" in cloud("keep", status=8, PATIENCE="2")
+    assert "my-tpu does not exist: creating it" in cloud("keep")
     assert changes(cloud.calls) == ["delete", *3 * ["create"], *BEGIN]
 
 

@@ -61,25 +61,25 @@ def test_resume_does_all_in_order_with_the_commands_of_the_single_verbs(cloud):
 @pytest.mark.parametrize(
     ("arguments", "options", "said"),
     [
-        ([], {}, "nothing is no verb: give create, copy"),
-        (["begin"], {}, "begin is no verb: give create, copy"),
-        (["create", "--spot"], {}, "--spot is no option: see --help"),
-        (["create", "--zone", "a"], {}, "--flag=VALUE is one word"),
+        ([], {}, "nothing is not a verb: give create, copy"),
+        (["begin"], {}, "begin is not a verb: give create, copy"),
+        (["create", "--spot"], {}, "--spot is not an option"),
+        (["create", "--zone", "a"], {}, "--flag=VALUE as one word"),
         (["status"], {"NAME": ""}, "NAME is missing: give --name="),
         (["delete", "--zone="], {}, "ZONE is missing: give --zone="),
         (["create"], {"ACCELERATOR_TYPE": ""}, "ACCELERATOR_TYPE is missing: give --accelerator-type="),
         (["create"], {"ACCELERATOR_TYPE": "v5e-16"}, "give --accelerator-type=v5litepod-16"),
         (["create"], {"ACCELERATOR_TYPE": "tpu7x-16"}, "use GKE or Compute Engine"),
         (["create"], {"ACCELERATOR_TYPE": "v9-1"}, "give --runtime-version="),
-        (["copy"], {"NAME": "My TPU"}, "take a-z, 0-9 and hyphens"),
-        (["copy", "--data=data/none.en"], {}, "give a file or folder of this repository"),
-        (["copy", "--data=/etc/hosts"], {}, "give a file or folder of this repository"),
+        (["copy"], {"NAME": "My TPU"}, "--name is My TPU"),
+        (["copy", "--data=data/none.en"], {}, "give a file or folder inside this repository"),
+        (["copy", "--data=/etc/hosts"], {}, "give a file or folder inside this repository"),
         (["run"], {"WORKDIR": "runs/first"}, "give gs://BUCKET/FOLDER"),
         (["resume"], {"CONFIG": "notes"}, "git add it"),
         (["keep"], {"CONFIG": ""}, "CONFIG is missing: give --config="),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_mend(arguments, options, said, cloud):
+def test_a_mistake_is_one_line_that_says_what_to_do(arguments, options, said, cloud):
     (line,) = cloud(*arguments, status=2, **options).splitlines()
     assert said in line
     assert cloud.calls == []
@@ -102,7 +102,7 @@ def test_each_worker_trains_with_the_arguments_as_they_were_written(cloud):
     for worker in range(2):
         soon(lambda worker=worker: cloud.trained(worker))
         assert cloud.trained(worker) == [["tpu,cpu", *TRAIN, *awkward]]
-    assert "it runs already: stop it first" in cloud("run", status=1)
+    assert "already running" in cloud("run", status=1)
 
 
 def test_what_git_knows_is_copied_and_the_text_that_is_named(cloud):

@@ -20,6 +20,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.model import Transformer
+from flax_transformer.trained_model import TrainedModel
 from flax_transformer.workdir import WorkDirectory
 
 WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
@@ -131,4 +132,4 @@ def unloaded(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("the model was loaded before the mistake was found")
 
-    monkeypatch.setattr(Translator, "from_workdir", load)
+    monkeypatch.setattr(TrainedModel, "load", load)

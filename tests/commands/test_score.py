@@ -80,8 +80,8 @@ def test_what_translate_found_scores_the_same(run, workdir, tmp_path, translator
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [
-        (["--source={source}"], "", r"--source and --target come together"),
-        (["--target={source}"], "", r"--source and --target come together"),
+        (["--source={source}"], "", r"--source and --target belong together"),
+        (["--target={source}"], "", r"--source and --target belong together"),
         (["--source={source}", "--target={short}"], "", r"has 7 lines, .* has 1 lines: line i of"),
         (["--source={source}", "--target=none"], "", r"cannot read none .*check the path"),
         (["--source={source}", "--target={source}", "--output={source}"], "", r"is read as well"),

@@ -11,6 +11,7 @@ import pytest
 
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.trained_model import TrainedModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,8 +118,8 @@ def test_limits_are_kept(run, workdir, source):
 
 
 def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, lines):
-    others = [Translator.from_workdir(workdir, step=step) for step in (2, 3)]
-    expected = Translator.ensemble(others).translate(lines)
+    others = [TrainedModel.load(workdir, step=step) for step in (2, 3)]
+    expected = Translator(others).translate(lines)
     assert expected != translator.translate(lines)
     said = run("translate", "--workdir", workdir, workdir, "--checkpoint", 2, 3, "--input", source)
     assert said.splitlines() == expected
@@ -141,7 +142,7 @@ def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, 
         (["--input=-", "--prefixes=-"], r"standard input can be only one of them"),
         (["--prefixes={latin}"], r"latin.txt:2: byte 3"),
         (["--prefixes={short}"], r"source.txt has 7 lines, .*short.txt has 1 lines"),
-        (["--nbest=2"], r"--nbest is 2, .*--format=tsv or --format=jsonl"),
+        (["--nbest=2"], r"--nbest is 2, .*--format=tsv or jsonl"),
         (["--nbest=9", "--format=tsv"], r"--nbest is 9, beam_size is 4"),
         (["--alignment"], r"--alignment .*--format=jsonl"),
         (["--beam_size=0"], r"--beam_size is 0: it must be at least 1"),
@@ -155,7 +156,7 @@ def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, 
             ["--checkpoint", "1", "2", "--workdir", "a", "b", "c"],
             r"--checkpoint names 2, --workdir 3: give one for all",
         ),
-        (["--interactive"], r"--input is for files, --interactive for a prompt"),
+        (["--interactive"], r"--input cannot be combined with --interactive"),
         (["--beam-size=3"], r"--beam-size is no option: did you mean --beam_size\?"),
         (["--buffer_lines=0"], r"--buffer_lines: '0': give a whole number above 0"),
     ],

@@ -16,6 +16,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.model import Transformer
+from flax_transformer.trained_model import TrainedModel
 from flax_transformer.workdir import WorkDirectory
 
 WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
@@ -78,7 +79,8 @@ def make_translator(make_model, vocabularies):
     def make(seed=3, *, batch_tokens=4096, devices=None, **changes):
         config, params = make_model(vocabularies.source.size, seed, **changes)
         devices = jax.local_devices()[:1] if devices is None else devices
-        return Translator(config, params, vocabularies, batch_tokens=batch_tokens, devices=devices)
+        model = TrainedModel(config, params, vocabularies)
+        return Translator(model, batch_tokens=batch_tokens, devices=devices)
 
     return make
 

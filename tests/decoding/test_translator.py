@@ -18,6 +18,7 @@ from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.translator import Translation, Translator
 from flax_transformer.decoding.unreadable import UnreadableWarning
 from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.trained_model import TrainedModel
 from flax_transformer.workdir import WorkDirectory
 
 # With so little extra room no output needs a longer bucket than its source.
@@ -113,7 +114,7 @@ def check_numbers(translation, settings):
 @pytest.mark.parametrize("settings", [GREEDY, BEAM, SAMPLING], ids=["greedy", "beam", "sampling"])
 def test_scoring_a_translation_gives_the_numbers_it_came_with(translator, make_translator, settings, several):
     if several:
-        translator = Translator.ensemble([translator, make_translator(4, d_model=8)])
+        translator = Translator([model_of(translator), model_of(make_translator(4, d_model=8))])
     settings = settings.replace(alpha=1.0, length_penalty="length")
     found = translator.hypotheses(SHORT, settings)
     pairs = [(source, each) for source, hypotheses in zip(SHORT, found, strict=True) for each in hypotheses]
@@ -141,23 +142,25 @@ def test_a_text_is_scored_by_the_tokens_that_the_vocabulary_gives_it(translator)
 
 
 def test_an_ensemble_of_a_model_and_itself_translates_as_the_model(translator):
-    twice = Translator.ensemble([translator, translator])
+    twice = Translator([model_of(translator)] * 2)
     assert twice.translate(SHORT, GREEDY) == translator.translate(SHORT, GREEDY)
     assert twice.config == translator.config
 
 
 def test_an_ensemble_of_none_or_of_other_vocabularies_is_an_error_that_names_the_mend(translator, make_model, say):
-    with pytest.raises(ValueError, match="give at least one translator"):
-        Translator.ensemble([])
+    with pytest.raises(ValueError, match="at least one model"):
+        Translator([])
     lines = [say(200 + number, 6) for number in range(40)]
     others = VocabularyPair.train(lines, lines, VocabularyConfig(size=105))
-    other = Translator(*make_model(others.source.size), others)
-    with pytest.raises(ValueError, match="model 2 has another vocabulary than the first: .* train its models with one"):
-        Translator.ensemble([translator, other])
-    with pytest.raises(
-        ValueError, match="has 105 source and 105 target pieces, the model 110 and 110: put the model's"
-    ):
-        Translator(translator.config, translator.params, others)
+    other = TrainedModel(*make_model(others.source.size), others)
+    with pytest.raises(ValueError, match="model 2 has a different vocabulary"):
+        Translator([model_of(translator), other])
+    with pytest.raises(ValueError, match="105 source and 105 target pieces, the model 110 and 110"):
+        TrainedModel(translator.config, translator.params, others)
+
+
+def model_of(translator):
+    return TrainedModel(translator.config, translator.params, translator.vocabularies)
 
 
 def test_samples_depend_on_the_seed_and_on_no_neighbour_and_no_batch(make_translator, translator, short_sighted):

@@ -39,7 +39,7 @@ def test_scores_are_ours(make_model, tmp_path, sentences, options):
         for side, lines in ((model.vocabularies.source, sentences), (model.vocabularies.target, sentences[::-1]))
     )
     theirs = load(tmp_path / "exported").score_batch(source, target)
-    ours = Translator(model.config, model.params, model.vocabularies).score(sentences, sentences[::-1])
+    ours = Translator(model).score(sentences, sentences[::-1])
     for found, wanted in zip(theirs, ours, strict=True):
         np.testing.assert_allclose(found.log_probs, wanted.token_log_probs, atol=1e-4)
 
@@ -49,7 +49,7 @@ def test_translations_are_ours(make_model, tmp_path, sentences):
     model.params["output_bias"][model.config.eos_id] += 6.0  # or outputs go on until they are cut off
     to_ctranslate2(model, tmp_path / "exported")
     search = BeamSearch(beam_size=4, length_penalty="length", alpha=1.0, stopping="first", max_length=30)
-    ours = Translator(model.config, model.params, model.vocabularies).hypotheses(sentences, search)
+    ours = Translator(model).hypotheses(sentences, search)
     banned = [[piece] for piece in model.vocabularies.target.pieces([model.config.pad_id, model.config.start_id])]
     theirs = load(tmp_path / "exported").translate_batch(
         pieces(model.vocabularies.source, [row[:-1] for row in model.vocabularies.source.encode(sentences)]),
@@ -91,7 +91,7 @@ def test_the_readme_s_program_prints_our_translation(make_model, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     exec(program, {})
     search = BeamSearch(beam_size=4, length_penalty="length", alpha=1.0, stopping="first", max_length=40)
-    translator = Translator(model.config, model.params, model.vocabularies)
+    translator = Translator(model)
     (ours,) = translator.hypotheses(["A dog runs."], search)
     # Where learned positions run out, ours ends with an end, and theirs with one more token.
     assert ours[0].text and capsys.readouterr().out.startswith(ours[0].text)
@@ -108,7 +108,7 @@ def test_a_vocabulary_of_marian_s_keeps_its_ids_and_languages(make_model, vocabu
         pieces(vocabulary, [row[:-1] for row in vocabulary.encode([">>fra<< " + line for line in sentences])]),
         pieces(vocabulary, [[token for token in row[:-1] if token != 7] for row in vocabulary.encode(sentences)]),
     )
-    translator = Translator(model.config, model.params, model.vocabularies)
+    translator = Translator(model)
     targets = [[token for token in row if token != 7] for row in vocabulary.encode(sentences)]
     ours = translator.score([">>fra<< " + line for line in sentences], [Translation(ids=tuple(row)) for row in targets])
     for found, wanted in zip(theirs, ours, strict=True):

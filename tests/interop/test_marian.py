@@ -19,7 +19,7 @@ from tests.interop.conftest import MARIAN, TYINGS, change, edit_tensors, fails, 
 
 
 def translate(model, sentences):
-    return Translator(model.config, model.params, model.vocabularies).translate(sentences)
+    return Translator(model).translate(sentences)
 
 
 @pytest.mark.parametrize(("tying", "activation"), list(zip(TYINGS, ["relu", "gelu", "swish"], strict=True)))

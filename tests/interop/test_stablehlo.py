@@ -63,7 +63,7 @@ def test_the_example_translates_as_we_do_and_without_us(make_model, tmp_path, se
         check=True,
         cwd=tmp_path,
     )
-    translator = Translator(model.config, model.params, model.vocabularies)
+    translator = Translator(model)
     # The example has one limit for all, 50 tokens beyond the longest source.
     longest = max(map(len, model.vocabularies.source.encode(sentences))) + 50 + 1  # and an end of sentence
     ours = translator.translate(sentences, BeamSearch(beam_size=1, max_length=longest, extra_length=longest))

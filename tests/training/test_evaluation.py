@@ -16,6 +16,7 @@ from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import DataConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.model import Transformer
+from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training.evaluation import Evaluation, Scores, score_translations, show_samples, show_test
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import eval_step
@@ -110,7 +111,8 @@ def test_the_loss_is_of_all_tokens_and_the_translations_are_the_translator_s(
     assert corpus.too_long.tolist() == [3] and corpus.num_rows % DATA.rows
     scores, translations = Evaluation(TEXT, corpus, vocabularies, config, SETTINGS, eval_on_one).score(params)
     assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
-    assert translations == Translator(config, params, vocabularies).translate(TEXT.source, BeamSearch(beam_size=1))
+    translator = Translator(TrainedModel(config, params, vocabularies))
+    assert translations == translator.translate(TEXT.source, BeamSearch(beam_size=1))
     assert scores.sentences == 8  # what is too long for the loss is translated all the same
 
 
