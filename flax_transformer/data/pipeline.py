@@ -24,6 +24,7 @@ from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.vocabulary import Vocabulary, VocabularyPair
 from flax_transformer.experiment import DataConfig
 from flax_transformer.text.spelling import is_blank
+from flax_transformer.tokens import Tokens
 
 OPEN_ROWS = 256
 TOKENISED_AT_ONCE = 100_000  # sentences; as lists of ids they take some ten times the room that they end up with
@@ -307,23 +308,21 @@ class PackedCorpus:
     def _lay_out(self, row_ids: Int[np.ndarray, "rows"]) -> Batch:
         """This host's part of a batch of these rows."""
         rows = [self.packing[row].tolist() for row in row_ids[self._own_rows].tolist()]
-        sides: dict[str, np.ndarray] = {}
-        for name, side, slots in (
-            ("source", self.source, self._config.source_slots),
-            ("target", self.target, self._config.target_slots),
-        ):
-            tokens, segments, positions = np.zeros((3, self._height, slots), np.int32)
+
+        def lay_out(side: TokenSide, slots: int) -> Tokens:
+            tokens = Tokens(*np.zeros((3, self._height, slots), np.int32))
             for row, pairs in enumerate(rows):
                 start = 0
                 for segment, pair in enumerate(pairs, 1):
                     ids = side[pair]
-                    end = start + len(ids)
-                    tokens[row, start:end] = ids
-                    segments[row, start:end] = segment
-                    positions[row, start:end] = np.arange(len(ids))
-                    start = end
-            sides |= {name: tokens, f"{name}_segments": segments, f"{name}_positions": positions}
-        return Batch(**sides)
+                    place = row, slice(start, start + len(ids))
+                    tokens.ids[place], tokens.segments[place] = ids, segment
+                    tokens.positions[place] = np.arange(len(ids))
+                    start += len(ids)
+            return tokens
+
+        config = self._config
+        return Batch(lay_out(self.source, config.source_slots), lay_out(self.target, config.target_slots))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches `start` up to `stop`, made ahead in the background."""

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 
 from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import Experiment
+from flax_transformer.tokens import Tokens
 from flax_transformer.training.hlo import Collective, Module, read_collectives
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import TrainState, create_state, make_train_step
@@ -248,7 +249,7 @@ def _lower(experiment: Experiment, parallelism: Parallelism, rows: int, micro_ba
 
     # Numbers that take no memory: whoever looks at a batch sees arrays.
     source, target = (np.broadcast_to(np.int32(0), (rows, slots)) for slots in (data.source_slots, data.target_slots))
-    batch = Batch(source, source, source, target, target, target)
+    batch = Batch(Tokens(source, source, source), Tokens(target, target, target))
     return parallelism.lower(make_train_step(experiment, micro_batches), parallelism.shapes(create), batch)
 
 

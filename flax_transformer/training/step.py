@@ -124,27 +124,19 @@ def batch_sums(
             memory; it divides the slots.
         scale: what the caller multiplies the loss by before it is differentiated; chunks are, in here.
     """
-    outputs = model.apply(
-        {"params": params},
-        batch.source,
-        batch.target,
-        source_segments=batch.source_segments,
-        target_segments=batch.target_segments,
-        source_positions=batch.source_positions,
-        target_positions=batch.target_positions,
-        deterministic=dropout_rng is None,
-        rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-        method="outputs",
-    )
+    rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+    run = functools.partial(model.apply, {"params": params}, deterministic=dropout_rng is None, rngs=rngs)
+    memory = run(batch.source, method="encode")
+    hidden = run(memory, batch.source, batch.target, method="decode")
 
-    def sums_of(outputs: Array, target: Array, valid: Array) -> LossSums:
-        logits = model.apply({"params": params}, outputs, method="logits")
+    def sums_of(hidden: Array, target: Array, valid: Array) -> LossSums:
+        logits = model.apply({"params": params}, hidden, method="logits")
         return cross_entropy_sums(logits, target, valid, label_smoothing)
 
-    target, valid = jnp.asarray(batch.target), jnp.asarray(batch.target_segments) > 0
+    target, valid = jnp.asarray(batch.target.ids), jnp.asarray(batch.target.segments) > 0
     if loss_chunks == 1:
-        return sums_of(outputs, target, valid)
-    return sums_in_chunks(sums_of, outputs, target, valid, chunks=loss_chunks, scale=scale)
+        return sums_of(hidden, target, valid)
+    return sums_in_chunks(sums_of, hidden, target, valid, chunks=loss_chunks, scale=scale)
 
 
 def add_up(function: Callable[[Batch, int | Array], Sums], zeros: Sums, batch: Batch, micro_batches: int) -> Sums:
@@ -199,7 +191,7 @@ def loss_and_gradients(
         axis_name: the axis over which the global batch is divided, under `pmap`.
     """
     # What is differentiated is a sum over tokens; divided by the slots, it has about the size of a mean.
-    factor = None if loss_scale is None else loss_scale.factor / batch.target.size
+    factor = None if loss_scale is None else loss_scale.factor / batch.target.ids.size
 
     def sums_and_gradients(rows: Batch, number: int | Array) -> tuple[LossSums, PyTree]:
         rng = dropout_rng
