@@ -1,4 +1,4 @@
-"""Takes sentences as vectors and leaves them one layer further: the encoder's and the decoder's layer (section 3.1).
+"""One layer of the encoder and one of the decoder (section 3.1), made of attention and feed-forward sub-layers.
 
 Glossary: B batch, S source, T target, M memory positions, D d_model, F d_ff.
 """
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between, the same at each position (section 3.3, equation 2).
+    """Two linear maps with an activation between them, the same at each position (section 3.3, equation 2).
 
     Attributes:
         d_model: width of inputs and output.
@@ -42,7 +42,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B S D"], *, deterministic: bool) -> Float[Array, "B S D"]:
-        """Maps each position; `deterministic` switches dropout off."""
+        """Transforms each position on its own; `deterministic` switches dropout off."""
         options = {
             "dtype": self.dtype,
             "kernel_init": nn.initializers.xavier_uniform(),
@@ -111,7 +111,7 @@ class EncoderLayer(_Layer):
     """Self-attention and a feed-forward network, each with a residual and a LayerNorm (section 3.1).
 
     Attributes:
-        config: the model's.
+        config: that of the model.
     """
 
     def __call__(
@@ -122,13 +122,13 @@ class EncoderLayer(_Layer):
         deterministic: bool,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B H S S"] | None]:
-        """Encodes one layer further.
+        """Applies the layer.
 
         Args:
-            inputs: one vector a source position.
+            inputs: one vector for each source position.
             mask: which source positions see each other; broadcasts to [B, H, S, S].
             deterministic: true switches dropout off.
-            return_weights: whether the attention weights are the second result; it is `None` otherwise.
+            return_weights: whether to return the attention weights as the second result, which is `None` otherwise.
         """
         hidden, weights = self._connect(
             lambda x: self.self_attention(x, x, mask, deterministic=deterministic, return_weights=return_weights),
@@ -143,7 +143,7 @@ class DecoderLayer(_Layer):
     """Masked self-attention, attention to the encoder's memory and a feed-forward network (section 3.1).
 
     Attributes:
-        config: the model's.
+        config: that of the model.
     """
 
     def setup(self):
@@ -153,7 +153,7 @@ class DecoderLayer(_Layer):
         self.cross_attention_norm = layer_norm(self.config)
 
     def project_memory(self, memory: Float[Array, "B S D"]) -> KVCache:
-        """The keys and values of the encoder's memory, computed once a sentence."""
+        """Keys and values of the encoder's memory, computed once for each sentence."""
         return self.cross_attention.project_memory(memory)
 
     def __call__(
@@ -168,21 +168,21 @@ class DecoderLayer(_Layer):
         write_at: Int[Array, ""] | None = None,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache, tuple[Array | None, Array | None]]:
-        """Decodes one layer further: a whole target at once, or with a cache the positions that come next.
+        """Applies the layer to a whole target at once or, with a cache, to the next positions.
 
         Args:
-            inputs: one vector a target position; with a cache, of every hypothesis of the sentence.
+            inputs: one vector for each target position; with a cache, of every hypothesis of the sentence.
             memory: keys and values of the encoder's memory, from `project_memory`.
             self_mask: which target positions see each other; broadcasts to [B, H, T, M].
             memory_mask: which source positions a target position sees; broadcasts to [B, H, T, S].
             deterministic: true switches dropout off.
             cache: keys and values of the target positions so far.
-            write_at: where in the cache the inputs stand.
-            return_weights: whether the attention weights come too.
+            write_at: the place of the inputs in the cache.
+            return_weights: whether to return the attention weights too.
 
         Returns:
-            The outputs; the keys and values of the target so far; the weights of self- and of cross-attention,
-            each `None` unless asked for.
+            The outputs, the keys and values of the target so far, and the weights of self-attention and
+            cross-attention, which are `None` unless asked for.
         """
         options = {"deterministic": deterministic, "return_weights": return_weights}
 

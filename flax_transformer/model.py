@@ -1,4 +1,4 @@
-"""Takes source and target token ids and leaves the logits of every target token: the whole Transformer (section 3).
+"""The whole Transformer (section 3): from source and target tokens to the logits of every target token.
 
 Glossary: B batch, S source, T target, Q target positions decoded at once, L longest target, D d_model, H heads,
 V target vocabulary, N hypotheses of each sentence, R = B * N rows, the hypotheses of a sentence together.
@@ -20,12 +20,12 @@ from flax_transformer.tokens import Tokens, check_tokens, look_up
 
 
 class AttentionWeights(flax.struct.PyTreeNode):
-    """What looked at what, one array a layer; padding rows are zero.
+    """Attention weights, one array for each layer; the rows of padding are zero.
 
     Attributes:
-        encoder: source looking at source.
-        decoder: target looking at target.
-        cross: target looking at source.
+        encoder: from source to source.
+        decoder: from target to target.
+        cross: from target to source.
     """
 
     encoder: tuple[Float[Array, "B H S S"], ...]
@@ -36,17 +36,17 @@ class AttentionWeights(flax.struct.PyTreeNode):
 class Transformer(nn.Module):
     """The Transformer: `model.apply(variables, source, target, deterministic=True)` gives logits.
 
-    Token ids are int32. Where segments are not given, every token that is not `pad_id` belongs to segment 1; where
-    positions are not given, they count from 0 along each segment.
+    Source and target are int32 token ids padded with `pad_id`, one sentence in each row, or `Tokens`, which say where
+    each of several sentences in a row stands. `logits(decode(encode(source), source, target))` gives the same.
 
     Attributes:
-        config: what the model is.
+        config: the model's sizes and options.
     """
 
     config: TransformerConfig
 
     def setup(self):
-        """One embedding matrix, two or three, by `tie_embeddings`; raises ValueError for an impossible vocabulary."""
+        """Makes one, two or three embedding matrices, as `tie_embeddings` says; raises ValueError for wrong sizes."""
         config = self.config
         if min(config.source_vocab_size, config.target_vocab_size) < 1:
             raise ValueError(
@@ -189,15 +189,15 @@ class Transformer(nn.Module):
         return logits + self.output_bias if self.config.output_bias else logits
 
     def start_decoding(self, source: Int[Array, "B S"], *, max_length: Length, hypotheses: int = 1) -> DecodingState:
-        """Encodes the source and makes room for its translations.
+        """Encodes the source and allocates caches for its translations.
 
         Args:
             source: source token ids, padded with `pad_id`.
-            max_length: the most target tokens that will be decoded, L.
-            hypotheses: how many translations of each sentence are decoded side by side.
+            max_length: maximum number of target tokens to decode, L.
+            hypotheses: number of translations of each sentence that are decoded side by side.
 
         Raises:
-            ValueError: positions are learned and `max_length` is more than there are.
+            ValueError: positions are learned, and there are fewer than `max_length`.
         """
         config = self.config
         if config.positions == "learned":
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
             position=jnp.zeros((), jnp.int32),
             ancestors=first_ancestors(source.shape[0], hypotheses, max_length),
             target=(empty,) * config.num_decoder_layers,
-            # The barrier keeps XLA from moving the layout of the memory into the loop, to be made anew at each step.
+            # Without the barrier XLA moves a change of the memory's layout into the loop and repeats it at each step.
             memory=jax.lax.optimization_barrier(self.decoder.project_memory(memory)),
             memory_mask=padding_mask(tokens.segments > 0),
         )
@@ -222,14 +222,14 @@ class Transformer(nn.Module):
     def decode_step(
         self, state: DecodingState, tokens: Int[Array, "R Q"]
     ) -> tuple[DecodingState, Float[Array, "R Q V"]]:
-        """The logits after each of the next Q tokens; equal to those of one parallel pass.
+        """The logits that follow each of the next Q tokens; they equal those of one parallel pass.
 
         Args:
-            state: from `start_decoding` or the step before.
-            tokens: the tokens last chosen, the first time `start_id`; one for each hypothesis, or several at once.
+            state: from `start_decoding` or the previous step.
+            tokens: the tokens chosen last, or `start_id` in the first step; one or more for each hypothesis.
 
         Returns:
-            The next state, and logits; NaN where more tokens came than `start_decoding` made room for.
+            The next state and the logits, which are NaN once there are more tokens than `max_length`.
         """
         check_tokens("tokens", tokens, self.config.target_vocab_size)
         batch, hypotheses, room = state.ancestors.shape
