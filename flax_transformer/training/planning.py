@@ -247,8 +247,7 @@ def _lower(experiment: Experiment, parallelism: Parallelism, rows: int, micro_ba
     def create() -> TrainState:
         return create_state(experiment, jax.random.key(0, impl=experiment.training.rng_impl))
 
-    # Numbers that take no memory: whoever looks at a batch sees arrays.
-    source, target = (np.broadcast_to(np.int32(0), (rows, slots)) for slots in (data.source_slots, data.target_slots))
+    source, target = (jax.ShapeDtypeStruct((rows, slots), np.int32) for slots in (data.source_slots, data.target_slots))
     batch = Batch(Tokens(source, source, source), Tokens(target, target, target))
     return parallelism.lower(make_train_step(experiment, micro_batches), parallelism.shapes(create), batch)
 
