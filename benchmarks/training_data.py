@@ -14,6 +14,7 @@ from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import DataConfig
+from flax_transformer.tokens import Tokens
 
 # As in configs/multi30k_en_de.py.
 MULTI30K = DataConfig(rows=32, source_slots=64, target_slots=64, seed=SEED)
@@ -50,7 +51,7 @@ class FullRows:
     def packed(self) -> Iterable[Batch]:
         ones = np.ones_like(self.source)
         positions = ones.cumsum(axis=1, dtype=np.int32) - 1
-        return [Batch(self.source, ones, positions, self.target, ones, positions)] * self.updates
+        return [Batch(Tokens(self.source, ones, positions), Tokens(self.target, ones, positions))] * self.updates
 
     def padded(self) -> list[Padded]:
         return [(self.source, self.target)] * self.updates
@@ -109,6 +110,6 @@ def pipeline_rates(sentences: Sentences, repeats: int) -> list[float]:
     for number in range(repeats):
         start, tokens = time.perf_counter(), 0
         for batch in corpus.batches(number * steps, (number + 1) * steps):
-            tokens += np.count_nonzero(batch.target_segments)
+            tokens += np.count_nonzero(batch.target.segments)
         rates.append(tokens / (time.perf_counter() - start))
     return rates

@@ -10,6 +10,7 @@ from typing import Any
 _HOMES = {
     "KVCache": "attention",
     "MultiHeadAttention": "attention",
+    "Tokens": "tokens",
     "Transformer": "model",
     "TransformerConfig": "config",
     "causal_mask": "masks",

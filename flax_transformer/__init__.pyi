@@ -4,10 +4,12 @@ from flax_transformer.attention import KVCache, MultiHeadAttention, dot_product_
 from flax_transformer.config import TransformerConfig
 from flax_transformer.masks import causal_mask, combine_masks, padding_mask, segment_mask
 from flax_transformer.model import Transformer
+from flax_transformer.tokens import Tokens
 
 __all__ = [
     "KVCache",
     "MultiHeadAttention",
+    "Tokens",
     "Transformer",
     "TransformerConfig",
     "causal_mask",

@@ -1,4 +1,4 @@
-"""Takes queries, keys, values and an additive mask and leaves what each query gathered (sections 3.2.1 and 3.2.2).
+"""Scaled dot-product attention and multi-head attention (sections 3.2.1 and 3.2.2).
 
 Glossary: B batch, Q query positions, M memory positions, H heads, K size of one head, D = H * K.
 """
@@ -15,7 +15,7 @@ from flax_transformer.dropout import dropout
 from flax_transformer.masks import check_mask, count_seen
 from flax_transformer.projections import dense_project
 
-# The least that "auto" takes cuDNN for: a tile of its kernel. A step of a search asks with fewer queries.
+# Minimum number of queries for which "auto" selects cuDNN: one tile of its kernel. Steps of a search have fewer.
 TILE = 64
 
 
@@ -32,32 +32,33 @@ def dot_product_attention(
 ) -> Float[Array, "B Q H K"] | tuple[Float[Array, "B Q H K"], Float[Array, "B H Q M"]]:
     """softmax(query key^T / sqrt(K) + mask) value, equation 1 of the paper; the softmax is float32.
 
-    A query that may see nothing (its row of the mask is all -inf) returns zeros and passes back zero gradients.
+    A query that may see nothing (its row of the mask is all -inf) gives zeros and has zero gradients.
 
     "cudnn" is the fused kernel of jax.nn.dot_product_attention, which never holds the weights of all pairs (Dao, 2023).
     It needs an NVIDIA GPU of compute capability 8.0 or more (Ampere) as jax's default device, bfloat16 or float16, a
-    head size that is a multiple of 8 up to 128 and even lengths under a mask, and neither drops weights nor returns
-    them. "auto" takes it where all of that holds and there are 64 queries at least, elsewhere "xla". This is decided
-    while tracing: what is traced beside such a GPU for another device has to ask for "xla".
+    head size that is a multiple of 8 up to 128, and even lengths if there is a mask; it can neither drop weights nor
+    return them. "auto" selects it where all of that holds and there are at least 64 queries, and "xla" elsewhere. The
+    choice is made while tracing: a program that is traced on such a machine for another device must use "xla".
 
     Args:
-        query: one vector a query and head.
-        key: one vector a memory position and head.
-        value: one vector a memory position and head.
+        query: one vector for each query and head.
+        key: one vector for each memory position and head.
+        value: one vector for each memory position and head.
         mask: 0 where a query may see a memory position, -inf where it may not; `None` hides nothing. Anything else,
             such as the 1 and 0 of `flax.linen.make_causal_mask` or a finite bias, is an error where the values are
             known, and inside `jit`, where they are not, makes the result of its query NaN.
-        dropout_rate: share of the weights that are set to zero; the paper drops none.
+        dropout_rate: share of the weights that are set to zero; 0 in the paper.
         dropout_rng: random key; `None` drops nothing.
-        return_weights: whether the weights come too, float32, before dropout.
+        return_weights: whether to return the weights too, float32, before dropout.
         implementation: "auto", "xla" or "cudnn".
 
     Returns:
-        What each query gathered, in the query's type; with `return_weights` a pair of it and the weights.
+        The weighted sum of the values for each query, in the query's type; with `return_weights` a pair of it and the
+        weights.
 
     Raises:
-        ValueError: the mask has not four dimensions that broadcast, is boolean or of integers, or is known to hold
-            anything but 0 and -inf; "cudnn" is asked for where it cannot run.
+        ValueError: the mask does not have four dimensions that broadcast, is boolean or of integers, or is known to
+            hold anything but 0 and -inf; or "cudnn" is asked for where it cannot run.
     """
     if mask is not None:
         check_mask(mask)
@@ -74,7 +75,7 @@ def dot_product_attention(
         weights = jax.nn.softmax(logits)
     else:
         seen = count_seen(mask)
-        # The softmax of a row that is all -inf is NaN, and so is its gradient: such a row is masked after it instead.
+        # The softmax of a row that is all -inf is NaN, and so is its gradient: such rows are masked afterwards instead.
         weights = jax.nn.softmax(logits + jnp.where(seen > 0, mask, 0.0))
         weights = jnp.where(seen > 0, weights, seen)
     kept = weights
@@ -93,9 +94,9 @@ def _cudnn_attention(
     if mask is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     seen = count_seen(mask)
-    # Whatever the kernel makes of a row that sees nothing: such a row is shown everything, and zeroed after.
-    # It takes a boolean mask as a bias of 16 bits, and from jax 0.11.1 on makes no gradient for it. It broadcasts B and
-    # H by itself, the lengths not.
+    # What the kernel does with a row that sees nothing is not defined: such rows see everything and are set to zero
+    # afterwards. The kernel takes a boolean mask as a 16-bit bias, and from jax 0.11.1 on computes no gradient for it.
+    # It broadcasts B and H by itself, but not the lengths.
     allowed = jnp.broadcast_to((mask == 0) | ~(seen > 0), (*mask.shape[:2], query.shape[1], key.shape[1]))
     gathered = jax.nn.dot_product_attention(query, key, value, mask=allowed, implementation="cudnn")
     seen = seen.swapaxes(1, 2)
@@ -110,7 +111,7 @@ def _takes_cudnn(
     dropout_rate: float,
     return_weights: bool,
 ) -> bool:
-    """Whether cuDNN computes this attention; raises ValueError where it is asked for and cannot."""
+    """Whether to use cuDNN; raises ValueError where it is asked for and cannot run."""
     if implementation == "xla":
         return False
     if implementation not in ("auto", "cudnn"):
@@ -129,7 +130,7 @@ def _takes_cudnn(
     elif size % 8 or size > 128:
         obstacle = f"the head size is {size}: make it a multiple of 8, at most 128"
     elif mask is not None and (queries % 2 or memory % 2):
-        # Only gradients need even lengths, and whether one is taken is not known here.
+        # Only gradients need even lengths, but it is not known here whether there will be one.
         obstacle = f"there are {queries} queries and {memory} memory positions under a mask: make both even"
     if implementation == "auto":
         return obstacle is None and queries >= TILE
@@ -145,20 +146,20 @@ def _gpu_has_cudnn() -> bool:
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of memory positions: of a whole memory, or of the target positions decoded so far.
+    """Keys and values of a whole memory, or of the target positions decoded so far.
 
-    They lie as matrix products want them, so that no step of a search has to transpose the whole past.
+    Their layouts are those that matrix products need, so that no step of a search transposes the whole cache.
 
     Attributes:
-        key: the keys of every head.
-        value: the values of every head.
+        key: keys of all heads.
+        value: values of all heads.
     """
 
     key: Float[Array, "B H K M"]
     value: Float[Array, "B H M K"]
 
     def write(self, position: Int[Array, ""], new: "KVCache") -> "KVCache":
-        """The cache with `new` at `position` and after it; `new` must fit (`Decoder.step` sees to it)."""
+        """The cache with `new` written at `position`; `new` must fit, which `Decoder.step` checks."""
         return KVCache(
             key=jax.lax.dynamic_update_slice_in_dim(self.key, new.key, position, axis=3),
             value=jax.lax.dynamic_update_slice_in_dim(self.value, new.value, position, axis=2),
@@ -166,14 +167,14 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention of several heads at once, each on its own projection (section 3.2.2).
+    """Attention with several heads in parallel, each with its own projections (section 3.2.2).
 
     Attributes:
         d_model: width of inputs and output, D.
         num_heads: H, which divides it.
         dropout_rate: on the attention weights.
         dtype: of the activations.
-        implementation: of `dot_product_attention`.
+        implementation: as in `dot_product_attention`.
     """
 
     d_model: int
@@ -183,7 +184,7 @@ class MultiHeadAttention(nn.Module):
     implementation: str = "auto"
 
     def setup(self):
-        """Four projections, [D, D] each; raises ValueError where the heads do not divide D."""
+        """Makes four projections, [D, D] each; raises ValueError if the number of heads does not divide D."""
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model is {self.d_model}, which num_heads = {self.num_heads} does not divide")
         self.query = self._projection()
@@ -203,7 +204,7 @@ class MultiHeadAttention(nn.Module):
         return inputs.reshape(*inputs.shape[:2], self.num_heads, self.d_model // self.num_heads)
 
     def project_memory(self, memory: Float[Array, "B M D"]) -> KVCache:
-        """Keys and values of a memory, to attend to once or many times."""
+        """The keys and values of a memory, which can then be attended to any number of times."""
         key, value = self._split_heads(self.key(memory)), self._split_heads(self.value(memory))
         return KVCache(key=key.transpose(0, 2, 3, 1), value=value.swapaxes(1, 2))
 
@@ -216,7 +217,7 @@ class MultiHeadAttention(nn.Module):
         deterministic: bool,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q M"] | None]:
-        """Attends to keys and values that are there already; arguments as in `__call__`."""
+        """Attends to projected keys and values; other arguments as in `__call__`."""
         dropout_rng = None if deterministic or self.dropout_rate == 0 else self.make_rng("dropout")
         query = self._split_heads(self.query(inputs))
         gathered = dot_product_attention(
@@ -227,7 +228,7 @@ class MultiHeadAttention(nn.Module):
             dropout_rate=self.dropout_rate,
             dropout_rng=dropout_rng,
             return_weights=return_weights,
-            # Parameters do not depend on it: a model begins, and is loaded, on any machine.
+            # Parameters do not depend on it, so a model can be initialised and loaded on any machine.
             implementation="xla" if self.is_initializing() else self.implementation,
         )
         gathered, weights = gathered if isinstance(gathered, tuple) else (gathered, None)
@@ -242,14 +243,14 @@ class MultiHeadAttention(nn.Module):
         deterministic: bool,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q M"] | None]:
-        """Lets `inputs` gather from `memory`; give both the same array for self-attention.
+        """Attends from `inputs` to `memory`; for self-attention both are the same array.
 
         Args:
-            inputs: what asks.
-            memory: what is asked.
+            inputs: the vectors that queries are made of.
+            memory: the vectors that keys and values are made of.
             mask: 0 and -inf, broadcasts to [B, H, Q, M].
             deterministic: true switches dropout off.
-            return_weights: whether the attention weights are the second result; it is `None` otherwise.
+            return_weights: whether to return the attention weights as the second result, which is `None` otherwise.
         """
         keys_values = self.project_memory(memory)
         return self.attend(inputs, keys_values, mask, deterministic=deterministic, return_weights=return_weights)

@@ -1,7 +1,7 @@
-"""Takes activations and a random key and leaves a share of them set to zero, the rest scaled up (section 5.4).
+"""Dropout: a random share of the activations is set to zero and the rest is scaled up (section 5.4).
 
-It stands in for `flax.linen.Dropout`, which draws 32 random bits for each activation, a large part of a small
-model's step on a CPU. Eight bits are enough for a rate that is rounded to 1/256, and ask a quarter of the generator.
+It replaces `flax.linen.Dropout`, which draws 32 random bits for each activation and so takes a large part of a small
+model's training step on a CPU. Eight bits are enough for a rate rounded to 1/256, at a quarter of the cost.
 """
 
 import math
@@ -15,12 +15,12 @@ LEVELS = 256
 
 
 def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> Float[Array, "*shape"]:
-    """Sets each entry to zero with probability `rate`, rounded to 1/256, and keeps the expectation as it was.
+    """Sets each entry to zero with probability `rate`, rounded to 1/256, without changing the expectation.
 
     Args:
         inputs: of any shape.
-        rate: at least 0 and less than 1; one that rounds to 1 drops all but one entry in 256.
-        rng: the random key; equal keys drop equal entries.
+        rate: at least 0 and less than 1; a rate that rounds to 1 keeps one entry in 256.
+        rng: random key; equal keys drop equal entries.
 
     Raises:
         ValueError: the rate is less than 0, or 1 or more.
@@ -37,7 +37,7 @@ def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> F
 
 
 class Dropout(nn.Module):
-    """`dropout` as a layer, which draws its key from the "dropout" stream.
+    """`dropout` as a layer, which takes its key from the "dropout" stream.
 
     Attributes:
         rate: at least 0 and less than 1.
@@ -47,11 +47,11 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*shape"], *, deterministic: bool) -> Float[Array, "*shape"]:
-        """Drops, unless `deterministic`."""
+        """Applies dropout, unless `deterministic`."""
         if deterministic or self.rate == 0:
             return inputs
         return self.drop(inputs, self.make_rng("dropout"))
 
     def drop(self, inputs: Float[Array, "*shape"], rng: PRNGKeyArray) -> Float[Array, "*shape"]:
-        """What `__call__` does with its key: whoever divides the rows of `inputs` among devices can do so here."""
+        """`__call__` with a given key; a mesh intercepts this method to draw bits on each device for its own rows."""
         return dropout(inputs, self.rate, rng)

@@ -1,9 +1,10 @@
-"""Takes sentences as vectors and leaves them one layer further: the encoder's and the decoder's layer (section 3.1).
+"""One layer of the encoder and one of the decoder (section 3.1), made of attention and feed-forward sub-layers.
 
 Glossary: B batch, S source, T target, M memory positions, D d_model, F d_ff.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between, the same at each position (section 3.3, equation 2).
+    """Two linear maps with an activation between them, the same at each position (section 3.3, equation 2).
 
     Attributes:
         d_model: width of inputs and output.
@@ -41,7 +42,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B S D"], *, deterministic: bool) -> Float[Array, "B S D"]:
-        """Maps each position; `deterministic` switches dropout off."""
+        """Transforms each position on its own; `deterministic` switches dropout off."""
         options = {
             "dtype": self.dtype,
             "kernel_init": nn.initializers.xavier_uniform(),
@@ -60,48 +61,58 @@ def layer_norm(config: TransformerConfig) -> nn.LayerNorm:
 
 def _attention(config: TransformerConfig) -> MultiHeadAttention:
     return MultiHeadAttention(
-        config.d_model,
-        config.num_heads,
-        config.attention_dropout_rate,
-        config.dtype,
-        config.attention_implementation,
+        config.d_model, config.num_heads, config.attention_dropout_rate, config.dtype, config.attention_implementation
     )
 
 
-def _feed_forward(config: TransformerConfig) -> FeedForward:
-    return FeedForward(config.d_model, config.d_ff, config.activation, config.activation_dropout_rate, config.dtype)
-
-
 class _Layer(nn.Module):
-    """What both layers share: how a sub-layer is wrapped."""
+    """What both layers have: self-attention, a feed-forward network, and the connection around every sub-layer."""
 
     config: TransformerConfig
 
-    def _before(self, norm: nn.LayerNorm, inputs: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return norm(inputs) if self.config.norm == "pre" else inputs
+    def setup(self):
+        """Attribute names become checkpoint paths."""
+        config = self.config
+        self.self_attention = _attention(config)
+        self.self_attention_norm = layer_norm(config)
+        self.feed_forward = FeedForward(
+            config.d_model, config.d_ff, config.activation, config.activation_dropout_rate, config.dtype
+        )
+        self.feed_forward_norm = layer_norm(config)
+        self.dropout = Dropout(config.dropout_rate)
 
-    def _after(
-        self, norm: nn.LayerNorm, inputs: Float[Array, "B S D"], outputs: Float[Array, "B S D"], deterministic: bool
-    ) -> Float[Array, "B S D"]:
-        """Dropout on the sub-layer's output, then the residual, then (post) the norm: sections 3.1 and 5.4."""
+    def _connect(
+        self,
+        sub_layer: Callable[[Array], tuple[Array, Any]],
+        norm: nn.LayerNorm,
+        inputs: Float[Array, "B S D"],
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """LayerNorm(x + Dropout(sub_layer(x))), or x + Dropout(sub_layer(LayerNorm(x))): sections 3.1 and 5.4.
+
+        A sub-layer returns its outputs and anything else, such as attention weights, which is passed on.
+        """
+        pre = self.config.norm == "pre"
+        outputs, extra = sub_layer(norm(inputs) if pre else inputs)
         summed = inputs + self.dropout(outputs, deterministic=deterministic)
-        return norm(summed) if self.config.norm == "post" else summed
+        return summed if pre else norm(summed), extra
+
+    def _connect_feed_forward(self, inputs: Float[Array, "B S D"], deterministic: bool) -> Float[Array, "B S D"]:
+        outputs, _ = self._connect(
+            lambda x: (self.feed_forward(x, deterministic=deterministic), None),
+            self.feed_forward_norm,
+            inputs,
+            deterministic,
+        )
+        return outputs
 
 
 class EncoderLayer(_Layer):
     """Self-attention and a feed-forward network, each with a residual and a LayerNorm (section 3.1).
 
     Attributes:
-        config: the model's.
+        config: that of the model.
     """
-
-    def setup(self):
-        """The sub-layers, named as a checkpoint's reader would."""
-        self.self_attention = _attention(self.config)
-        self.self_attention_norm = layer_norm(self.config)
-        self.feed_forward = _feed_forward(self.config)
-        self.feed_forward_norm = layer_norm(self.config)
-        self.dropout = Dropout(self.config.dropout_rate)
 
     def __call__(
         self,
@@ -111,44 +122,38 @@ class EncoderLayer(_Layer):
         deterministic: bool,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B H S S"] | None]:
-        """Encodes one layer further.
+        """Applies the layer.
 
         Args:
-            inputs: one vector a source position.
+            inputs: one vector for each source position.
             mask: which source positions see each other; broadcasts to [B, H, S, S].
             deterministic: true switches dropout off.
-            return_weights: whether the attention weights are the second result; it is `None` otherwise.
+            return_weights: whether to return the attention weights as the second result, which is `None` otherwise.
         """
-        queries = self._before(self.self_attention_norm, inputs)
-        outputs, weights = self.self_attention(
-            queries, queries, mask, deterministic=deterministic, return_weights=return_weights
+        hidden, weights = self._connect(
+            lambda x: self.self_attention(x, x, mask, deterministic=deterministic, return_weights=return_weights),
+            self.self_attention_norm,
+            inputs,
+            deterministic,
         )
-        inputs = self._after(self.self_attention_norm, inputs, outputs, deterministic)
-
-        outputs = self._before(self.feed_forward_norm, inputs)
-        outputs = self.feed_forward(outputs, deterministic=deterministic)
-        return self._after(self.feed_forward_norm, inputs, outputs, deterministic), weights
+        return self._connect_feed_forward(hidden, deterministic), weights
 
 
 class DecoderLayer(_Layer):
     """Masked self-attention, attention to the encoder's memory and a feed-forward network (section 3.1).
 
     Attributes:
-        config: the model's.
+        config: that of the model.
     """
 
     def setup(self):
-        """The sub-layers, named as a checkpoint's reader would."""
-        self.self_attention = _attention(self.config)
-        self.self_attention_norm = layer_norm(self.config)
+        """Attribute names become checkpoint paths."""
+        super().setup()
         self.cross_attention = _attention(self.config)
         self.cross_attention_norm = layer_norm(self.config)
-        self.feed_forward = _feed_forward(self.config)
-        self.feed_forward_norm = layer_norm(self.config)
-        self.dropout = Dropout(self.config.dropout_rate)
 
     def project_memory(self, memory: Float[Array, "B S D"]) -> KVCache:
-        """The keys and values of the encoder's memory, computed once a sentence."""
+        """Keys and values of the encoder's memory, computed once for each sentence."""
         return self.cross_attention.project_memory(memory)
 
     def __call__(
@@ -163,37 +168,38 @@ class DecoderLayer(_Layer):
         write_at: Int[Array, ""] | None = None,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache, tuple[Array | None, Array | None]]:
-        """Decodes one layer further: a whole target at once, or with a cache the positions that come next.
+        """Applies the layer to a whole target at once or, with a cache, to the next positions.
 
         Args:
-            inputs: one vector a target position; with a cache, of every hypothesis of the sentence.
+            inputs: one vector for each target position; with a cache, of every hypothesis of the sentence.
             memory: keys and values of the encoder's memory, from `project_memory`.
             self_mask: which target positions see each other; broadcasts to [B, H, T, M].
             memory_mask: which source positions a target position sees; broadcasts to [B, H, T, S].
             deterministic: true switches dropout off.
             cache: keys and values of the target positions so far.
-            write_at: where in the cache the inputs stand.
-            return_weights: whether the attention weights come too.
+            write_at: the place of the inputs in the cache.
+            return_weights: whether to return the attention weights too.
 
         Returns:
-            The outputs; the keys and values of the target so far; the weights of self- and of cross-attention,
-            each `None` unless asked for.
+            The outputs, the keys and values of the target so far, and the weights of self-attention and
+            cross-attention, which are `None` unless asked for.
         """
         options = {"deterministic": deterministic, "return_weights": return_weights}
 
-        queries = self._before(self.self_attention_norm, inputs)
-        keys_values = self.self_attention.project_memory(queries)
-        if cache is not None:
-            assert write_at is not None, "a cache is written somewhere"
-            keys_values = cache.write(write_at, keys_values)
-        outputs, self_weights = self.self_attention.attend(queries, keys_values, self_mask, **options)
-        inputs = self._after(self.self_attention_norm, inputs, outputs, deterministic)
+        def attend(x: Array) -> tuple[Array, Any]:
+            keys_values = self.self_attention.project_memory(x)
+            if cache is not None:
+                assert write_at is not None, "a cache needs a place to write to"
+                keys_values = cache.write(write_at, keys_values)
+            outputs, weights = self.self_attention.attend(x, keys_values, self_mask, **options)
+            return outputs, (keys_values, weights)
 
-        queries = self._before(self.cross_attention_norm, inputs)
-        outputs, cross_weights = self.cross_attention.attend(queries, memory, memory_mask, **options)
-        inputs = self._after(self.cross_attention_norm, inputs, outputs, deterministic)
-
-        outputs = self._before(self.feed_forward_norm, inputs)
-        outputs = self.feed_forward(outputs, deterministic=deterministic)
-        outputs = self._after(self.feed_forward_norm, inputs, outputs, deterministic)
+        hidden, (keys_values, self_weights) = self._connect(attend, self.self_attention_norm, inputs, deterministic)
+        hidden, cross_weights = self._connect(
+            lambda x: self.cross_attention.attend(x, memory, memory_mask, **options),
+            self.cross_attention_norm,
+            hidden,
+            deterministic,
+        )
+        outputs = self._connect_feed_forward(hidden, deterministic)
         return outputs, keys_values, (self_weights, cross_weights)

@@ -1,8 +1,8 @@
 """Takes lengths, validity or segment numbers and leaves additive masks for `attention.dot_product_attention`.
 
-A mask holds exactly 0 where a query may see a key and -inf where it may not; it is added to the logits before the
-softmax (section 3.2.3). Masks of other conventions are refused: booleans and integers by their type, other numbers,
-such as the 1 and 0 of `flax.linen.make_causal_mask`, by their values.
+A mask is exactly 0 where a query may see a key and -inf where it may not; it is added to the logits before the softmax
+(section 3.2.3). Masks of other conventions are errors: booleans and integers because of their type, other numbers, such
+as the 1 and 0 of `flax.linen.make_causal_mask`, because of their values.
 
 Glossary: B batch, H heads, Q query positions, M memory positions, N hypotheses of a sentence, L positions of a cache.
 """
@@ -22,20 +22,20 @@ def _additive(allowed: Bool[Array, "..."]) -> Float[Array, "..."]:
 
 
 def causal_mask(length: int) -> Float[Array, "1 1 Q M"]:
-    """Lets position i of `length` see the positions up to and including i (section 3.1)."""
+    """Lets each of `length` positions see itself and the positions before it (section 3.1)."""
     positions = jnp.arange(length)
     return _additive(positions <= positions[:, None])[None, None]
 
 
 def ancestor_mask(ancestors: Int[Array, "B N L"], length: int, start: int | Int[Array, ""]) -> Float[Array, "B 1 Q M"]:
-    """Lets each hypothesis of a sentence see its own past in a cache that all of them share.
+    """Lets each hypothesis of a sentence see its own past in the cache that all of them share.
 
     Queries and cache are ordered by position, then by hypothesis: Q = `length` * N, M = L * N.
 
     Args:
-        ancestors: for each hypothesis and position, which of the N wrote what that hypothesis has there.
-        length: number of positions that ask.
-        start: the first of them; the cache holds those before it.
+        ancestors: for each hypothesis and position, which of the N hypotheses wrote its entry in the cache.
+        length: number of positions of the queries.
+        start: the first of them; the cache already holds the positions before it.
     """
     batch, hypotheses, room = ancestors.shape
     own = ancestors[..., None] == jnp.arange(hypotheses)
@@ -51,7 +51,7 @@ def padding_mask(valid: Bool[Array, "B M"]) -> Float[Array, "B 1 1 M"]:
         valid: true where a memory position holds a token, false where it is padding.
 
     Raises:
-        ValueError: `valid` is not boolean or has not two dimensions.
+        ValueError: `valid` is not boolean or does not have two dimensions.
     """
     if valid.dtype != bool or valid.ndim != 2:
         raise ValueError(
@@ -62,16 +62,16 @@ def padding_mask(valid: Bool[Array, "B M"]) -> Float[Array, "B 1 1 M"]:
 
 
 def segment_mask(query_segments: Int[Array, "B Q"], memory_segments: Int[Array, "B M"]) -> Float[Array, "B 1 Q M"]:
-    """Lets a query see the positions of its own segment, where several sentences are packed into one row.
+    """Lets each query see the positions of its own segment, so that several sentences can share a row.
 
-    Segment 0 is padding: it sees nothing and is seen by nothing.
+    Segment 0 is padding, which sees nothing and which nothing sees.
 
     Args:
-        query_segments: for each query the number of its sentence within the row.
+        query_segments: the number of each query's sentence within its row.
         memory_segments: the same for each memory position.
 
     Raises:
-        ValueError: the segments are not integers or have not two dimensions.
+        ValueError: the segments are not integers or do not have two dimensions.
     """
     for name, segments in (("query_segments", query_segments), ("memory_segments", memory_segments)):
         if not jnp.issubdtype(segments.dtype, jnp.integer) or segments.ndim != 2:
@@ -96,9 +96,9 @@ def combine_masks(*masks: Float[Array, "#B #H #Q #M"] | None) -> Float[Array, "B
 
 
 def check_mask(mask: Any) -> None:
-    """Raises ValueError unless a mask is an additive one: floats, 0 and -inf, of four dimensions.
+    """Raises ValueError unless a mask is additive: floats, 0 and -inf, of four dimensions.
 
-    Values are looked at where they are known; inside `jit` they are not, and `dot_product_attention` sees to them.
+    Values are checked where they are known. Inside `jit` they are not; there `dot_product_attention` gives NaN.
     """
     if mask.ndim != 4:
         raise ValueError(f"mask has shape {mask.shape}: give it four dimensions that broadcast to [B, H, Q, M]")

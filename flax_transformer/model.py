@@ -1,4 +1,4 @@
-"""Takes source and target token ids and leaves the logits of every target token: the whole Transformer (section 3).
+"""The whole Transformer (section 3): from source and target tokens to the logits of every target token.
 
 Glossary: B batch, S source, T target, Q target positions decoded at once, L longest target, D d_model, H heads,
 V target vocabulary, N hypotheses of each sentence, R = B * N rows, the hypotheses of a sentence together.
@@ -16,16 +16,16 @@ from flax_transformer.masks import ancestor_mask, causal_mask, combine_masks, pa
 from flax_transformer.positions import Length, check_length
 from flax_transformer.projections import project
 from flax_transformer.stacks import Decoder, DecodingState, Encoder, first_ancestors
-from flax_transformer.tokens import check_beside, check_tokens, look_up
+from flax_transformer.tokens import Tokens, check_tokens, look_up
 
 
 class AttentionWeights(flax.struct.PyTreeNode):
-    """What looked at what, one array a layer; padding rows are zero.
+    """Attention weights, one array for each layer; the rows of padding are zero.
 
     Attributes:
-        encoder: source looking at source.
-        decoder: target looking at target.
-        cross: target looking at source.
+        encoder: from source to source.
+        decoder: from target to target.
+        cross: from target to source.
     """
 
     encoder: tuple[Float[Array, "B H S S"], ...]
@@ -33,25 +33,20 @@ class AttentionWeights(flax.struct.PyTreeNode):
     cross: tuple[Float[Array, "B H T S"], ...]
 
 
-def shift_right(target: Int[Array, "B T"], positions: Int[Array, "B T"], start_id: int) -> Int[Array, "B T"]:
-    """The decoder's input: each target token one position later, `start_id` where a sentence begins (section 3.1)."""
-    return jnp.where(positions == 0, start_id, jnp.roll(target, 1, axis=1))
-
-
 class Transformer(nn.Module):
     """The Transformer: `model.apply(variables, source, target, deterministic=True)` gives logits.
 
-    Token ids are int32. Where segments are not given, every token that is not `pad_id` belongs to segment 1; where
-    positions are not given, they count from 0 along each segment.
+    Source and target are int32 token ids padded with `pad_id`, one sentence in each row, or `Tokens`, which say where
+    each of several sentences in a row stands. `logits(decode(encode(source), source, target))` gives the same.
 
     Attributes:
-        config: what the model is.
+        config: the model's sizes and options.
     """
 
     config: TransformerConfig
 
     def setup(self):
-        """One embedding matrix, two or three, by `tie_embeddings`; raises ValueError for an impossible vocabulary."""
+        """Makes one, two or three embedding matrices, as `tie_embeddings` says; raises ValueError for wrong sizes."""
         config = self.config
         if min(config.source_vocab_size, config.target_vocab_size) < 1:
             raise ValueError(
@@ -64,10 +59,10 @@ class Transformer(nn.Module):
                 "the decoder starts from a token of the target vocabulary"
             )
         if config.tie_embeddings == "three_way":
-            self.shared_embedding = self._embedding(config.source_vocab_size)
+            self.shared_embedding = self._new_embedding(config.source_vocab_size)
         else:
-            self.source_embedding = self._embedding(config.source_vocab_size)
-            self.target_embedding = self._embedding(config.target_vocab_size)
+            self.source_embedding = self._new_embedding(config.source_vocab_size)
+            self.target_embedding = self._new_embedding(config.target_vocab_size)
         if config.tie_embeddings == "none":
             self.output_kernel = self.param(
                 "output_kernel", nn.initializers.xavier_uniform(), (config.d_model, config.target_vocab_size)
@@ -77,241 +72,139 @@ class Transformer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def _embedding(self, size: int) -> nn.Embed:
+    def _new_embedding(self, size: int) -> nn.Embed:
         # Multiplied by sqrt(d_model), such vectors have unit variance, like the positions added to them.
         init = nn.initializers.normal(self.config.d_model**-0.5)
         return nn.Embed(size, self.config.d_model, embedding_init=init)
 
-    def _embed_source(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def _embedding(self, side: str) -> nn.Embed:
         shared = self.config.tie_embeddings == "three_way"
-        return look_up(self.shared_embedding if shared else self.source_embedding, tokens)
+        return self.shared_embedding if shared else getattr(self, f"{side}_embedding")
 
-    def _embed_target(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        shared = self.config.tie_embeddings == "three_way"
-        return look_up(self.shared_embedding if shared else self.target_embedding, tokens)
-
-    def logits(self, outputs: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """The logits, float32, of what the decoder puts out (section 3.4)."""
-        if self.config.tie_embeddings == "none":
-            kernel = self.output_kernel
-        else:
-            tied = "shared_embedding" if self.config.tie_embeddings == "three_way" else "target_embedding"
-            kernel = getattr(self, tied).embedding.T
-        logits = project(outputs, kernel.astype(outputs.dtype), jnp.float32)
-        return logits + self.output_bias if self.config.output_bias else logits
-
-    def _segments(self, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
-        return (tokens != self.config.pad_id).astype(jnp.int32)
-
-    def _positions(self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"] | None) -> Int[Array, "B S"]:
-        index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        if segments is not None:
-            begins = segments != jnp.roll(segments, 1, axis=1)
-            return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-        if self.config.positions == "learned":
-            check_length(tokens.shape[1], self.config.max_length)
-        return index
+    def _tokens(self, side: str, given: Tokens | Int[Array, "B S"]) -> Tokens:
+        """Checks one side of a batch; ids alone get their default segments and positions."""
+        config = self.config
+        check_tokens(side, given, config.source_vocab_size if side == "source" else config.target_vocab_size)
+        if not isinstance(given, Tokens):
+            if config.positions == "learned":
+                check_length(given.shape[1], config.max_length)
+            given = Tokens.from_ids(given, config.pad_id)
+        return jax.tree.map(jnp.asarray, given)
 
     def __call__(
         self,
-        source: Int[Array, "B S"],
-        target: Int[Array, "B T"],
+        source: Tokens | Int[Array, "B S"],
+        target: Tokens | Int[Array, "B T"],
         *,
-        source_segments: Int[Array, "B S"] | None = None,
-        target_segments: Int[Array, "B T"] | None = None,
-        source_positions: Int[Array, "B S"] | None = None,
-        target_positions: Int[Array, "B T"] | None = None,
         deterministic: bool,
         return_weights: bool = False,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], AttentionWeights]:
         """The logits of each target token, given the source and the target tokens before it.
 
         Args:
-            source: source token ids.
-            target: target token ids, unshifted: the model itself puts `start_id` in front.
-            source_segments: the number of each token's sentence within its row, 0 for padding.
-            target_segments: the same for the target; segment i of the target translates segment i of the source.
-            source_positions: the position of each token within its sentence.
-            target_positions: the same for the target.
+            source: source tokens.
+            target: target tokens, not shifted: the model itself puts `start_id` in front. Segment i of the target
+                translates segment i of the source.
             deterministic: true switches dropout off; false needs `rngs={"dropout": ...}`.
-            return_weights: whether the attention weights come too.
+            return_weights: whether to return the attention weights too.
 
         Returns:
-            Logits, float32; with `return_weights` a pair of them and `AttentionWeights`. They are NaN where a sentence
-            holds a token id that the vocabulary lacks and that could not be seen, inside `jit`.
+            Logits, float32; with `return_weights` a pair of them and `AttentionWeights`. Inside `jit`, where token ids
+            cannot be checked, the logits of a sentence with an id outside the vocabulary are NaN.
 
         Raises:
             ValueError: token ids, segments or positions are not integers [B, S] and [B, T], or a token id is known not
-                to be in the vocabulary.
+                to be in the vocabulary; positions are learned, and a row of ids is longer than there are positions.
         """
-        outputs, encoder_weights, decoder_weights = self._run(
-            source,
-            target,
-            source_segments,
-            target_segments,
-            source_positions,
-            target_positions,
-            deterministic,
-            return_weights,
-        )
+        options = {"deterministic": deterministic, "return_weights": return_weights}
+        source, target = self._tokens("source", source), self._tokens("target", target)
+        memory, encoder_weights = self._encode(source, **options)
+        hidden, decoder_weights = self._decode(memory, source, target, **options)
+        logits = self.logits(hidden)
         if not return_weights:
-            return self.logits(outputs)
+            return logits
         self_weights, cross_weights = zip(*decoder_weights, strict=True)
-        return self.logits(outputs), AttentionWeights(
-            encoder=encoder_weights, decoder=self_weights, cross=cross_weights
-        )
+        return logits, AttentionWeights(encoder=encoder_weights, decoder=self_weights, cross=cross_weights)
 
-    def outputs(
-        self,
-        source: Int[Array, "B S"],
-        target: Int[Array, "B T"],
-        *,
-        source_segments: Int[Array, "B S"] | None = None,
-        target_segments: Int[Array, "B T"] | None = None,
-        source_positions: Int[Array, "B S"] | None = None,
-        target_positions: Int[Array, "B T"] | None = None,
-        deterministic: bool,
-    ) -> Float[Array, "B T D"]:
-        """What `logits` makes the logits of, for whoever wants them in parts; arguments as in `__call__`."""
-        return self._run(
-            source,
-            target,
-            source_segments,
-            target_segments,
-            source_positions,
-            target_positions,
-            deterministic,
-            return_weights=False,
-        )[0]
-
-    def _run(
-        self,
-        source,
-        target,
-        source_segments,
-        target_segments,
-        source_positions,
-        target_positions,
-        deterministic,
-        return_weights,
-    ):
-        check_tokens("source", source, self.config.source_vocab_size)
-        check_tokens("target", target, self.config.target_vocab_size)
-        check_beside("source_segments", source_segments, source.shape)
-        check_beside("target_segments", target_segments, target.shape)
-        check_beside("source_positions", source_positions, source.shape)
-        check_beside("target_positions", target_positions, target.shape)
-        source_positions = self._positions(source, source_segments) if source_positions is None else source_positions
-        target_positions = self._positions(target, target_segments) if target_positions is None else target_positions
-        source_segments = self._segments(source) if source_segments is None else source_segments
-        target_segments = self._segments(target) if target_segments is None else target_segments
-        memory, encoder_weights = self._encode(source, source_segments, source_positions, deterministic, return_weights)
-        outputs, decoder_weights = self._decode(
-            memory,
-            shift_right(target, target_positions, self.config.start_id),
-            source_segments,
-            target_segments,
-            target_positions,
-            deterministic,
-            return_weights,
-        )
-        return outputs, encoder_weights, decoder_weights
-
-    def encode(
-        self,
-        source: Int[Array, "B S"],
-        *,
-        segments: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
-        deterministic: bool,
-    ) -> Float[Array, "B S D"]:
-        """The encoder's memory: one vector a source token; arguments as in `__call__`."""
-        check_tokens("source", source, self.config.source_vocab_size)
-        check_beside("segments", segments, source.shape)
-        check_beside("positions", positions, source.shape)
-        positions = self._positions(source, segments) if positions is None else positions
-        segments = self._segments(source) if segments is None else segments
-        return self._encode(source, segments, positions, deterministic, return_weights=False)[0]
+    def encode(self, source: Tokens | Int[Array, "B S"], *, deterministic: bool) -> Float[Array, "B S D"]:
+        """The encoder's memory, one vector for each source token; arguments as in `__call__`."""
+        return self._encode(self._tokens("source", source), deterministic=deterministic)[0]
 
     def decode(
         self,
         memory: Float[Array, "B S D"],
-        decoder_input: Int[Array, "B T"],
+        source: Tokens | Int[Array, "B S"],
+        target: Tokens | Int[Array, "B T"],
         *,
-        source_segments: Int[Array, "B S"] | None = None,
-        target_segments: Int[Array, "B T"] | None = None,
-        target_positions: Int[Array, "B T"] | None = None,
         deterministic: bool,
-    ) -> Float[Array, "B T V"]:
-        """The logits of the token that follows each token of `decoder_input`, given the encoder's memory.
+    ) -> Float[Array, "B T D"]:
+        """The decoder's hidden vectors, from which `logits` predicts each target token.
 
         Args:
-            memory: from `encode`.
-            decoder_input: target token ids behind `start_id`, as `shift_right` makes them.
-            source_segments: segments of the memory; all 1 if not given, so give them where the source has padding.
-            target_segments: segments of the decoder's input; all 1 if not given.
-            target_positions: positions of the decoder's input.
-            deterministic: true switches dropout off.
+            memory: the result of `encode` for this source.
+            source: tells which target tokens may see which vectors of the memory.
+            target: as in `__call__`.
+            deterministic: as in `__call__`.
         """
-        check_tokens("decoder_input", decoder_input, self.config.target_vocab_size)
-        check_beside("source_segments", source_segments, memory.shape[:2])
-        check_beside("target_segments", target_segments, decoder_input.shape)
-        check_beside("target_positions", target_positions, decoder_input.shape)
-        if target_positions is None:
-            target_positions = self._positions(decoder_input, target_segments)
-        if source_segments is None:
-            source_segments = jnp.ones(memory.shape[:2], jnp.int32)
-        if target_segments is None:
-            target_segments = jnp.ones_like(decoder_input)
-        outputs, _ = self._decode(
-            memory,
-            decoder_input,
-            source_segments,
-            target_segments,
-            target_positions,
-            deterministic,
-            return_weights=False,
-        )
-        return self.logits(outputs)
+        source, target = self._tokens("source", source), self._tokens("target", target)
+        return self._decode(memory, source, target, deterministic=deterministic)[0]
 
-    def _encode(self, source, segments, positions, deterministic, return_weights):
+    def _encode(
+        self, source: Tokens, *, deterministic: bool, return_weights: bool = False
+    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B H S S"] | None, ...]]:
         return self.encoder(
-            self._embed_source(source),
-            positions,
-            segment_mask(segments, segments),
+            look_up(self._embedding("source"), source.ids),
+            source.positions,
+            segment_mask(source.segments, source.segments),
             deterministic=deterministic,
             return_weights=return_weights,
         )
 
     def _decode(
-        self, memory, decoder_input, source_segments, target_segments, positions, deterministic, return_weights
-    ):
+        self,
+        memory: Float[Array, "B S D"],
+        source: Tokens,
+        target: Tokens,
+        *,
+        deterministic: bool,
+        return_weights: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array | None, Array | None], ...]]:
         return self.decoder(
-            self._embed_target(decoder_input),
-            positions,
+            look_up(self._embedding("target"), target.shift_right(self.config.start_id).ids),
+            target.positions,
             self.decoder.project_memory(memory),
-            combine_masks(causal_mask(decoder_input.shape[1]), segment_mask(target_segments, target_segments)),
-            segment_mask(target_segments, source_segments),
+            combine_masks(causal_mask(target.ids.shape[1]), segment_mask(target.segments, target.segments)),
+            segment_mask(target.segments, source.segments),
             deterministic=deterministic,
             return_weights=return_weights,
         )
 
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The logits, float32, of the decoder's hidden vectors (section 3.4)."""
+        if self.config.tie_embeddings == "none":
+            kernel = self.output_kernel
+        else:
+            kernel = self._embedding("target").embedding.T
+        logits = project(hidden, kernel.astype(hidden.dtype), jnp.float32)
+        return logits + self.output_bias if self.config.output_bias else logits
+
     def start_decoding(self, source: Int[Array, "B S"], *, max_length: Length, hypotheses: int = 1) -> DecodingState:
-        """Encodes the source and makes room for its translations.
+        """Encodes the source and allocates caches for its translations.
 
         Args:
             source: source token ids, padded with `pad_id`.
-            max_length: the most target tokens that will be decoded, L.
-            hypotheses: how many translations of each sentence are decoded side by side.
+            max_length: maximum number of target tokens to decode, L.
+            hypotheses: number of translations of each sentence that are decoded side by side.
 
         Raises:
-            ValueError: positions are learned and `max_length` is more than there are.
+            ValueError: positions are learned, and there are fewer than `max_length`.
         """
         config = self.config
         if config.positions == "learned":
             check_length(max_length, config.max_length)
-        segments = self._segments(source)
-        memory = self.encode(source, segments=segments, deterministic=True)
+        check_tokens("source", source, config.source_vocab_size)
+        tokens = Tokens.from_segments(source, (source != config.pad_id).astype(jnp.int32))
+        memory = self.encode(tokens, deterministic=True)
         heads, size, room = config.num_heads, config.d_model // config.num_heads, max_length * hypotheses
         empty = KVCache(
             key=jnp.zeros((source.shape[0], heads, size, room), config.dtype),
@@ -321,22 +214,22 @@ class Transformer(nn.Module):
             position=jnp.zeros((), jnp.int32),
             ancestors=first_ancestors(source.shape[0], hypotheses, max_length),
             target=(empty,) * config.num_decoder_layers,
-            # The barrier keeps XLA from moving the layout of the memory into the loop, to be made anew at each step.
+            # Without the barrier XLA moves a change of the memory's layout into the loop and repeats it at each step.
             memory=jax.lax.optimization_barrier(self.decoder.project_memory(memory)),
-            memory_mask=padding_mask(segments > 0),
+            memory_mask=padding_mask(tokens.segments > 0),
         )
 
     def decode_step(
         self, state: DecodingState, tokens: Int[Array, "R Q"]
     ) -> tuple[DecodingState, Float[Array, "R Q V"]]:
-        """The logits after each of the next Q tokens; equal to those of one parallel pass.
+        """The logits that follow each of the next Q tokens; they equal those of one parallel pass.
 
         Args:
-            state: from `start_decoding` or the step before.
-            tokens: the tokens last chosen, the first time `start_id`; one for each hypothesis, or several at once.
+            state: from `start_decoding` or the previous step.
+            tokens: the tokens chosen last, or `start_id` in the first step; one or more for each hypothesis.
 
         Returns:
-            The next state, and logits; NaN where more tokens came than `start_decoding` made room for.
+            The next state and the logits, which are NaN once there are more tokens than `max_length`.
         """
         check_tokens("tokens", tokens, self.config.target_vocab_size)
         batch, hypotheses, room = state.ancestors.shape
@@ -345,6 +238,6 @@ class Transformer(nn.Module):
             raise ValueError(f"{length} tokens at once, start_decoding made room for {room}: raise max_length")
         by_position = tokens.reshape(batch, hypotheses, length).swapaxes(1, 2).reshape(batch, -1)
         self_mask = ancestor_mask(state.ancestors, length, state.position)
-        state, outputs = self.decoder.step(self._embed_target(by_position), state, self_mask)
+        state, outputs = self.decoder.step(look_up(self._embedding("target"), by_position), state, self_mask)
         logits = self.logits(outputs).reshape(batch, length, hypotheses, -1)
         return state, logits.swapaxes(1, 2).reshape(*tokens.shape, -1)

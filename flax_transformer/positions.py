@@ -1,4 +1,4 @@
-"""Takes positions, counted from 0 within each sentence, and leaves one vector for each (section 3.5).
+"""Position encodings, sinusoidal and learned (section 3.5); positions are counted from 0 within each sentence.
 
 Glossary: B batch, S positions in a row, D d_model.
 """
@@ -15,12 +15,12 @@ from flax_transformer.tokens import is_known
 def sinusoidal_positions(
     positions: Int[Array, "*B S"], d_model: int, *, interleaved: bool = True
 ) -> Float[Array, "*B S {d_model}"]:
-    """Sines and cosines of geometrically spaced frequencies (section 3.5), at any position, seen in training or not.
+    """Sines and cosines of geometrically spaced frequencies (section 3.5), for positions of any size.
 
     Args:
         positions: counted from 0.
         d_model: even number of features.
-        interleaved: true puts sines at even and cosines at odd features, as the paper does; false puts sines in the
+        interleaved: true puts sines in even and cosines in odd features, as the paper does; false puts sines in the
             first half and cosines in the second, as Marian does.
     """
     frequencies = jnp.exp(jnp.arange(0, d_model, 2) * (-jnp.log(10000.0) / d_model))
@@ -29,16 +29,16 @@ def sinusoidal_positions(
     return waves.reshape(*positions.shape, d_model)
 
 
-# A number; a symbol of one where a program is exported for any length (jax.export's symbolic dimensions).
+# An int, or a symbolic dimension where jax.export exports a program for any length.
 Length = Any
 
 
 class LearnedPositions(nn.Module):
-    """One trained vector for each position, the alternative of section 3.5 and row (E) of table 3.
+    """One trained vector for each position: the alternative in section 3.5 and row (E) of table 3.
 
     Attributes:
         max_length: number of positions.
-        d_model: features of each.
+        d_model: features of each vector.
     """
 
     max_length: int
@@ -46,10 +46,10 @@ class LearnedPositions(nn.Module):
 
     @nn.compact
     def __call__(self, positions: Int[Array, "*B S"]) -> Float[Array, "*B S D"]:
-        """Looks positions up; one that the table lacks gives NaN, never another position's vector.
+        """Looks positions up; those outside the table give NaN.
 
         Raises:
-            ValueError: the positions' values are known, and one is past the table or less than 0.
+            ValueError: a position is known to be outside the table.
         """
         if is_known(positions):
             check_length(int(positions.max(initial=0)) + 1, self.max_length)

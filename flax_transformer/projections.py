@@ -1,4 +1,4 @@
-"""Multiplies vectors by the kernel of a projection, and lets a training step choose how that is differentiated.
+"""The matrix product of every projection, with a choice of how it is differentiated.
 
 Glossary: D inner width, F outer width.
 """
@@ -12,19 +12,19 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# Gradients, and the parameters of an exported program, come as numpy's.
+# Gradients and the parameters of an exported program can be NumPy arrays.
 Factor = jax.Array | np.ndarray
 Axes = tuple[int, ...]
 
-# Unlike a variable of Python's, it is part of the key under which `jax.jit` keeps what it traced.
+# Unlike a Python variable, it is part of the key under which `jax.jit` caches traced functions.
 _written_out = jax.make_user_context(default_value=False)
 
 
 def gradients_written_out() -> AbstractContextManager[None]:
-    """While it is open, what is traced uses `written_out` for every projection.
+    """A context in which everything that is traced uses `written_out` for its projections.
 
-    A training step differentiates once, in reverse, and opens it around that; elsewhere projections are jax's own
-    products, which can be transformed in every way.
+    A training step differentiates once, in reverse mode, inside this context. Elsewhere projections are ordinary
+    products of JAX, which can be transformed in every way.
     """
     return _written_out(True)
 
@@ -32,12 +32,12 @@ def gradients_written_out() -> AbstractContextManager[None]:
 def project(
     inputs: Float[Array, "*B D"], kernel: Float[Array | np.ndarray, "D F"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*B F"]:
-    """inputs kernel.
+    """The product of `inputs` and `kernel`.
 
     Args:
         inputs: any number of vectors.
-        kernel: as a dense layer has it.
-        dtype: of the result and of the sums in it; that of `inputs` if not given.
+        kernel: the matrix of a dense layer.
+        dtype: type of the result and of the sums in it; by default that of `inputs`.
     """
     if _written_out.value:
         return written_out(inputs, kernel, dtype)
@@ -45,7 +45,7 @@ def project(
 
 
 def dense_project(inputs: jax.Array, kernel: Factor, dimensions: Any, precision: Any = None) -> jax.Array:
-    """`project` as `nn.Dense` wants its `dot_general`."""
+    """`project` with the signature that `nn.Dense` expects of a `dot_general`."""
     assert dimensions == (((inputs.ndim - 1,), (0,)), ((), ())) and precision is None
     return project(inputs, kernel)
 
@@ -54,11 +54,11 @@ def dense_project(inputs: jax.Array, kernel: Factor, dimensions: Any, precision:
 def written_out(
     inputs: Float[Array, "*B D"], kernel: Float[Array | np.ndarray, "D F"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*B F"]:
-    """The same product, with its gradients written out in the order that a CPU computes fastest.
+    """The same product, with its gradients written out in the form that a CPU computes fastest.
 
-    jax makes the kernel's gradient transposed, and transposes it: XLA for CPUs takes about twice as long for that. Made
-    of two matrices, inputs^T gradient, it is read there as it lies; with more dimensions, one of them is written anew.
-    XLA for TPUs takes less memory with the dimensions as they are.
+    JAX computes the transpose of the kernel's gradient and transposes it, which takes XLA on a CPU about twice as long
+    as the product of two matrices, inputs^T gradient. With more than two dimensions XLA on a CPU first copies one of
+    the factors; on a TPU it needs less memory if the dimensions stay as they are.
 
     As with every `jax.custom_vjp`, forward mode is an error (`jax.jvp`, `jax.linearize`, `jax.hessian`), and so is a
     gradient inside `jax.shard_map` unless `check_vma=False`.

@@ -1,4 +1,4 @@
-"""Takes embedded tokens and leaves them encoded or decoded: the two stacks of figure 1, layer upon layer.
+"""The encoder and the decoder of figure 1: embedded tokens with positions, and the layers on top of them.
 
 Glossary: B batch, S source, T target, D d_model, H heads, N hypotheses of each sentence, L longest target,
 P = Q * N: the next Q target positions of all hypotheses of a sentence, ordered by position, then by hypothesis.
@@ -18,16 +18,16 @@ from flax_transformer.positions import LearnedPositions, Length, sinusoidal_posi
 
 
 class DecodingState(flax.struct.PyTreeNode):
-    """All that step-by-step decoding remembers: a plain pytree that goes in and comes out.
+    """The state of step-by-step decoding, a plain pytree that each step takes and returns.
 
-    The hypotheses of a sentence share one cache of L * N places, ordered by position, then by hypothesis. Where a
-    search lets one go on from another's beginning, only `ancestors` changes: no key or value is ever moved.
+    The hypotheses of a sentence share one cache of L * N places, ordered by position, then by hypothesis. When a
+    search continues one hypothesis from another, only `ancestors` changes; keys and values are never copied.
 
     Attributes:
         position: number of target positions decoded so far.
-        ancestors: for each hypothesis and position, which of the N wrote what that hypothesis has there.
-        target: for each layer the keys and values of those positions.
-        memory: for each layer the keys and values of the encoder's memory, projected once.
+        ancestors: for each hypothesis and position, which of the N hypotheses wrote its entry in the cache.
+        target: each layer's keys and values of those positions.
+        memory: each layer's keys and values of the encoder's memory, projected once.
         memory_mask: hides the source's padding.
     """
 
@@ -38,19 +38,19 @@ class DecodingState(flax.struct.PyTreeNode):
     memory_mask: Float[Array, "B 1 1 S"]
 
     def follow(self, parents: Int[Array, "B N"]) -> "DecodingState":
-        """The state in which each hypothesis goes on from its parent's beginning."""
+        """The state after each hypothesis has been replaced by a copy of its parent."""
         inherited = jnp.take_along_axis(self.ancestors, parents[:, :, None], axis=1)
         decoded = jnp.arange(self.ancestors.shape[2]) < self.position
         return self.replace(ancestors=jnp.where(decoded, inherited, first_ancestors(*self.ancestors.shape)))
 
 
 def first_ancestors(batch: Length, hypotheses: int, length: Length) -> Int[Array, "B N L"]:
-    """Every hypothesis its own ancestor."""
+    """The ancestors before any step: each hypothesis is its own."""
     return jnp.broadcast_to(jnp.arange(hypotheses, dtype=jnp.int32)[:, None], (batch, hypotheses, length))
 
 
 class _Stack(nn.Module):
-    """Embeddings with positions, and dropout on their sum (sections 3.4, 3.5, 5.4); the layers come in subclasses."""
+    """What both stacks share: positions added to embeddings, and dropout on the sum (sections 3.4, 3.5 and 5.4)."""
 
     config: TransformerConfig
 
@@ -81,7 +81,7 @@ class _Stack(nn.Module):
         return self.norm(inputs) if self.config.norm == "pre" else inputs
 
     def _call_layer(self, layer: nn.Module, *arrays: jax.Array | KVCache | None, **options: bool):
-        """Calls one layer, under `remat` keeping only its inputs for the backward pass."""
+        """Calls one layer; with `remat` only its inputs are kept for the backward pass."""
 
         def call(layer, *arrays):
             return layer(*arrays, **options)
@@ -93,11 +93,11 @@ class Encoder(_Stack):
     """The stack on the left of figure 1.
 
     Attributes:
-        config: the model's.
+        config: that of the model.
     """
 
     def setup(self):
-        """Layers `layers_0`, `layers_1` and so on."""
+        """The layers are `layers_0`, `layers_1` and so on in a checkpoint."""
         self._embed_setup()
         self.layers = [EncoderLayer(self.config) for _ in range(self.config.num_encoder_layers)]
 
@@ -110,7 +110,7 @@ class Encoder(_Stack):
         deterministic: bool,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B H S S"] | None, ...]]:
-        """Turns embedded source tokens into memory; the second result is each layer's weights, or `None`s."""
+        """Encodes a source; the second result is each layer's weights, `None` unless asked for."""
         outputs, all_weights = self._embed(embeddings, positions, deterministic), []
         for layer in self.layers:
             outputs, weights = self._call_layer(
@@ -124,11 +124,11 @@ class Decoder(_Stack):
     """The stack on the right of figure 1.
 
     Attributes:
-        config: the model's.
+        config: that of the model.
     """
 
     def setup(self):
-        """Layers `layers_0`, `layers_1` and so on."""
+        """The layers are `layers_0`, `layers_1` and so on in a checkpoint."""
         self._embed_setup()
         self.layers = [DecoderLayer(self.config) for _ in range(self.config.num_decoder_layers)]
 
@@ -147,7 +147,7 @@ class Decoder(_Stack):
         deterministic: bool,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array | None, Array | None], ...]]:
-        """Decodes a whole target at once; the second result is each layer's pair of weights, or `None`s."""
+        """Decodes a whole target at once; the second result is each layer's two weights, `None` unless asked for."""
         outputs, all_weights = self._embed(embeddings, positions, deterministic), []
         for layer, layer_memory in zip(self.layers, memory, strict=True):
             outputs, _, weights = self._call_layer(
@@ -165,7 +165,7 @@ class Decoder(_Stack):
     def step(
         self, embeddings: Float[Array, "B P D"], state: DecodingState, self_mask: Float[Array, "B 1 P M"]
     ) -> tuple[DecodingState, Float[Array, "B P D"]]:
-        """Decodes the next positions, without dropout; `self_mask` shows each hypothesis its own past."""
+        """Decodes the next positions without dropout; `self_mask` lets each hypothesis see its own past."""
         _, hypotheses, room = state.ancestors.shape
         steps = embeddings.shape[1] // hypotheses
         positions = state.position + jnp.arange(embeddings.shape[1]) // hypotheses
@@ -182,6 +182,6 @@ class Decoder(_Stack):
                 write_at=state.position * hypotheses,
             )
             caches.append(cache)
-        # The last write past the cache's end would land on earlier positions: NaN tells, at no cost.
+        # A write past the end of the cache would overwrite earlier positions: NaN makes the mistake visible.
         outputs = jnp.where(state.position + steps <= room, self._finish(outputs), jnp.nan)
         return state.replace(position=state.position + steps, target=tuple(caches)), outputs

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.model import Transformer, shift_right
+from flax_transformer.model import Transformer
+from flax_transformer.tokens import Tokens
 
 B, S, T, D, H, V = 2, 5, 7, 16, 4, 31
 SMALL = {"d_model": D, "num_heads": H, "d_ff": 24, "num_encoder_layers": 2, "num_decoder_layers": 2, "max_length": 16}
@@ -38,13 +39,18 @@ def jitted(model, method="__call__", **static):
     return jax.jit(partial(model.apply, method=method, **static))
 
 
-def logits_of(model, variables, source=SOURCE, target=TARGET, **arrays):
-    return np.asarray(jitted(model, deterministic=True)(variables, source, target, **arrays))
+def logits_of(model, variables, source=SOURCE, target=TARGET):
+    return np.asarray(jitted(model, deterministic=True)(variables, source, target))
 
 
-def changed(tokens, where):
-    """The tokens with others at `where`."""
-    return np.where(where, (tokens + 11) % V, tokens).astype("int32")
+def changed(ids, where):
+    """The token ids with others at `where`."""
+    return np.where(where, (ids + 11) % V, ids).astype("int32")
+
+
+def tokens_of(ids, real):
+    """One sentence in each row, whose tokens are those that are `real`."""
+    return Tokens(ids, np.int32(real), np.tile(np.arange(ids.shape[1], dtype="int32"), (len(ids), 1)))
 
 
 OPTIONS = [{}, {"norm": "pre", "positions": "learned", "activation": "gelu"}]
@@ -64,13 +70,18 @@ def test_a_changed_target_token_moves_later_logits_and_no_earlier_one_by_a_bit(o
 @both_options
 def test_what_stands_in_padding_moves_nothing_by_a_bit(options):
     model, variables = build(**options)
-    segments = {"source_segments": np.int32(SOURCE != 0), "target_segments": np.int32(TARGET != 0)}
-    before = logits_of(model, variables, **segments)
-    not_given = logits_of(model, variables)  # segments not given are these
+    source, target = (tokens_of(ids, ids != 0) for ids in (SOURCE, TARGET))
+    before = logits_of(model, variables, source, target)
+    not_given = logits_of(model, variables)  # ids alone have these segments and positions
     assert np.array_equal(before[TARGET != 0], not_given[TARGET != 0])
-    after = logits_of(model, variables, changed(SOURCE, SOURCE == 0), changed(TARGET, TARGET == 0), **segments)
+    after = logits_of(
+        model,
+        variables,
+        source.replace(ids=changed(SOURCE, SOURCE == 0)),
+        target.replace(ids=changed(TARGET, TARGET == 0)),
+    )
     assert np.array_equal(after[TARGET != 0], before[TARGET != 0])
-    source_moved = logits_of(model, variables, changed(SOURCE, SOURCE != 0), **segments)
+    source_moved = logits_of(model, variables, source.replace(ids=changed(SOURCE, SOURCE != 0)), target)
     assert (source_moved[TARGET != 0] != before[TARGET != 0]).any(-1).all()
 
 
@@ -86,7 +97,7 @@ def packed(rows, width):
             place = slice(start, start + len(sentence))
             tokens[row, place], segments[row, place], positions[row, place] = sentence, segment, range(len(sentence))
             start += len(sentence)
-    return tokens, segments, positions
+    return Tokens(tokens, segments, positions)
 
 
 def packed_batch():
@@ -94,47 +105,34 @@ def packed_batch():
     rows = PAIRS[:3], PAIRS[3:]
     source = packed([[pair[0] for pair in row] for row in rows], 8)
     target = packed([[pair[1] for pair in row] for row in rows], 9)
-    names = "segments", "positions"
-    arrays = {f"source_{name}": array for name, array in zip(names, source[1:], strict=True)}
-    arrays |= {f"target_{name}": array for name, array in zip(names, target[1:], strict=True)}
-    return source[0], target[0], arrays
+    return source, target
 
 
 @both_options
 def test_packed_sentences_have_the_logits_they_have_alone(options):
     model, variables = build(**options)
-    source, target, arrays = packed_batch()
-    together = logits_of(model, variables, source, target, **arrays)
-    alone_source, alone_target = (packed([[pair[side]] for pair in PAIRS], 5)[0] for side in (0, 1))
+    source, target = packed_batch()
+    together = logits_of(model, variables, source, target)
+    alone_source, alone_target = (packed([[pair[side]] for pair in PAIRS], 5).ids for side in (0, 1))
     alone = logits_of(model, variables, alone_source, alone_target)
     for index, (_, sentence) in enumerate(PAIRS):
         row, segment = (0, index + 1) if index < 3 else (1, index - 2)
-        there = together[row][arrays["target_segments"][row] == segment]
+        there = together[row][target.segments[row] == segment]
         np.testing.assert_allclose(there, alone[index, : len(sentence)], atol=1e-5)
-
-
-def test_positions_that_are_not_given_begin_anew_with_each_segment():
-    model, variables = build(**OPTIONS[0])
-    source, target, arrays = packed_batch()
-    segments = {name: array for name, array in arrays.items() if name.endswith("segments")}
-    found, expected = (logits_of(model, variables, source, target, **given) for given in (segments, arrays))
-    real = arrays["target_segments"] > 0
-    np.testing.assert_allclose(found[real], expected[real], atol=1e-6)
 
 
 @both_options
 def test_another_segment_moves_nothing_by_a_bit(options):
     model, variables = build(**options)
-    source, target, arrays = packed_batch()
-    before = logits_of(model, variables, source, target, **arrays)
+    sides = packed_batch()
+    before = logits_of(model, variables, *sides)
     for segment in (1, 2, 3):
-        others = {side: ~np.isin(arrays[f"{side}_segments"], [0, segment]) for side in ("source", "target")}
-        after = logits_of(
-            model, variables, changed(source, others["source"]), changed(target, others["target"]), **arrays
-        )
-        same = arrays["target_segments"] == segment
+        others = [~np.isin(side.segments, [0, segment]) for side in sides]
+        moved = [side.replace(ids=changed(side.ids, where)) for side, where in zip(sides, others, strict=True)]
+        after = logits_of(model, variables, *moved)
+        same = sides[1].segments == segment
         assert np.array_equal(after[same], before[same])
-        assert (after[others["target"]] != before[others["target"]]).any(-1).all()
+        assert (after[others[1]] != before[others[1]]).any(-1).all()
 
 
 @pytest.mark.parametrize(
@@ -195,29 +193,16 @@ def test_a_step_past_the_room_that_was_made_gives_nan(chunks):
         assert np.isnan(logits).all() if int(state.position) > 3 else np.isfinite(logits).all()
 
 
-def test_encode_and_decode_make_the_call():
+def test_encode_decode_and_logits_compose_to_the_call():
     model, variables = build()
     encode, decode = (jitted(model, method, deterministic=True) for method in ("encode", "decode"))
-    memory = encode(variables, SOURCE)
-    assert memory.shape == (B, S, D)
-
-    def shifted(target):
-        return np.concatenate([np.full((B, 1), model.config.start_id, "int32"), target[:, :-1]], axis=1)
-
-    segments = {"source_segments": np.int32(SOURCE != 0), "target_segments": np.int32(TARGET != 0)}
-    logits = decode(variables, memory, shifted(TARGET), **segments)
-    real = TARGET != 0
-    np.testing.assert_allclose(logits[real], logits_of(model, variables)[real], atol=1e-5)
-    # Without segments every position of the memory and of the target is there.
-    full_source = np.where(SOURCE == 0, 14, SOURCE)
-    logits = decode(variables, encode(variables, full_source), shifted(FULL_TARGET))
-    np.testing.assert_allclose(logits, logits_of(model, variables, full_source, FULL_TARGET), atol=1e-5)
-
-
-def test_the_target_is_shifted_within_each_sentence():
-    tokens = jnp.array([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
-    positions = jnp.array([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])
-    assert shift_right(tokens, positions, 1).tolist() == [[1, 3, 4, 1, 6], [1, 8, 9, 1, 1]]
+    for source, target in ((SOURCE, TARGET), packed_batch()):
+        memory = encode(variables, source)
+        hidden = decode(variables, memory, source, target)
+        logits = jitted(model, "logits")(variables, hidden)
+        ids = [side.ids if isinstance(side, Tokens) else side for side in (source, target)]
+        assert memory.shape == (*ids[0].shape, D) and hidden.shape == (*ids[1].shape, D)
+        np.testing.assert_allclose(logits, logits_of(model, variables, source, target), atol=1e-5)
 
 
 def test_the_decoder_starts_from_the_start_id_of_the_config():
@@ -275,22 +260,12 @@ def test_the_weights_come_one_array_a_layer_and_their_rows_sum_to_one_or_in_padd
         assert np.array_equal(layer, np.tril(layer))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"source": (S,)}, {"target": (B + 1, T)}, {"source_segments": (B, S + 1)}, {"target_positions": (B, T, 1)}],
-    ids=lambda wrong: next(iter(wrong)),
-)
-def test_a_wrong_shape_is_an_error(wrong):
+@pytest.mark.parametrize("shapes", [[(S,), (B, T)], [(B, S), (B + 1, T)]])
+def test_a_wrong_shape_is_an_error(shapes):
     model, variables = build()
-    shapes = {"source": (B, S), "target": (B, T), "source_segments": (B, S), "target_positions": (B, T)}
-    call = jax.eval_shape(partial(model.apply, deterministic=True), variables, **ones(shapes))
-    assert call.shape == (B, T, V)
-    with pytest.raises(jaxtyping.TypeCheckError, match=next(iter(wrong))):
-        jax.eval_shape(partial(model.apply, deterministic=True), variables, **ones(shapes | wrong))
-
-
-def ones(shapes):
-    return {name: np.ones(shape, "int32") for name, shape in shapes.items()}
+    source, target = (np.ones(shape, "int32") for shape in shapes)
+    with pytest.raises(jaxtyping.TypeCheckError, match="source|target"):
+        jax.eval_shape(partial(model.apply, deterministic=True), variables, source, target)
 
 
 def test_a_vocabulary_size_that_nobody_set_is_an_error():

@@ -1,118 +1,91 @@
-"""Tests that token ids, segments and positions which cannot be meant are refused, or make NaN where unseen."""
+"""Tests of `Tokens`: its defaults, the shift to the right, and what is refused."""
 
-import dataclasses
-from functools import partial
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
-from flax_transformer.config import TransformerConfig
-from flax_transformer.model import Transformer
-from flax_transformer.positions import LearnedPositions
-from flax_transformer.tokens import check_beside, check_tokens, look_up
+from flax_transformer.tokens import Tokens, check_tokens, look_up
 
-V = 7
-MODEL = Transformer(
-    TransformerConfig(
-        source_vocab_size=V, target_vocab_size=V, d_model=8, num_heads=2, d_ff=8, num_encoder_layers=1,
-        num_decoder_layers=1,
-    )
-)  # fmt: skip
-TOKENS = jnp.array([[3, 4, 5], [6, 3, 0]])
+B, S, V = 2, 5, 31
+IDS = np.array([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]], "int32")
 
 
-@pytest.fixture(scope="module")
-def variables():
-    return jax.jit(partial(MODEL.init, deterministic=True))(jax.random.key(0), TOKENS, TOKENS)
+@pytest.mark.parametrize("pad_id", [0, 5])
+def test_ids_alone_are_one_sentence_in_each_row(pad_id):
+    tokens = Tokens.from_ids(IDS, pad_id)
+    assert np.array_equal(tokens.ids, IDS)
+    assert np.array_equal(tokens.segments, IDS != pad_id)
+    assert tokens.positions.tolist() == [[0, 1, 2, 3, 4]] * B
+    assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves(tokens))
+
+
+def test_positions_start_again_with_each_segment():
+    segments = np.array([[1, 1, 2, 2, 2], [1, 2, 3, 3, 0]], "int32")
+    tokens = Tokens.from_segments(IDS, segments)
+    assert tokens.positions.tolist() == [[0, 1, 0, 1, 2], [0, 0, 0, 1, 0]]
+
+
+def test_a_row_with_one_segment_has_the_positions_of_ids_alone():
+    segments = np.ones((1, S), "int32")
+    assert Tokens.from_segments(IDS[:1], segments).positions.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_ids_are_shifted_right_within_each_sentence():
+    positions = np.array([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]], "int32")
+    tokens = Tokens(IDS, np.ones_like(IDS), positions)
+    shifted = tokens.shift_right(1)
+    assert shifted.ids.tolist() == [[1, 3, 4, 1, 6], [1, 8, 9, 1, 1]]
+    assert np.array_equal(shifted.positions, positions) and np.array_equal(shifted.segments, tokens.segments)
+
+
+@pytest.mark.parametrize("field", ["ids", "segments", "positions"])
+def test_arrays_of_different_shapes_are_no_tokens(field):
+    arrays = {name: np.ones((B, S + (name == field)), "int32") for name in ("ids", "segments", "positions")}
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Tokens(**arrays)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        (jnp.ones((2, 3)), r"source is float32 of shape \(2, 3\): give token ids, integers \[B, S\]"),
-        (np.ones((2, 3), bool), "source is bool"),
-        (np.ones(3, "int32"), r"source is int32 of shape \(3,\)"),
-        (np.eye(7, dtype="int32")[None], r"source is int32 of shape \(1, 7, 7\)"),
-        (jnp.array([[3, V]]), "source has the token id 7, the vocabulary has 7, 0 to 6"),
-        (np.array([[3, -100]]), "source has the token id -100, the vocabulary has 7"),
-    ],
+    ("field", "wrong"), [("segments", (B, S + 1)), ("positions", (B, S, 1)), ("segments", None), ("positions", None)]
 )
-def test_what_cannot_be_token_ids_is_refused(tokens, message):
-    with pytest.raises(ValueError, match=message):
+def test_segments_and_positions_must_be_one_integer_for_each_token(field, wrong):
+    """Without the checks of types and shapes that tests have, as in a program of a user."""
+    array = np.ones((B, S), "float32") if wrong is None else np.ones(wrong, "int32")
+    tokens = Tokens.from_ids(IDS, 0)
+    object.__setattr__(tokens, field, array)
+    with pytest.raises(ValueError, match=rf"source\.{field} is .* one integer for each token"):
         check_tokens("source", tokens, V)
 
 
-@pytest.mark.parametrize("tokens", [TOKENS, np.asarray(TOKENS), TOKENS.astype("uint8"), TOKENS[:, :0]])
-def test_token_ids_pass_whatever_their_integers(tokens):
-    check_tokens("source", tokens, V)
+@pytest.mark.parametrize("wrong", [-1, V, V + 7])
+@pytest.mark.parametrize("side", [IDS, Tokens.from_ids(IDS, 0)], ids=["ids", "tokens"])
+def test_a_known_id_outside_the_vocabulary_is_an_error(side, wrong):
+    check_tokens("target", side, V)
+    ids = IDS.copy()
+    ids[1, 3] = wrong
+    with pytest.raises(ValueError, match=rf"target has the token id {wrong}, the vocabulary has {V}"):
+        check_tokens("target", side.replace(ids=ids) if isinstance(side, Tokens) else ids, V)
 
 
-@pytest.mark.parametrize(
-    "numbers", [jnp.ones((2, 3)), jnp.ones((2, 3), bool), jnp.ones((2, 1), int), jnp.array([3, 2])]
-)
-def test_segments_and_positions_are_an_integer_for_each_token(numbers):
-    check_beside("positions", None, (2, 3))
-    check_beside("positions", jnp.ones((2, 3), int), (2, 3))
-    with pytest.raises(ValueError, match="positions is .* give one integer for each token"):
-        check_beside("positions", numbers, (2, 3))
+@pytest.mark.parametrize("ids", [np.ones(S, "int32"), np.ones((B, S), "float32"), np.ones((B, S, 1), "int32")])
+def test_ids_of_another_shape_or_type_are_an_error(ids):
+    with pytest.raises(ValueError, match="source is .* give token ids, integers"):
+        check_tokens("source", ids, V)
 
 
-CALLS = {
-    "source": lambda model, wrong: model(wrong, TOKENS, deterministic=True),
-    "target": lambda model, wrong: model(TOKENS, wrong, deterministic=True),
-    "outputs": lambda model, wrong: model.outputs(TOKENS, wrong, deterministic=True),
-    "encode": lambda model, wrong: model.encode(wrong, deterministic=True),
-    "decode": lambda model, wrong: model.decode(jnp.ones((2, 3, 8)), wrong, deterministic=True),
-    "start_decoding": lambda model, wrong: model.start_decoding(wrong, max_length=2),
-    "decode_step": lambda model, wrong: model.decode_step(model.start_decoding(TOKENS, max_length=3), wrong),
-}
+def test_ids_that_are_traced_or_lie_on_another_process_are_not_looked_at():
+    jax.jit(lambda ids: check_tokens("source", ids, 2))(IDS)
+    check_tokens("source", SimpleNamespace(dtype=IDS.dtype, ndim=2, is_fully_addressable=False), 2)
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_each_call_refuses_an_id_that_the_vocabulary_lacks(variables, call):
-    for wrong in (-1, V):
-        with pytest.raises(ValueError, match=f"has the token id {wrong}, the vocabulary has 7"):
-            tokens = TOKENS.at[1, 1].set(wrong)
-            jax.eval_shape(partial(nn.apply(CALLS[call], MODEL), wrong=tokens), variables)
-
-
-def test_an_id_that_is_not_seen_makes_nan_of_its_own_sentence_alone(variables):
-    @jax.jit
-    def logits(source, target):
-        return MODEL.apply(variables, source, target, deterministic=True)
-
-    for wrong in (-100, -1, V, 2**30):
-        for places in ((0,), (1,), (0, 1)):
-            pair = [TOKENS.at[1, 1].set(wrong) if side in places else TOKENS for side in (0, 1)]
-            found = logits(*pair)
-            assert np.isfinite(found[0]).all() and np.isnan(found[1, -1]).all()
-
-
-def test_looking_up_gives_rows_and_gradients_as_indexing_does():
-    embedding, table = nn.Embed(V, 4), {"params": {"embedding": jnp.arange(4.0 * V).reshape(V, 4)}}
-
-    def loss(table, vectors_of):
-        vectors = vectors_of(table)
-        return (vectors**2).sum(), vectors
-
-    ours = jax.grad(loss, has_aux=True)(table, lambda table: nn.apply(look_up, embedding)(table, TOKENS))
-    theirs = jax.grad(loss, has_aux=True)(table, lambda table: table["params"]["embedding"][TOKENS])
-    assert all(map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(theirs)))
-
-
-def test_a_learned_position_before_the_first_is_refused_or_nan():
-    module, positions = LearnedPositions(5, 4), jnp.array([[0, 1, -1]])
-    variables = module.init(jax.random.key(0), positions[:, :2])
-    with pytest.raises(ValueError, match="positions has -1: count positions from 0"):
-        module.apply(variables, positions)
-    vectors = jax.jit(module.apply)(variables, positions)
-    assert np.isfinite(vectors[:, :2]).all() and np.isnan(vectors[:, 2]).all()
-
-
-def test_a_start_that_is_no_token_of_the_target_is_refused():
-    model = Transformer(dataclasses.replace(MODEL.config, start_id=V))
-    with pytest.raises(ValueError, match=f"model.start_id is {V}, model.target_vocab_size 7"):
-        jax.eval_shape(partial(model.init, deterministic=True), jax.random.key(0), TOKENS, TOKENS)
+def test_an_id_outside_the_table_becomes_nan():
+    embedding = nn.Embed(V, 4)
+    ids = jnp.array([[0, V - 1, V, -1]])
+    variables = embedding.init(jax.random.key(0), ids)
+    vectors = embedding.apply(variables, ids, method=look_up)
+    assert jnp.isnan(vectors).all(-1).tolist() == [[False, False, True, True]]

@@ -1,30 +1,17 @@
-"""Holds what arrives at the model at each step: packed sentence pairs, the one shape that data and training share.
-
-An unpacked batch is the case where every token that is not padding has segment 1.
-Glossary: B rows of a batch (under `pmap`, devices and the rows of each), S source slots, T target slots.
-"""
+"""The batch of sentence pairs that the data pipeline makes and each training step takes."""
 
 import flax.struct
-import jax
-import numpy as np
-from jaxtyping import Int
+
+from flax_transformer.tokens import Tokens
 
 
 class Batch(flax.struct.PyTreeNode):
-    """Packed sentence pairs, int32; padding is 0 throughout.
+    """Packed sentence pairs; segment i of the target translates segment i of the source.
 
     Attributes:
-        source: source token ids.
-        source_segments: the number of each token's pair within its row, from 1; 0 is padding.
-        source_positions: the position of each token within its sentence, from 0.
-        target: target token ids, unshifted.
-        target_segments: as on the source side; equal numbers translate each other.
-        target_positions: as on the source side.
+        source: the source side, [B, S].
+        target: the target side, [B, T], not shifted: the model itself puts `start_id` in front.
     """
 
-    source: Int[np.ndarray | jax.Array, "*B S"]
-    source_segments: Int[np.ndarray | jax.Array, "*B S"]
-    source_positions: Int[np.ndarray | jax.Array, "*B S"]
-    target: Int[np.ndarray | jax.Array, "*B T"]
-    target_segments: Int[np.ndarray | jax.Array, "*B T"]
-    target_positions: Int[np.ndarray | jax.Array, "*B T"]
+    source: Tokens
+    target: Tokens

@@ -1,9 +1,10 @@
-"""Takes sentence pairs as token ids and leaves packed batches, each a pure function of its step.
+"""The data pipeline: sentence pairs are tokenised and packed into batches, each a pure function of its step.
 
-Several pairs share a row: `source_slots` tokens on one side, `target_slots` on the other. Which pairs share a row is
-settled once, from the lengths and the seed; each epoch visits every row once, in an order of its own; rows follow one
-another without a gap from epoch to epoch, and batch `step` is rows `step * rows` and on. So any batch can be asked for
-directly, and resuming needs nothing but the step. Of several hosts each lays out a part of every batch's rows.
+Several pairs share a row, which has room for `source_slots` tokens on one side and `target_slots` on the other. The
+lengths and the seed decide once which pairs share a row. Each epoch visits every row once in an order of its own, and
+epochs follow one another without a gap: batch `step` starts at row `step * rows`. Any batch can be computed directly,
+so resuming needs only the step. With several hosts, each lays out its part of every batch.
+
 Glossary: B rows of a batch, S source slots, T target slots, N sentence pairs, R packed rows of an epoch.
 """
 
@@ -24,19 +25,20 @@ from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.vocabulary import Vocabulary, VocabularyPair
 from flax_transformer.experiment import DataConfig
 from flax_transformer.text.spelling import is_blank
+from flax_transformer.tokens import Tokens
 
 OPEN_ROWS = 256
-TOKENISED_AT_ONCE = 100_000  # sentences; as lists of ids they take some ten times the room that they end up with
-CACHE_VERSION = 2  # of what the cached arrays are and how they are made: raise it with every change of either
+TOKENISED_AT_ONCE = 100_000  # sentences; lists of ids take about ten times the memory of the final arrays
+CACHE_VERSION = 2  # raise it whenever the cached arrays, or the way they are made, change
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenSide:
-    """One side of a corpus as token ids, end to end.
+    """One side of a corpus as token ids.
 
     Attributes:
-        tokens: all sentences' ids, one after another.
-        starts: where each sentence starts in `tokens`, and one entry more: where the last one ends.
+        tokens: the ids of all sentences, one after another.
+        starts: where each sentence starts in `tokens`, followed by the end of the last one.
     """
 
     tokens: Int[np.ndarray, "tokens"]
@@ -44,14 +46,14 @@ class TokenSide:
 
     @classmethod
     def join(cls, sentences: Sequence[Sequence[int]]) -> "TokenSide":
-        """Lays sentences end to end."""
+        """Concatenates sentences."""
         lengths = np.fromiter(map(len, sentences), np.int64, len(sentences))
         tokens = np.fromiter(itertools.chain.from_iterable(sentences), np.int32, lengths.sum())
         return cls(tokens, _boundaries(lengths))
 
     @classmethod
     def encode(cls, vocabulary: Vocabulary, sentences: Sequence[str]) -> "TokenSide":
-        """Tokenises sentences."""
+        """Tokenises and concatenates sentences."""
         parts = [
             cls.join(vocabulary.encode(sentences[start : start + TOKENISED_AT_ONCE]))
             for start in range(0, max(len(sentences), 1), TOKENISED_AT_ONCE)
@@ -61,7 +63,7 @@ class TokenSide:
 
     @property
     def lengths(self) -> Int[np.ndarray, "sentences"]:
-        """Tokens of each sentence, the end of sentence included."""
+        """Number of tokens of each sentence, including the end-of-sentence token."""
         return np.diff(self.starts)
 
     def __getitem__(self, sentence: int) -> Int[np.ndarray, "length"]:
@@ -69,27 +71,27 @@ class TokenSide:
 
 
 def _boundaries(lengths: Int[np.ndarray, "pieces"]) -> Int[np.ndarray, "boundaries"]:
-    """Where pieces that lie end to end start, and where the last one ends."""
+    """Where each of several concatenated pieces starts, followed by the end of the last one."""
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def pack(
     source_lengths: Int[np.ndarray, "N"], target_lengths: Int[np.ndarray, "N"], source_slots: int, target_slots: int
 ) -> Int[np.ndarray, "N"]:
-    """Lays pairs into rows, first fit: each pair goes to the first open row with room on both sides.
+    """Packs pairs into rows by first fit: each pair goes into the first open row with room on both sides.
 
     Args:
-        source_lengths: tokens of each pair on the source side, none above `source_slots`.
+        source_lengths: number of source tokens of each pair, at most `source_slots`.
         target_lengths: the same on the target side.
-        source_slots: room of a row on the source side.
-        target_slots: room of a row on the target side.
+        source_slots: number of source tokens that fit into a row.
+        target_slots: number of target tokens that fit into a row.
 
     Returns:
-        For each pair the number of its row; rows are numbered from 0 as they are opened.
+        The row of each pair; rows are numbered from 0 in the order in which they are opened.
     """
     row_of_pair = np.empty(len(source_lengths), np.int64)
     opened = 0
-    # Only so many rows stay open, so that a pair costs the same whatever the size of the corpus.
+    # The number of open rows is limited, so that the cost of a pair does not grow with the corpus.
     open_rows = np.full(OPEN_ROWS, -1)
     source_room, target_room = np.zeros((2, OPEN_ROWS), np.int64)
     for pair, (source, target) in enumerate(zip(source_lengths.tolist(), target_lengths.tolist(), strict=True)):
@@ -107,12 +109,12 @@ def pack(
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Which sentence pairs share a row; `packing[row]` are the numbers of the row's pairs in the corpus.
+    """Which sentence pairs share a row; `packing[row]` gives the numbers of a row's pairs in the corpus.
 
     Attributes:
         pairs: the pairs of all rows, row after row.
-        row_starts: where each row starts in `pairs`, and one entry more: where the last one ends.
-        too_long: the pairs that are in no row because a side does not fit.
+        row_starts: where each row starts in `pairs`, followed by the end of the last one.
+        too_long: the pairs that are left out because one side does not fit into a row.
     """
 
     pairs: Int[np.ndarray, "places"]
@@ -123,14 +125,14 @@ class Packing:
     def plan(
         cls, source: TokenSide, target: TokenSide, repeats: Sequence[int], config: DataConfig, max_length: int
     ) -> "Packing":
-        """Settles the rows from the lengths and the seed.
+        """Assigns pairs to rows, given their lengths and the seed.
 
         Args:
             source: the source side.
             target: the target side.
-            repeats: how many times an epoch each pair appears; 0 leaves a pair out.
+            repeats: how often each pair appears in an epoch; 0 leaves it out.
             config: slots and the seed.
-            max_length: the longest sentence that is kept, in tokens.
+            max_length: maximum length of a sentence in tokens; longer ones are left out.
 
         Raises:
             ValueError: no pair fits.
@@ -158,14 +160,14 @@ class Packing:
 
 
 class PackedCorpus:
-    """A corpus that hands out any batch of any epoch.
+    """A packed corpus, from which any batch of any epoch can be taken.
 
     Attributes:
-        source: the source side, every pair of the corpus, also those that are left out.
+        source: the source side of all pairs, including those that are left out.
         target: the target side.
         packing: which pairs share a row.
-        blank: the numbers of the pairs that are left out because a side has nothing to read.
-        fill_rate: the share of an epoch's slots, of both sides together, that hold a token.
+        blank: the numbers of the pairs that are left out because one side is blank.
+        fill_rate: the share of all slots of an epoch that hold a token, both sides together.
     """
 
     def __init__(
@@ -180,17 +182,17 @@ class PackedCorpus:
         num_hosts: int = 1,
         blank: Sequence[int] = (),
     ):
-        """Takes a corpus that is tokenised and packed.
+        """Takes a corpus that has been tokenised and packed.
 
         Args:
             source: the source side.
             target: the target side.
             packing: the plan for these sides and this config.
             config: slots, rows and the seed.
-            multiple: empty rows fill a batch up to a multiple of this, the number of devices of all hosts.
-            host: which of the equal parts of a batch's rows is laid out here, from 0.
-            num_hosts: the number of parts, one after another; a divisor of `multiple`.
-            blank: the numbers of the pairs that are left out because a side has nothing to read.
+            multiple: each batch is filled with empty rows up to a multiple of this, e.g. the number of all devices.
+            host: the part of each batch that this host lays out, from 0 to `num_hosts` - 1.
+            num_hosts: number of equal parts into which the rows of a batch are divided; it divides `multiple`.
+            blank: the numbers of the pairs that are left out because one side is blank.
         """
         assert multiple % num_hosts == 0, f"multiple is {multiple}, num_hosts is {num_hosts}: give a multiple of it"
         assert 0 <= host < num_hosts, f"host is {host}, num_hosts is {num_hosts}: count hosts from 0"
@@ -217,23 +219,23 @@ class PackedCorpus:
         cache: epath.Path | None = None,
         name: str = "train",
     ) -> "PackedCorpus":
-        """Tokenises and packs a corpus, or reads what was made of it before.
+        """Tokenises and packs a corpus, or reads it from a cache.
 
-        Pairs of which a side is blank are left out: they would teach the model to answer with nothing.
+        Pairs with a blank side are left out, because they would teach the model to translate text into nothing.
 
         Args:
             text: the corpus.
             vocabularies: of both sides.
             config: slots, rows and the seed.
-            max_length: the longest sentence that is kept, in tokens.
+            max_length: maximum length of a sentence in tokens; longer ones are left out.
             multiple: as in the constructor.
             host: as in the constructor.
             num_hosts: as in the constructor.
-            cache: a folder that keeps tokens and packing; without it they are made each time.
-            name: tells the corpora of one folder apart.
+            cache: a folder in which tokens and packing are kept; by default they are computed each time.
+            name: the name of this corpus within that folder.
 
         Raises:
-            ValueError: no pair fits, or each has a blank side.
+            ValueError: no pair fits, or every pair has a blank side.
         """
         pairs = zip(text.source, text.target, strict=True)
         blank = [number for number, sides in enumerate(pairs) if any(map(is_blank, sides))]
@@ -269,26 +271,26 @@ class PackedCorpus:
 
     @property
     def num_rows(self) -> int:
-        """Packed rows in one epoch."""
+        """Number of packed rows in an epoch."""
         return len(self.packing)
 
     @property
     def batch_rows(self) -> int:
-        """Rows of a batch of all hosts, the empty ones that fill it up included."""
+        """Number of rows of a batch over all hosts, including empty ones."""
         return self._height * self._num_hosts
 
     @property
     def too_long(self) -> Int[np.ndarray, "too_long"]:
-        """The numbers of the pairs that are left out because a side does not fit."""
+        """The numbers of the pairs that are left out because one side does not fit into a row."""
         return self.packing.too_long
 
     @property
     def epoch_steps(self) -> float:
-        """Batches in one epoch."""
+        """Number of batches in an epoch, a fraction."""
         return self.num_rows / self._config.rows
 
     def row_ids(self, step: int) -> Int[np.ndarray, "rows"]:
-        """Which packed rows batch `step` holds, those of all hosts."""
+        """The packed rows of batch `step` over all hosts."""
         wanted = np.arange(step * self._config.rows, (step + 1) * self._config.rows)
         epochs, within = np.divmod(wanted, self.num_rows)
         return np.array([self._order(epoch)[row] for epoch, row in zip(epochs.tolist(), within.tolist(), strict=True)])
@@ -297,37 +299,35 @@ class PackedCorpus:
         return np.random.default_rng([self._config.seed, 1, epoch]).permutation(self.num_rows)
 
     def example_ids(self, step: int) -> list[int]:
-        """Which sentence pairs batch `step` holds, those of all hosts, by their number in the corpus."""
+        """The sentence pairs of batch `step` over all hosts, as numbers in the corpus."""
         return [pair for row in self.row_ids(step).tolist() for pair in self.packing[row].tolist()]
 
     def batch(self, step: int) -> Batch:
-        """This host's part of batch `step`, the same whenever and wherever it is asked for."""
+        """This host's part of batch `step`; it depends on nothing that was read before."""
         return self._lay_out(self.row_ids(step))
 
     def _lay_out(self, row_ids: Int[np.ndarray, "rows"]) -> Batch:
-        """This host's part of a batch of these rows."""
+        """This host's part of a batch that consists of these rows."""
         rows = [self.packing[row].tolist() for row in row_ids[self._own_rows].tolist()]
-        sides: dict[str, np.ndarray] = {}
-        for name, side, slots in (
-            ("source", self.source, self._config.source_slots),
-            ("target", self.target, self._config.target_slots),
-        ):
-            tokens, segments, positions = np.zeros((3, self._height, slots), np.int32)
+
+        def lay_out(side: TokenSide, slots: int) -> Tokens:
+            tokens = Tokens(*np.zeros((3, self._height, slots), np.int32))
             for row, pairs in enumerate(rows):
                 start = 0
                 for segment, pair in enumerate(pairs, 1):
                     ids = side[pair]
-                    end = start + len(ids)
-                    tokens[row, start:end] = ids
-                    segments[row, start:end] = segment
-                    positions[row, start:end] = np.arange(len(ids))
-                    start = end
-            sides |= {name: tokens, f"{name}_segments": segments, f"{name}_positions": positions}
-        return Batch(**sides)
+                    place = row, slice(start, start + len(ids))
+                    tokens.ids[place], tokens.segments[place] = ids, segment
+                    tokens.positions[place] = np.arange(len(ids))
+                    start += len(ids)
+            return tokens
+
+        config = self._config
+        return Batch(lay_out(self.source, config.source_slots), lay_out(self.target, config.target_slots))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches `start` up to `stop`, made ahead in the background."""
-        # One thread: more of them only wait for one another, and the batches come in order either way.
+        """Batches from `start` up to, but without, `stop`, prepared in the background."""
+        # More than one thread would only wait for one another.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         return iter(grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options))
 

@@ -21,6 +21,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import Experiment
 from flax_transformer.monitoring.utilization import CHIPS, Work, memory_of
 from flax_transformer.planning.hlo import Collective, Module, read_collectives
+from flax_transformer.tokens import Tokens
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import TrainState, create_state, make_train_step
 
@@ -247,9 +248,8 @@ def _lower(experiment: Experiment, parallelism: Parallelism, rows: int, micro_ba
     def create() -> TrainState:
         return create_state(experiment, jax.random.key(0, impl=experiment.training.rng_impl))
 
-    # Arrays that take no memory.
-    source, target = (np.broadcast_to(np.int32(0), (rows, slots)) for slots in (data.source_slots, data.target_slots))
-    batch = Batch(source, source, source, target, target, target)
+    source, target = (jax.ShapeDtypeStruct((rows, slots), np.int32) for slots in (data.source_slots, data.target_slots))
+    batch = Batch(Tokens(source, source, source), Tokens(target, target, target))
     return parallelism.lower(make_train_step(experiment, micro_batches), parallelism.shapes(create), batch)
 
 

@@ -1,7 +1,4 @@
-"""Takes a training state and a batch and leaves the next state and what the step measured: pure functions.
-
-Glossary: B batch rows, S source slots, T target slots.
-"""
+"""The training step and the evaluation step: pure functions of a state, or of parameters, and a batch."""
 
 import functools
 from collections.abc import Callable
@@ -23,22 +20,22 @@ from flax_transformer.training.loss_scale import LossScale
 from flax_transformer.training.optimizer import frozen, make_optimizer
 
 Sums = TypeVar("Sums")
-# An array on the device, a plain number once it has been fetched.
+# An array on a device, or an int after it has been fetched.
 Count = Int[Array | np.ndarray, ""] | int
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that training remembers.
+    """The state of a training, which a checkpoint holds.
 
     Attributes:
-        step: number of global batches seen.
+        step: number of global batches seen so far.
         params: the model's parameters, float32.
         opt_state: the optimizer's state.
-        rng: the key from which every step's dropout is derived; it never changes.
-        skipped: updates left out because the loss or the gradient was not finite.
-        skipped_in_a_row: how many of them came last, one after another.
-        ema: exponential moving average of the parameters, where it is asked for.
-        loss_scale: of a model in float16.
+        rng: the key from which the dropout of every step is derived; it never changes.
+        skipped: number of updates skipped so far because the loss or the gradient was not finite.
+        skipped_in_a_row: number of updates skipped since the last one that was made.
+        ema: exponential moving average of the parameters, if there is one.
+        loss_scale: the loss scale of a model in float16.
     """
 
     step: Int[Array, ""]
@@ -59,7 +56,7 @@ class TrainState(flax.struct.PyTreeNode):
         *,
         with_ema: bool = False,
     ) -> "TrainState":
-        """A state before the first update; parameters and dropout come from two halves of `rng`."""
+        """The state before the first update; `rng` is split into a key for parameters and one for dropout."""
         params_rng, dropout_rng = jax.random.split(rng)
         tokens = jnp.ones((1, 2), jnp.int32)
         params = model.init(params_rng, tokens, tokens, deterministic=True)["params"]
@@ -71,28 +68,28 @@ class TrainState(flax.struct.PyTreeNode):
             rng=dropout_rng,
             skipped=zero,
             skipped_in_a_row=zero,
-            # A copy: a buffer that stands in a state twice cannot be donated.
+            # A copy, because a buffer that is in a state twice cannot be donated.
             ema=jax.tree.map(jnp.copy, params) if with_ema else None,
             loss_scale=LossScale.create() if model.config.dtype == "float16" else None,
         )
 
 
 def create_state(experiment: Experiment, rng: PRNGKeyArray) -> TrainState:
-    """An experiment's state before its first update."""
+    """The state of an experiment before its first update."""
     model, training = Transformer(experiment.model), experiment.training
     optimizer = make_optimizer(training, experiment.model.d_model)
     return TrainState.create(model, optimizer, rng, with_ema=training.ema_decay > 0)
 
 
 class StepMetrics(flax.struct.PyTreeNode):
-    """What one update measured over the global batch.
+    """Measurements of one update over the global batch.
 
     Attributes:
-        sums: of the losses and tokens.
-        gradient_norm: the gradient's global norm, before clipping.
-        module_norms: the same for each module, e.g. `encoder/layers_0`.
-        skipped: updates left out so far, this one included.
-        skipped_in_a_row: how many were left out last, one after another; 0 if this update was made.
+        sums: sums of losses and tokens.
+        gradient_norm: global norm of the gradient before clipping.
+        module_norms: norm of the gradient of each module, e.g. `encoder/layers_0`.
+        skipped: number of updates skipped so far, including this one.
+        skipped_in_a_row: number of updates skipped since the last one that was made; 0 if this one was made.
     """
 
     sums: LossSums
@@ -116,49 +113,41 @@ def batch_sums(
 
     Args:
         params: the model's parameters.
-        batch: rows.
+        batch: sentence pairs.
         model: the Transformer.
-        label_smoothing: section 5.4.
-        dropout_rng: the step's key; `None` drops nothing.
-        loss_chunks: into how many parts the target slots are divided, so that the logits of one part at a time are in
-            memory; it divides the slots.
-        scale: what the caller multiplies the loss by before it is differentiated; chunks are, in here.
+        label_smoothing: as in section 5.4.
+        dropout_rng: random key; `None` drops nothing.
+        loss_chunks: number of parts into which the target slots are divided, so that only the logits of one part are
+            in memory at a time; it divides the number of slots.
+        scale: factor by which the caller multiplies the loss before differentiating it; only chunks need it.
     """
-    outputs = model.apply(
-        {"params": params},
-        batch.source,
-        batch.target,
-        source_segments=batch.source_segments,
-        target_segments=batch.target_segments,
-        source_positions=batch.source_positions,
-        target_positions=batch.target_positions,
-        deterministic=dropout_rng is None,
-        rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-        method="outputs",
-    )
+    rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+    run = functools.partial(model.apply, {"params": params}, deterministic=dropout_rng is None, rngs=rngs)
+    memory = run(batch.source, method="encode")
+    hidden = run(memory, batch.source, batch.target, method="decode")
 
-    def sums_of(outputs: Array, target: Array, valid: Array) -> LossSums:
-        logits = model.apply({"params": params}, outputs, method="logits")
+    def sums_of(hidden: Array, target: Array, valid: Array) -> LossSums:
+        logits = model.apply({"params": params}, hidden, method="logits")
         return cross_entropy_sums(logits, target, valid, label_smoothing)
 
-    target, valid = jnp.asarray(batch.target), jnp.asarray(batch.target_segments) > 0
+    target, valid = jnp.asarray(batch.target.ids), jnp.asarray(batch.target.segments) > 0
     if loss_chunks == 1:
-        return sums_of(outputs, target, valid)
-    return sums_in_chunks(sums_of, outputs, target, valid, chunks=loss_chunks, scale=scale)
+        return sums_of(hidden, target, valid)
+    return sums_in_chunks(sums_of, hidden, target, valid, chunks=loss_chunks, scale=scale)
 
 
 def add_up(function: Callable[[Batch, int | Array], Sums], zeros: Sums, batch: Batch, micro_batches: int) -> Sums:
-    """Adds up a function of a batch over parts of its rows, so that the memory of one part is enough.
+    """Adds up a function of a batch over parts of its rows, so that only one part is in memory at a time.
 
     Args:
-        function: from some rows and the part's number to a tree of sums.
-        zeros: the sums of no rows.
-        batch: its rows are a multiple of `micro_batches`.
-        micro_batches: the number of parts.
+        function: computes a tree of sums from some rows and the number of their part.
+        zeros: the sums over no rows.
+        batch: sentence pairs, in a number of rows that `micro_batches` divides.
+        micro_batches: number of parts.
     """
     if micro_batches == 1:
         return function(batch, 0)
-    # Part i has the rows i, i + micro_batches, ...: so each part lies on all devices where the rows are divided.
+    # Part i has the rows i, i + micro_batches, and so on, so that each part lies on all devices that share the rows.
     parts = jax.tree.map(
         lambda leaf: jnp.swapaxes(jnp.reshape(leaf, (-1, micro_batches, *leaf.shape[1:])), 0, 1), batch
     )
@@ -184,22 +173,22 @@ def loss_and_gradients(
     freeze: str = "",
     axis_name: str | None = None,
 ) -> tuple[LossSums, PyTree]:
-    """The global batch's summed losses, and the gradient of its mean label-smoothed loss.
+    """The summed losses of the global batch, and the gradient of its mean label-smoothed loss.
 
     Args:
         params: the model's parameters.
         batch: this device's share of the global batch.
         model: the Transformer.
-        label_smoothing: section 5.4.
-        dropout_rng: the step's key; `None` drops nothing.
-        loss_scale: of a model in float16.
-        micro_batches: how many parts of its rows a device takes one after the other.
+        label_smoothing: as in section 5.4.
+        dropout_rng: random key; `None` drops nothing.
+        loss_scale: the loss scale of a model in float16.
+        micro_batches: number of parts into which a device divides its rows, to process one after the other.
         loss_chunks: as in `batch_sums`.
-        freeze: the parts whose gradient is zero, and is not computed; as in `TrainingConfig`.
-        axis_name: the axis over which the global batch is divided, under `pmap`.
+        freeze: as in `TrainingConfig`; the gradient of these parameters is zero and is not computed.
+        axis_name: the axis over which the global batch is divided under `pmap`.
     """
-    # What is differentiated is a sum over tokens; divided by the slots, it has about the size of a mean.
-    factor = None if loss_scale is None else loss_scale.factor / batch.target.size
+    # The differentiated loss is a sum over tokens; divided by the number of slots it is about as large as a mean.
+    factor = None if loss_scale is None else loss_scale.factor / batch.target.ids.size
 
     def sums_and_gradients(rows: Batch, number: int | Array) -> tuple[LossSums, PyTree]:
         rng = dropout_rng
@@ -229,7 +218,7 @@ def loss_and_gradients(
     zeros = LossSums.zeros(), jax.tree.map(jnp.zeros_like, params)
     sums, gradients = add_up(sums_and_gradients, zeros, batch, micro_batches)
     if axis_name is not None:
-        # Devices hold different numbers of tokens: sums are added up over devices and divided once.
+        # Devices hold different numbers of tokens, so sums are added up over devices and divided once.
         gradients, sums = jax.lax.psum((gradients, sums), axis_name)
     divisor = sums.tokens if factor is None else sums.tokens * factor
     return sums, jax.tree.map(lambda gradient: gradient / divisor, gradients)
@@ -248,24 +237,24 @@ def train_step(
     freeze: str = "",
     axis_name: str | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update: the same on one device and on several under `pmap`.
+    """One update of the parameters, on one device or, under `pmap`, on several.
 
-    Where the loss or a gradient is not finite, the batch counts as seen and nothing else changes.
+    If the loss or the gradient is not finite, the update is skipped: the batch counts as seen and nothing else changes.
 
     Args:
-        state: before the update.
+        state: the state before the update.
         batch: this device's share of the global batch.
         model: the Transformer.
         optimizer: from `make_optimizer`.
-        label_smoothing: section 5.4.
-        ema_decay: of the moving average `ema`, if the state has one.
-        micro_batches: how many parts of its rows a device takes one after the other.
+        label_smoothing: as in section 5.4.
+        ema_decay: decay of the moving average `ema`, if the state has one.
+        micro_batches: as in `loss_and_gradients`.
         loss_chunks: as in `batch_sums`.
-        freeze: the parts that stay, as in `TrainingConfig`; `optimizer` must leave them alone too.
-        axis_name: the axis over which the global batch is divided, under `pmap`.
+        freeze: the parameters that do not change, as in `TrainingConfig`; `optimizer` must not change them either.
+        axis_name: as in `loss_and_gradients`.
 
     Returns:
-        The state after the update, and what was measured.
+        The state after the update, and measurements.
     """
     dropout_rng = jax.random.fold_in(state.rng, state.step)
     if axis_name is not None:
@@ -289,7 +278,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        # Early on the parameters move fast: the average then looks back less far.
+        # Parameters change fast at first, so the average then looks back less far.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, ema, 1 - decay)
 
@@ -317,7 +306,7 @@ def train_step(
 
 
 def make_train_step(experiment: Experiment, micro_batches: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """An experiment's `train_step`, from a state, a batch and the name of an axis."""
+    """The `train_step` of an experiment, a function of a state, a batch and the name of an axis."""
     training = experiment.training
     return functools.partial(
         train_step,
@@ -332,7 +321,7 @@ def make_train_step(experiment: Experiment, micro_batches: int) -> Callable[...,
 
 
 def module_norms(gradients: PyTree) -> dict[str, Scalar]:
-    """The gradient's norm in each module, named by the first two parts of its path."""
+    """The norm of the gradient of each module; modules are named by the first two parts of their paths."""
     modules: dict[str, list[Array]] = {}
     for path, leaf in jax.tree.leaves_with_path(gradients):
         modules.setdefault(jax.tree_util.keystr(path[:2], simple=True, separator="/"), []).append(leaf)
@@ -348,7 +337,7 @@ def eval_step(
     loss_chunks: int = 1,
     axis_name: str | None = None,
 ) -> LossSums:
-    """The summed losses of a batch without dropout; add batches up, then divide by the tokens."""
+    """The summed losses of a batch, without dropout and without label smoothing."""
 
     def sums_of(rows: Batch, number: int | Array) -> LossSums:
         return batch_sums(params, rows, model=model, label_smoothing=0.0, dropout_rng=None, loss_chunks=loss_chunks)

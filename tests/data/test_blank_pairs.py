@@ -38,7 +38,7 @@ def test_a_pair_with_a_blank_side_is_in_no_batch_and_is_counted(vocabularies, bl
     assert corpus.blank == (2, 5) and not len(corpus.too_long)
     assert set(corpus.packing.pairs.tolist()) == set(range(len(SOURCE))) - {2, 5}
     for batch in corpus.one_epoch():
-        assert np.array_equal(np.unique(batch.source_segments), np.unique(batch.target_segments))
+        assert np.array_equal(np.unique(batch.source.segments), np.unique(batch.target.segments))
 
 
 def test_a_blank_pair_that_is_too_long_is_counted_once(vocabularies):

@@ -46,14 +46,14 @@ def read_back(batch):
     return [
         [
             tuple(tokens[row][segments[row] == number].tolist() for tokens, segments in sides_of(batch))
-            for number in range(1, batch.source_segments[row].max() + 1)
+            for number in range(1, batch.source.segments[row].max() + 1)
         ]
-        for row in range(len(batch.source))
+        for row in range(len(batch.source.ids))
     ]
 
 
 def sides_of(batch):
-    return (batch.source, batch.source_segments), (batch.target, batch.target_segments)
+    return (batch.source.ids, batch.source.segments), (batch.target.ids, batch.target.segments)
 
 
 def pairs_in(batch):
@@ -74,23 +74,21 @@ def test_sentences_stand_one_after_another_numbered_from_one_and_padding_is_zero
     for batch in build().batches(0, 20):
         assert batch.source.shape == (ROWS, SOURCE_SLOTS) and batch.target.shape == (ROWS, TARGET_SLOTS)
         assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves(batch))
-        for tokens, segments, positions in (
-            (batch.source, batch.source_segments, batch.source_positions),
-            (batch.target, batch.target_segments, batch.target_positions),
-        ):
+        for tokens in (batch.source, batch.target):
+            segments, positions = tokens.segments, tokens.positions
             for row in range(ROWS):
                 used = int((segments[row] > 0).sum())
                 numbers, lengths = np.unique(segments[row, :used], return_counts=True)
                 assert numbers.tolist() == list(range(1, len(numbers) + 1))
                 assert segments[row, :used].tolist() == np.repeat(numbers, lengths).tolist()
                 assert positions[row, :used].tolist() == [place for length in lengths for place in range(length)]
-                for leaf in (tokens, segments, positions):
+                for leaf in jax.tree.leaves(tokens):
                     assert (leaf[row, used:] == 0).all()
 
 
 def test_both_sides_of_a_row_have_the_same_segments():
     for batch in build().batches(0, 20):
-        assert np.array_equal(batch.source_segments.max(1), batch.target_segments.max(1))
+        assert np.array_equal(batch.source.segments.max(1), batch.target.segments.max(1))
 
 
 @pytest.mark.parametrize("repeats", [[1] * PAIRS, [number % 4 for number in range(PAIRS)]], ids=["once", "0 to 3"])

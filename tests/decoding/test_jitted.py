@@ -18,6 +18,7 @@ from flax_transformer.decoding.jitted import (
 )
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.model import Transformer
+from flax_transformer.tokens import Tokens
 
 V, PAD, START, EOS = 12, 0, 1, 2
 SOURCE = np.array([[4, 9, 5, 2, 0, 0, 0], [6, 3, 7, 8, 10, 11, 2], [5, 2, 0, 0, 0, 0, 0]], "int32")
@@ -61,9 +62,8 @@ def search(*models, source=SOURCE, limits=LIMITS, settings, max_length=LONGEST, 
 def log_probs_of(model, target, source=SOURCE):
     """Log-probabilities [B, T, V] of one pass over whole targets, in which every token is a word like any other."""
     config, params = model
-    return jax.nn.log_softmax(
-        whole_pass(config)({"params": params}, source, target, target_segments=np.ones_like(target))
-    )
+    words = Tokens.from_segments(target, np.ones_like(target))
+    return jax.nn.log_softmax(whole_pass(config)({"params": params}, source, words))
 
 
 @cache

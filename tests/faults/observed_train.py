@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def pairs_of(batch) -> list[str]:
     """A short hash of the tokens of each sentence pair of a batch, row by row."""
     found = []
-    rows = zip(batch.source, batch.source_segments, batch.target, batch.target_segments, strict=True)
+    rows = zip(batch.source.ids, batch.source.segments, batch.target.ids, batch.target.segments, strict=True)
     for source, source_segments, target, target_segments in rows:
         for segment in range(1, source_segments.max() + 1):
             tokens = [source[source_segments == segment].tolist(), target[target_segments == segment].tolist()]

@@ -12,6 +12,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import DataConfig, Experiment
 from flax_transformer.model import Transformer
 from flax_transformer.monitoring.utilization import CHIPS, Work, model_flops, peak_flops
+from flax_transformer.tokens import Tokens
 from flax_transformer.training.step import batch_sums
 
 
@@ -33,7 +34,7 @@ def test_the_models_operations_are_those_that_xla_counts(layers):
         dropout_rate=0.0,
     )
     source, target = jnp.ones((3, 40), jnp.int32), jnp.ones((3, 56), jnp.int32)
-    batch = Batch(source, source, source, target, target, target)
+    batch = Batch(Tokens(source, source, source), Tokens(target, target, target))
     model = Transformer(config)
     params = model.init(jax.random.key(0), source, target, deterministic=True)["params"]
     sums = functools.partial(batch_sums, model=model, label_smoothing=0.1, dropout_rng=None)

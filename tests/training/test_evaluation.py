@@ -16,6 +16,7 @@ from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import DataConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.model import Transformer
+from flax_transformer.tokens import Tokens
 from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training.evaluation import Evaluation, Scores, score_translations, show_samples, show_test
 from flax_transformer.training.parallel import Parallelism
@@ -90,12 +91,12 @@ def expected_loss(vocabularies, config, params, eval_on_one):
     for pair in zip(TEXT.source, TEXT.target, strict=True):
         source, target = (vocabularies.source.encode([text])[0] for text in pair)
         if max(len(source), len(target)) <= config.max_length:
-            sides = {}
-            for name, ids in (("source", source), ("target", target)):
-                sides[name], sides[f"{name}_segments"], sides[f"{name}_positions"] = np.zeros((3, 2, 8), "int32")
-                sides[name][0, : len(ids)], sides[f"{name}_segments"][0, : len(ids)] = ids, 1
-                sides[f"{name}_positions"][0, : len(ids)] = range(len(ids))
-            sums = eval_on_one(params, Batch(**sides))
+            sides = []
+            for ids in (source, target):
+                row = np.zeros((2, 8), "int32")  # and an empty one
+                row[0, : len(ids)] = ids
+                sides.append(Tokens.from_ids(row, config.pad_id))
+            sums = eval_on_one(params, Batch(*sides))
             cross_entropy, tokens = cross_entropy + float(sums.cross_entropy), tokens + float(sums.tokens)
     return cross_entropy / tokens
 

@@ -229,7 +229,7 @@ def test_the_sentences_that_are_named_are_those_of_the_batch(experiment, tmp_pat
     batch = packed.batch(5)
     spelled = [
         vocabularies.source.decode([row[segments == number]])[0]
-        for row, segments in zip(batch.source, batch.source_segments, strict=True)
+        for row, segments in zip(batch.source.ids, batch.source.segments, strict=True)
         for number in range(1, segments.max() + 1)
     ]
     assert sorted(spelled) == named

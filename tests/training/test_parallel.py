@@ -37,7 +37,7 @@ def batch():
     config = DataConfig(rows=13, source_slots=9, target_slots=11)
     sides = TokenSide.join(source), TokenSide.join(target)
     batch = PackedCorpus(*sides, Packing.plan(*sides, [1] * 60, config, 8), config, multiple=DEVICES).batch(0)
-    tokens = (batch.target_segments > 0).reshape(DEVICES, -1).sum(1)
+    tokens = (batch.target.segments > 0).reshape(DEVICES, -1).sum(1)
     assert tokens[-1] == 0 and len(set(tokens)) > 3
     return batch
 
@@ -63,7 +63,7 @@ def test_eight_devices_give_the_sums_and_the_gradient_of_one(kind, loss_chunks, 
     compiled = eight.compile(functools.partial(gradients_of, loss_chunks=loss_chunks), donate_state=False)
     eight_sums, found = jax.device_get(compiled(eight.place(state.params), batch))
     sums, gradients = expected
-    assert eight_sums.tokens == sums.tokens == (batch.target_segments > 0).sum()
+    assert eight_sums.tokens == sums.tokens == (batch.target.segments > 0).sum()
     for name in ("smoothed", "cross_entropy", "correct"):
         np.testing.assert_allclose(getattr(eight_sums, name), getattr(sums, name), rtol=1e-6)
 
@@ -125,7 +125,7 @@ def test_a_mesh_drops_the_units_that_one_device_drops(state, batch):
 @pytest.mark.parametrize("kind", ["data", "fsdp", "data=2,fsdp=4"])
 def test_over_a_mesh_each_device_draws_rbgs_bits_for_its_own_rows_alone(kind, state, batch):
     eight = Parallelism(kind)
-    source, target = (np.tile(tokens[:2], (DEVICES, 1)) for tokens in (batch.source, batch.target))
+    source, target = (np.tile(tokens[:2], (DEVICES, 1)) for tokens in (batch.source.ids, batch.target.ids))
 
     def losses_of(params, tokens):
         rngs = {"dropout": jax.random.key(3, impl="rbg")}

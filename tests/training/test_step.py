@@ -38,7 +38,7 @@ def batch():
     sides = TokenSide.join(source), TokenSide.join(target)
     packed = PackedCorpus(*sides, Packing.plan(*sides, [1] * 40, config, 8), config)
     batch = packed.batch(0)
-    assert batch.target_segments.max() > 1 and not batch.target_segments.all()
+    assert batch.target.segments.max() > 1 and not batch.target.segments.all()
     return batch
 
 
@@ -81,18 +81,14 @@ def test_a_step_counts_itself_keeps_its_key_and_moves_every_parameter(state, bat
     assert same(after.rng, state.rng)
     assert all(jax.tree.leaves(jax.tree.map(lambda old, new: (old != new).any(), state.params, after.params)))
     assert types_of(after) == types_of(state)
-    assert metrics.sums.tokens == (batch.target_segments > 0).sum()
+    assert metrics.sums.tokens == (batch.target.segments > 0).sum()
 
 
 def test_the_gradient_is_that_of_the_mean_loss_over_all_tokens(state, batch):
     def mean_loss(params, batch):
-        logits = MODEL.apply(
-            {"params": params}, batch.source, batch.target, deterministic=True,
-            source_segments=batch.source_segments, source_positions=batch.source_positions,
-            target_segments=batch.target_segments, target_positions=batch.target_positions,
-        )  # fmt: skip
-        wanted = optax.smooth_labels(jax.nn.one_hot(batch.target, V), 0.1)
-        return jnp.mean(optax.softmax_cross_entropy(logits, wanted), where=batch.target_segments > 0)
+        logits = MODEL.apply({"params": params}, batch.source, batch.target, deterministic=True)
+        wanted = optax.smooth_labels(jax.nn.one_hot(batch.target.ids, V), 0.1)
+        return jnp.mean(optax.softmax_cross_entropy(logits, wanted), where=batch.target.segments > 0)
 
     loss, expected = jax.jit(jax.value_and_grad(mean_loss))(state.params, batch)
     sums, gradients = gradients_of(state.params, batch)

@@ -14,6 +14,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
 from flax_transformer.experiment import DataConfig, TrainingConfig
 from flax_transformer.model import Transformer
+from flax_transformer.tokens import Tokens
 from flax_transformer.training.loss_scale import FIRST
 from flax_transformer.training.optimizer import make_optimizer
 from flax_transformer.training.parallel import Parallelism
@@ -36,7 +37,7 @@ def batch():
     config = DataConfig(rows=37, source_slots=9, target_slots=11)
     sides = TokenSide.join(source), TokenSide.join(target)
     batch = PackedCorpus(*sides, Packing.plan(*sides, [1] * 120, config, 8), config, multiple=ROWS).batch(0)
-    tokens = (batch.target_segments > 0).sum(1)
+    tokens = (batch.target.segments > 0).sum(1)
     assert len(tokens) == ROWS and tokens[-1] == 0
     # The parts of which a batch is made up differ in tokens, so that a mean of their means would be wrong.
     assert len({tokens[part::PARTS].sum() for part in range(PARTS)}) > 2
@@ -70,21 +71,17 @@ def test_micro_batches_give_the_sums_and_the_gradient_of_the_whole(kind, batch):
 
     sums, expected = jax.device_get(gradients_of(Parallelism("jit"), 1))
     found_sums, found = jax.device_get(gradients_of(Parallelism(kind), PARTS))
-    assert found_sums.tokens == sums.tokens == (batch.target_segments > 0).sum()
+    assert found_sums.tokens == sums.tokens == (batch.target.segments > 0).sum()
     np.testing.assert_allclose(found_sums.smoothed, sums.smoothed, rtol=1e-6)
     assert relative_difference(found, expected) < 2e-6
 
 
 def test_micro_batches_need_less_memory(batch):
-    leaves, structure = jax.tree.flatten((state_of().params, batch))
-
     def temporaries(micro_batches):
-        # From leaves, since lowering describes its arguments by objects that no annotation of a Batch allows.
-        def gradients_of(*leaves):
-            params, rows = jax.tree.unflatten(structure, leaves)
+        def gradients_of(params, rows):
             return loss_and_gradients(params, rows, model=MODEL, label_smoothing=0.1, micro_batches=micro_batches)[1]
 
-        return jax.jit(gradients_of).lower(*leaves).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(gradients_of).lower(state_of().params, batch).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(PARTS) < temporaries(1) / 2
 
@@ -95,15 +92,13 @@ def test_a_loss_in_chunks_holds_the_logits_of_one_chunk():
     config = dataclasses.replace(CONFIG, source_vocab_size=vocabulary, target_vocab_size=vocabulary, max_length=slots)
     model = Transformer(config)
     side = np.ones((17, slots), np.int32)
-    rows = Batch(side, side, side, side, side, side)
-    leaves, structure = jax.tree.flatten((state_of(model).params, rows))
+    rows = Batch(Tokens(side, side, side), Tokens(side, side, side))
 
     def temporaries(loss_chunks):
-        def gradients_of(*leaves):
-            params, batch = jax.tree.unflatten(structure, leaves)
+        def gradients_of(params, batch):
             return loss_and_gradients(params, batch, model=model, label_smoothing=0.1, loss_chunks=loss_chunks)[1]
 
-        return jax.jit(gradients_of).lower(*leaves).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(gradients_of).lower(state_of(model).params, rows).compile().memory_analysis().temp_size_in_bytes
 
     all_logits = 4 * 17 * slots * vocabulary
     assert temporaries(1) > all_logits
@@ -222,7 +217,7 @@ def test_the_loss_scale_leaves_the_gradient_as_it_is(half, options, batch):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
     # float16 has 11 bits.
     assert relative_difference(found, expected) < 5e-3
-    assert sums.tokens == (batch.target_segments > 0).sum()
+    assert sums.tokens == (batch.target.segments > 0).sum()
 
 
 def test_a_loss_scale_saves_gradients_that_float16_would_lose(half, batch):

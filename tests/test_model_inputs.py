@@ -1,0 +1,107 @@
+"""Tests that token ids, segments and positions which cannot be meant are refused, or make NaN where unseen."""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.model import Transformer
+from flax_transformer.positions import LearnedPositions
+from flax_transformer.tokens import check_tokens, look_up
+
+V = 7
+MODEL = Transformer(
+    TransformerConfig(
+        source_vocab_size=V, target_vocab_size=V, d_model=8, num_heads=2, d_ff=8, num_encoder_layers=1,
+        num_decoder_layers=1,
+    )
+)  # fmt: skip
+TOKENS = jnp.array([[3, 4, 5], [6, 3, 0]])
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(partial(MODEL.init, deterministic=True))(jax.random.key(0), TOKENS, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (jnp.ones((2, 3)), r"source is float32 of shape \(2, 3\): give token ids, integers \[B, S\]"),
+        (np.ones((2, 3), bool), "source is bool"),
+        (np.ones(3, "int32"), r"source is int32 of shape \(3,\)"),
+        (np.eye(7, dtype="int32")[None], r"source is int32 of shape \(1, 7, 7\)"),
+        (jnp.array([[3, V]]), "source has the token id 7, the vocabulary has 7, 0 to 6"),
+        (np.array([[3, -100]]), "source has the token id -100, the vocabulary has 7"),
+    ],
+)
+def test_what_cannot_be_token_ids_is_refused(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        check_tokens("source", tokens, V)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, np.asarray(TOKENS), TOKENS.astype("uint8"), TOKENS[:, :0]])
+def test_token_ids_pass_whatever_their_integers(tokens):
+    check_tokens("source", tokens, V)
+
+
+CALLS = {
+    "source": lambda model, wrong: model(wrong, TOKENS, deterministic=True),
+    "target": lambda model, wrong: model(TOKENS, wrong, deterministic=True),
+    "encode": lambda model, wrong: model.encode(wrong, deterministic=True),
+    "decode": lambda model, wrong: model.decode(jnp.ones((2, 3, 8)), TOKENS, wrong, deterministic=True),
+    "start_decoding": lambda model, wrong: model.start_decoding(wrong, max_length=2),
+    "decode_step": lambda model, wrong: model.decode_step(model.start_decoding(TOKENS, max_length=3), wrong),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_each_call_refuses_an_id_that_the_vocabulary_lacks(variables, call):
+    for wrong in (-1, V):
+        with pytest.raises(ValueError, match=f"has the token id {wrong}, the vocabulary has 7"):
+            tokens = TOKENS.at[1, 1].set(wrong)
+            jax.eval_shape(partial(nn.apply(CALLS[call], MODEL), wrong=tokens), variables)
+
+
+def test_an_id_that_is_not_seen_makes_nan_of_its_own_sentence_alone(variables):
+    @jax.jit
+    def logits(source, target):
+        return MODEL.apply(variables, source, target, deterministic=True)
+
+    for wrong in (-100, -1, V, 2**30):
+        for places in ((0,), (1,), (0, 1)):
+            pair = [TOKENS.at[1, 1].set(wrong) if side in places else TOKENS for side in (0, 1)]
+            found = logits(*pair)
+            assert np.isfinite(found[0]).all() and np.isnan(found[1, -1]).all()
+
+
+def test_looking_up_gives_rows_and_gradients_as_indexing_does():
+    embedding, table = nn.Embed(V, 4), {"params": {"embedding": jnp.arange(4.0 * V).reshape(V, 4)}}
+
+    def loss(table, vectors_of):
+        vectors = vectors_of(table)
+        return (vectors**2).sum(), vectors
+
+    ours = jax.grad(loss, has_aux=True)(table, lambda table: nn.apply(look_up, embedding)(table, TOKENS))
+    theirs = jax.grad(loss, has_aux=True)(table, lambda table: table["params"]["embedding"][TOKENS])
+    assert all(map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(theirs)))
+
+
+def test_a_learned_position_before_the_first_is_refused_or_nan():
+    module, positions = LearnedPositions(5, 4), jnp.array([[0, 1, -1]])
+    variables = module.init(jax.random.key(0), positions[:, :2])
+    with pytest.raises(ValueError, match="positions has -1: count positions from 0"):
+        module.apply(variables, positions)
+    vectors = jax.jit(module.apply)(variables, positions)
+    assert np.isfinite(vectors[:, :2]).all() and np.isnan(vectors[:, 2]).all()
+
+
+def test_a_start_that_is_no_token_of_the_target_is_refused():
+    model = Transformer(dataclasses.replace(MODEL.config, start_id=V))
+    with pytest.raises(ValueError, match=f"model.start_id is {V}, model.target_vocab_size 7"):
+        jax.eval_shape(partial(model.init, deterministic=True), jax.random.key(0), TOKENS, TOKENS)
