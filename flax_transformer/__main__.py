@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         A verb that has --config accepts changes of its settings too, which `options.changes` holds afterwards.
         """
         words = [re.sub(r"^-(?=[a-z]{2})", "--", word) for word in arguments]
-        changes: list[str] = []
+        changes: list[tuple[str, str]] = []
         if self.get_default("changes") is not None:
             words, changes = split_changes(words)
         options, unknown = self.parse_known_args(words)
