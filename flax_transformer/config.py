@@ -91,7 +91,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
-        if not isinstance(self.dtype, str):  # a type such as jnp.bfloat16 stands for its name
+        if isinstance(self.dtype, type | np.dtype) or hasattr(self.dtype, "dtype"):  # jnp.bfloat16, for example
             object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
         check(self, "model")
         if self.d_model % self.num_heads:

@@ -105,7 +105,7 @@ def test_an_empty_folder_is_filled(folder, tmp_path):
         ("config.json", "activation_function", ["swish"], r"activation_function is \['swish'\]"),
         ("config.json", "scale_embedding", "false", "scale_embedding is 'false', true or false is needed"),
         ("config.json", "tie_word_embeddings", "false", "tie_word_embeddings is 'false', true or false is needed"),
-        ("config.json", "encoder_layers", 10**9, "asks for 1000000002 layers"),
+        ("config.json", "encoder_layers", 10**4, "asks for 10002 layers"),
         ("generation_config.json", "forced_bos_token_id", 7, "forced_bos_token_id is 7"),
         ("generation_config.json", "repetition_penalty", 1.3, "repetition_penalty is 1.3"),
     ],
