@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.model import Transformer, shift_right
+from flax_transformer.model import Transformer
+from flax_transformer.tokens import Tokens
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: `make peers` installs it")
 pytestmark = pytest.mark.peers
@@ -178,6 +179,6 @@ def test_logits_and_gradients_equal_pytorchs(norm, activation, num_heads):
 
 
 def test_the_shifted_target_is_ours():
-    positions = np.broadcast_to(np.arange(T, dtype="int32"), (B, T))
-    shifted = shift_right(jnp.asarray(TARGET), jnp.asarray(positions), TransformerConfig().start_id)
-    assert np.array_equal(shifted, SHIFTED)
+    config = TransformerConfig()
+    tokens = Tokens.from_ids(jnp.asarray(TARGET), config.pad_id)
+    assert np.array_equal(tokens.shift_right(config.start_id).ids, SHIFTED)
