@@ -72,7 +72,7 @@ def test_a_batch_holds_the_pairs_that_example_ids_names_in_that_order():
 
 def test_sentences_stand_one_after_another_numbered_from_one_and_padding_is_zero():
     for batch in build().batches(0, 20):
-        assert batch.source.shape == (ROWS, SOURCE_SLOTS) and batch.target.shape == (ROWS, TARGET_SLOTS)
+        assert batch.source.ids.shape == (ROWS, SOURCE_SLOTS) and batch.target.ids.shape == (ROWS, TARGET_SLOTS)
         assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves(batch))
         for tokens in (batch.source, batch.target):
             segments, positions = tokens.segments, tokens.positions
@@ -137,7 +137,7 @@ def test_another_seed_packs_and_orders_in_another_way():
 @pytest.mark.parametrize("multiple", [1, 2, 3, 8])
 def test_for_a_number_of_devices_only_empty_rows_are_added(multiple):
     plain, filled = build().batch(3), build(multiple=multiple).batch(3)
-    height = len(filled.source)
+    height = len(filled.source.ids)
     assert height % multiple == 0 and ROWS <= height < ROWS + multiple
     assert equal([leaf[:ROWS] for leaf in jax.tree.leaves(filled)], plain)
     assert not any(leaf[ROWS:].any() for leaf in jax.tree.leaves(filled))
@@ -220,7 +220,7 @@ def test_one_epoch_visits_each_row_once_and_fills_up_the_last_batch():
     corpus = build(multiple=3)
     batches = list(corpus.one_epoch())
     assert corpus.num_rows % ROWS
-    assert {batch.source.shape for batch in batches} == {(6, SOURCE_SLOTS)}
+    assert {batch.source.ids.shape for batch in batches} == {(6, SOURCE_SLOTS)}
     rows = [row for batch in batches for row in read_back(batch) if row]
     assert rows == [[(SOURCE[pair], TARGET[pair]) for pair in row] for row in rows_of(corpus)]
 
