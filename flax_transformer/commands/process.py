@@ -146,7 +146,7 @@ def _does_not_start(error: Exception) -> str:
     named = f" with JAX_PLATFORMS={platforms}" if platforms else ""
     return (
         f"jax does not start{named} ({_reason(error)}): set JAX_PLATFORMS=cpu to use the CPU, or unset it to use what "
-        "is there; a GPU needs the extra cuda, its driver, and memory that no other process holds (see nvidia-smi), "
+        "is available; a GPU needs the extra cuda, its driver, and memory that no other process uses (nvidia-smi), "
         "a TPU the extra tpu"
     )
 

@@ -48,9 +48,9 @@ def test_the_other_ways_leave_what_their_readers_want(run, workdir, tmp_path):
     [
         (("to-onnx", "a", "b"), "invalid choice"),
         (("to-marian", "a"), "TO"),
-        (("to-marian", "a", "b", "c"), "c stands alone"),
-        (("to-marian", "a", "b", "--quantization=int8"), "--quantization is for to-ctranslate2"),
-        (("from-marian", "a", "b", "--checkpoint=best"), "--checkpoint is for work directories"),
+        (("to-marian", "a", "b", "c"), "unexpected argument c"),
+        (("to-marian", "a", "b", "--quantization=int8"), "--quantization applies to to-ctranslate2"),
+        (("from-marian", "a", "b", "--checkpoint=best"), "--checkpoint applies to work directories"),
         (("to-marian", "nowhere", "b"), "nowhere is not a work directory"),
         (("from-marian", "nowhere", "b"), "nowhere is no folder"),
     ],
