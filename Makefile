@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-faults check peers release clean
+.PHONY: help venv quickstart test test-faults test-wheel check peers release clean
 
 help:
 	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
 	@echo "make venv        installs the library, editable, with everything that tests need, into .venv"
 	@echo "make test        runs the tests (WORKERS=$(WORKERS) processes)"
 	@echo "make test-faults kills trainings, stops them and fills their disks: some minutes"
+	@echo "make test-wheel  builds the wheel and uses it outside the repository, with the packages of .venv"
 	@echo "make check       ruff and mypy"
 	@echo "make peers       installs the libraries that some tests compare with"
 	@echo "make release     builds sdist and wheel into dist/, checks them and tries the wheel in a new environment"
@@ -47,6 +48,9 @@ test: $(VENV)/tools.stamp
 
 test-faults: $(VENV)/tools.stamp
 	$(BIN)/python -m pytest -m faults --numprocesses=$(WORKERS) --dist=loadfile tests/faults
+
+test-wheel: $(VENV)/tools.stamp
+	$(BIN)/python -m pytest -m wheel tests/wheel
 
 check: $(VENV)/tools.stamp
 	$(BIN)/ruff check
