@@ -171,7 +171,7 @@ def test_each_part_of_a_long_sentence_keeps_its_language(make_model, vocabularie
     pieces = [*source.pieces(range(source.size)), ">>fra<<"]
     vocabulary = MarianVocabulary(source.to_bytes(), {piece: number for number, piece in enumerate(pieces)})
     model = make_model(pair=VocabularyPair(vocabulary, vocabulary), max_length=12)
-    translator = Translator(model.config, model.params, model.vocabularies)
+    translator = Translator(model)
     search = BeamSearch(beam_size=1, max_length=6)
     with pytest.warns(UserWarning, match="in 2 parts"):
         whole, *parts = translator.translate(
