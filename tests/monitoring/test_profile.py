@@ -51,7 +51,7 @@ def test_the_steps_asked_for_are_watched_and_the_place_is_told(wish, first, last
     [
         ("20:25", 191, 200, "this training makes steps 191 to 200, choose some of these"),
         ("201:205", 1, 200, "this training makes steps 1 to 200, choose some of these"),
-        ("20:25", 201, 200, "this training has made its 200 steps, raise training.steps"),
+        ("20:25", 201, 200, "this training has already made its 200 steps, raise training.steps"),
         ("20:25", 25, 200, None),
         ("200:205", 1, 200, None),
         ("", 1, 200, None),
