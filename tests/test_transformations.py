@@ -119,12 +119,14 @@ def test_the_hessian_is_symmetric_and_the_gradients_gradient(case):
     close([hessian, hessian], [hessian.T, reverse])
 
 
+@pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
 def test_mapping_over_examples_equals_the_batch(case):
     outputs, _, variables, _, inputs = case
     mapped = jax.jit(jax.vmap(outputs, (None, 0)))(variables, inputs[:, None])[:, 0]
     close(mapped, jax.jit(outputs)(variables, inputs))
 
 
+@pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
 def test_inside_shard_map_with_its_checks_gradients_are_those_of_the_whole(case):
     _, loss, variables, _, inputs = case
     mesh = jax.make_mesh((B,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:B])
