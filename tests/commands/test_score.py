@@ -41,7 +41,7 @@ def test_the_summary_adds_up(workdir, pairs, capsys, run):
     written = capsys.readouterr()
     rows = [line.split("\t") for line in written.out.splitlines()]
     log_prob, tokens = sum(float(row[1]) for row in rows), sum(int(row[2]) for row in rows)
-    said = re.fullmatch(r"7 pairs, (\d+) tokens, log-probability (\S+), perplexity (\S+) a token\n", written.err)
+    said = re.fullmatch(r"7 pairs, (\d+) tokens, log-probability (\S+), perplexity (\S+) per token\n", written.err)
     assert int(said[1]) == tokens and float(said[2]) == pytest.approx(log_prob, abs=1e-2)
     assert float(said[3]) == pytest.approx(math.exp(-log_prob / tokens), rel=1e-3)
 
