@@ -1,7 +1,7 @@
-"""Takes the environment that pytest starts in and leaves eight CPU devices, a compilation cache and checked shapes.
+"""Sets up eight CPU devices, a compilation cache, and checks of all types and shapes.
 
-All of it goes through environment variables, so that a test that starts a process of its own hands it on; all of it
-stands before the first import of jax.
+The settings are environment variables, so that the processes that tests start inherit them, and they are set before
+jax is imported for the first time.
 """
 
 import gc

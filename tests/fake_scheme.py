@@ -1,7 +1,8 @@
-"""Takes a local folder and leaves a pretended object store in it, which `epath.Path("gs://...")` reads and writes.
+"""Makes `epath.Path("gs://...")` read and write a local folder that behaves like an object store.
 
-It stands where etils asks fsspec for the real one, so that etils' own backend runs. As in a bucket there are names and
-no folders, an object appears whole when its file is closed, and nothing is appended to.
+It replaces the file system that etils gets from fsspec, so that the code of etils for remote paths runs. As in a
+bucket, there are names and no folders, an object appears as a whole when its file is closed, and nothing can be
+appended to it.
 """
 
 import contextlib

@@ -1,5 +1,3 @@
-"""Takes queries, keys, values and masks and leaves a verdict: it is equation 1, and blind queries do no harm."""
-
 import inspect
 from functools import partial
 

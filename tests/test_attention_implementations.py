@@ -1,6 +1,6 @@
-"""Takes attention by cuDNN and by XLA and leaves a verdict: they are equal, and each is taken where it should be.
+"""Compares attention by cuDNN with attention by XLA, and tests which of them is chosen.
 
-Without a GPU, cuDNN's kernel is lowered and not run; what surrounds it runs around a stand-in.
+Without a GPU, cuDNN's kernel is only lowered, and a stand-in for it runs.
 """
 
 import re

@@ -1,5 +1,3 @@
-"""Takes references in many scripts and leaves a verdict: BLEU sees their words, and nobody is told otherwise."""
-
 import warnings
 
 import pytest

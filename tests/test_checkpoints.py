@@ -1,5 +1,3 @@
-"""Takes checkpoints, sound and damaged, and leaves a verdict: all comes back to the bit, or not at all."""
-
 import math
 import shutil
 import subprocess

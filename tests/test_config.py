@@ -1,5 +1,3 @@
-"""Takes settings, right and wrong, and leaves a verdict: presets are the paper's, and mistakes are named."""
-
 import dataclasses
 import inspect
 import json

@@ -1,5 +1,3 @@
-"""Takes every file in `configs/` and leaves a verdict: it is an experiment, and says with which command it runs."""
-
 import ast
 import dataclasses
 import re

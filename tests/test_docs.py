@@ -1,5 +1,3 @@
-"""Takes the pages of docs/ that show Python and leaves a verdict: their programs run, and their own checks hold."""
-
 import re
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""Takes arrays and random keys and leaves a verdict: dropout drops the share it says and keeps the expectation."""
-
 import math
 
 import jax

@@ -1,5 +1,3 @@
-"""Takes experiments as nested mappings and leaves a verdict: they come back unchanged, and mistakes are named."""
-
 import json
 
 import pytest

@@ -1,5 +1,3 @@
-"""Takes the library's source and leaves a verdict: imports run one way, importing is cheap, shapes are checked."""
-
 import ast
 import importlib
 import subprocess

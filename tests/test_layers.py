@@ -1,5 +1,3 @@
-"""Takes vectors and a config and leaves a verdict: sub-layers are joined as section 3.1 says, option by option."""
-
 import math
 from functools import partial
 

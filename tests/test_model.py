@@ -1,5 +1,3 @@
-"""Takes token ids and a small Transformer and leaves a verdict: no information flows where it must not, to the bit."""
-
 from functools import cache, partial
 
 import flax.traverse_util

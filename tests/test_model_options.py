@@ -1,5 +1,3 @@
-"""Takes a small Transformer with one option changed and leaves a verdict: the option does what the config says."""
-
 from functools import cache, partial
 
 import flax.linen as nn

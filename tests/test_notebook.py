@@ -1,7 +1,4 @@
-"""Takes the notebooks of colab/ and leaves a verdict: they run from beginning to end, and call the library for all.
-
-`pytest -m notebook` runs these tests alone.
-"""
+"""Runs the notebooks of colab/ from beginning to end; `pytest -m notebook` runs these tests alone."""
 
 import ast
 import json

@@ -1,5 +1,3 @@
-"""Takes masks, position vectors, schedules and weights and leaves a verdict: the figures show them, and name them."""
-
 import importlib
 import io
 import sys

@@ -1,5 +1,3 @@
-"""Takes positions and leaves a verdict: their vectors are the paper's, or the learned ones, or an error."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

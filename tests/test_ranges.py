@@ -1,5 +1,3 @@
-"""Takes values of every kind and leaves a verdict: what a setting may be is taken, all else is named and refused."""
-
 import dataclasses
 import json
 import math

@@ -1,5 +1,3 @@
-"""Takes scores of a training's steps and leaves a verdict: only those that were found alike are compared."""
-
 import json
 
 import pytest

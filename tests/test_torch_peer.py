@@ -1,5 +1,3 @@
-"""Takes weights that PyTorch's nn.Transformer and this one share and leaves a verdict: logits and gradients agree."""
-
 import math
 from functools import partial
 

@@ -1,5 +1,3 @@
-"""Takes what a training leaves in a folder and leaves a verdict: all comes back, the weights asked for too."""
-
 import concurrent.futures
 import dataclasses
 import json

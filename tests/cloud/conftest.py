@@ -1,4 +1,4 @@
-"""Takes cloud/tpu_vm.sh and leaves a pretended gcloud: its machines are folders, where it copies and runs commands."""
+"""Gives cloud/tpu_vm.sh a fake gcloud: its machines are folders, where it copies files and runs commands."""
 
 import contextlib
 import json

@@ -1,5 +1,3 @@
-"""Takes cloud/tpu_vm.sh keep and leaves a verdict: a training goes on after whatever befalls its machines."""
-
 import os
 import signal
 import subprocess

@@ -1,5 +1,3 @@
-"""Takes the verbs of cloud/tpu_vm.sh and leaves a verdict: each asks gcloud for the right things."""
-
 import os
 import re
 import shlex

@@ -1,6 +1,6 @@
-"""Takes a small random Transformer and leaves work directories that commands can run on, and a way to run them.
+"""Provides work directories with small random models, and fixtures that run commands on them.
 
-What an untrained model says means nothing, but it depends on every token of the source, so whatever is mixed up shows.
+Their translations mean nothing, but they depend on every token of the source, so that any mix-up changes them.
 """
 
 import dataclasses

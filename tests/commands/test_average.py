@@ -1,5 +1,3 @@
-"""Takes checkpoints and leaves a verdict: `average` says which it took, and the average translates."""
-
 import re
 import shlex
 from functools import partial

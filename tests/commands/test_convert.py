@@ -1,5 +1,3 @@
-"""Takes command lines and leaves a verdict: `convert` goes each way, says how to go on, and loses nothing."""
-
 import shlex
 
 import pytest

@@ -1,5 +1,3 @@
-"""Takes a test set and leaves a verdict: `evaluate` says what sacrebleu says of the same translations."""
-
 import json
 import re
 import subprocess

@@ -1,5 +1,3 @@
-"""Takes files with odd bytes and leaves a verdict: lines are what editors call lines, and mistakes name theirs."""
-
 import json
 import os
 import sys

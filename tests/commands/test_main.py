@@ -1,5 +1,3 @@
-"""Takes the program as a shell does and leaves a verdict: help is quick, mistakes take one line, defaults are set."""
-
 import os
 import re
 import subprocess

@@ -1,5 +1,3 @@
-"""Takes options that several verbs share and leaves a verdict: what is said is what is searched, and no more."""
-
 import argparse
 
 import jax

@@ -1,5 +1,3 @@
-"""Takes a process that has just started and leaves a verdict: programs are kept, and what the user sees is one line."""
-
 import logging
 import os
 import subprocess

@@ -1,5 +1,3 @@
-"""Takes pairs and leaves a verdict: `score` gives each the translator's log-probability, and perplexity of them all."""
-
 import json
 import math
 import re

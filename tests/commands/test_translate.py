@@ -1,5 +1,3 @@
-"""Takes `translate` with many options and leaves a verdict: it says what the translator says, and errors come early."""
-
 import json
 import re
 import subprocess

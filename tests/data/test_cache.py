@@ -1,5 +1,3 @@
-"""Takes arrays and folders in every state and leaves a verdict: what comes back is right, whatever lies there."""
-
 import os
 import pickle
 import subprocess

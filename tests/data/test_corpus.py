@@ -1,5 +1,3 @@
-"""Takes small files and sets and leaves what must hold of every corpus: pairs stay pairs, and errors name the line."""
-
 import itertools
 import re
 import time

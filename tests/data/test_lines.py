@@ -1,5 +1,3 @@
-"""Takes files that are no UTF-8 text and leaves a verdict: each is told for what it is, and text is never refused."""
-
 import bz2
 import gzip
 import lzma

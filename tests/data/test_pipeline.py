@@ -1,5 +1,3 @@
-"""Takes sentence pairs of known ids and leaves a verdict: every batch is right, and an epoch has each pair once."""
-
 import dataclasses
 import os
 from collections import Counter

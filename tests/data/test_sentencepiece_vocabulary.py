@@ -1,5 +1,3 @@
-"""Takes small texts and leaves what must hold of every vocabulary: what goes in comes out, and nothing is a command."""
-
 import dataclasses
 import pickle
 import re

@@ -1,6 +1,6 @@
-"""Takes a small random Transformer and leaves translators that tests of searching and translating share.
+"""Provides translators with small random models.
 
-What an untrained model says means nothing, but it depends on every token of the source, so whatever is mixed up shows.
+Their translations mean nothing, but they depend on every token of the source, so that any mix-up changes them.
 """
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""Takes token ids of many sentences and a small random model and leaves a verdict: each gets what it gets alone."""
-
 from types import SimpleNamespace
 
 import jax

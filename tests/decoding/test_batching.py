@@ -1,5 +1,3 @@
-"""Takes lengths of made-up sentences and leaves a verdict: batches hold each once, in few shapes and within bounds."""
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,4 @@
-"""Takes token ids and a small random Transformer and leaves a verdict: compiled searches agree with whole passes.
-
-A whole pass through the model knows no cache, no hypothesis and no step, so it is what searches are held against.
-"""
+"""Compares compiled searches with whole passes through the model, which need no cache."""
 
 from functools import cache, partial
 

@@ -1,7 +1,7 @@
-"""Takes made-up logits and leaves a verdict: the best tokens, those that may come and those that are drawn are right.
+"""Tests the choice of the next token.
 
-What is drawn is held against the probabilities with a chi-square test, which a correct program fails once in 100,000
-seeds; the seeds are fixed.
+Samples are compared with their probabilities by a chi-square test, which a correct program fails for one seed in
+100,000; the seeds are fixed.
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
-"""Takes weights that transformers, CTranslate2 and this library share and leaves a verdict: they find the same.
+"""Searches with equal weights in transformers, CTranslate2 and this library, and compares what they find.
 
-Nobody's search is cut off by a limit on the length here, where each has a rule of its own.
+No output is cut off by a limit on its length, because each library treats that case in its own way.
 """
 
 import functools

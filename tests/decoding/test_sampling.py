@@ -1,7 +1,7 @@
-"""Takes a made-up language and leaves a verdict: whole outputs are drawn as often as their probabilities say.
+"""Tests how often whole outputs are sampled, with a made-up language whose probabilities are known.
 
-What is drawn is held against the probabilities with a chi-square test, which a correct program fails once in 100,000
-seeds; the seeds are fixed. What may follow depends on the sentence, the place and the token before.
+The next token of that language depends on the sentence, the position and the token before. Samples are compared with
+their probabilities by a chi-square test, which a correct program fails for one seed in 100,000; the seeds are fixed.
 """
 
 import functools

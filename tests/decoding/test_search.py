@@ -1,7 +1,7 @@
-"""Takes tables of log-probabilities and leaves a verdict: the searches find what trying every sequence finds.
+"""Compares searches with an exhaustive search of every sequence, over made-up tables of log-probabilities.
 
-The tables are made-up languages: what may follow depends on the whole beginning, which the step function knows from
-its state alone. So a state that strays from its hypothesis shows as a wrong log-probability.
+The next token of these languages depends on the whole beginning of the sequence, which the step function knows only
+from its state. If a state ever belonged to another hypothesis, a wrong log-probability would show it.
 """
 
 import itertools

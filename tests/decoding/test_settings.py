@@ -1,5 +1,3 @@
-"""Takes wishes for a search and leaves a verdict: settings hold them, refuse what makes no sense, and cost nothing."""
-
 import subprocess
 import sys
 

@@ -1,6 +1,6 @@
-"""Takes sentences and a small random Transformer and leaves a verdict: each line has an answer, and it is its own.
+"""Tests the translator with a small model of random parameters.
 
-What an untrained model says means nothing, but it depends on every token of the source, so whatever is mixed up shows.
+Its translations mean nothing, but they depend on every token of the source, so that any mix-up changes them.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Takes the quick start, made small, and lets tests run it in other processes, kill it, and look at what is left."""
+"""Runs a small version of the quick start in other processes, which tests kill and whose files they then read."""
 
 import json
 import os

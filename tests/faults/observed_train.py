@@ -1,6 +1,6 @@
-"""Takes train.py's own flags and trains, and leaves a line for each step: which sentences this process was given.
+"""Trains as train.py does, and prints for each step which sentences this process was given.
 
-The sentences are read off the batches themselves, so that what is logged is what was trained on. The environment
+The sentences are decoded from the batches themselves, so that exactly what was trained on is logged. The environment
 variable OBSERVED names the file.
 """
 

@@ -1,5 +1,3 @@
-"""Takes trainings whose disk is full or damaged and leaves a verdict: they say so in one line and go on to the bit."""
-
 import hashlib
 import shutil
 import signal

@@ -1,8 +1,8 @@
-"""Takes trainings that are killed at random moments and leaves a verdict: they end with the bits of an unbroken one.
+"""Kills trainings at random moments; continued, they must end with the same bits as a training that was never killed.
 
     KILLS=50 pytest -m faults tests/faults/test_kills.py -s
 
-kills 50 trainings; without the variable it is a few. SEED chooses other moments.
+kills 50 trainings, and without the variable a few. SEED chooses other moments.
 """
 
 import os

@@ -1,5 +1,3 @@
-"""Takes one training over several layouts of devices and processes and leaves a verdict: it saw what one would have."""
-
 import numpy as np
 import pytest
 

@@ -1,5 +1,3 @@
-"""Takes trainings that are told to stop and leaves a verdict: each stops behind a checkpoint and goes on to the bit."""
-
 import json
 import re
 import signal

@@ -1,5 +1,3 @@
-"""Takes trainings of two processes and leaves a verdict: none waits for one that is gone, and two score as one."""
-
 import shutil
 import socket
 import subprocess

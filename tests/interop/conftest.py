@@ -1,4 +1,4 @@
-"""Takes small random Transformers and leaves models, with vocabularies, that tests of converting share."""
+"""Provides small random models with vocabularies, which the tests convert."""
 
 import json
 

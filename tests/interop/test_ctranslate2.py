@@ -1,5 +1,3 @@
-"""Takes models in CTranslate2 and leaves a verdict: the same scores and translations, and a README that runs."""
-
 import re
 
 import numpy as np

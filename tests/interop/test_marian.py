@@ -1,5 +1,3 @@
-"""Takes models, written as Marian's and read again, and leaves a verdict: they are the same, whatever they are."""
-
 import dataclasses
 
 import jax

@@ -1,5 +1,3 @@
-"""Takes files of models, odd, damaged and hostile ones, and leaves a verdict: read in full or told in one line."""
-
 import contextlib
 import json
 import os

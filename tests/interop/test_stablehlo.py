@@ -1,5 +1,3 @@
-"""Takes exported programs and leaves a verdict: any batch and lengths, our logits, and no need of this library."""
-
 import subprocess
 import sys
 

@@ -1,5 +1,3 @@
-"""Takes numbers of steps and leaves a verdict: just those are watched, and what became of them is told."""
-
 import jax
 import jax.numpy as jnp
 import pytest

@@ -1,5 +1,3 @@
-"""Takes a process and leaves a verdict: whoever reads what is noted knows code, versions and devices."""
-
 import subprocess
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""Takes measurements and leaves a verdict: they stand in `metrics.jsonl`, in TensorBoard and on the terminal."""
-
 import pytest
 
 from flax_transformer.monitoring.report import Report, format_score

@@ -1,5 +1,3 @@
-"""Takes shapes and devices and leaves a verdict: XLA counts the same operations, a device has its peak."""
-
 import functools
 from unittest import mock
 

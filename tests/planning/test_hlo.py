@@ -1,5 +1,3 @@
-"""Takes the text of programs and leaves a verdict: collectives and loops are counted as they run."""
-
 from flax_transformer.planning.hlo import Module, read_collectives
 
 

@@ -1,5 +1,3 @@
-"""Takes experiments and slices that are not there and leaves a verdict: the plan tells what the training step takes."""
-
 import dataclasses
 from unittest import mock
 

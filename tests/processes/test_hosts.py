@@ -1,5 +1,3 @@
-"""Takes environments and processes that want to train as one and leaves a verdict: they meet, agree, or say why not."""
-
 import json
 import os
 import socket

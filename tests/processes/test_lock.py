@@ -1,5 +1,3 @@
-"""Takes processes that want one work directory and leaves a verdict: one trains, and it is free when that one ends."""
-
 import datetime
 import errno
 import fcntl

@@ -1,5 +1,3 @@
-"""Takes texts longer than a limit and leaves a verdict: every part is a sentence or fits, and nothing is lost."""
-
 import random
 
 import pytest

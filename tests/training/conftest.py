@@ -1,4 +1,4 @@
-"""Takes digits in words and leaves an experiment that is trained in a moment, and what a work directory says of it."""
+"""Provides a tiny experiment, and functions that read what its training has recorded in the work directory."""
 
 import dataclasses
 import random

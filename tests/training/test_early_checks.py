@@ -1,5 +1,3 @@
-"""Takes settings that would fail after the last step and leaves a verdict: they are refused before the first."""
-
 import dataclasses
 import shutil
 import warnings

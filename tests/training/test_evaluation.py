@@ -1,5 +1,3 @@
-"""Takes a held-out corpus and an untrained model and leaves a verdict: scores are what they say, of every sentence."""
-
 import functools
 
 import jax

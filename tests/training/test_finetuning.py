@@ -1,5 +1,3 @@
-"""Takes a model in a work directory and leaves a verdict: training can start from it, and freeze parts of it."""
-
 import dataclasses
 import json
 

@@ -1,5 +1,3 @@
-"""Takes trainings whose texts, vocabulary or config were changed and leaves a verdict: they are refused."""
-
 import codecs
 import dataclasses
 import random

@@ -1,5 +1,3 @@
-"""Takes two small text files and leaves a verdict: a training that was stopped goes on as if it had not been."""
-
 import dataclasses
 import signal
 

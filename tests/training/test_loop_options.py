@@ -1,5 +1,3 @@
-"""Takes trainings that go wrong, or could end well before their last step, and leaves a verdict on what they leave."""
-
 import dataclasses
 import signal
 

@@ -1,5 +1,3 @@
-"""Takes finite and infinite gradients and leaves a verdict: the factor halves, doubles and stays as it should."""
-
 import jax
 import jax.numpy as jnp
 

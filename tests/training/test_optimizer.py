@@ -1,5 +1,3 @@
-"""Takes training settings and leaves a verdict: the rates are equation 3's, the updates are Adam's by hand."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np

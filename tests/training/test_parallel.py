@@ -1,5 +1,3 @@
-"""Takes steps on one device and on eight and leaves a verdict: the same sums, gradients and state, but for rounding."""
-
 import functools
 import re
 

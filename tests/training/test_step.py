@@ -1,5 +1,3 @@
-"""Takes packed batches and a small model and leaves a verdict: a step is pure, and parts add up to the whole."""
-
 import functools
 
 import jax

@@ -1,5 +1,3 @@
-"""Takes batches too large or not finite and leaves a verdict: the update is the same one, or left out whole."""
-
 import dataclasses
 import functools
 

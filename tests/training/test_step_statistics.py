@@ -1,5 +1,3 @@
-"""Takes the metrics of steps and leaves a verdict: each window's means are those of its steps, weighed by tokens."""
-
 import math
 import time
 import types

@@ -1,4 +1,4 @@
-"""Leaves this folder out of a run of all tests, because building and installing a wheel takes a while."""
+"""Leaves this folder out of a run of all tests, because it takes minutes to build and install a wheel."""
 
 from pathlib import Path
 
