@@ -1,5 +1,6 @@
 """Sends signals and checks what they do: a training stops as soon as nothing is lost, on all processes at one step."""
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -101,39 +102,53 @@ with Interruption("program") as interruption:
 """
 
 
-def program(where):
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, where], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.2)
-    return process
+@pytest.fixture
+def program():
+    """Starts the program, which is killed after the test if it has not ended."""
+    with contextlib.ExitStack() as stack:
+
+        def start(where):
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", PROGRAM, where],
+                    cwd=ROOT,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.2)
+            return process
+
+        yield start
 
 
 @pytest.mark.parametrize(("where", "when"), [("before", "before the first step"), ("after", "after the last step")])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
-def test_a_program_with_nothing_to_save_ends_at_once_whatever_it_computes_and_says_so(where, when, number):
+def test_a_program_with_nothing_to_save_ends_at_once_whatever_it_computes_and_says_so(program, where, when, number):
     process = program(where)
     process.send_signal(number)
-    error = process.communicate(timeout=10)[1]
+    error = process.communicate(timeout=60)[1]
     assert error.startswith(f"program: {number.name}: stopped {when}; nothing is lost") and error.count("\n") == 1
     assert process.returncode == 128 + number
 
 
-def test_a_program_that_has_not_met_the_others_waits_to_tell_them_and_a_second_sigterm_ends_it():
+def test_a_program_that_has_not_met_the_others_waits_to_tell_them_and_a_second_sigterm_ends_it(program):
     process = program("connecting")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert "stopped at once" in process.communicate(timeout=10)[1] and process.returncode == 143
+    assert "stopped at once" in process.communicate(timeout=60)[1] and process.returncode == 143
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_program_between_its_steps_is_told_at_the_next_check(number):
+def test_a_program_between_its_steps_is_told_at_the_next_check(program, number):
     process = program("step")
     process.send_signal(number)
-    assert process.communicate(timeout=10)[1] == ""
+    assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 128 + number
 
 
@@ -147,13 +162,13 @@ def test_a_program_between_its_steps_is_told_at_the_next_check(number):
     ],
     ids=lambda value: "-".join(number.name for number in value) if isinstance(value, list) else "",
 )
-def test_a_second_sigterm_or_ctrl_c_ends_a_program_that_has_something_to_save(numbers, ends):
+def test_a_second_sigterm_or_ctrl_c_ends_a_program_that_has_something_to_save(program, numbers, ends):
     process = program("between")
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.2)
     if ends:
-        assert f"program: {numbers[-1].name}: stopped at once" in process.communicate(timeout=10)[1]
+        assert f"program: {numbers[-1].name}: stopped at once" in process.communicate(timeout=60)[1]
         assert process.returncode == 128 + numbers[-1]
     else:
         time.sleep(0.5)
