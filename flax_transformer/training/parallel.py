@@ -8,7 +8,6 @@ and of the optimizer's state (Zhao et al., 2023; ZeRO stage 3 of Rajbhandari et 
 divided over both.
 """
 
-import functools
 import re
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.linen.module import InterceptorContext
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -108,57 +106,38 @@ class Parallelism:
         return NamedSharding(self._local_mesh, spec)
 
     def create(self, function: Callable[..., PyTree], *arguments: Any) -> PyTree:
-        """What a pure function makes, made where it will lie: no device ever holds more than its part."""
-        shapes, structure = self.shapes(function, *arguments)
+        """The result of a pure function, created where it will lie, so that no device ever holds more than its part."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes(function, *arguments))
+        return jax.jit(function, out_shardings=shardings)(*arguments)
 
-        def leaves_of(*arguments: Any) -> list[jax.Array]:
-            return jax.tree.leaves(function(*arguments))
+    def shapes(self, function: Callable[..., PyTree], *arguments: Any) -> PyTree:
+        """The shapes, types and shardings of the arrays that `create` would create."""
+        return jax.tree.map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=self.sharding(_name(path), leaf.shape)
+            ),
+            jax.eval_shape(function, *arguments),
+        )
 
-        leaves = jax.jit(leaves_of, out_shardings=[shape.sharding for shape in shapes])(*arguments)
-        return jax.tree.unflatten(structure, leaves)
-
-    def shapes(self, function: Callable[..., PyTree], *arguments: Any) -> tuple[list[jax.ShapeDtypeStruct], Any]:
-        """What a pure function would make: its leaves' shapes, types and places, and the structure that holds them."""
-        structure = None
-        names: list[str] = []
-
-        def leaves_of(*arguments: Any) -> list[jax.Array]:
-            nonlocal structure
-            with_paths, structure = jax.tree.flatten_with_path(function(*arguments))
-            names[:] = [_name(path) for path, _ in with_paths]
-            return [leaf for _, leaf in with_paths]
-
-        shapes = jax.eval_shape(leaves_of, *arguments)
-        placed = [
-            jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=self.sharding(name, shape.shape))
-            for name, shape in zip(names, shapes, strict=True)
-        ]
-        return placed, structure
-
-    def lower(
-        self, step: Callable[..., Any], state: tuple[list[jax.ShapeDtypeStruct], Any], batch: PyTree
-    ) -> jax.stages.Lowered:
-        """A step that donates its state, ready to be compiled for the devices, which need not be there.
+    def lower(self, step: Callable[..., Any], state: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """A step that donates its state, ready to be compiled for the devices, which do not have to exist.
 
         Args:
             step: as in `compile`.
             state: from `shapes`.
             batch: the shapes of all rows.
         """
-        leaves, structure = state
-        rows, layout = jax.tree.flatten(batch)
         if self.kind == "pmap":
-            # It finds places for itself.
-            leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-            rows = [
-                jax.ShapeDtypeStruct((self.num_devices, leaf.shape[0] // self.num_devices, *leaf.shape[1:]), leaf.dtype)
-                for leaf in rows
-            ]
+            # It places the state by itself, and takes the rows of each device apart.
+            count = self.num_devices
+            state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+            batch = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((count, leaf.shape[0] // count, *leaf.shape[1:]), leaf.dtype), batch
+            )
         else:
             sharding = self.batch_sharding
-            rows = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in rows]
-
-        return self.transform(_on_leaves(step, structure, layout), donate_state=True).lower(leaves, rows)
+            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
+        return self.transform(step, donate_state=True).lower(state, batch)
 
     def place(self, state: PyTree) -> PyTree:
         """Puts a state where it belongs; a step that donates the result spends what was given too."""
@@ -214,28 +193,12 @@ class Parallelism:
         )
 
     def _on_mesh(self, step: Callable[..., Any], state: PyTree, batch: PyTree) -> Any:
-        """The step, with the compiler told how its arrays are divided.
+        """The step, in which the layers divide the rows of their activations as those of the batch are divided.
 
-        Activations are divided by rows as the batch is: left to itself, XLA may divide them as the kernels are, and
-        gather whole activations in place of kernels. It does not divide the work of the generator "rbg" at all: each
-        device draws for its own rows. What is made lies as the state lay, or it would wander.
+        Each result is placed as its name says, so the state stays where it was. XLA may place it elsewhere.
         """
-        rows = self.batch_sharding
-
-        def drop(run: Callable[..., Any], inputs: jax.Array, rng: jax.Array) -> jax.Array:
-            return run(inputs, jax.random.fold_in(rng, jax.lax.axis_index(self._mesh.axis_names)))
-
-        def divide_rows(run: Callable[..., Any], arguments: Any, options: Any, context: InterceptorContext) -> Any:
-            if context.method_name == "drop" and str(jax.random.key_impl(arguments[1])) != "threefry2x32":
-                specs = rows.spec, PartitionSpec()
-                run = jax.shard_map(
-                    functools.partial(drop, run), mesh=self._mesh, in_specs=specs, out_specs=rows.spec, check_vma=False
-                )
-            made = run(*arguments, **options)
-            divided = isinstance(context.module, nn.Dense | nn.Embed) and isinstance(made, jax.Array)
-            return jax.lax.with_sharding_constraint(made, rows) if divided else made
-
-        with nn.intercept_methods(divide_rows):
+        rules = ((AXIS, self._mesh.axis_names),)
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh), nn.logical_axis_rules(rules):
             made = step(state, batch)
         return jax.tree.map_with_path(
             lambda path, leaf: jax.lax.with_sharding_constraint(leaf, self.sharding(_name(path), leaf.shape)), made
@@ -273,34 +236,23 @@ class ParallelStep:
         self.memory = 0
 
     def __call__(self, state: PyTree, batch: PyTree) -> Any:
-        """What the step makes."""
-        leaves, structure = jax.tree.flatten(state)
-        rows, layout = jax.tree.flatten(self._parallelism.divide(batch))
+        """The result of the step."""
+        batch = self._parallelism.divide(batch)
         if self._compiled is None:
             begin = time.monotonic()
-            step = _on_leaves(self._step, structure, layout)
-            transformed = self._parallelism.transform(step, donate_state=self._donate_state)
+            transformed = self._parallelism.transform(self._step, donate_state=self._donate_state)
             if self._parallelism.kind == "pmap" and jax.process_count() > 1:
                 # Compiled ahead, it would want from each process the rows of all (jax 0.10).
                 self._compiled = transformed
-                result = transformed(leaves, rows)
+                result = transformed(state, batch)
                 self.compile_seconds = time.monotonic() - begin
                 return result
-            lowered = transformed.lower(leaves, rows)
+            lowered = transformed.lower(state, batch)
             self.trace_seconds, begin = time.monotonic() - begin, time.monotonic()
             self._compiled = compiled = lowered.compile()
             self.compile_seconds = time.monotonic() - begin
             self.memory = memory_of(compiled)
-        return self._compiled(leaves, rows)
-
-
-def _on_leaves(step: Callable[..., Any], structure: Any, layout: Any) -> Callable[..., Any]:
-    """The same step of the leaves of a state and of a batch: what jax tells of lists has no types that must hold."""
-
-    def on_leaves(leaves: list[jax.Array], rows: list[jax.Array], **axis: Any) -> Any:
-        return step(jax.tree.unflatten(structure, leaves), jax.tree.unflatten(layout, rows), **axis)
-
-    return on_leaves
+        return self._compiled(state, batch)
 
 
 def mesh_shape(kind: str, num_devices: int) -> dict[str, int]:
