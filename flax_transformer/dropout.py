@@ -19,7 +19,7 @@ def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> F
     """Sets each entry to zero with probability `rate`, rounded to 1/256, without changing the expectation.
 
     Args:
-        inputs: of any shape; over a mesh the first dimension is "batch" to Flax's rules of logical axes.
+        inputs: of any shape; over a mesh the first dimension is the one that Flax's rules of logical axes call "batch".
         rate: at least 0 and less than 1; a rate that rounds to 1 keeps one entry in 256.
         rng: random key; equal keys drop equal entries.
 
@@ -38,10 +38,10 @@ def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> F
 
 
 def _draw(rng: PRNGKeyArray, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Random words. Over a mesh each device draws those of its own rows.
+    """Random words; over a mesh each device draws only those of its own rows.
 
-    XLA divides the work of the generator "threefry2x32" among devices by itself. It does not divide that of the others,
-    "rbg" and "unsafe_rbg": there each device draws with a key of its own, so the words depend on the number of devices.
+    XLA by itself divides the work of the generator "threefry2x32" among devices, but not that of "rbg" and
+    "unsafe_rbg". With these each device derives a key of its own, so the words depend on the number of devices.
     """
     rows = nn.logical_to_mesh_axes(("batch",))
     if rows[0] is None or jax.sharding.get_abstract_mesh().empty or str(jax.random.key_impl(rng)) == "threefry2x32":
