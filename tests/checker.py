@@ -10,10 +10,13 @@ from typing import Any
 
 import beartype
 import jax
+import numpy as np
 
 # The numeric tower lets an int stand where a float is asked for, as Python's own typing does (PEP 484); beartype alone
 # refuses `dropout_rate=0`.
 BEARTYPE = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+VALUES = jax.Array, np.ndarray, np.generic, bool, int, float, str
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,8 +34,6 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def holds_placeholders(tree: Any) -> bool:
-    """Whether a tree holds what jax puts in the place of arrays: it has no leaves, or one that describes an array."""
+    """Whether a tree holds what jax puts in the place of arrays: no leaves at all, or leaves that are no values."""
     leaves = jax.tree.leaves(tree)
-    return not leaves or any(
-        type(leaf) is object or isinstance(leaf, jax.ShapeDtypeStruct | jax.sharding.Sharding) for leaf in leaves
-    )
+    return not leaves or not all(isinstance(leaf, VALUES) for leaf in leaves)
