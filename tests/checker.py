@@ -27,7 +27,7 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(checked)
     def checked_unless_placeholders(instance: Any, /, *fields: Any, **named_fields: Any) -> Any:
-        placeholders = hasattr(instance, "_flax_dataclass") and holds_placeholders((fields, named_fields))
+        placeholders = hasattr(type(instance), "_flax_dataclass") and holds_placeholders((fields, named_fields))
         return (function if placeholders else checked)(instance, *fields, **named_fields)
 
     return checked_unless_placeholders
