@@ -9,7 +9,8 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 LEVELS = 256
 
@@ -18,7 +19,7 @@ def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> F
     """Sets each entry to zero with probability `rate`, rounded to 1/256, without changing the expectation.
 
     Args:
-        inputs: of any shape.
+        inputs: of any shape; over a mesh the first dimension is the one that Flax's rules of logical axes call "batch".
         rate: at least 0 and less than 1; a rate that rounds to 1 keeps one entry in 256.
         rng: random key; equal keys drop equal entries.
 
@@ -31,9 +32,26 @@ def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> F
     if dropped_levels == 0:
         return inputs
     *leading, last = inputs.shape
-    words = jax.random.bits(rng, (*leading, math.ceil(last / 4)), jnp.uint32)
+    words = _draw(rng, (*leading, math.ceil(last / 4)))
     levels = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*leading, -1)[..., :last]
     return jnp.where(levels >= dropped_levels, inputs * (LEVELS / (LEVELS - dropped_levels)), 0)
+
+
+def _draw(rng: PRNGKeyArray, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Random words; over a mesh each device draws only those of its own rows.
+
+    XLA by itself divides the work of the generator "threefry2x32" among devices, but not that of "rbg" and
+    "unsafe_rbg". With these each device derives a key of its own, so the words depend on the number of devices.
+    """
+    rows = nn.logical_to_mesh_axes(("batch",))
+    if rows[0] is None or jax.sharding.get_abstract_mesh().empty or str(jax.random.key_impl(rng)) == "threefry2x32":
+        return jax.random.bits(rng, shape, jnp.uint32)
+
+    def draw_own(rng):
+        own_rng = jax.random.fold_in(rng, jax.lax.axis_index(rows[0]))
+        return jax.random.bits(own_rng, (shape[0] // jax.lax.axis_size(rows[0]), *shape[1:]), jnp.uint32)
+
+    return jax.shard_map(draw_own, in_specs=PartitionSpec(), out_specs=rows)(rng)
 
 
 class Dropout(nn.Module):
@@ -50,8 +68,4 @@ class Dropout(nn.Module):
         """Applies dropout, unless `deterministic`."""
         if deterministic or self.rate == 0:
             return inputs
-        return self.drop(inputs, self.make_rng("dropout"))
-
-    def drop(self, inputs: Float[Array, "*shape"], rng: PRNGKeyArray) -> Float[Array, "*shape"]:
-        """`__call__` with a given key; a mesh intercepts this method to draw bits on each device for its own rows."""
-        return dropout(inputs, self.rate, rng)
+        return dropout(inputs, self.rate, self.make_rng("dropout"))

@@ -7,6 +7,7 @@ import functools
 from contextlib import AbstractContextManager
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.typing import DTypeLike
@@ -45,9 +46,13 @@ def project(
 
 
 def dense_project(inputs: jax.Array, kernel: Factor, dimensions: Any, precision: Any = None) -> jax.Array:
-    """`project` with the signature that `nn.Dense` expects of a `dot_general`."""
+    """`project` with the signature that `nn.Dense` expects of a `dot_general`.
+
+    Over a mesh the result is divided by rows. XLA might otherwise divide it as the kernel is divided, and gather whole
+    activations where it could gather kernels.
+    """
     assert dimensions == (((inputs.ndim - 1,), (0,)), ((), ())) and precision is None
-    return project(inputs, kernel)
+    return nn.with_logical_constraint(project(inputs, kernel), ("batch",))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -85,4 +85,4 @@ def is_known(array: Any) -> bool:
 
 def look_up(embedding: nn.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
     """The vector of each token id; NaN for ids outside the table, negative ones too (-1 is not the last row)."""
-    return embedding(ids.astype(jnp.uint32))
+    return nn.with_logical_constraint(embedding(ids.astype(jnp.uint32)), ("batch",))

@@ -25,9 +25,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Half of XLA's optimising is more than tests gain from it; whoever measures a program sets this to 0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# From here on every call of the library is held against its signature, shapes included. The numeric tower lets an int
-# stand where a float is asked for, as Python's own typing does (PEP 484); beartype alone refuses `dropout_rate=0`.
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+# From here on every call of the library is held against its signature, shapes included.
+CHECKER = "importlib.import_module('tests.checker').check"  # jaxtyping wants text; jax is imported with the library
 jaxtyping.install_import_hook("flax_transformer", CHECKER)
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
@@ -249,6 +250,16 @@ def test_a_wrong_shape_is_an_error_while_tests_run():
     assert dot_product_attention(jnp.zeros((2, 5, 3, 4)), memory, memory).shape == (2, 5, 3, 4)
     with pytest.raises(jaxtyping.TypeCheckError):
         dot_product_attention(jnp.zeros((5, 3, 4)), memory, memory)
+
+
+def test_a_wrong_shape_in_a_tree_is_an_error_too_and_a_placeholder_of_jaxs_is_none():
+    cache = flax_transformer.KVCache(key=jnp.zeros((2, 3, 4, 7)), value=jnp.zeros((2, 3, 7, 4)))
+    leaves, structure = jax.tree.flatten(cache)
+    for wrong in (leaves[:1] * 2, [leaves[0], 0.0], [leaves[0], None]):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            jax.tree.unflatten(structure, wrong)
+    for placeholder in (object(), None, jax.ShapeDtypeStruct((5,), "int32"), leaves[0].sharding):
+        assert jax.tree.unflatten(structure, [placeholder] * 2).value is placeholder
 
 
 def test_training_does_not_wait_for_pytorch_where_it_is_installed():

@@ -1,14 +1,13 @@
-"""Takes a pure step and leaves it running on the devices of all processes: `jit` on one, `pmap`, or `jit` over a mesh.
+"""Takes a pure step and runs it on the devices of all processes: with `jit` on one, `pmap`, or `jit` over a mesh.
 
-Whatever the way, the compiled step takes and returns the same un-stacked state, so that checkpoints, losses and the
-loop around it are the same. A process gives its own rows of the global batch, those of its own devices.
+In all three ways the compiled step takes and returns the same un-stacked state, so the checkpoints and the training
+loop are the same too. Each process passes the rows of the global batch that belong to its own devices.
 
-A mesh has two axes: over "data" the parameters lie whole on each device, over "fsdp" each device keeps a part of them
-and of the optimizer's state (Zhao et al., 2023; ZeRO stage 3 of Rajbhandari et al., 2020). The rows of a batch are
-divided over both.
+A mesh has two axes. Along "data" each device keeps all parameters; along "fsdp" each keeps a part of the parameters and
+of the optimizer's state (Zhao et al., 2023; ZeRO stage 3 of Rajbhandari et al., 2020). The rows of a batch are divided
+along both, and so are the activations: the layers name their first dimension "batch" (`nn.with_logical_constraint`).
 """
 
-import functools
 import re
 import time
 from collections.abc import Callable
@@ -17,17 +16,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax.linen.module import InterceptorContext
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from flax_transformer.monitoring.utilization import memory_of
 
+# The axis of `pmap`, and the name that the layers give to the dimension of rows.
 AXIS = "batch"
 
-# What is divided over "fsdp": by the end of its name, the dimension, or the other one where the axis does not divide
-# that; the rest (biases, norms, counters) is small. The first rule that fits counts.
+# The matrices that are divided along "fsdp", by the end of their names, and the dimension that is divided. Where the
+# number of devices does not divide that dimension, the other one is taken. The first rule that matches a name applies.
+# All other arrays (biases, norms, counters) are small and stay whole.
 RULES = (
     ("embedding", 0),
     ("output_kernel", 1),
@@ -41,8 +41,8 @@ class Parallelism:
 
     Attributes:
         kind: "jit", "pmap" or "mesh".
-        devices: of all processes.
-        num_devices: by which the rows of a global batch are divided.
+        devices: the devices of all processes.
+        num_devices: their number; the rows of a global batch are divided among them.
     """
 
     def __init__(self, kind: str, devices: list[jax.Device] | None = None):
@@ -50,15 +50,15 @@ class Parallelism:
 
         Args:
             kind: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone), "pmap", "data" or
-                "fsdp" (a mesh with that axis alone), or the size of one or both, e.g. "data=2,fsdp=4".
-            devices: those of all processes if not given.
+                "fsdp" (a mesh with that axis alone), or the size of one axis or both, e.g. "data=2,fsdp=4".
+            devices: the devices to use; by default those of all processes.
 
         Raises:
-            ValueError: one device is asked for, and there are several processes, or a mesh has not as many places as
-                there are devices.
+            ValueError: "jit" is asked for and there are several processes, or the sizes of the mesh do not multiply to
+                the number of devices.
         """
         devices = jax.devices() if devices is None else devices
-        # A process reads rows that lie one after another.
+        # The rows that a process reads are consecutive, so its devices must be consecutive too.
         devices = sorted(devices, key=lambda device: device.process_index)
         if kind == "auto":
             kind = "pmap" if len(devices) > 1 else "jit"
@@ -86,16 +86,21 @@ class Parallelism:
         return f"{kind} on {self.num_devices} {device}{processes}"
 
     def micro_batches(self, rows: int, rows_per_device: int) -> int:
-        """In how many parts each device takes its share of `rows`, if it takes `rows_per_device` at most; 0 is all."""
+        """The number of parts in which each device processes its share of `rows`.
+
+        Args:
+            rows: of a global batch.
+            rows_per_device: the largest part that a device processes at once; 0 means its whole share.
+        """
         share = -(-rows // self.num_devices)
         return -(-share // rows_per_device) if rows_per_device else 1
 
     def sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Where an array of the state lies.
+        """How an array of the state is divided among devices.
 
         Args:
             name: its path, e.g. "params/encoder/layers_0/feed_forward/inner/kernel".
-            shape: of the whole array.
+            shape: the shape of the whole array.
         """
         spec = PartitionSpec()
         if self.kind == "mesh":
@@ -108,97 +113,78 @@ class Parallelism:
         return NamedSharding(self._local_mesh, spec)
 
     def create(self, function: Callable[..., PyTree], *arguments: Any) -> PyTree:
-        """What a pure function makes, made where it will lie: no device ever holds more than its part."""
-        shapes, structure = self.shapes(function, *arguments)
+        """The result of a pure function, created in its parts, so that no device ever holds more than its own."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes(function, *arguments))
+        return jax.jit(function, out_shardings=shardings)(*arguments)
 
-        def leaves_of(*arguments: Any) -> list[jax.Array]:
-            return jax.tree.leaves(function(*arguments))
+    def shapes(self, function: Callable[..., PyTree], *arguments: Any) -> PyTree:
+        """The shapes, types and shardings of the arrays that `create` would create."""
+        return jax.tree.map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=self.sharding(_name(path), leaf.shape)
+            ),
+            jax.eval_shape(function, *arguments),
+        )
 
-        leaves = jax.jit(leaves_of, out_shardings=[shape.sharding for shape in shapes])(*arguments)
-        return jax.tree.unflatten(structure, leaves)
-
-    def shapes(self, function: Callable[..., PyTree], *arguments: Any) -> tuple[list[jax.ShapeDtypeStruct], Any]:
-        """What a pure function would make: its leaves' shapes, types and places, and the structure that holds them."""
-        structure = None
-        names: list[str] = []
-
-        def leaves_of(*arguments: Any) -> list[jax.Array]:
-            nonlocal structure
-            with_paths, structure = jax.tree.flatten_with_path(function(*arguments))
-            names[:] = [_name(path) for path, _ in with_paths]
-            return [leaf for _, leaf in with_paths]
-
-        shapes = jax.eval_shape(leaves_of, *arguments)
-        placed = [
-            jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=self.sharding(name, shape.shape))
-            for name, shape in zip(names, shapes, strict=True)
-        ]
-        return placed, structure
-
-    def lower(
-        self, step: Callable[..., Any], state: tuple[list[jax.ShapeDtypeStruct], Any], batch: PyTree
-    ) -> jax.stages.Lowered:
-        """A step that donates its state, ready to be compiled for the devices, which need not be there.
+    def lower(self, step: Callable[..., Any], state: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """A step that donates its state, ready to be compiled for the devices, which do not have to exist.
 
         Args:
             step: as in `compile`.
             state: from `shapes`.
             batch: the shapes of all rows.
         """
-        leaves, structure = state
-        rows, layout = jax.tree.flatten(batch)
         if self.kind == "pmap":
-            # It finds places for itself.
-            leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-            rows = [
-                jax.ShapeDtypeStruct((self.num_devices, leaf.shape[0] // self.num_devices, *leaf.shape[1:]), leaf.dtype)
-                for leaf in rows
-            ]
+            # It places the state by itself, and has one more dimension in front of the rows: the devices.
+            count = self.num_devices
+            state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+            batch = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((count, leaf.shape[0] // count, *leaf.shape[1:]), leaf.dtype), batch
+            )
         else:
             sharding = self.batch_sharding
-            rows = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in rows]
-
-        return self.transform(_on_leaves(step, structure, layout), donate_state=True).lower(leaves, rows)
+            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
+        return self.transform(step, donate_state=True).lower(state, batch)
 
     def place(self, state: PyTree) -> PyTree:
-        """Puts a state where it belongs; a step that donates the result spends what was given too."""
+        """Divides a state among the devices; a step that donates the result may use up the given state too."""
         if self.kind == "mesh" and jax.process_count() > 1:
-            # From a device of its own a process can give no other one its part.
+            # A process cannot copy from one of its devices to those of another process.
             state = jax.device_get(state)
         return jax.tree.map_with_path(
             lambda path, leaf: jax.device_put(leaf, self.sharding(_name(path), leaf.shape)), state
         )
 
     def as_global(self, state: PyTree) -> PyTree:
-        """The state as arrays of all processes together, as checkpoints hold it; no copy."""
+        """The state as arrays of all processes together, which checkpoints hold; nothing is copied."""
         if jax.process_count() == 1 or self.kind == "mesh":
             return state
         return multihost_utils.host_local_array_to_global_array(state, self._mesh, PartitionSpec())
 
     def as_local(self, state: PyTree) -> PyTree:
-        """The way back from `as_global`: as the compiled step takes it."""
+        """The opposite of `as_global`: the state as the compiled step takes it."""
         if jax.process_count() == 1 or self.kind == "mesh":
             return state
         return multihost_utils.global_array_to_host_local_array(state, self._mesh, PartitionSpec())
 
     def as_whole(self, params: PyTree) -> PyTree:
-        """Parameters whole on each of this process's devices, as translating wants them."""
+        """The parameters whole on each of this process's devices, which translating needs."""
         if self.kind != "mesh":
             return params
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(params)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole) if jax.process_count() > 1 else whole
 
     def compile(self, step: Callable[..., Any], *, donate_state: bool) -> "ParallelStep":
-        """Makes a step of (state, batch, *, axis_name) run on the devices.
+        """A step that runs on the devices.
 
         Args:
-            step: pure; sums over `axis_name` if it is given one.
-            donate_state: whether the state's memory is reused for the result, which spends the state passed in.
+            step: a pure function of (state, batch, *, axis_name), which sums over `axis_name` if there is one.
+            donate_state: whether the result reuses the memory of the state, which can then be used no more.
         """
         return ParallelStep(self, step, donate_state=donate_state)
 
     def transform(self, step: Callable[..., Any], *, donate_state: bool) -> Any:
-        """The step under `jit` or `pmap`, which takes batches from `divide`, and can also be lowered."""
+        """The step under `jit` or `pmap`: it takes batches from `divide`, and has the method `lower`."""
         donated = (0,) if donate_state else ()
         if self.kind == "jit":
             return jax.jit(step, donate_argnums=donated)
@@ -214,28 +200,12 @@ class Parallelism:
         )
 
     def _on_mesh(self, step: Callable[..., Any], state: PyTree, batch: PyTree) -> Any:
-        """The step, with the compiler told how its arrays are divided.
+        """The step, in which the layers divide the rows of their activations as those of the batch are divided.
 
-        Activations are divided by rows as the batch is: left to itself, XLA may divide them as the kernels are, and
-        gather whole activations in place of kernels. It does not divide the work of the generator "rbg" at all: each
-        device draws for its own rows. What is made lies as the state lay, or it would wander.
+        Results are divided by `sharding`, as the state was. XLA might otherwise divide the new state in another way.
         """
-        rows = self.batch_sharding
-
-        def drop(run: Callable[..., Any], inputs: jax.Array, rng: jax.Array) -> jax.Array:
-            return run(inputs, jax.random.fold_in(rng, jax.lax.axis_index(self._mesh.axis_names)))
-
-        def divide_rows(run: Callable[..., Any], arguments: Any, options: Any, context: InterceptorContext) -> Any:
-            if context.method_name == "drop" and str(jax.random.key_impl(arguments[1])) != "threefry2x32":
-                specs = rows.spec, PartitionSpec()
-                run = jax.shard_map(
-                    functools.partial(drop, run), mesh=self._mesh, in_specs=specs, out_specs=rows.spec, check_vma=False
-                )
-            made = run(*arguments, **options)
-            divided = isinstance(context.module, nn.Dense | nn.Embed) and isinstance(made, jax.Array)
-            return jax.lax.with_sharding_constraint(made, rows) if divided else made
-
-        with nn.intercept_methods(divide_rows):
+        rules = ((AXIS, self._mesh.axis_names),)
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh), nn.logical_axis_rules(rules):
             made = step(state, batch)
         return jax.tree.map_with_path(
             lambda path, leaf: jax.lax.with_sharding_constraint(leaf, self.sharding(_name(path), leaf.shape)), made
@@ -247,7 +217,7 @@ class Parallelism:
         return NamedSharding(self._mesh, PartitionSpec(tuple(self._mesh.axis_names)))
 
     def divide(self, batch: PyTree) -> PyTree:
-        """This process's rows of a batch, divided among its devices as the step under `transform` takes them."""
+        """Divides this process's rows of a batch among its devices, for a step from `transform`."""
         if self.kind == "jit":
             return batch
         if self.kind == "mesh":
@@ -257,12 +227,12 @@ class Parallelism:
 
 
 class ParallelStep:
-    """A step of (state, batch) that is compiled for the first two that it gets; all others have their shapes.
+    """A step of (state, batch), compiled at the first call; later arguments must have the shapes of the first ones.
 
     Attributes:
-        trace_seconds: what tracing and lowering took; 0 before the first call, and where it is part of the next.
-        compile_seconds: what compiling took, or reading what was compiled by an earlier run.
-        memory: bytes of a device that it takes; 0 where that is not known.
+        trace_seconds: time for tracing and lowering; 0 before the first call, and where `compile_seconds` includes it.
+        compile_seconds: time for compiling, or for reading a program that an earlier run has compiled.
+        memory: bytes of each device that the program needs; 0 if unknown.
     """
 
     def __init__(self, parallelism: Parallelism, step: Callable[..., Any], *, donate_state: bool):
@@ -273,38 +243,27 @@ class ParallelStep:
         self.memory = 0
 
     def __call__(self, state: PyTree, batch: PyTree) -> Any:
-        """What the step makes."""
-        leaves, structure = jax.tree.flatten(state)
-        rows, layout = jax.tree.flatten(self._parallelism.divide(batch))
+        """The result of the step."""
+        batch = self._parallelism.divide(batch)
         if self._compiled is None:
             begin = time.monotonic()
-            step = _on_leaves(self._step, structure, layout)
-            transformed = self._parallelism.transform(step, donate_state=self._donate_state)
+            transformed = self._parallelism.transform(self._step, donate_state=self._donate_state)
             if self._parallelism.kind == "pmap" and jax.process_count() > 1:
-                # Compiled ahead, it would want from each process the rows of all (jax 0.10).
+                # A step compiled ahead would expect the rows of all processes from each of them (jax 0.10).
                 self._compiled = transformed
-                result = transformed(leaves, rows)
+                result = transformed(state, batch)
                 self.compile_seconds = time.monotonic() - begin
                 return result
-            lowered = transformed.lower(leaves, rows)
+            lowered = transformed.lower(state, batch)
             self.trace_seconds, begin = time.monotonic() - begin, time.monotonic()
             self._compiled = compiled = lowered.compile()
             self.compile_seconds = time.monotonic() - begin
             self.memory = memory_of(compiled)
-        return self._compiled(leaves, rows)
-
-
-def _on_leaves(step: Callable[..., Any], structure: Any, layout: Any) -> Callable[..., Any]:
-    """The same step of the leaves of a state and of a batch: what jax tells of lists has no types that must hold."""
-
-    def on_leaves(leaves: list[jax.Array], rows: list[jax.Array], **axis: Any) -> Any:
-        return step(jax.tree.unflatten(structure, leaves), jax.tree.unflatten(layout, rows), **axis)
-
-    return on_leaves
+        return self._compiled(state, batch)
 
 
 def mesh_shape(kind: str, num_devices: int) -> dict[str, int]:
-    """The sizes of a mesh's axes, as `training.parallelism` names them; raises ValueError unless they fit."""
+    """The sizes of a mesh's axes, from `training.parallelism`; raises ValueError if they do not fit the devices."""
     sizes = {"data": 1, "fsdp": 1}
     if kind in sizes:
         return sizes | {kind: num_devices}

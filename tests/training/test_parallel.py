@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -120,23 +121,37 @@ def test_a_mesh_drops_the_units_that_one_device_drops(state, batch):
     np.testing.assert_allclose(eight.smoothed, one.smoothed, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["data", "fsdp", "data=2,fsdp=4"])
-def test_over_a_mesh_each_device_draws_rbgs_bits_for_its_own_rows_alone(kind, state, batch):
+RATES = "dropout_rate", "attention_dropout_rate", "activation_dropout_rate"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rng_impl", "rates"),
+    [
+        *((kind, "rbg", RATES) for kind in ("data", "fsdp", "data=2,fsdp=4")),
+        *(("data=2,fsdp=4", "rbg", (rate,)) for rate in RATES),
+        ("data=2,fsdp=4", "unsafe_rbg", RATES),
+    ],
+)
+def test_over_a_mesh_each_device_draws_rbgs_bits_for_its_own_rows_alone(kind, rng_impl, rates, state, batch):
+    model = Transformer(dataclasses.replace(CONFIG, **{rate: 0.2 * (rate in rates) for rate in RATES}))
     eight = Parallelism(kind)
     source, target = (np.tile(tokens[:2], (DEVICES, 1)) for tokens in (batch.source.ids, batch.target.ids))
 
     def losses_of(params, tokens):
-        rngs = {"dropout": jax.random.key(3, impl="rbg")}
-        logits = MODEL.apply({"params": params}, *tokens, deterministic=False, rngs=rngs)
+        rngs = {"dropout": jax.random.key(3, impl=rng_impl)}
+        logits = model.apply({"params": params}, *tokens, deterministic=False, rngs=rngs)
         return jnp.sum(logits**2, axis=(1, 2))
 
     transformed = eight.transform(losses_of, donate_state=False)
     params, tokens = eight.place(state.params), eight.divide((source, target))
-    # The same rows on all devices, and each drops units of its own.
+    # Every device has the same two rows, and drops other units of them than the other devices.
     losses = np.asarray(transformed(params, tokens)).reshape(DEVICES, 2)
     assert len(np.unique(losses[:, 0])) == len(np.unique(losses[:, 1])) == DEVICES
-    drawn = re.findall(r"rng_bit_generator.*tensor<(\d+)x\d+x\d+xui32>", transformed.lower(params, tokens).as_text())
-    assert set(drawn) == {"2"}
+    # Activations have three dimensions, attention weights four; keys, which may be drawn too, have fewer.
+    drawn = re.findall(r"rng_bit_generator.*tensor<(\d+x\d+x[\dx]+)xui32>", transformed.lower(params, tokens).as_text())
+    rows, ranks = ({count(shape.split("x")) for shape in drawn} for count in (lambda sizes: sizes[0], len))
+    assert rows == {"2"}
+    assert ranks == {4 if rate == "attention_dropout_rate" else 3 for rate in rates}
 
 
 @pytest.mark.parametrize("written_by", ["jit", "pmap", "data", "fsdp", "data=2,fsdp=4"])
