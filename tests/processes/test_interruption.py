@@ -102,6 +102,14 @@ with Interruption("program") as interruption:
 """
 
 
+@pytest.fixture(autouse=True)
+def noticed():
+    """Lets this process and those that it starts notice SIGHUP, also where nohup runs the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def program():
     """Starts the program, which is killed after the test if it has not ended."""
