@@ -12,9 +12,11 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-DEVICES = "--xla_force_host_platform_device_count"
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+from tests.xla_flags import QUICK_COMPILING
+
+for flag in (QUICK_COMPILING, "--xla_force_host_platform_device_count=8"):
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Compiling is most of the tests' time; the second run, and a second worker, read what the first one compiled.

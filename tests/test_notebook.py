@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flax_transformer.workdir import WorkDirectory
+from tests.xla_flags import QUICK_COMPILING
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
@@ -65,7 +66,7 @@ def outputs(tmp_path_factory):
         environment.setenv("QUICKSTART_STEPS", str(STEPS))
         environment.setenv("QUICKSTART_CHANGES", json.dumps(CHANGES))
         environment.setenv("QUICKSTART_WORKDIR", str(workdir))
-        environment.setenv("XLA_FLAGS", "")
+        environment.setenv("XLA_FLAGS", QUICK_COMPILING)
         client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(COLAB)}})
         client.execute()
     steps = {line["kind"]: line["step"] for line in WorkDirectory(workdir).read_metrics()}

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from flax_transformer.workdir import WorkDirectory
+from tests.xla_flags import QUICK_COMPILING
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -77,7 +78,7 @@ class SmallTraining:
             | {
                 "OBSERVED": str(self.observed),
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": f"{QUICK_COMPILING} --xla_force_host_platform_device_count={devices}",
             }
         )
         return [

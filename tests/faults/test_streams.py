@@ -11,6 +11,7 @@ import pytest
 
 from flax_transformer.workdir import WorkDirectory
 from tests.faults.conftest import LONG, ROOT
+from tests.xla_flags import QUICK_COMPILING
 
 pytestmark = pytest.mark.faults
 
@@ -46,7 +47,11 @@ def test_when_its_terminal_is_closed_a_training_stops_after_a_checkpoint_as_its_
     settings = [f"--config.{name}={value}" for name, value in training._settings.items()]
     command = [sys.executable, str(ROOT / "tests/faults/observed_train.py"), "--config=configs/quickstart.py"]
     command += [f"--workdir={training.workdir}", *settings]
-    environment = os.environ | {"OBSERVED": str(training.observed), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "OBSERVED": str(training.observed),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": QUICK_COMPILING,
+    }
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)

@@ -11,6 +11,7 @@ import pytest
 
 from flax_transformer.processes import hosts
 from flax_transformer.processes.hosts import Cluster, cluster_of_environment
+from tests.xla_flags import QUICK_COMPILING
 
 ROOT = Path(__file__).parents[2]
 THREE = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}
@@ -130,7 +131,7 @@ def start(*command):
         [sys.executable, *map(str, command)],
         cwd=ROOT,
         # Buffered, as into a pipe by default, what is not flushed is lost when jax ends the process.
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": ""},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_COMPILING, "PYTHONUNBUFFERED": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
