@@ -86,7 +86,7 @@ def test_a_tokeniser_that_cannot_be_had_is_an_error_that_names_the_setting_and_t
         raise OSError("no network")
 
     monkeypatch.setattr(bleu.BLEU, "__init__", lambda metric, **options: fail())
-    with pytest.raises(ValueError, match="^x is flores200, which sacrebleu cannot use here .no network.: set another"):
+    with pytest.raises(ValueError, match="^x is flores200, which sacrebleu cannot use here .no network.: "):
         make_bleu("flores200", "x")
 
 

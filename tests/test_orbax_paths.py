@@ -88,7 +88,7 @@ def test_a_save_that_left_too_little_is_a_failed_save(break_it, find_out, tmp_pa
     workdir = WorkDirectory(tmp_path / "run")
     save(workdir)
     break_it(monkeypatch)
-    failed = r"^the checkpoint of step 2 could not be written .* is missing or empty .* goes on from step 1$"
+    failed = r"^the checkpoint of step 2 could not be written .* is missing or empty .* from step 1$"
     with pytest.raises(OSError, match=failed), workdir.open_checkpoints() as checkpoints:
         checkpoints.save(2, TREES, {})
         find_out(checkpoints)

@@ -130,7 +130,7 @@ def test_a_model_is_not_better_than_itself(run, workdir, files):
         (["--corpus=tsv:{source}/none"], r"cannot read .*check the path"),
         (["--output=scores.txt"], r"--output: invalid choice: 'scores.txt'"),
         (["--tokenize=14a"], r"--tokenize: invalid choice: '14a'"),
-        (["--source={source}", "--reference={reference}", "--translations=none/x"], r"there is no folder none: make"),
+        (["--source={source}", "--reference={reference}", "--translations=none/x"], r"there is no folder none"),
         (["--source={source}", "--reference={reference}", "--translations={reference}"], r"is read as well"),
         (["--corpus=files:{source}, {reference}", "--translations={reference}"], r"--corpus names .* is read as well"),
         (["--corpus=tsv:{source}", "--translations={workdir}/joint.model"], r"belongs to the work directory"),
