@@ -106,7 +106,7 @@ def check_output(option: str, path: str, inputs: Sequence[Named], workdirs: Sequ
             raise ValueError(f"{option} is {path}, which you may not write to: name another file")
     for reader, name in inputs:
         if same_file(path, name) and not _is_terminal_or_null(path):
-            raise ValueError(f"{option} is {path}, which is also read as {reader}: name another file")
+            raise ValueError(f"{option} is {path}, which {reader} reads: name another file")
     if workdir := work_directory_of(path, workdirs):
         raise ValueError(
             f"{option} is {path}, which belongs to the work directory {workdir} and would be overwritten: name another "

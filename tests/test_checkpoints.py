@@ -324,7 +324,7 @@ def test_where_all_are_damaged_nothing_is_moved(sound, tmp_path):
     for step in (3, 5):
         damage_params(path, step)
     left = files_in(path)
-    message = r"^none of the checkpoints \[3, 5\] in .*/run/checkpoints can be read, .*: copy the folder again, or give"
+    message = r"^none of the checkpoints \[3, 5\] in .*/run/checkpoints can be read"
     with pytest.raises(ValueError, match=message) as caught:
         restore_from(path)
     assert "\n" not in str(caught.value) and files_in(path) == left
@@ -350,9 +350,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-FAILED = (
-    r"^the checkpoint of step 2 could not be written to .*/disk/checkpoints \(.*\): .* from step 1$"
-)
+FAILED = r"^the checkpoint of step 2 could not be written to .*/disk/checkpoints \(.*\): .* from step 1$"
 
 
 def check_goes_on(disk, before):
