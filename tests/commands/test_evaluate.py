@@ -125,7 +125,7 @@ def test_a_model_is_not_better_than_itself(run, workdir, files):
         (["--source={source}", "--reference={reference}", "--corpus=tsv:x"], r"one test set"),
         (["--source={source}", "--reference={short}"], r"has 23 lines, .* has 2 lines: line i of"),
         (["--source={empty}", "--reference={empty}"], r"is empty: give a test set that has sentences"),
-        (["--corpus=tsw:x"], r"is of no known kind: did you mean 'tsv'"),
+        (["--corpus=tsw:x"], r"unknown kind: did you mean 'tsv'"),
         (["--corpus=tsv:{short}"], r"short:1: there is no tab"),
         (["--corpus=tsv:{source}/none"], r"cannot read .*check the path"),
         (["--output=scores.txt"], r"--output: invalid choice: 'scores.txt'"),

@@ -101,7 +101,7 @@ def test_locale_phrases_are_called_with_the_options():
         ("a.kn,a.en", "choose one of files, tsv, tfds, locale_phrases"),
         ("", "choose one of"),
         ("files:a", "names 1 file: write files:SOURCE,TARGET"),
-        ("files:a,b,c", "names 3 files.*a path that holds a comma stands in double quotes"),
+        ("files:a,b,c", "names 3 files.*a comma in double quotes"),
         ("files:none, b", r"cannot read none \(No such"),
         ("files:/dev/stdin,-", "standard input can be only one of them"),
         ("0*files:a,b", "weight 0"),
@@ -139,7 +139,7 @@ def test_a_row_with_one_column_names_its_line(write):
 
 def test_an_empty_source_is_named_even_beside_a_full_one(write):
     full, empty = write("full.tsv", "a\tb\n"), write("empty.tsv", "")
-    with pytest.raises(ValueError, match=f"'tsv:{re.escape(empty)}' holds no sentence pairs"):
+    with pytest.raises(ValueError, match=f"'tsv:{re.escape(empty)}' has no sentence pairs"):
         load_corpus(f"tsv:{full} + tsv:{empty}")
 
 
@@ -150,7 +150,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_lists_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="one of each per pair"):
+    with pytest.raises(ValueError, match="source, target and repeats have .* entries"):
         ParallelText(["a"], ["b", "c"], [1])
 
 
@@ -254,7 +254,7 @@ def test_a_tfds_set_is_prepared_on_first_use(tfds, tmp_path):
         ("tfds:wmt14_translate/de-ne:train?", "de-ne: there is no such configuration.*wmt14_translate/de-en"),
         ("tfds:small_pairs:9.0.0:train?", "no such configuration or version: write small_pairs, "),
         ("tfds:small_pairs:nope?", "nope.*train.*test"),
-        ("tfds:small_pairs:train?source=hi&", "source=hi, target=en: name two different ones of en, kn"),
+        ("tfds:small_pairs:train?source=hi&", "source=hi, target=en: .* en, kn"),
         ("tfds:small_pairs:train?source=en&", "source=en, target=en: name two different ones"),
     ],
 )
