@@ -86,7 +86,7 @@ class Translator:
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Translator":
-        """Loads the model of a work directory. For an ensemble call `Translator` with several `TrainedModel.load(path)`.
+        """Loads the model of a work directory; for an ensemble pass several `TrainedModel.load(path)` to `Translator`.
 
         Args:
             path: the work directory.

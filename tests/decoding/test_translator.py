@@ -282,7 +282,7 @@ def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
         (lambda each: each.score(["a", "b"], ["a"]), "there are 1 targets for 2 sources: give one for each"),
         (lambda each: each.score("a", ["a"]), "sources is one string: give a list"),
         (lambda each: each.align(["a"], "a"), "targets is one string: give a list"),
-        (lambda each: each.translate(["a", None]), r"sentences\[1\] is None, of type NoneType: give text"),
+        (lambda each: each.translate(["a", None]), r"sentences\[1\] is None, of type NoneType"),
         (lambda each: each.translate([b"x"]), r"sentences\[0\] is b'x', of type bytes"),
         (lambda each: each.translate([math.nan]), r"sentences\[0\] is nan, of type float"),
         (lambda each: each.translate(["a"], prefixes=[None]), r"prefixes\[0\] is None"),
