@@ -50,7 +50,7 @@ def test_the_other_ways_leave_what_their_readers_want(run, workdir, tmp_path):
         (("to-marian", "a", "b", "--quantization=int8"), "--quantization applies to to-ctranslate2"),
         (("from-marian", "a", "b", "--checkpoint=best"), "--checkpoint applies to work directories"),
         (("to-marian", "nowhere", "b"), "nowhere is not a work directory"),
-        (("from-marian", "nowhere", "b"), "nowhere is no folder"),
+        (("from-marian", "nowhere", "b"), "nowhere is not a folder"),
     ],
 )
 def test_a_mistake_is_one_line(fail, arguments, match):

@@ -67,7 +67,7 @@ def test_half_precision_is_read_as_float32(folder, kind):
         (lambda tensors: tensors.pop("model.encoder.embed_tokens.weight"), "embed_tokens.weight is missing"),
         (lambda tensors: tensors.update({QUERY: np.ones((16, 15), "f4")}), rf"{QUERY} does not fit config.json"),
         (lambda tensors: tensors.update(extra=np.ones(3, "f4")), "the tensor extra is unknown"),
-        (lambda tensors: tensors.update({QUERY: np.ones((16, 16), "i4")}), "holds I32"),
+        (lambda tensors: tensors.update({QUERY: np.ones((16, 16), "i4")}), "has type I32"),
     ],
 )
 def test_tensors_that_do_not_belong_together_are_named(folder, tmp_path, edit, match):
@@ -189,5 +189,5 @@ def test_a_bin_file_without_torch_names_what_to_install(folder, tmp_path, monkey
 
 
 def test_a_folder_that_is_none_is_told(tmp_path):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         from_marian(tmp_path / "nowhere", tmp_path / "work")
