@@ -33,7 +33,7 @@ TEXT = "ab c\nd\n" * 50
         (TEXT.encode("utf-16-le"), r"UTF-16LE, not UTF-8"),
         (TEXT.encode("utf-16-be"), r"UTF-16BE, not UTF-8"),
         (TEXT.replace("\n", "\r").encode(), r"carriage returns only: .*tr '\\r' '\\n'"),
-        (b"one\rtwo", r"carriage returns alone"),
+        (b"one\rtwo", r"carriage returns only"),
     ],
     ids="gzip bzip2 empty-bzip2 xz zstd zip UTF-16 UTF-32 UTF-16LE UTF-16BE CR one-CR".split(),
 )
