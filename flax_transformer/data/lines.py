@@ -96,6 +96,4 @@ def _check_first(line: bytes, path: str) -> None:
     if encoding:
         raise ValueError(f"{name} is {encoding}, not UTF-8: convert it with iconv -f {encoding} -t UTF-8")
     if not line.endswith(b"\n") and b"\r" in line.rstrip(b"\r"):
-        raise ValueError(
-            f"{name} is text whose lines end with carriage returns only: convert it with tr '\\r' '\\n'"
-        )
+        raise ValueError(f"{name} is text whose lines end with carriage returns only: convert it with tr '\\r' '\\n'")
