@@ -41,7 +41,7 @@ def test_minus_infinity_before_the_softmax_leaves_rows_that_sum_to_one_and_zeros
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_equals_jax_on_ordinary_masks(name):
+def test_attention_equals_jax_with_ordinary_masks(name):
     mask = MASKS[name]
     seen = None if mask is None else mask == 0
     np.testing.assert_allclose(
@@ -121,7 +121,7 @@ def test_a_mask_of_three_dimensions_is_an_error():
         inspect.unwrap(dot_product_attention)(*random_inputs(), jnp.zeros((B, Q, M)))
 
 
-def test_writing_into_a_cache_replaces_what_stands_there_and_nothing_else():
+def test_writing_to_a_cache_replaces_only_the_given_positions():
     _, key, value = random_inputs()  # [B, M, H, K]
 
     def lie(key, value):
@@ -142,7 +142,7 @@ def multi_head_attention(dropout_rate=0.0):
     return module, variables, inputs, memory
 
 
-def test_each_head_attends_in_its_own_part_of_the_projections():
+def test_each_head_uses_its_own_part_of_the_projections():
     module, variables, inputs, memory = multi_head_attention()
     mask = MASKS["segments"]
     outputs, weights = module.apply(variables, inputs, memory, mask, deterministic=True, return_weights=True)
@@ -166,7 +166,7 @@ def test_each_head_attends_in_its_own_part_of_the_projections():
     np.testing.assert_allclose(outputs, project("out", gathered), atol=1e-5)
 
 
-def test_a_projected_memory_serves_as_well_as_the_memory():
+def test_a_projected_memory_gives_the_same_result_as_the_memory():
     module, variables, inputs, memory = multi_head_attention()
     projected = module.apply(variables, memory, method="project_memory")
     attended, _ = module.apply(variables, inputs, projected, deterministic=True, method="attend")
@@ -175,7 +175,7 @@ def test_a_projected_memory_serves_as_well_as_the_memory():
     assert weights is None
 
 
-def test_the_module_drops_weights_only_where_it_is_told_to():
+def test_the_module_drops_weights_only_if_not_deterministic():
     module, variables, inputs, memory = multi_head_attention(dropout_rate=0.5)
     whole, _ = module.apply(variables, inputs, memory, deterministic=True)
     dropped, _ = module.apply(variables, inputs, memory, deterministic=False, rngs={"dropout": jax.random.key(7)})
@@ -184,14 +184,14 @@ def test_the_module_drops_weights_only_where_it_is_told_to():
     assert np.array_equal(never.apply(variables, inputs, memory, deterministic=False)[0], whole)
 
 
-def test_a_combined_mask_hides_from_a_padded_row_everything():
+def test_a_combined_mask_hides_everything_from_padding():
     padded = combine_masks(causal_mask(Q), padding_mask(jnp.zeros((B, Q), bool)))
     query, key, value = random_inputs()
     gathered = dot_product_attention(query, key[:, :Q], value[:, :Q], padded)
     assert (np.asarray(gathered) == 0).all()
 
 
-def test_a_boolean_mask_is_an_error_that_tells_what_to_give():
+def test_a_boolean_mask_is_an_error_that_says_what_to_give():
     inputs = jnp.ones((B, Q, 2, 4))
     visible = jnp.ones((1, 1, Q, Q), bool)
     with pytest.raises(ValueError, match="mask is boolean: give 0 and -inf"):

@@ -60,7 +60,7 @@ def steps_of(workdir):
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_the_newest_checkpoint_comes_back_to_the_bit(impl, workdir):
+def test_the_newest_checkpoint_is_restored_to_the_bit(impl, workdir):
     with workdir.open_checkpoints() as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best_step is None
         checkpoints.save(3, trees_of(3, impl), {"seconds": 1.5})
@@ -89,7 +89,7 @@ def test_arrays_may_be_overwritten_as_soon_as_save_returns(workdir):
         assert same(checkpoints.restore_params(2, params_of(0)), params_of(2))
 
 
-def test_a_step_that_is_saved_already_is_left_as_it_is(workdir):
+def test_saving_an_existing_step_changes_nothing(workdir):
     with workdir.open_checkpoints() as checkpoints:
         checkpoints.save(2, trees_of(2), {"seconds": 1.0})
         checkpoints.save(2, trees_of(9), {"seconds": 9.0})
@@ -120,14 +120,14 @@ def test_the_newest_and_the_best_by_the_metric_are_kept(best_metric, values, kep
         assert same(checkpoints.restore_params("best", params_of(0)), params_of(best))
 
 
-def test_the_best_is_kept_among_checkpoints_without_scores_and_over_an_interruption(workdir):
+def test_the_best_is_kept_across_unscored_checkpoints_and_an_interruption(workdir):
     options = {"keep_latest": 1, "keep_best": 1, "best_metric": "bleu"}
     write(workdir, {1: {"bleu": 7.0}, 2: None, 3: {"bleu": 5.0}}, **options)
     write(workdir, {4: None, 5: {"bleu": 6.0}, 6: None}, **options)
     assert steps_of(workdir) == {1, 6}
 
 
-def test_several_best_are_kept_where_several_are_asked_for(workdir):
+def test_keep_best_keeps_several_of_the_best(workdir):
     values = dict(enumerate([5.0, 1.0, 3.0, 4.0, 2.0, 6.0], 1))
     write(workdir, {step: {"loss": value} for step, value in values.items()}, keep_latest=1, keep_best=2)
     assert steps_of(workdir) == {2, 5, 6}
@@ -140,7 +140,7 @@ def test_without_scores_the_newest_is_the_best(workdir):
         assert same(checkpoints.restore_params("best", params_of(0)), params_of(3))
 
 
-def test_a_save_that_was_killed_is_passed_over_and_cleared_away(workdir):
+def test_a_save_that_was_killed_is_ignored_and_removed(workdir):
     write(workdir, {1: None, 2: None})
     unfinished = workdir.path / "checkpoints" / "3.orbax-checkpoint-tmp-0"
     unfinished.mkdir()
@@ -150,7 +150,7 @@ def test_a_save_that_was_killed_is_passed_over_and_cleared_away(workdir):
     assert not unfinished.exists() and steps_of(workdir) == {1, 2, 3}
 
 
-def test_a_checkpoint_moves_between_eight_devices_and_one(workdir):
+def test_a_checkpoint_of_eight_devices_is_restored_on_one_and_back(workdir):
     eight, one = Parallelism("pmap"), Parallelism("jit")
 
     def add_one(state, batch, *, axis_name=None):
@@ -168,14 +168,14 @@ def test_a_checkpoint_moves_between_eight_devices_and_one(workdir):
             assert leaf.sharding.device_set == set(parallelism.devices)
 
 
-def test_scores_come_back_after_reopening_to_the_bit_nan_too(workdir):
+def test_scores_are_the_same_bits_after_reopening_including_nan(workdir):
     write(workdir, {1: {"loss": 1 / 3}, 2: None, 3: {"loss": math.nan}})
     with workdir.open_checkpoints(read_only=True) as checkpoints:
         assert checkpoints.scores.keys() == {1, 3} and checkpoints.scores[1] == {"loss": 1 / 3}
         assert math.isnan(checkpoints.scores[3]["loss"]) and checkpoints.best_step == 1
 
 
-def test_a_checkpoint_is_the_best_by_scores_that_came_after_it_was_written(workdir):
+def test_a_checkpoint_can_become_the_best_after_it_was_written(workdir):
     write(workdir, {1: None, 2: None, 3: None})
     with workdir.open_checkpoints() as checkpoints:
         for step, loss, best in ((2, 4.0, 2), (3, 5.0, 2), (1, 3.0, 1)):
@@ -219,7 +219,7 @@ def test_forgotten_scores_stay_forgotten(workdir):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"1": {"loss"', b"3", b"[1]", b'{"1": 3}', b'{"x": {}}', b"\xff\0"])
-def test_damaged_scores_are_an_error_of_one_line_that_names_the_mend(content, workdir):
+def test_damaged_scores_are_an_error_of_one_line_with_a_remedy(content, workdir):
     write(workdir, {1: {"loss": 1.0}})
     (workdir.path / "scores.json").write_bytes(content)
     message = (
@@ -230,7 +230,7 @@ def test_damaged_scores_are_an_error_of_one_line_that_names_the_mend(content, wo
     assert "\n" not in str(caught.value)
 
 
-def test_a_moving_average_stands_beside_the_parameters(workdir):
+def test_a_moving_average_is_stored_with_the_parameters(workdir):
     trees = trees_of(3) | {"ema": params_of(8)}
     with workdir.open_checkpoints() as checkpoints:
         checkpoints.save(3, trees, {})
@@ -278,7 +278,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_whatever_file_is_damaged_the_checkpoint_or_the_one_before_comes_back_to_the_bit(damage, sound, tmp_path):
+def test_with_any_damaged_file_this_or_the_previous_checkpoint_is_restored_to_the_bit(damage, sound, tmp_path):
     names = files_in(sound / "checkpoints" / "5")
     ended = []
     for number, name in enumerate(names):
@@ -307,7 +307,7 @@ def damage_params(path, step):
     (path / "checkpoints" / str(step) / "params" / "manifest.ocdbt").write_bytes(b"")
 
 
-def test_a_step_that_is_damaged_twice_is_kept_twice_and_several_are_passed_over(sound, tmp_path):
+def test_several_damaged_checkpoints_are_skipped_and_all_copies_are_kept(sound, tmp_path):
     path = shutil.copytree(sound, tmp_path / "run")
     write(WorkDirectory(path), {6: None})
     shutil.rmtree(path / "checkpoints" / "6" / "ema", ignore_errors=True)  # it has none
@@ -319,7 +319,7 @@ def test_a_step_that_is_damaged_twice_is_kept_twice_and_several_are_passed_over(
     assert sorted(folder.name for folder in (path / "damaged").iterdir()) == ["5-1", "5-2", "6-1"]
 
 
-def test_where_all_are_damaged_nothing_is_moved(sound, tmp_path):
+def test_if_all_checkpoints_are_damaged_none_is_moved(sound, tmp_path):
     path = shutil.copytree(sound, tmp_path / "run")
     for step in (3, 5):
         damage_params(path, step)
@@ -376,7 +376,7 @@ def save_the_next(checkpoints):
 
 
 @pytest.mark.parametrize("find_out", [check_until_it_fails, save_the_next])
-def test_a_save_that_failed_is_told_once_and_the_checkpoint_before_stands(find_out, small_disk):
+def test_a_failed_save_is_reported_once_and_keeps_the_previous_checkpoint(find_out, small_disk):
     before = files_in(small_disk / "checkpoints" / "1")
     with WorkDirectory(small_disk).open_checkpoints() as checkpoints:
         checkpoints.save(2, large_params_of(2), {})
@@ -386,7 +386,7 @@ def test_a_save_that_failed_is_told_once_and_the_checkpoint_before_stands(find_o
     check_goes_on(small_disk, before)
 
 
-def test_a_save_that_failed_is_told_at_the_end_at_the_latest(small_disk):
+def test_a_failed_save_is_reported_at_the_end_at_the_latest(small_disk):
     before = files_in(small_disk / "checkpoints" / "1")
     with pytest.raises(OSError, match=FAILED), WorkDirectory(small_disk).open_checkpoints() as checkpoints:
         checkpoints.save(2, large_params_of(2), {})

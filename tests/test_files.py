@@ -42,7 +42,7 @@ def test_an_input_under_another_name_is_not_written_over(text, tmp_path, link):
 
 
 def test_an_input_that_is_not_there_yet_is_not_the_output(tmp_path):
-    with pytest.raises(ValueError, match="--source names"):
+    with pytest.raises(ValueError, match="--source reads"):
         check_output("--output", str(tmp_path / "new"), [("--source", str(tmp_path / "x" / ".." / "new"))])
 
 
@@ -118,7 +118,7 @@ def test_the_home_folder_has_a_short_name(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expand("~/a") == f"{tmp_path}/a" and expand("a~b") == "a~b" and expand("-") == "-"
     (tmp_path / "a").write_text("one\n")
-    with pytest.raises(ValueError, match="--source names"):
+    with pytest.raises(ValueError, match="--source reads"):
         check_output("--output", "~/a", [("--source", str(tmp_path / "a"))])
 
 

@@ -89,7 +89,7 @@ def test_tying_decides_which_matrices_there_are_and_which_makes_the_logits(tie_e
 
 
 @pytest.mark.parametrize("tie_embeddings", MATRICES)
-def test_each_language_is_read_from_its_own_matrix_or_from_the_shared_one(tie_embeddings):
+def test_each_language_uses_its_own_matrix_or_the_shared_one(tie_embeddings):
     model, variables = build(tie_embeddings=tie_embeddings)
     three_way = tie_embeddings == "three_way"
     source, target = ("shared_embedding",) * 2 if three_way else ("source_embedding", "target_embedding")
@@ -148,7 +148,7 @@ def test_the_vectors_of_the_config_are_added_to_the_embeddings(positions):
     assert np.abs(np.asarray(memory(wanted, one) - memory(wanted, other))).max() > 1e-2
 
 
-def test_learned_positions_name_the_mend_where_they_run_out_also_under_jit():
+def test_too_few_learned_positions_are_an_error_with_a_remedy_also_under_jit():
     model, variables = build(positions="learned", max_length=T)
     longer = np.ones((B, T + 1), "int32")
     for arrays, options in [
@@ -179,7 +179,7 @@ def test_every_norm_has_the_epsilon_of_the_config(norm, count):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_dropout_falls_on_embeddings_with_their_positions_and_on_every_sub_layer(norm):
+def test_dropout_applies_to_embeddings_with_positions_and_to_every_sub_layer(norm):
     model, variables = build(norm=norm, dropout_rate=0.25)
     noted = []
 
@@ -254,7 +254,7 @@ def test_remat_computes_each_layer_again_and_changes_no_output_and_no_gradient()
         np.testing.assert_allclose(same, gradient, atol=1e-4 * max(1.0, float(np.abs(gradient).max())))
 
 
-def test_parameters_begin_where_unit_variance_is_kept():
+def test_initial_parameters_preserve_unit_variance():
     sizes = {"source_vocab_size": 500, "target_vocab_size": 500, "num_encoder_layers": 1, "num_decoder_layers": 1}
     model = Transformer(TransformerConfig.tiny(**sizes))
     variables = jax.jit(partial(model.init, deterministic=True))(jax.random.key(0), SOURCE, TARGET)

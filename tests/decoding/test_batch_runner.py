@@ -73,7 +73,7 @@ def check_same(found, expected):
             np.testing.assert_allclose(output.log_probs, other.log_probs, rtol=1e-3, atol=1e-4)
 
 
-def test_many_sentences_compile_once_a_bucket_and_get_what_each_gets_alone(engine, searched):
+def test_many_sentences_compile_once_per_bucket_and_get_the_same_outputs_as_alone(engine, searched):
     before = search_translations._cache_size()
     together = search(engine, SOURCES, GREEDY)
     compiled = search_translations._cache_size() - before
@@ -85,7 +85,7 @@ def test_many_sentences_compile_once_a_bucket_and_get_what_each_gets_alone(engin
 
 
 @pytest.mark.parametrize("settings", [BEAM, SAMPLING], ids=["beam", "sampling"])
-def test_other_neighbours_and_batches_change_no_result(engine, make_engine, settings):
+def test_other_sentences_and_batches_do_not_change_a_result(engine, make_engine, settings):
     sources = [source for source in SOURCES if len(source) <= 8]
     rngs = keys(len(sources))
     together = search(engine, sources, settings, rngs=rngs)
@@ -96,7 +96,7 @@ def test_other_neighbours_and_batches_change_no_result(engine, make_engine, sett
     check_same(mixed, [together[number] for number in order])
 
 
-def test_every_output_ends_once_and_holds_no_padding_and_no_start(engine):
+def test_every_output_ends_once_without_padding_or_start(engine):
     for settings in (GREEDY, SAMPLING):
         for outputs in search(engine, SOURCES, settings):
             assert len(outputs) == settings.num_return
@@ -114,7 +114,7 @@ def test_a_sentences_limit_follows_its_own_length_and_not_its_buckets(engine):
     assert [len(output.ids) for (output,) in found] == [4, 5, 6, 6]
 
 
-def test_the_last_few_that_go_on_are_not_waited_for_and_finished_all_the_same(engine, make_engine, searched):
+def test_a_batch_does_not_wait_for_its_last_few_sentences_which_are_finished_later(engine, make_engine, searched):
     sources = [source for source in make_sources(200, longest=8) if len(source) <= 8][:60]
     found = search(make_engine(batch_tokens=32 * 8), sources, GREEDY)
     assert {width for (_, width), _, _ in searched} == {8, 16}  # some have moved on, where no source is so long
@@ -122,7 +122,7 @@ def test_the_last_few_that_go_on_are_not_waited_for_and_finished_all_the_same(en
     check_same(found, search(engine, sources, GREEDY))
 
 
-def test_outputs_that_need_more_room_than_their_bucket_has_get_it(engine, searched):
+def test_outputs_that_need_more_room_than_their_bucket_get_it(engine, searched):
     """They go on for longer than two buckets; each is what a search with all the room finds."""
     settings, rngs = Sampling(min_length=24), keys(6)
     sources = [source for source in SOURCES if len(source) <= 16][:6]
@@ -148,7 +148,7 @@ def test_outputs_that_need_more_room_than_their_bucket_has_get_it(engine, search
             )
 
 
-def test_outputs_begin_with_their_prefixes_and_go_on_as_if_they_had_chosen_them(engine):
+def test_outputs_begin_with_their_prefixes_and_continue_as_if_these_were_chosen(engine):
     sources = [source for source in SOURCES if len(source) > 4][:6]
     free = search(engine, sources, GREEDY)
     other = 5 if free[1][0].ids[0] != 5 else 6
@@ -162,7 +162,7 @@ def test_outputs_begin_with_their_prefixes_and_go_on_as_if_they_had_chosen_them(
     check_same(found, reverse[::-1])
 
 
-def test_a_prefix_that_leaves_no_room_for_the_end_is_an_error_that_names_the_mend(engine):
+def test_a_prefix_without_room_for_the_end_is_an_error_with_a_remedy(engine):
     fits = search(engine, [[5, EOS]], GREEDY, [[7] * 5])
     assert fits[0][0].ids.tolist() == [7] * 5 + [EOS]
     message = "a prefix has 6 tokens, but its output may have only 6"
@@ -171,7 +171,7 @@ def test_a_prefix_that_leaves_no_room_for_the_end_is_an_error_that_names_the_men
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-def test_eight_devices_share_each_batch_and_find_what_one_finds(engine, make_engine, searched, settings):
+def test_eight_devices_share_each_batch_and_find_the_same_as_one(engine, make_engine, searched, settings):
     sources = [source for source in SOURCES if len(source) <= 8]
     expected = search(engine, sources, settings)
     searched.clear()
@@ -181,7 +181,7 @@ def test_eight_devices_share_each_batch_and_find_what_one_finds(engine, make_eng
         assert options["mesh"].size == 8
 
 
-def test_targets_of_any_lengths_are_scored_and_aligned_as_alone(make_engine):
+def test_targets_of_any_lengths_are_scored_and_aligned_like_alone(make_engine):
     together, alone = make_engine(devices=8), make_engine()
     short, long = ([source for source in SOURCES if (len(source) <= 8) == shorter] for shorter in (True, False))
     sources, targets = [*long[:2], *short[:3]], [*long[2:4], *short[3:6]]
@@ -194,7 +194,7 @@ def test_targets_of_any_lengths_are_scored_and_aligned_as_alone(make_engine):
         np.testing.assert_allclose(weights, alone.align([source], [target], layer=-1)[0], atol=1e-5)
 
 
-def test_what_was_compiled_ahead_is_not_compiled_again(make_engine):
+def test_programs_compiled_in_advance_are_not_compiled_again(make_engine):
     # An output is at most one and a half times as long as its source: no sentence moves on to another bucket.
     settings, engine = BeamSearch(beam_size=1, extra_length=5), make_engine()
     engine.compile(settings, longest=13, sentences=1)
@@ -209,7 +209,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(make_engine):
     assert search_translations._cache_size() == compiled
 
 
-def test_learned_positions_bound_outputs_and_a_longer_source_is_an_error_that_names_the_mend(make_engine):
+def test_learned_positions_limit_outputs_and_a_longer_source_is_an_error(make_engine):
     engine = make_engine(positions="learned", max_length=6)
     endless = BeamSearch(beam_size=1, min_length=99)
     engine.compile(endless, longest=64, sentences=1)
@@ -222,7 +222,7 @@ def test_learned_positions_bound_outputs_and_a_longer_source_is_an_error_that_na
         search(engine, [[5] * 6 + [EOS]], endless)
 
 
-def test_where_the_next_bucket_is_more_than_there_are_learned_positions_an_output_has_all_of_them(make_engine):
+def test_an_output_can_use_all_learned_positions_if_the_next_bucket_is_larger(make_engine):
     engine = make_engine(positions="learned", max_length=60)
     ((ids, log_probs),) = search(engine, [[5] * 19 + [EOS]], BeamSearch(beam_size=1, min_length=99))[0]
     assert len(ids) == 60 and np.isfinite(log_probs).all()
@@ -237,11 +237,11 @@ def test_a_stream_is_the_search_token_by_token(make_engine, devices):
 
 
 @pytest.mark.parametrize(("trained_with", "used"), [("auto", "auto"), ("cudnn", "auto"), ("xla", "xla")])
-def test_attention_is_computed_where_the_devices_are_whatever_training_insisted_on(trained_with, used, make_engine):
+def test_the_implementation_of_attention_suits_the_devices_whatever_training_used(trained_with, used, make_engine):
     engine = make_engine(attention_implementation=trained_with)
     assert [config.attention_implementation for config in engine.configs] == [used]
 
 
-def test_devices_that_are_not_the_default_ones_are_left_to_xla(make_engine, monkeypatch):
+def test_devices_that_are_not_the_default_ones_use_xla(make_engine, monkeypatch):
     monkeypatch.setattr(engine_module, "get_default_device", lambda: SimpleNamespace(platform="gpu"))
     assert make_engine().configs[0].attention_implementation == "xla"

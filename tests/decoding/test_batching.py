@@ -56,7 +56,7 @@ def test_sides_of_many_lengths_have_one_shape_for_each_pair_of_buckets():
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
-def test_few_sentences_have_few_rows_of_one_of_few_sizes(devices):
+def test_a_few_sentences_get_one_of_a_few_small_numbers_of_rows(devices):
     full = full_rows((8,), 4096, devices)
     sizes = [rows_for(count, full, devices) for count in range(1, full + 1)]
     for count, rows in enumerate(sizes, 1):
@@ -68,5 +68,5 @@ def test_few_sentences_have_few_rows_of_one_of_few_sizes(devices):
     assert sizes[0] == devices and sizes[-1] == full
 
 
-def test_nothing_makes_no_batch():
+def test_no_sentences_make_no_batch():
     assert list(shape_batches([], 4096)) == []

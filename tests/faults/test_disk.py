@@ -60,7 +60,7 @@ def error_of(ended):
     ],
     ids=["small files", "cache and checkpoint"],
 )
-def test_a_disk_that_is_full_from_the_start_is_one_line_and_with_room_the_same_command_begins(
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_after_cleaning_up_the_same_command_works(
     sizes, disk, unbroken_long, small_training
 ):
     training = small_training(**LONG)
@@ -79,7 +79,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line_and_with_room_the_same_c
     assert training.losses() == unbroken_long.losses()
 
 
-def test_a_disk_that_fills_up_later_leaves_the_checkpoints_alone_and_with_room_training_goes_on(
+def test_a_disk_that_fills_up_later_keeps_checkpoints_and_after_cleaning_up_training_continues(
     disk, unbroken_long, small_training
 ):
     training = small_training(**LONG)
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_later_leaves_the_checkpoints_alone_and_with_room_t
     assert training.losses() == unbroken_long.losses()
 
 
-def test_two_processes_end_both_when_the_disk_is_full(disk, small_training):
+def test_both_of_two_processes_end_when_the_disk_is_full(disk, small_training):
     training = small_training(**LONG)
     disk(training.workdir, "250k")
     first, second = training.wait(training.start(devices=2, processes=2), seconds=120)
@@ -115,7 +115,7 @@ def test_two_processes_end_both_when_the_disk_is_full(disk, small_training):
     assert "No space left on device" in error_of(first) + error_of(second)
 
 
-def test_a_damaged_checkpoint_and_half_a_one_are_passed_over(unbroken_long, small_training):
+def test_damaged_and_incomplete_checkpoints_are_skipped(unbroken_long, small_training):
     training = small_training(**LONG)
     shutil.copytree(unbroken_long.workdir, training.workdir)
     folder = training.workdir / "checkpoints"

@@ -37,7 +37,7 @@ def assert_equal(training, unbroken):
     assert training.sentences() == unbroken.sentences()
 
 
-def test_sigterm_and_ctrl_c_stop_behind_a_checkpoint_from_which_the_same_command_goes_on(unbroken_long, small_training):
+def test_sigterm_and_ctrl_c_stop_after_a_checkpoint_and_the_same_command_continues(unbroken_long, small_training):
     training, steps = small_training(**LONG), [0]
     for number, status, begun in ((signal.SIGTERM, 143, 30), (signal.SIGINT, 130, 60)):
         started = training.start()
@@ -54,7 +54,7 @@ def test_sigterm_and_ctrl_c_stop_behind_a_checkpoint_from_which_the_same_command
     assert_equal(training, unbroken_long)
 
 
-def test_the_notices_of_clusters_and_of_a_closed_terminal_stop_it_as_sigterm_does(unbroken_long, small_training):
+def test_signals_of_schedulers_and_of_a_closed_terminal_stop_training_like_sigterm(unbroken_long, small_training):
     """SIGHUP comes twice, from the terminal and from the shell, and SIGXCPU every second."""
     training = small_training(**LONG)
     for numbers, begun in (([signal.SIGHUP] * 2, 20), ([signal.SIGXCPU] * 3, 40), ([signal.SIGUSR1], 60)):
@@ -97,7 +97,7 @@ def test_two_processes_end_before_the_first_step_of_a_training_that_is_resumed(m
     assert training.steps() == [8]
 
 
-def test_sigterm_in_an_evaluation_ends_at_once_and_the_evaluation_is_made_first_thereafter(small_training):
+def test_sigterm_during_an_evaluation_ends_it_and_the_next_run_evaluates_first(small_training):
     unbroken = small_training("unbroken", **EVALUATED)
     unbroken.finish()
     training = small_training(**EVALUATED)
@@ -124,7 +124,7 @@ def scores(training):
     return json.loads((training.workdir / "scores.json").read_text())
 
 
-def test_two_processes_stop_behind_the_same_step_whichever_of_them_is_told(unbroken_long_pair, small_training):
+def test_two_processes_stop_after_the_same_step_whichever_gets_the_signal(unbroken_long_pair, small_training):
     training = small_training(**LONG)
     for number, told, names, begun in (
         (signal.SIGTERM, 1, ("SIGTERM", "SIGTERM"), 30),

@@ -21,7 +21,7 @@ def translate(model, sentences):
 
 
 @pytest.mark.parametrize(("tying", "activation"), list(zip(TYINGS, ["relu", "gelu", "swish"], strict=True)))
-def test_what_is_written_is_read_as_the_same_model(make_model, tmp_path, sentences, tying, activation):
+def test_an_exported_model_imports_as_the_same_model(make_model, tmp_path, sentences, tying, activation):
     model = make_model(tie_embeddings=tying, activation=activation, **MARIAN)
     to_marian(model, tmp_path / "marian")
     found = from_marian(tmp_path / "marian", tmp_path / "work")
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_as_the_same_model(make_model, tmp_path, sentenc
         assert translate(stored, sentences) == translate(model, sentences)
 
 
-def test_waves_by_turns_become_waves_in_halves_and_nothing_else_changes(make_model):
+def test_interleaved_positions_become_concatenated_without_other_changes(make_model):
     for tying in TYINGS:
         model = make_model(tie_embeddings=tying, output_bias=True)
         config, params = concatenate_waves(model.config, model.params)
@@ -58,14 +58,14 @@ def test_waves_by_turns_become_waves_in_halves_and_nothing_else_changes(make_mod
         ({"norm_epsilon": 1e-6}, "model.norm_epsilon is 1e-06"),
     ],
 )
-def test_what_marian_cannot_express_is_named(make_model, tmp_path, changes, match):
+def test_an_option_that_marian_lacks_is_named(make_model, tmp_path, changes, match):
     with pytest.raises(ValueError, match=match):
         to_marian(make_model(**changes), tmp_path / "marian")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_what_is_there_already_stays(make_model, folder, tmp_path, what):
+def test_an_existing_folder_is_not_changed(make_model, folder, tmp_path, what):
     if what == "file":
         (tmp_path / "work").write_text("mine")
     else:
@@ -78,7 +78,7 @@ def test_what_is_there_already_stays(make_model, folder, tmp_path, what):
     assert {path.name for path in tmp_path.iterdir()} == {"downloaded", "work"}
 
 
-def test_an_empty_folder_is_filled(folder, tmp_path):
+def test_an_empty_folder_can_be_the_target(folder, tmp_path):
     (tmp_path / "work").mkdir()
     from_marian(folder, tmp_path / "work")
     assert TrainedModel.load(tmp_path / "work").config.positions == "sinusoidal_concatenated"
@@ -139,7 +139,7 @@ def test_limits_and_banned_tokens_of_the_generation_config_are_kept(folder, tmp_
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_banned_tokens_lose_their_probability_where_that_is_asked_for(folder, tmp_path, renormalize):
+def test_banned_tokens_lose_their_probability_with_renormalize_logits(folder, tmp_path, renormalize):
     edit_tensors(folder, lambda tensors: tensors["final_logits_bias"].__setitem__((0, 0), 4.0))
     change(folder, "generation_config.json", renormalize_logits=renormalize)
     model = from_marian(folder, tmp_path / "work")
@@ -157,7 +157,7 @@ def test_banned_tokens_lose_their_probability_where_that_is_asked_for(folder, tm
     np.testing.assert_allclose(translation.token_log_probs, expected, atol=1e-4)
 
 
-def test_harmless_fields_are_passed_over(folder):
+def test_harmless_fields_are_ignored(folder):
     plain = read_marian(folder)
     change(folder, "config.json", _attn_implementation_autoset=True, pruned_heads={}, suppress_tokens=[])
     change(folder, "generation_config.json", num_beams=6, length_penalty=0.8, early_stopping=True, max_new_tokens=30)
@@ -185,7 +185,7 @@ def test_each_part_of_a_long_sentence_keeps_its_language(make_model, vocabularie
         translator.translate(["the cat", ">>deu<< the cat"], search)
 
 
-def test_ids_that_are_those_of_another_vocabulary_are_told(folder, tmp_path):
+def test_special_ids_that_differ_from_the_vocabulary_are_an_error(folder, tmp_path):
     for file in ("config.json", "generation_config.json"):
         change(folder, file, pad_token_id=4)
     fails(folder, tmp_path, "pad_token_id is 4, the source vocabulary has 0")

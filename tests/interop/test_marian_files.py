@@ -15,7 +15,7 @@ from tests.interop.conftest import MARIAN, QUERY, edit_tensors, fails, same_tree
 
 
 @pytest.mark.parametrize("name", ["model.shared.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"])
-def test_of_what_is_shared_any_name_is_enough(make_model, tmp_path, name):
+def test_a_shared_matrix_may_be_stored_under_any_of_its_names(make_model, tmp_path, name):
     model = make_model(tie_embeddings="three_way", **MARIAN)
     to_marian(model, tmp_path / "downloaded")
     edit_tensors(tmp_path / "downloaded", lambda tensors: tensors.update({name: tensors.pop("model.shared.weight")}))
@@ -24,14 +24,14 @@ def test_of_what_is_shared_any_name_is_enough(make_model, tmp_path, name):
     same_tree(found.params, model.params)
 
 
-def test_embeddings_that_are_said_to_be_shared_and_differ_are_told(make_model, tmp_path):
+def test_shared_embeddings_that_differ_are_an_error(make_model, tmp_path):
     to_marian(make_model(tie_embeddings="three_way", **MARIAN), tmp_path / "downloaded")
     other = {"model.encoder.embed_tokens.weight": np.ones((110, 16), "f4")}
     edit_tensors(tmp_path / "downloaded", lambda tensors: tensors.update(other))
     fails(tmp_path / "downloaded", tmp_path, "differ, but config.json shares them")
 
 
-def test_an_output_of_its_own_is_kept_whatever_the_configuration_says(make_model, tmp_path):
+def test_a_separate_output_matrix_is_kept_whatever_the_configuration_says(make_model, tmp_path):
     """As opus-mt-tc-big has it (transformers issue 45005)."""
     model = make_model(tie_embeddings="three_way", **MARIAN)
     to_marian(model, tmp_path / "downloaded")
@@ -75,7 +75,7 @@ def test_tensors_that_do_not_belong_together_are_named(folder, tmp_path, edit, m
     fails(folder, tmp_path, match)
 
 
-def test_a_vocabulary_of_another_size_is_told(folder, tmp_path):
+def test_a_vocabulary_of_the_wrong_size_is_an_error(folder, tmp_path):
     ids = json.loads((folder / "vocab.json").read_text())
     (folder / "vocab.json").write_text(json.dumps(dict(list(ids.items())[:-1])))
     fails(folder, tmp_path, "vocabulary has 109 pieces, but config.json says 110")
@@ -105,7 +105,7 @@ def test_embeddings_that_were_resized_are_explained(folder, tmp_path, added, mat
     "file", ["config.json", "generation_config.json", "vocab.json", "source.spm", "target.spm", "model.safetensors"]
 )
 @pytest.mark.parametrize("damage", ["truncated", "noise", "empty", "missing"])
-def test_a_damaged_file_is_one_line(folder, tmp_path, file, damage):
+def test_a_damaged_file_is_an_error_of_one_line(folder, tmp_path, file, damage):
     path = folder / file
     content = path.read_bytes()
     if damage == "missing":
@@ -149,7 +149,7 @@ class Hostile:
         return os.mkdir, (self.path,)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(folder, tmp_path):
+def test_a_pickle_with_code_is_refused_and_does_not_run(folder, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: `make peers` installs it")
     (folder / "model.safetensors").unlink()
     trap = tmp_path / "downloaded" / "sprung"
@@ -160,7 +160,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_damaged_bin_file_is_one_line(folder, tmp_path, zipped):
+def test_a_damaged_bin_file_is_an_error_of_one_line(folder, tmp_path, zipped):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: `make peers` installs it")
     tensors = safetensors.numpy.load((folder / "model.safetensors").read_bytes())
     (folder / "model.safetensors").unlink()
@@ -188,6 +188,6 @@ def test_a_bin_file_without_torch_names_what_to_install(folder, tmp_path, monkey
     fails(folder, tmp_path, "pip install torch")
 
 
-def test_a_folder_that_is_none_is_told(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
         from_marian(tmp_path / "nowhere", tmp_path / "work")

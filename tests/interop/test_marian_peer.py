@@ -121,7 +121,7 @@ def padded(rows, pad_id):
     return batch
 
 
-def test_encoder_outputs_and_logits_are_theirs(converted):
+def test_encoder_outputs_and_logits_equal_those_of_transformers(converted):
     kind, theirs, _, path = converted
     ours = TrainedModel.load(path)
     config, module = ours.config, Transformer(ours.config)
@@ -183,7 +183,7 @@ def test_beams_find_the_same_translations_with_the_same_scores(converted):
     assert compared >= 40 and len(lengths) > 3  # or equality would say little
 
 
-def test_its_tokenizer_has_our_ids_and_our_text(converted):
+def test_the_tokenizer_of_transformers_gives_the_same_ids_and_text(converted):
     kind, _, folder, path = converted
     ours = TrainedModel.load(path).vocabularies
     options = {"separate_vocabs": True, "target_vocab_file": str(folder / "target_vocab.json")}
@@ -201,7 +201,7 @@ def test_its_tokenizer_has_our_ids_and_our_text(converted):
         assert tokenizer.batch_decode(rows, skip_special_tokens=True) == ours.target.decode(rows)
 
 
-def test_a_bin_file_holds_the_same_model(converted, tmp_path):
+def test_a_bin_file_gives_the_same_model(converted, tmp_path):
     _, theirs, folder, path = converted
     shutil.copytree(folder, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(theirs.state_dict(), tmp_path / "bin" / "pytorch_model.bin")  # positions among it, as in older files
@@ -210,7 +210,7 @@ def test_a_bin_file_holds_the_same_model(converted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
 
 
-def test_there_and_back_are_the_same_tensors_bit_for_bit(converted, tmp_path):
+def test_converting_back_gives_the_same_tensors_bit_for_bit(converted, tmp_path):
     _, theirs, _, path = converted
     to_marian(TrainedModel.load(path), tmp_path / "again")
     again = transformers.MarianMTModel.from_pretrained(tmp_path / "again")
