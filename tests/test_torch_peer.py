@@ -176,7 +176,7 @@ def test_logits_and_gradients_equal_pytorchs(norm, activation, num_heads):
     assert differences < 1e-4 * together
 
 
-def test_the_shifted_target_is_ours():
+def test_the_shifted_target_equals_that_of_this_library():
     config = TransformerConfig()
     tokens = Tokens.from_ids(jnp.asarray(TARGET), config.pad_id)
     assert np.array_equal(tokens.shift_right(config.start_id).ids, SHIFTED)

@@ -35,7 +35,7 @@ def evaluate(run, workdir, files, *options):
     return run("evaluate", "--workdir", workdir, "--source", files[0], "--reference", files[1], *options)
 
 
-def test_scores_and_signatures_are_those_of_the_sacrebleu_command(run, workdir, files, tmp_path, translations):
+def test_scores_and_signatures_equal_those_of_the_sacrebleu_command(run, workdir, files, tmp_path, translations):
     written = tmp_path / "translations.txt"
     report = json.loads(evaluate(run, workdir, files, "--output=json", "--translations", written))
     assert written.read_text(encoding="utf-8").splitlines() == translations
@@ -51,9 +51,7 @@ def test_scores_and_signatures_are_those_of_the_sacrebleu_command(run, workdir, 
     assert report["sentences_per_second"] == pytest.approx(23 / report["seconds"])
 
 
-def test_the_tokeniser_is_that_of_training_or_that_of_the_script_unless_one_is_given(
-    run, workdir, broken, files, tmp_path, monkeypatch
-):
+def test_the_default_tokeniser_is_that_of_training_or_of_the_script(run, workdir, broken, files, tmp_path, monkeypatch):
     def tokeniser(folder, files, *options):
         report = json.loads(evaluate(run, folder, files, "--output=json", *options))
         return re.search("tok:([^|]+)", report["signatures"]["bleu"])[1]
@@ -83,7 +81,7 @@ def test_text_shows_the_same_numbers(run, workdir, files):
     assert f"{report['length_ratio']:.3f}" in said and workdir in said
 
 
-def test_a_corpus_has_both_sides(run, workdir, files):
+def test_a_corpus_gives_both_sides(run, workdir, files):
     both = json.loads(evaluate(run, workdir, files, "--output=json"))
     corpus = f"files:{files[0]},{files[1]}"
     report = json.loads(run("evaluate", "--workdir", workdir, "--corpus", corpus, "--output=json"))
@@ -91,12 +89,12 @@ def test_a_corpus_has_both_sides(run, workdir, files):
     assert {key: report[key] for key in report.keys() - timing} == {key: both[key] for key in both.keys() - timing}
 
 
-def test_the_options_of_the_search_count(run, workdir, files):
+def test_the_options_of_the_search_are_used(run, workdir, files):
     short = json.loads(evaluate(run, workdir, files, "--output=json", "--max_length=3"))
     assert short["length_ratio"] < json.loads(evaluate(run, workdir, files, "--output=json"))["length_ratio"]
 
 
-def test_a_better_model_is_told_from_a_worse_one(run, workdir, files):
+def test_a_better_model_is_significantly_better(run, workdir, files):
     compare = ("--compare", workdir, "--compare_checkpoint=2")
     report = json.loads(evaluate(run, workdir, files, "--output=json", *compare))
     assert report["bleu"] > report["compare"]["bleu"] and report["ter"] < report["compare"]["ter"]
@@ -138,7 +136,7 @@ def test_a_model_is_not_better_than_itself(run, workdir, files):
         (["--compare_checkpoint=2"], r"--compare_checkpoint needs --compare"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_the_model_loads(
+def test_a_mistake_is_an_error_of_one_line_before_the_model_loads(
     fail, unloaded, workdir, files, tmp_path, options, message
 ):
     names = {
@@ -154,7 +152,7 @@ def test_a_mistake_is_told_in_one_line_before_the_model_loads(
     assert re.search(message, said), said
 
 
-def test_both_models_load_before_one_translates(fail, workdir, files, monkeypatch, tmp_path):
+def test_both_models_load_before_either_translates(fail, workdir, files, monkeypatch, tmp_path):
     monkeypatch.setattr("flax_transformer.decoding.translator.Translator.translate", None)
     files = ("--source", files[0], "--reference", files[1])
     said = fail("evaluate", "--workdir", workdir, *files, "--compare", tmp_path)

@@ -25,7 +25,7 @@ def writes_line_ends(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["text", "tsv"])
-def test_a_translation_is_one_line_whatever_it_holds(run, workdir, writes_line_ends, form):
+def test_a_translation_is_one_line_whatever_it_contains(run, workdir, writes_line_ends, form):
     said = run("translate", "--workdir", workdir, f"--format={form}", given="the cat\n" * len(ENDS))
     lines = said.removesuffix("\n").split("\n")
     assert len(lines) == len(said.splitlines()) == len(ENDS)

@@ -68,25 +68,25 @@ def test_a_piece_that_only_the_source_has_is_spelled_with_its_space(trained):
 
 
 @pytest.mark.parametrize("ids", [{"<pad>": 0, "</s>": 1, "<unk>": 1}, {"<pad>": 0, "</s>": 2, "<unk>": 3}])
-def test_a_list_that_skips_or_doubles_an_id_is_refused(trained, ids):
+def test_a_list_that_skips_or_repeats_an_id_is_refused(trained, ids):
     with pytest.raises(ValueError, match="give each an id, and no id twice"):
         MarianVocabulary(trained.to_bytes(), ids)
 
 
-def test_a_marian_vocabulary_has_the_pieces_and_ids_of_the_one_that_it_is_made_of(trained):
+def test_a_marian_vocabulary_has_the_pieces_and_ids_of_its_original(trained):
     made = MarianVocabulary.of(trained)
     assert pieces_of(made) == pieces_of(trained) and made.encode(SENTENCES) == trained.encode(SENTENCES)
     reordered = MarianVocabulary(trained.to_bytes(), {piece: n for n, piece in enumerate(reversed(pieces_of(trained)))})
     assert MarianVocabulary.of(reordered).to_bytes() == reordered.to_bytes()
 
 
-def test_a_vocabulary_says_itself_which_id_a_decoder_starts_from(trained):
+def test_a_vocabulary_says_which_id_a_decoder_starts_from(trained):
     assert trained.start_id == trained.bos_id and trained.languages == ()
     assert MarianVocabulary.of(trained).start_id is None
 
 
 @pytest.mark.parametrize("kinds", ["marian, marian", "marian, trained"])
-def test_lists_that_are_equal_are_stored_once_and_others_apart(trained, kinds, tmp_path):
+def test_equal_lists_are_stored_once_and_others_separately(trained, kinds, tmp_path):
     marian = MarianVocabulary.of(trained)
     more = MarianVocabulary(trained.to_bytes(), {piece: n for n, piece in enumerate([*pieces_of(trained), ">>kan<<"])})
     equal = VocabularyPair(marian, marian if kinds == "marian, marian" else trained)
