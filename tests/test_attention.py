@@ -35,7 +35,7 @@ def test_minus_infinity_before_the_softmax_leaves_rows_that_sum_to_one_and_zeros
 
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     assert (zeroed.sum(-1) < 0.999).all()
-    # What zeros after the softmax lack is the division by what is left.
+    # Zeros after the softmax lack the division by the remaining sum.
     np.testing.assert_allclose(weights, zeroed / zeroed.sum(-1, keepdims=True), atol=1e-6)
     assert (np.where(mask == 0, 0.0, weights) == 0).all()
 
@@ -73,7 +73,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_passes_back_zero_gradients(dt
     assert (weights.swapaxes(1, 2)[blind] == 0).all()
     assert (query_grad[blind] == 0).all()
     assert (key_grad[1] == 0).all() and (value_grad[1] == 0).all()
-    # The other queries of the same row gather, and pass back, as if the blind one asked nothing.
+    # The outputs and gradients of the other queries are as if this query did not exist.
     for array in (gathered[~blind], query_grad[~blind], key_grad[0], value_grad[0]):
         assert (array != 0).all()
     _, without = value_and_grad(inputs, np.where(blind[..., None, None], np.float32(0), directions))
@@ -95,7 +95,7 @@ def test_the_softmax_is_float32_under_bfloat16():
 def test_dropout_on_the_weights_keeps_their_expected_value():
     rate, draws = 0.25, 400
     query, key, _ = random_inputs()
-    # A memory of M unit vectors: what is gathered from it is the weights.
+    # With M unit vectors as memory, the output equals the weights.
     units = jnp.asarray(np.broadcast_to(np.eye(M)[:, None], (B, M, H, M)), "float32")
     wider = [jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, M - K))) for array in (query, key)]
 
@@ -116,7 +116,7 @@ def test_without_a_random_key_nothing_is_dropped():
 
 
 def test_a_mask_of_three_dimensions_is_an_error():
-    # While tests run, the check of shapes speaks first; under it stands the error that a user sees.
+    # In tests the shape check raises first; without it a user sees this error.
     with pytest.raises(ValueError, match=r"mask has shape \(2, 5, 7\): give it four dimensions"):
         inspect.unwrap(dot_product_attention)(*random_inputs(), jnp.zeros((B, Q, M)))
 
@@ -137,7 +137,7 @@ def multi_head_attention(dropout_rate=0.0):
     rng = np.random.default_rng(3)
     inputs, memory = (jnp.asarray(rng.normal(size=(B, length, H * K)), "float32") for length in (Q, M))
     variables = jax.jit(partial(module.init, deterministic=True))(jax.random.key(4), inputs, memory)
-    # Biases begin at zero, where a forgotten one would not show.
+    # Biases start at zero, so a forgotten one would not show.
     variables = jax.tree.map(lambda leaf: leaf + rng.normal(scale=0.3, size=leaf.shape).astype("float32"), variables)
     return module, variables, inputs, memory
 

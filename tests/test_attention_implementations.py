@@ -1,6 +1,6 @@
 """Compares attention by cuDNN with attention by XLA, and tests which of them is chosen.
 
-Without a GPU, cuDNN's kernel is only lowered, and a stand-in for it runs.
+Without a GPU, cuDNN's kernel is only lowered, and a replacement for it runs.
 """
 
 import re
@@ -48,7 +48,7 @@ def random_inputs(queries=Q, memory=M, size=K, dtype="bfloat16"):
 
 
 def outputs_and_gradients(mask, implementation, inputs):
-    """What is gathered, and the gradients of a product with it, in the order of the inputs."""
+    """The outputs, and the gradients of a product with them, in the order of the inputs."""
     directions = np.random.default_rng(1).normal(size=inputs[0].shape).astype("float32")
 
     def loss(*inputs):
@@ -74,14 +74,15 @@ def check_equal_but_for_rounding(mask, dtype):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that has cuDNN, as far as choosing and lowering look."""
+    """A fake GPU with cuDNN, sufficient for choosing the implementation and lowering it."""
     monkeypatch.setattr(attention, "_gpu_has_cudnn", lambda: True)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
 
 @pytest.fixture
 def calls(gpu, monkeypatch):
-    """Shapes that the kernel was called with: a stand-in, in which a row that sees nothing is NaN, and its gradient."""
+    """Replaces the kernel, giving NaN for rows that see nothing and their gradients; records the shapes of its
+    calls."""
     shapes = []
 
     def kernel(query, key, value, *, mask=None, implementation):
@@ -129,7 +130,7 @@ def test_on_a_gpu_forward_and_backward_pass_are_lowered_to_cudnn_kernels(name, g
 
 
 KEY = jax.random.key(0)
-# What differs from 64 queries over 70 memory positions under a mask; whether "auto" takes cuDNN; what "cudnn" says.
+# What differs from 64 queries, 70 memory positions and a mask; whether "auto" selects cuDNN; the error of "cudnn".
 CHOICES = [
     ({}, True, None),
     ({"dtype": "float16"}, True, None),
@@ -238,7 +239,7 @@ def test_the_steps_of_a_search_use_xla(calls):
     assert calls == [((B, M, H, 2 * K),) * 2] * 3  # the encoder's
 
 
-# Masks of other conventions, which cannot be told from additive ones while tracing.
+# Masks of other conventions, which cannot be distinguished from additive ones while tracing.
 FOREIGN = {
     "1 and 0": lambda: nn.make_causal_mask(jnp.ones((B, Q))),
     "a large finite bias": lambda: jnp.where(causal_mask(Q) == 0, 0.0, -1e9),

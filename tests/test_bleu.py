@@ -101,7 +101,7 @@ def warned(tokenize, references):
 def test_a_tokeniser_that_needs_spaces_is_a_warning_for_references_without_them(tokenize):
     (line,) = warned(tokenize, [TEXTS["Chinese"]] * 5)
     assert line.startswith(f"training.tokenize is {tokenize}, ") and line.endswith("set it to zh")
-    (line,) = warned(tokenize, ["ACGTTGCA" * 9, "TTGACA" * 8])  # no script without spaces, and none all the same
+    (line,) = warned(tokenize, ["ACGTTGCA" * 9, "TTGACA" * 8])  # a script with spaces, but a text without any
     assert line.endswith("set it to char")
     for quiet in (
         [TEXTS["Greek"]] * 5,

@@ -14,7 +14,7 @@ import pytest
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
-# Of a read or a write that fails, Orbax leaves tasks behind whose errors nobody asks for.
+# A failed read or write leaves Orbax tasks whose errors are never retrieved.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -30,7 +30,7 @@ def params_of(seed):
 
 
 def rest_of(seed, impl="threefry2x32"):
-    """What a checkpoint holds beside the parameters: numbers, an optimizer's state, a typed key."""
+    """The contents of a checkpoint besides the parameters: numbers, an optimizer's state, a typed key."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     _, opt_state = optimizer.update(params_of(seed), optimizer.init(params_of(seed)))
     return {"step": jnp.int32(seed), "opt_state": opt_state, "rng": jax.random.key(seed, impl=impl)}
@@ -108,7 +108,7 @@ def test_saving_an_existing_step_changes_nothing(workdir):
     ],
 )
 def test_the_newest_and_the_best_by_the_metric_are_kept(best_metric, values, kept, best, workdir):
-    # The other metrics all speak for the third checkpoint.
+    # By all other metrics the third checkpoint is the best.
     metrics = {
         step: {"bleu": float(step == 3), "loss": float(step != 3), "exact_match": float(step == 3), best_metric: value}
         for step, value in enumerate(values, 1)
@@ -193,7 +193,7 @@ def test_a_checkpoint_can_become_the_best_after_it_was_written(workdir):
         ("bleu", [1.0, 2.0, 3.0], 0),
         ("bleu", [3.0, 1.0, 2.0], 2),
         ("loss", [3.0, 1.0, 2.0], 1),
-        ("bleu", [1.0, 3.0, 3.0], 1),  # as good as before is no better
+        ("bleu", [1.0, 3.0, 3.0], 1),  # an equal score is not better
         ("loss", [2.0, math.nan, math.nan], 2),
         ("loss", [math.nan, 2.0], 0),
         ("bleu", [math.nan, 0.0, math.nan], 1),
@@ -260,7 +260,8 @@ def sound(tmp_path_factory):
 
 
 def restore_from(path, *, then_save=None):
-    """What is restored, and the warnings; the same process then saves a checkpoint 5 that is made of that number."""
+    """Restores a checkpoint and returns it with the warnings; the same process may then save a checkpoint 5 made from
+    `then_save`."""
     with warnings.catch_warnings(record=True) as caught, WorkDirectory(path).open_checkpoints() as checkpoints:
         warnings.simplefilter("always")
         restored = checkpoints.restore(complete_trees_of(0))
@@ -331,7 +332,7 @@ def test_if_all_checkpoints_are_damaged_none_is_moved(sound, tmp_path):
 
 
 def large_params_of(seed):
-    """A quarter of a megabyte, whatever packs it."""
+    """A quarter of a megabyte that cannot be compressed."""
     return {"params": {"kernel": jnp.asarray(np.random.default_rng(seed).normal(size=(250, 250)), "float32")}}
 
 
@@ -354,7 +355,7 @@ FAILED = r"^the checkpoint of step 2 could not be written to .*/disk/checkpoints
 
 
 def check_goes_on(disk, before):
-    """Whether the checkpoint before is untouched and, with room again, gone on from."""
+    """Checks that the previous checkpoint is unchanged and that training continues from it when there is room again."""
     assert files_in(disk / "checkpoints" / "1") == before and steps_of(WorkDirectory(disk)) == {1}
     (disk / "other").unlink()
     for newest in (1, 2):

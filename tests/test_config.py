@@ -140,7 +140,7 @@ def test_the_number_of_parameters_equals_the_hand_calculation(size):
 
 
 def unchecked(**settings):
-    """A config as a user makes it: while tests run, the check of types would speak before its own errors do."""
+    """A config as a user makes it, without the type checks of tests, which would raise before its own errors."""
     config = object.__new__(TransformerConfig)
     inspect.unwrap(TransformerConfig.__init__)(config, **settings)
     return config

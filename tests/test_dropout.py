@@ -23,7 +23,7 @@ def test_no_column_is_dropped_more_than_another():
     draws, rate = 2003, 0.25
     kept = dropout(jnp.ones((draws, 7)), rate, jax.random.key(1)) != 0
     assert (np.abs(1 - np.asarray(kept).mean(0) - rate) < 5 * math.sqrt(rate * (1 - rate) / draws)).all()
-    # Nor do neighbours, which come from one word of random bits, go together.
+    # Neighbours, which come from the same word of random bits, are not correlated either.
     correlations = np.corrcoef(np.asarray(kept, float).T)[np.triu_indices(7, 1)]
     assert (np.abs(correlations) < 5 / math.sqrt(draws)).all()
 
@@ -49,7 +49,7 @@ def test_equal_keys_drop_the_same_entries_and_different_keys_do_not():
     once, again, other = (dropout(INPUTS, 0.5, jax.random.key(seed)) for seed in (4, 4, 5))
     assert np.array_equal(once, again)
     assert not np.array_equal(once == 0, other == 0)
-    # Which ones are dropped is the key's affair, not the inputs'.
+    # The key determines which entries are dropped, not the inputs.
     assert np.array_equal(dropout(-3 * INPUTS, 0.5, jax.random.key(4)) == 0, once == 0)
 
 

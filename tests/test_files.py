@@ -1,4 +1,4 @@
-"""Gives files several names and checks that nothing that is read, and no work directory, is written over."""
+"""Checks that inputs and work directories are not overwritten, whatever names their files have."""
 
 import os
 import subprocess
@@ -107,7 +107,7 @@ def test_redirected_streams_are_recognised_by_their_files(text, tmp_path):
 
     with text.open() as given:
         status, said = run(text, "-", stdin=given)
-    assert status and "--input names" in said
+    assert status and "--input reads" in said
     with text.open("a") as taken:
         status, said = run("-", text, stdout=taken)
         assert status and "standard output goes to the file that --input reads" in said

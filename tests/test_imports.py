@@ -209,7 +209,7 @@ def test_lazily_loaded_names_are_those_in_the_stub_file():
 
 
 def test_the_public_interface_has_not_changed():
-    """A name that goes, or another one that comes, is a change of version: see CONTRIBUTING.md."""
+    """Adding or removing a name changes the version: see CONTRIBUTING.md."""
     assert sorted(flax_transformer.__all__) == [
         "KVCache",
         "MultiHeadAttention",

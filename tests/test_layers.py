@@ -84,7 +84,7 @@ def test_activation_dropout_applies_to_the_inner_activations():
     module = FeedForward(D, D, dropout_rate=rate)
     inputs = random(B, S, D)
     variables = scattered(jax.jit(partial(module.init, deterministic=True))(jax.random.key(0), inputs))
-    # With an outer map that changes nothing, the inner activations come out.
+    # If the outer map is the identity, the output is the inner activations.
     variables["params"]["outer"] = {"kernel": jnp.eye(D), "bias": jnp.zeros(D)}
     whole = np.asarray(module.apply(variables, inputs, deterministic=True))
     dropped = np.asarray(module.apply(variables, inputs, **DROPPED))
@@ -155,7 +155,7 @@ def drop_everything(next_call, args, kwargs, context):
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_dropout_comes_before_the_residual_and_the_norm(norm):
-    # Where all of Sublayer(x) is dropped, x is left: LayerNorm(x) with the paper's norm, x itself with the other.
+    # If all of Sublayer(x) is dropped, x remains: LayerNorm(x) with the paper's norm, x itself with the other.
     layer, variables, inputs = encoder_layer(norm=norm)
     part = layer.bind(variables)
     norms = (part.self_attention_norm, part.feed_forward_norm)

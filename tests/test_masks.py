@@ -1,4 +1,4 @@
-"""Tests that masks hold 0 and -inf where they should, and that masks of other conventions are refused."""
+"""Tests that masks have 0 and -inf where they should, and that masks of other conventions are refused."""
 
 import inspect
 
@@ -125,7 +125,7 @@ def test_a_mask_of_another_convention_is_refused(mask, message):
 @pytest.mark.parametrize("mask", [causal_mask(7), np.asarray(causal_mask(7)), causal_mask(7).astype("bfloat16")])
 def test_additive_masks_of_any_origin_are_accepted(mask):
     check_mask(mask)
-    # Where a function that is traced closes over it, its values are looked at outside the program.
+    # If a traced function closes over it, its values can be checked outside the program.
     assert not jax.make_jaxpr(lambda: check_mask(mask))().eqns
 
 

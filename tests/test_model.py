@@ -144,7 +144,7 @@ def test_another_segment_changes_nothing_by_a_bit(options):
 )
 def test_step_by_step_logits_equal_those_of_one_pass(options, hypotheses, chunks):
     model, variables = build(**options)
-    # Each hypothesis translates its sentence otherwise; the second sentence has padding.
+    # Each hypothesis is a different translation of its sentence; the second sentence has padding.
     targets = np.random.default_rng(2).integers(3, V, (B * hypotheses, T), "int32")
     expected = logits_of(model, variables, np.repeat(SOURCE, hypotheses, axis=0), targets)
 
@@ -208,7 +208,7 @@ def test_the_decoder_starts_from_the_start_id_of_the_config():
     other, _ = build(start_id=4)
     swapped = jax.tree.map(np.copy, variables)
     table = variables["params"]["shared_embedding"]["embedding"]
-    # Where ids 1 and 4 change places, in the model and in what it reads and writes, all is as before.
+    # If ids 1 and 4 are exchanged in the model, its input and its output, nothing else changes.
     swapped["params"]["shared_embedding"]["embedding"] = table[np.array([0, 4, 2, 3, 1, *range(5, V)])]
     tokens = 5 + np.arange(S, dtype="int32")[None]
     logits = logits_of(other, swapped, tokens, tokens)

@@ -1,4 +1,4 @@
-"""Tests that token ids, segments and positions which cannot be meant are refused, or make NaN where unseen."""
+"""Tests that invalid token ids, segments and positions are refused, or give NaN where they cannot be checked."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""Saves under paths of every kind and checks that all is read again, or that the save is reported as failed."""
+"""Saves under all kinds of paths and checks that everything can be read again, or that the save is an error."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_a_pattern_on_a_remote_path_is_refused_before_anything_is_written():
 
 
 async def merge_nothing(*arguments, **options):
-    """As Orbax does where it finds no parts of a checkpoint: it says so in its log."""
+    """Behaves like Orbax if it finds no parts of a checkpoint: it only logs this."""
 
 
 def remove_notes(monkeypatch):

@@ -117,7 +117,7 @@ def test_no_schedule_and_no_steps_are_refused(schedules, steps):
         plots.plot_schedules(schedules, steps)
 
 
-@pytest.mark.parametrize("heads", [1, 7])  # seven take two rows, and leave a place empty
+@pytest.mark.parametrize("heads", [1, 7])  # seven panels take two rows and leave one place empty
 def test_each_head_is_a_panel_with_tokens_on_both_axes_and_weights_from_zero_to_one(heads):
     weights = random_weights(heads, 7, 5)
     figure = plots.plot_attention(weights, SOURCE, TARGET, title="cross")

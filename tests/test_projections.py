@@ -1,4 +1,4 @@
-"""Tests that the gradients a training step writes out are those of plain mathematics, and that only it uses them."""
+"""Tests that the written-out gradients of a training step are mathematically correct, and that only it uses them."""
 
 import jax
 import jax.numpy as jnp

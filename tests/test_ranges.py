@@ -32,7 +32,7 @@ def fields_of(*kinds):
 
 
 def made_with(settings, name, value):
-    """Settings with a value that beartype, which checks signatures while tests run, would not let through."""
+    """Makes settings with a value that beartype, which checks signatures in tests, would refuse."""
     made = settings()
     object.__setattr__(made, name, value)
     made.__post_init__()

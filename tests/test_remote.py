@@ -12,7 +12,7 @@ from flax_transformer.monitoring.report import Report
 from flax_transformer.workdir import WorkDirectory
 from tests.fake_scheme import fake_bucket
 
-# The second holds what Python, though not JSON, takes for the end of a line.
+# The second contains what Python, but not JSON, treats as the end of a line.
 LINES = [{"kind": "train", "step": 1, "loss": 2.5}, {"kind": "test", "signature": "ಕನ್ನಡ\u2028"}]
 
 
@@ -138,7 +138,7 @@ def test_tensorboard_events_are_written_to_local_and_remote_work_directories(any
 
 @pytest.fixture
 def allow_events(anywhere, monkeypatch):
-    """Lets no event be written, until what it returns is called."""
+    """Prevents events from being written until the returned function is called."""
     write_bytes, allowed = type(anywhere.path).write_bytes, threading.Event()
 
     def refuse(path, content):
@@ -151,7 +151,7 @@ def allow_events(anywhere, monkeypatch):
 
 
 def report_many(report):
-    """More than tensorboardX's queue holds, on a thread of its own, which must come to its end."""
+    """Writes more than tensorboardX's queue holds, on its own thread, which must finish."""
     thread = threading.Thread(target=lambda: [report.training(step, METRICS) for step in range(1, 41)], daemon=True)
     thread.start()
     thread.join(20)

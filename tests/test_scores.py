@@ -36,7 +36,7 @@ def test_scores_with_another_setting_are_not_compared(name, metric, file):
     now.record(3, scores_of(7.0))
     assert now.ranked()[-1] == 3 or metric == "loss"
     assert now.since_best == (0 if depends or metric == "loss" else 2)
-    # With the settings of before, its scores count again: nothing was thrown away.
+    # With the earlier settings its scores count again, since nothing was deleted.
     assert list(StepScores(file, metric, TODAY | {name: OTHER[name]}).comparable()) == (
         [1, 2] if depends else [1, 2, 3]
     )

@@ -109,7 +109,7 @@ def test_the_hessian_is_symmetric_and_equals_the_gradient_of_the_gradient(case):
     _, loss, variables, direction, inputs = case
 
     def along(steps):
-        """The loss some steps away, in this direction and in another one."""
+        """The loss after some steps in this direction and in another one."""
         moved = jax.tree.map(lambda leaf, to: leaf + steps[0] * to + steps[1] * jnp.sin(9 * to), variables, direction)
         return loss(moved, inputs)
 
@@ -134,7 +134,7 @@ def test_gradients_inside_shard_map_with_default_checks_equal_those_of_the_whole
 
     def of_own_rows(variables, inputs):
         value, gradient = jax.value_and_grad(loss)(variables, inputs)
-        # The variables are the same everywhere: their gradient comes summed.
+        # The variables are the same on all devices, so their gradient is already summed.
         return jax.lax.pmean(value, "rows"), jax.tree.map(lambda leaf: leaf / B, gradient)
 
     sharded = jax.shard_map(of_own_rows, mesh=mesh, in_specs=(whole, rows), out_specs=(whole, whole))

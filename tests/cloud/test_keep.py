@@ -49,7 +49,7 @@ def test_keep_starts_the_training_after_a_reboot(cloud):
     cloud.plays(trainings="0")
     for verb in ("copy", "install"):
         cloud(verb)
-    with subprocess.Popen(["sleep", "60"]) as other:  # it has the number now
+    with subprocess.Popen(["sleep", "60"]) as other:  # it has this process id now
         for worker in range(2):
             (cloud.home / f"machines/{worker}/my-tpu/train.pid").write_text(str(other.pid))
         cloud("keep", PATIENCE="1")

@@ -156,7 +156,7 @@ def test_stop_waits_for_the_checkpoint_and_status_shows_each_worker(cloud):
     for verb in ("copy", "install", "run"):
         cloud(verb)
     soon(lambda: cloud.trained(0) and cloud.trained(1))
-    # What a connection that ends may send.
+    # The signal that the end of a connection may send.
     os.kill(int((cloud.home / "machines/0/my-tpu/train.pid").read_text()), signal.SIGHUP)
     assert {"0: running", "1: running"} <= set(cloud("status").splitlines())
     cloud("stop")

@@ -23,7 +23,8 @@ def translations(translator):
 
 @pytest.fixture
 def files(tmp_path, translations):
-    """Sources, and references of which two in three are what the model says: it is good, but not perfect."""
+    """Sources, and references of which two in three are the model's translations, so that it is good but not
+    perfect."""
     source, reference = tmp_path / "source.txt", tmp_path / "reference.txt"
     source.write_text("".join(f"{sentence(number)}\n" for number in range(23)), encoding="utf-8")
     lines = [line if number % 3 else f"{line} the cat ." for number, line in enumerate(translations)]
@@ -63,7 +64,7 @@ def test_the_default_tokeniser_is_that_of_training_or_of_the_script(run, workdir
     WorkDirectory(broken).write_config(config | {"training": config["training"] | {"tokenize": "char"}})
     assert tokeniser(broken, files) == tokeniser(broken, (files[0], chinese)) == "char"
     assert tokeniser(broken, files, "--tokenize=intl") == "intl"
-    # Both are scored by one tokeniser, and neither training's is the other's.
+    # Both are scored with one tokeniser, although their trainings used different ones.
     assert tokeniser(broken, files, "--compare", broken) == "char"
     assert tokeniser(broken, files, "--tokenize=13a", "--compare", broken) == "13a"
     warned = []

@@ -66,7 +66,7 @@ def test_ctrl_c_stops_silently(monkeypatch, run, capsys):
     monkeypatch.setattr("flax_transformer.commands.average.run", interrupt)
     with pytest.raises(SystemExit) as stopped:
         run("average", "--workdir=x", "--last=2")
-    assert stopped.value.code == 128 + 2  # SIGINT, as a shell tells it
+    assert stopped.value.code == 128 + 2  # SIGINT, as a shell reports it
     assert capsys.readouterr().err == ""
 
 
@@ -127,7 +127,7 @@ def change_vocabulary_size(folder):
     config.write_text(re.sub(r'_vocab_size": \d+', '_vocab_size": 999', config.read_text()))
 
 
-# Where one read fails, Orbax closes its event loop under those that are still under way.
+# If one read fails, Orbax closes its event loop while others are still in progress.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("damage", "message"),

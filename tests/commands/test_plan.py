@@ -1,4 +1,4 @@
-"""`plan` shows what a training step takes, and reports a mistake in one line."""
+"""`plan` shows the memory and time of a training step, and reports a mistake in one line."""
 
 import subprocess
 import sys

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def unprepared(monkeypatch):
-    """Whatever the libraries are prepared for is undone when the test ends."""
+    """Undoes all preparations of libraries when the test ends."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, verbosity = [logger.level for logger in loggers], absl.logging.get_verbosity()
@@ -40,7 +40,7 @@ def test_compiled_programs_are_cached_in_the_user_s_cache_folder(unprepared, mon
 
     assert folder() == str(tmp_path / "caches" / "flax-transformer" / "jax")
     assert os.environ[names[1]] == "0"
-    monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # relative: no such thing
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # relative, so it is ignored
     assert folder() == str(tmp_path / ".cache" / "flax-transformer" / "jax")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert folder() == str(tmp_path / ".cache" / "flax-transformer" / "jax")
@@ -49,7 +49,7 @@ def test_compiled_programs_are_cached_in_the_user_s_cache_folder(unprepared, mon
 
 
 def raised_in(file):
-    """What Python hands on of an error that nobody could catch, raised by code in a file."""
+    """What Python passes to its hook for an uncatchable error that code in a file raises."""
     try:
         exec(compile("raise OSError(28, 'No space left on device')", file, "exec"), {})
     except OSError as error:
@@ -65,7 +65,7 @@ def test_storage_libraries_are_silenced_and_others_are_not(unprepared, monkeypat
     assert [raised.exc_traceback.tb_next.tb_frame.f_code.co_filename for raised in shown] == ["/lib/mine.py"]
     for name in ("absl", "asyncio"):
         assert not logging.getLogger(name).isEnabledFor(logging.ERROR)
-    # jax's notes, of backends that are not there, are shown by absl, where absl starts the program.
+    # If absl starts the program, it shows jax's notes on missing backends.
     assert absl.logging.get_verbosity() == absl.logging.ERROR
 
 

@@ -62,7 +62,8 @@ def test_the_length_penalty_determines_the_score(run, workdir, pairs):
 
 
 def test_translations_of_translate_get_the_same_scores(run, workdir, tmp_path, translator):
-    # Short ones, since a text can be spelled in other pieces than those that a search chose, and is another one then.
+    # Short ones, since the vocabulary may split a text into other pieces than the search chose, which gives another
+    # score.
     sentences = ["the cat", "up", "a dog sat on it", "mouse"]
     found = translator.hypotheses(sentences, BeamSearch(num_return=4, max_length=3))
     pairs = [(sentence, one) for sentence, several in zip(sentences, found, strict=True) for one in several]

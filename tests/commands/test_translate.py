@@ -176,7 +176,7 @@ def test_a_mistake_is_an_error_of_one_line_before_the_model_loads(
     said = fail("translate", "--workdir", workdir, "--input", source, *options)
     assert said.startswith("flax-transformer translate: ")
     assert re.search(message, said), said
-    assert source.read_text(encoding="utf-8")  # also where it was named as the output
+    assert source.read_text(encoding="utf-8")  # also if it was given as the output
 
 
 def test_a_layer_that_does_not_exist_is_an_error_before_anything_is_translated(fail, workdir, monkeypatch):
@@ -229,7 +229,7 @@ def test_ctrl_c_leaves_the_prompt_without_an_error(run, workdir, monkeypatch):
 
 
 def start(workdir, source):
-    """The program in a process of its own."""
+    """The program in its own process."""
     command = [sys.executable, "-m", "flax_transformer", "translate", "--workdir", workdir, "--input", str(source)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -246,4 +246,4 @@ def test_a_reader_that_closes_the_pipe_ends_the_program_silently(workdir, source
     with start(workdir, source) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == 128 + 13  # SIGPIPE, as a shell tells it
+    assert process.returncode == 128 + 13  # SIGPIPE, as a shell reports it

@@ -38,7 +38,7 @@ print(arrays["tokens"].sum(), flush=True)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where the cache is to be; not there yet."""
+    """The folder of the cache, which does not exist yet."""
     return epath.Path(tmp_path) / "work" / "cache"
 
 

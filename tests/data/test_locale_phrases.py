@@ -1,4 +1,4 @@
-"""Locale pairs and seeds arrive at `locale_phrases`; what its promises say about the pairs that leave is checked."""
+"""Tests the guarantees that `locale_phrases` gives, with several pairs of locales and seeds."""
 
 import functools
 import os
@@ -74,14 +74,15 @@ def assert_one_target_for_each_source(*many_pairs):
 
 
 def test_a_source_has_one_target():
-    # Different seeds meet the same sources again: within one call, a source is met once by construction.
+    # Different seeds give the same sources again; within one call each source occurs only once anyway.
     many = [pairs_of("train", 6_000, seed=seed) for seed in (0, 1)]
     assert len({source for pairs in many for source, _ in pairs}) < 12_000, "no source was met twice"
     assert_one_target_for_each_source(*many, pairs_of("test"), pairs_of("valid", seed=1))
 
 
 def test_a_source_has_one_target_where_cldr_abbreviates_differently():
-    # German `März` is long and short, Tamil tells the two apart; `Watt` is a unit's long and short name.
+    # German `März` is both the long and the short name, but in Tamil they differ; `Watt` is the long and short name of
+    # a unit.
     for locales in (("de", "ta"), ("de", "en")):
         assert_one_target_for_each_source(
             *(pairs_of("train", 2_000, seed=seed, locales=locales, parts=1) for seed in (0, 1))
@@ -111,8 +112,8 @@ def test_names_are_frequent_enough_to_be_learned():
 
 
 def test_the_corpus_is_larger_than_two_hundred_thousand_pairs():
-    # Capture and recapture: two samples of n out of N share n²/N, and more when some pairs are likelier than others,
-    # so n²/shared is a lower bound. Short pairs are left out: they are few and often shared, which hides the others.
+    # Capture and recapture: two samples of n out of N share n²/N, and more if some pairs are more probable than others,
+    # so n²/shared is a lower bound. Short pairs are left out, because they are few and often shared.
     first, second = ({pair for pair in pairs_of("train", 6_000, seed=seed) if len(pair[1]) > 20} for seed in (0, 1))
     assert len(first) * len(second) / max(1, len(first & second)) > 200_000
 
@@ -133,7 +134,7 @@ def test_other_locales_work(locales):
 
 
 def test_kannada_is_paired_with_english():
-    # What any dictionary says, for all the other tests would pass with two columns of nonsense.
+    # Compares with a dictionary, because all other tests would pass with two columns of nonsense.
     train = dict(pairs_of("train", 6_000))
     assert train["ಭಾರತ"] == "India"
     assert train["ಕನ್ನಡ"] == "Kannada"
@@ -153,7 +154,7 @@ def test_a_wrong_argument_is_an_error_with_a_remedy():
 
 
 def test_an_exhausted_corpus_says_how_many_pairs_there_are(monkeypatch):
-    # Percentages alone: a thousand sources at most, most of which both checksums give to the training split.
+    # Only percentages: at most a thousand sources, most of which both checksums assign to the training split.
     monkeypatch.setattr(module, "VALUES", module.VALUES[-1:])
     with pytest.raises(ValueError, match=r"about \d+ distinct train pairs of up to 1 parts, not 5000: ask for fewer"):
         locale_phrases("kn", "en", "train", pairs=5_000, parts=1)

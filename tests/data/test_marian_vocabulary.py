@@ -22,7 +22,7 @@ def pieces_of(vocabulary):
 
 
 def test_ids_come_from_the_list_and_not_from_sentencepiece(trained, tmp_path):
-    """Ids in the order of a list of Marian's, its end of sentence first and its padding last."""
+    """Ids in the order of a Marian list, with the end of sentence first and padding last."""
     rest = [piece for piece in pieces_of(trained) if piece not in ("<pad>", "<s>", "</s>", "<unk>")]
     order = ["</s>", "<unk>", *reversed(rest), "<pad>"]
     ids = {piece: number for number, piece in enumerate(order)}
@@ -54,7 +54,7 @@ def test_a_language_token_is_one_token_and_an_unknown_one_an_error(trained):
     assert vocabulary.split_language(">>fra<< the cat") == (">>fra<<", " the cat")
     with pytest.raises(ValueError, match=r'>>deu<< \(">>deu<< the cat"\): begin with one of >>fra<<, >>kan<<'):
         vocabulary.split_language(">>deu<< the cat")
-    # A target, or a sentence of a model without such tokens, is text like any other.
+    # In a target, or with a model without such tokens, this is ordinary text.
     assert len(vocabulary.encode([">>deu<< the cat"])[0]) > len(french)
     without = MarianVocabulary(trained.to_bytes(), {piece: number for number, piece in enumerate(pieces[:-2])})
     assert without.split_language(">>deu<< the cat") == ("", ">>deu<< the cat")
@@ -92,7 +92,10 @@ def test_equal_lists_are_stored_once_and_others_separately(trained, kinds, tmp_p
     equal = VocabularyPair(marian, marian if kinds == "marian, marian" else trained)
     assert equal.files().keys() == {"source.spm", "target.spm", "vocab.json"}
     assert VocabularyPair(more, equal.target).files().keys() == {*equal.files(), "target_vocab.json"}
-    for pair in (equal, VocabularyPair(more, equal.target)):  # the second leaves no file of the first that it lacks
+    for pair in (
+        equal,
+        VocabularyPair(more, equal.target),
+    ):  # the second removes files of the first
         pair.save(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pair.files())
         loaded = VocabularyPair.load(tmp_path)

@@ -20,7 +20,7 @@ EOS = 2
 
 
 def sentences(lengths, first_id):
-    """Sentence n consists of the id `first_id + n`, so that it is known again wherever it turns up."""
+    """Sentence n consists of the id `first_id + n`, so that it can be recognised everywhere."""
     return [[first_id + number] * (length - 1) + [EOS] for number, length in enumerate(lengths)]
 
 
@@ -40,7 +40,7 @@ def rows_of(corpus):
 
 
 def read_back(batch):
-    """The pairs of ids that each row holds, by segment."""
+    """The pairs of ids in each row, by segment."""
     return [
         [
             tuple(tokens[row][segments[row] == number].tolist() for tokens, segments in sides_of(batch))

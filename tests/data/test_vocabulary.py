@@ -1,4 +1,4 @@
-"""Tests that pairs of vocabularies are saved and loaded as they are, whatever their kind."""
+"""Tests that pairs of vocabularies of any kind are saved and loaded without change."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The text of a corpus gets pieces for all of its characters, whatever SentencePiece does with them."""
+"""All characters of a corpus get pieces, even those that SentencePiece treats specially."""
 
 import unicodedata
 import warnings
@@ -14,7 +14,7 @@ PLAIN = [f"the {adjective} {noun} and {other}" for adjective in ADJECTIVES for n
 
 
 def train(text, model_type, **changes):
-    # Little more than the characters: of so little text the unigram model finds no more pieces.
+    # Little more than the characters, because the unigram model finds no more pieces in so little text.
     size = len(set(unicodedata.normalize("NFC", "".join(text)))) + 9
     return Vocabulary.train(text, VocabularyConfig(**{"size": size, "model_type": model_type} | changes))
 
@@ -31,7 +31,7 @@ def test_sentencepiece_s_special_names_are_ordinary_text(text, model_type):
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_sentences_with_a_reserved_character_are_trained_on(model_type):
-    # SentencePiece would drop these sentences, and with them every letter that stands nowhere else.
+    # SentencePiece would drop these sentences, and with them every letter that occurs nowhere else.
     vocabulary = train(["the ▅ ಕನ್ನಡ"] + PLAIN, model_type)
     assert vocabulary.decode(vocabulary.encode(["ಕನ್ನಡ ▅"])) == ["ಕನ್ನಡ ▅"]
 

@@ -27,7 +27,7 @@ SOURCES = make_sources(40)
 
 @pytest.fixture(scope="module")
 def make_engine(make_model):
-    """Makes an engine of one model, or of several where seeds are given."""
+    """Makes an engine of one model, or of several if seeds are given."""
 
     def make(*seeds, batch_tokens=64, devices=1, **changes):
         configs, models = zip(*(make_model(V, seed, **changes) for seed in seeds or (290,)), strict=True)
@@ -43,7 +43,7 @@ def engine(make_engine):
 
 @pytest.fixture
 def searched(monkeypatch):
-    """A list of what the compiled search is called with: the source's shape, limits and options."""
+    """Records the arguments of the compiled search: the source's shape, limits and options."""
     calls = []
 
     def watch(models, source, limits, **options):
@@ -65,7 +65,7 @@ def search(engine, sources, settings, prefixes=None, rngs=None):
 
 
 def check_same(found, expected):
-    """Equal tokens, and log-probabilities up to what a batch's shape moves them."""
+    """Equal tokens, and log-probabilities that are equal up to the effect of a batch's shape."""
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert [output.ids.tolist() for output in ours] == [output.ids.tolist() for output in theirs]
@@ -81,7 +81,7 @@ def test_many_sentences_compile_once_per_bucket_and_get_the_same_outputs_as_alon
     assert len(searched) > 2 * len(shapes)
     assert compiled <= len(shapes) == len({bucket(len(source)) for source in SOURCES})
     check_same(together, [search(engine, [source], GREEDY)[0] for source in SOURCES])
-    assert len({tuple(output.ids.tolist()) for (output,) in together}) > 10  # or whatever is mixed up would not show
+    assert len({tuple(output.ids.tolist()) for (output,) in together}) > 10  # otherwise a mix-up would not show
 
 
 @pytest.mark.parametrize("settings", [BEAM, SAMPLING], ids=["beam", "sampling"])
@@ -117,13 +117,16 @@ def test_a_sentences_limit_follows_its_own_length_and_not_its_buckets(engine):
 def test_a_batch_does_not_wait_for_its_last_few_sentences_which_are_finished_later(engine, make_engine, searched):
     sources = [source for source in make_sources(200, longest=8) if len(source) <= 8][:60]
     found = search(make_engine(batch_tokens=32 * 8), sources, GREEDY)
-    assert {width for (_, width), _, _ in searched} == {8, 16}  # some have moved on, where no source is so long
+    assert {width for (_, width), _, _ in searched} == {
+        8,
+        16,
+    }  # some moved to a bucket that no source needs
     assert not any(options["may_wait"][: len(sources)].any() for (_, width), _, options in searched if width == 16)
     check_same(found, search(engine, sources, GREEDY))
 
 
 def test_outputs_that_need_more_room_than_their_bucket_get_it(engine, searched):
-    """They go on for longer than two buckets; each is what a search with all the room finds."""
+    """They are longer than two buckets, and each equals the output of a search with enough room."""
     settings, rngs = Sampling(min_length=24), keys(6)
     sources = [source for source in SOURCES if len(source) <= 16][:6]
     found = search(engine, sources, settings, rngs=rngs)
@@ -156,7 +159,7 @@ def test_outputs_begin_with_their_prefixes_and_continue_as_if_these_were_chosen(
     found = search(engine, sources, GREEDY, prefixes)
     for (output,), prefix in zip(found, prefixes, strict=True):
         assert output.ids[: len(prefix)].tolist() == prefix and len(output.ids) > len(prefix)
-    for number in (0, 4, 5):  # no wish, or the wish for what comes anyway
+    for number in (0, 4, 5):  # no prefix, or the prefix of what is chosen anyway
         check_same([found[number]], [free[number]])
     reverse = search(engine, sources[::-1], GREEDY, prefixes[::-1])
     check_same(found, reverse[::-1])

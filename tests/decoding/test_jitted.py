@@ -30,7 +30,7 @@ every_search = pytest.mark.parametrize("settings", [GREEDY, BEAM, SAMPLING], ids
 
 @pytest.fixture(scope="module")
 def model(make_model):
-    return make_model(V, 290)  # One whose outputs end at their limits, and before them.
+    return make_model(V, 290)  # A model whose outputs end both at and before their limits.
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def search(*models, source=SOURCE, limits=LIMITS, settings, max_length=LONGEST, 
 
 
 def log_probs_of(model, target, source=SOURCE):
-    """Log-probabilities [B, T, V] of one pass over whole targets, in which every token is a word like any other."""
+    """Log-probabilities [B, T, V] of one pass over whole targets, in which no token is special."""
     config, params = model
     words = Tokens.from_segments(target, np.ones_like(target))
     return jax.nn.log_softmax(whole_pass(config)({"params": params}, source, words))
@@ -69,12 +69,12 @@ def whole_pass(config):
 
 
 def mean_log_probs(models, target):
-    """Of the mean of the models' probabilities, by hand."""
+    """Log-probabilities of the mean of the models' probabilities, by hand."""
     return np.log(np.mean([np.exp(np.float64(log_probs_of(model, target))) for model in models], axis=0))
 
 
 def check_log_probs(found, models, atol=1e-4):
-    """Each token's log-probability is that of whole passes, and they sum to the outputs'."""
+    """Each token's log-probability equals that of parallel passes, and they sum to those of the outputs."""
     lengths, each = found["lengths"], found["token_log_probs"]
     assert (lengths > 0).all() and (lengths <= LIMITS[:, None]).all()
     for rank in range(lengths.shape[1]):
@@ -160,7 +160,7 @@ def test_sentences_that_need_more_room_are_reported(model):
 
 
 def test_a_few_sentences_that_may_wait_are_left_and_the_others_do_not_change(model):
-    """Two of forty have a high limit, and go on to it."""
+    """Two of forty sentences have a high limit and reach it."""
     source, limits = np.random.default_rng(0).integers(3, V, (40, 7)).astype("int32"), np.full(40, 3, "int32")
     limits[[4, 17]] = LONGEST
     options = {"source": source, "limits": limits, "settings": GREEDY.replace(min_length=LONGEST)}
@@ -171,7 +171,7 @@ def test_a_few_sentences_that_may_wait_are_left_and_the_others_do_not_change(mod
     not_told, one = search(model, **options), search(model, may_wait=np.arange(40) != 4, **options)
     for name in ("tokens", "lengths", "log_probs"):
         assert np.array_equal(cut[name][~cut["open"]], whole[name][~cut["open"]])
-        for finished in (not_told, one):  # one that may not wait is finished, and the other goes on beside it
+        for finished in (not_told, one):  # one that may not wait is finished, and the other continues meanwhile
             assert np.array_equal(finished[name], whole[name])
 
 

@@ -20,12 +20,12 @@ best_jitted = jax.jit(best_tokens, static_argnames="count")
 
 
 def check_best(scores, count):
-    """What is found has the values of a plain sort, and stands where it says."""
+    """The values found equal those of a sort, and the indices point to them."""
     values, where = jax.device_get(best_jitted(jnp.asarray(scores), count=count))
     flat = scores.reshape(*scores.shape[:-2], -1)
     np.testing.assert_array_equal(values, -np.sort(-flat, axis=-1)[..., :count])
     assert where.dtype == np.int32 and (where >= 0).all() and (where < flat.shape[-1]).all()
-    # Where only what is impossible is left, its place means nothing.
+    # If only impossible tokens are left, their indices mean nothing.
     there = np.where(values > -np.inf, np.take_along_axis(flat, where, axis=-1), -np.inf)
     np.testing.assert_array_equal(there, values)
     for row, found in zip(where.reshape(-1, count), values.reshape(-1, count), strict=True):
@@ -33,7 +33,7 @@ def check_best(scores, count):
         assert len(set(places.tolist())) == len(places)
 
 
-# Of one group and of many, multiples of a group's size and primes.
+# One group and many, multiples of the group size and primes.
 @pytest.mark.parametrize(
     ("size", "hypotheses", "count"),
     [
@@ -60,7 +60,7 @@ def test_rows_may_have_any_number_of_dimensions():
 def test_more_tokens_than_a_group_has_can_be_found(count):
     scores = np.random.default_rng(0).normal(size=(2, 2, 3 * 101)).astype("float32")
     check_best(scores, count)
-    check_best(np.sort(scores, axis=-1), count)  # all of the best in one place
+    check_best(np.sort(scores, axis=-1), count)  # all of the best in one group
 
 
 @pytest.mark.parametrize(("size", "count"), [(67, 8), (67, 3 * 67), (GROUP, 3 * GROUP)])
@@ -113,7 +113,7 @@ def test_banned_tokens_are_not_allowed_and_if_all_are_banned_the_end_is():
     assert names(allowed([[[3]]], settings=BeamSearch(banned=(2,)))[0, 0]) == {0, 1, 3, 4, 5, 6}
     assert names(allowed([[[3]]], settings=BeamSearch(banned=tuple(range(7))))[0, 0]) == {EOS}
     others = tuple(token for token in range(7) if token != EOS)
-    # Too short for an end, and nothing else may come.
+    # Too short for an end, but nothing else is allowed.
     assert names(allowed([[[3]]], settings=BeamSearch(banned=others, min_length=5))[0, 0]) == {EOS}
 
 
@@ -126,7 +126,7 @@ def test_the_end_is_allowed_from_the_minimum_length_on():
 
 
 def repeating(tokens, size, vocab_size):
-    """As one would say it: the tokens with which the last ones were there before."""
+    """A direct definition: the tokens that followed earlier occurrences of the last ones."""
     found = set()
     for token in range(vocab_size):
         grown = [*tokens, token]
@@ -229,7 +229,7 @@ def test_tokens_that_are_not_allowed_are_not_drawn_and_the_others_share_their_pr
 
 
 def test_samples_steps_and_sentences_are_independent():
-    """A table of what two of them draw has no pattern: chi-square of independence."""
+    """Chi-square test of independence for the tokens that two of them draw."""
     logits = np.broadcast_to(LOGITS[:5], (DRAWS, 2, 5))
     keys = jax.random.split(jax.random.key(6), DRAWS)
     first, second = (np.asarray(draw_jitted(logits, keys, np.int32(s), settings=Sampling())) for s in (0, 1))

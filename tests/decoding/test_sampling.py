@@ -64,7 +64,7 @@ def outputs():
 
 
 def product(table, sentence, tokens):
-    """Of the tokens' probabilities; at the limit the end is certain."""
+    """Logarithms of the tokens' probabilities; at the limit the end is certain."""
     pairs = itertools.pairwise((START, *tokens))
     return np.prod([table[sentence, place, last, token] for place, (last, token) in enumerate(pairs) if place < L - 1])
 
@@ -76,7 +76,7 @@ def check_frequencies(found, sentence, shares):
     draws = counts.total()
     assert set(counts) <= {tokens for tokens, share in shares.items() if share > 0}
     np.testing.assert_allclose(sum(shares.values()), 1)
-    # The test wants five of each: what is rarer is counted together.
+    # The test needs five of each, so rarer outputs are counted together.
     rare = [tokens for tokens in shares if draws * shares[tokens] < 5]
     groups = [[tokens] for tokens in shares if tokens not in rare]
     if sum(shares[tokens] for tokens in rare):

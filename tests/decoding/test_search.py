@@ -33,7 +33,7 @@ class Language:
         self.shifts = rng.normal(size=(longest, vocabulary)).astype("float32")
 
     def log_probs(self, sentence, tokens):
-        """In float64, of each token of the vocabulary after these."""
+        """The log-probability, in float64, of each token of the vocabulary after these."""
         number = 0
         for token in (START, *tokens):
             number = number * self.logits.shape[-1] + token
@@ -44,7 +44,7 @@ class Language:
         return sum(self.log_probs(sentence, tokens[:place])[token] for place, token in enumerate(tokens))
 
     def every_output(self, limit):
-        """Whatever ends with the end of sentence within the limit."""
+        """All sequences that end with the end of sentence within the limit."""
         others = [token for token in range(self.logits.shape[-1]) if token != EOS]
         for length in range(limit):
             for tokens in itertools.product(others, repeat=length):
@@ -73,7 +73,8 @@ search_jitted = jax.jit(search_tables, static_argnames=("settings", "max_length"
 
 
 def search(language, limits, settings=None, *, prefix=None, rngs=None, max_length=L, run=search_jitted, **wishes):
-    """The hypotheses as numpy arrays, and `is_open`; of a beam with these wishes, greedily where no beam is given."""
+    """The hypotheses as NumPy arrays, and `is_open`, of a beam with these settings, or of greedy search if no beam is
+    given."""
     if settings is None:
         settings = BeamSearch(beam_size=wishes.pop("beam_size", None) or 1, **wishes)
     arrays = map(jnp.asarray, (language.logits, language.shifts, limits))
@@ -125,14 +126,14 @@ def test_a_beam_as_wide_as_the_language_equals_exhaustive_search(vocabulary, lim
         assert outputs(found, sentence)[:count] == best
         np.testing.assert_allclose(found.log_probs[sentence, :count], [log_probs[tokens] for tokens in best], rtol=1e-5)
         np.testing.assert_allclose(found.scores[sentence, :count], [scores[tokens] for tokens in best], rtol=1e-5)
-        # Where the limit leaves fewer outputs than were asked for, the rest are empty.
+        # If the limit allows fewer outputs than requested, the rest are empty.
         assert (found.scores[sentence, count:] == -np.inf).all()
         assert (found.log_probs[sentence, count:] == -np.inf).all()
         assert not found.lengths[sentence, count:].any() and (found.tokens[sentence, count:] == PAD).all()
 
 
 def may_come(tokens, limit, settings, prefix, vocabulary):
-    """As one would say it, one wish after the other; the first that speaks decides."""
+    """A direct definition: the first constraint that applies decides."""
     if len(tokens) == limit - 1:
         return {EOS}
     if len(tokens) < len(prefix):
@@ -169,7 +170,7 @@ def plain_beam_search(language, sentence, limit, settings, prefix=()):
 
 
 def check_against_paper(language, limits, settings, prefixes=((),) * B):
-    """What is found is what is found on paper, with its scores."""
+    """The outputs and their scores equal those of the simple search."""
     longest = max(map(len, prefixes))
     prefix = np.array([[*row, *[PAD] * (longest - len(row))] for row in prefixes], "int32") if longest else None
     found = search(language, limits, settings, prefix=prefix, max_length=max(limits))
@@ -203,7 +204,7 @@ def test_a_search_that_stops_first_equals_the_hand_calculation(beam_size, num_re
         found = check_against_paper(Language(seed), [5, 2, 5, 4, 5, 3, 5], settings)
         patient = search(Language(seed), [5, 2, 5, 4, 5, 3, 5], settings.replace(stopping="optimal"))
         others += sum(outputs(found, sentence) != outputs(patient, sentence) for sentence in range(B))
-    assert others > 0  # or the two rules would not have been told apart
+    assert others > 0  # otherwise the two rules would not have been distinguished
 
 
 WISHES = {
@@ -224,7 +225,7 @@ def test_constraints_give_the_results_of_the_hand_calculation(name):
     language = Language(30, vocabulary=4, longest=7)
     language.shifts[:, [EOS, 3]] += [-3, 3]  # longer outputs that repeat themselves
     limits = [7, 2, 7, 4, 6, 1, 7]
-    # None for some, one as long as fits for another; a prefix is kept against the wishes.
+    # Some have none, another one is as long as possible; a prefix overrides the other constraints.
     prefixes = [(3, 3, 3), (1,), (), (3, 1, 3), (), (), (3, 3, 1, 1, 3, 3)]
     check_against_paper(language, limits, settings, prefixes)
     kept, free = (
@@ -236,7 +237,7 @@ def test_constraints_give_the_results_of_the_hand_calculation(name):
 
 @pytest.mark.parametrize("settings", [BeamSearch(beam_size=1), BeamSearch(beam_size=3, num_return=3), Sampling()])
 def test_token_log_probabilities_are_the_languages_own_and_sum_to_the_outputs(settings):
-    """Wishes and the limit take no probability from a token that comes."""
+    """Constraints and the limit do not change the probability of a chosen token."""
     language = Language(31)
     settings = settings.replace(banned=(1,), min_length=3, no_repeat_ngram=2)
     found = search(language, [5, 4, 5, 3, 5, 2, 1], settings, prefix=[[4]] * 6 + [[PAD]], rngs=keys(0))
@@ -266,7 +267,7 @@ def test_search_continues_while_a_longer_output_can_become_the_best(alpha, end, 
     language = Language(20)
     language.logits[:], language.shifts[:] = 0, 0
     language.logits[:, START] = np.log([0.05, 0.05, end, go_on, 0.2])
-    language.shifts[1:, 3] = 50  # Whatever does not end at once says 3 for sure, until it ends for sure.
+    language.shifts[1:, 3] = 50  # If it does not end at once, it certainly continues with 3.
     language.shifts[max(length, 2) - 1, EOS] = 100
     found = search(language, [5] * B, beam_size=3, alpha=alpha, num_return=1)
     for sentence in range(B):
@@ -378,7 +379,7 @@ def test_jit_does_not_change_the_result(beam_size):
 def test_tokens_of_zero_probability_are_never_chosen_and_give_no_nan(options):
     language = Language(17)
     language.logits[:, :, [PAD, START]] = -np.inf
-    language.logits[0, :, np.arange(V) != EOS] = -np.inf  # Here nothing is possible but to end.
+    language.logits[0, :, np.arange(V) != EOS] = -np.inf  # Here only the end is possible.
     found = search(language, [5] * B, **options)
     assert not np.isnan(found.scores).any() and not np.isnan(found.log_probs).any()
     for sentence in range(B):

@@ -1,4 +1,4 @@
-"""A sentence has one translation however it is spelled, and what a vocabulary cannot read or write is said."""
+"""A sentence has one translation however it is spelled, and characters that a vocabulary lacks are reported."""
 
 import unicodedata
 import warnings
@@ -83,7 +83,7 @@ def test_unreadable_characters_are_listed_with_their_share(translator):
     assert [one.characters for one in found] == ["☃", "日本", "", "日本"]
     assert [one.share for one in found] == pytest.approx([1 / 7, 1, 0, 2 / 8])
     assert (counted.count, counted.total, counted.example) == (1, 4, "日本")
-    # Decomposed, the unknown letters are three characters each, and no smaller share.
+    # Decomposed, each unknown letter is three characters, but their share is the same.
     text = "각각 the cat"
     composed, decomposed = counted.add([text, unicodedata.normalize("NFD", text)])
     assert composed == decomposed and composed.share == pytest.approx(2 / 8)

@@ -103,7 +103,7 @@ def test_any_content_of_a_line_gets_a_translation_and_does_not_affect_others(tra
 
 
 def check_numbers(translation, settings):
-    """Token by token they sum to the whole's, and tokens and text say the same."""
+    """The log-probabilities of tokens sum to that of the output, and tokens and text agree."""
     assert len(translation.token_log_probs) == len(translation.ids) == len(translation.tokens)
     assert translation.tokens[-1] == "</s>" and translation.tokens.count("</s>") == 1
     assert translation.log_prob == pytest.approx(sum(translation.token_log_probs), abs=1e-4)
@@ -169,7 +169,7 @@ def test_samples_depend_on_the_seed_and_not_on_other_sentences_or_batches(make_t
     assert all(first.ids != second.ids for first, second in found[:3])
     assert translator.translate(["the cat"] * 5, SAMPLING) != translator.translate(["the cat"], SAMPLING) * 5
     ids = [[each.ids for each in hypotheses] for hypotheses in found]
-    # Neighbours that are empty, or many parts, take no place and no key; batches are of other sizes.
+    # Empty sentences, and sentences of many parts, do not shift the keys of others; batches have other sizes.
     small = make_translator(batch_tokens=16)
     mixed = small.hypotheses(["", *SHORT[1:3], "a black cat runs on", "up"], SAMPLING, seed=1)
     assert [[each.ids for each in hypotheses] for hypotheses in mixed[1:3]] == ids[1:3]

@@ -42,7 +42,7 @@ def contents(folder):
 
 
 def error_of(ended):
-    """The one line that a training ended with; warnings apart."""
+    """The one line with which a training ended, without warnings."""
     assert ended.returncode == 1, ended.stderr
     lines = said(ended)
     (line,) = [line for line in lines if "train.py: warning: " not in line]
@@ -55,7 +55,7 @@ def error_of(ended):
     [
         # Too small for the vocabulary; for the config; for the metrics.
         [("4k", "a file in"), ("12k", "a file in"), ("16k", "a file in")],
-        # For the cache of the corpus, which is but a warning; for the first checkpoint.
+        # For the cache of the corpus, which only gives a warning; for the first checkpoint.
         [("60k", ""), ("250k", "the checkpoint of step 24 could not be written")],
     ],
     ids=["small files", "cache and checkpoint"],

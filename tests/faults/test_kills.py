@@ -17,21 +17,22 @@ pytestmark = pytest.mark.faults
 
 RUNS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("SEED", "0"))
-# A checkpoint after every second step, so that many a kill hits one that is being written.
+# A checkpoint after every second step, so that many kills happen while one is being written.
 OFTEN = {"training__checkpoint_every": 2, "training__steps": 40}
 
 
 def kill_and_restart(training, rng, *, victims=(0,), **layout):
-    """Runs a training, kills it a few times at random moments, lets it end; gives the steps at which it was killed."""
+    """Runs a training to its end, killing it a few times at random moments; returns the steps at which it was
+    killed."""
     killed_at = []
     for _ in range(rng.randint(1, 3)):
         begun = len(training.lines())
         started = training.start(**layout)
-        # Most often among the steps and the saves, now and then while it starts.
+        # Usually during the steps and saves, sometimes while it starts.
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0.0, 4.0))
         else:
-            # The first step is there when the second one has begun.
+            # The first step is done when the second one starts.
             while len(training.lines()) <= begun + len(started) and started[0].poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0.0, 2.0))

@@ -64,7 +64,7 @@ def test_a_state_divided_between_two_processes_continues_on_any_layout(unbroken,
     assert "jit over a mesh of 2 data x 2 fsdp on 4 cpu devices of 2 processes" in first.stdout
     parts.finish(devices=4, flags=("--config.training.steps=12",))
     (last, _) = parts.finish(devices=2, processes=2, flags=("--config.training.parallelism=fsdp", *HELD_OUT))
-    # The parameters are brought together to translate, and divided again to be scored.
+    # The parameters are gathered for translating, and divided again for scoring.
     for line in ("test corpus, ", "exact match: "):
         (ours,), (theirs,) = (
             [said for said in process.stdout.splitlines() if said.startswith(line)] for process in (last, expected)
@@ -79,7 +79,7 @@ def test_two_processes_write_the_same_bits_as_one_process_with_eight_devices(unb
     pair = small_training("pair", training__steps=18)
     ended = pair.finish(devices=4, processes=2)
     assert "pmap on 8 cpu devices of 2 processes" in ended[0].stdout
-    # The other process is silent but for the line that it connects.
+    # The other process prints nothing except that it is connecting.
     assert [line for line in ended[1].stdout.splitlines() if "connecting" not in line and "[Gloo]" not in line] == []
     assert pair.sentences() == unbroken.sentences()
     for step, loss in unbroken.losses().items():

@@ -11,7 +11,7 @@ from tests.faults.conftest import LONG, differences, said
 pytestmark = pytest.mark.faults
 
 PAIR = {"devices": 2, "processes": 2}
-# Translating so many takes a while, since a model that has learned little finds no end.
+# Translating so many takes a while, since a model that has learned little does not end its sentences.
 EVALUATED = LONG | {
     "training__steps": 20,
     "training__checkpoint_every": 10,
@@ -22,8 +22,8 @@ EVALUATED = LONG | {
 
 
 def stopped_behind(ended, training, status, name):
-    """The step that a process stopped behind, which stands in its only line, in the checkpoints and in the metrics."""
-    # A few of the validation phrases hold letters that so small a vocabulary lacks, which is a warning.
+    """The step after which a process stopped, which is in its only line, in the checkpoints and in the metrics."""
+    # Some validation phrases have letters that so small a vocabulary lacks, which gives a warning.
     (line,) = (line for line in said(ended) if ": warning: " not in line)
     step = training.steps()[-1]
     assert line == f"train.py: {name}: stopped after the checkpoint of step {step}; the same command continues there"
@@ -69,7 +69,7 @@ def test_signals_of_schedulers_and_of_a_closed_terminal_stop_training_like_sigte
 
 
 def wait_until_noticed(process, number):
-    """Waits until a process takes a signal itself, as Linux tells."""
+    """Waits until a process handles a signal itself, according to Linux."""
     while True:
         (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
         if int(caught, 16) >> (number - 1) & 1:

@@ -15,7 +15,7 @@ PAIR = {"devices": 2, "processes": 2}
 
 
 def start_unlike(training, *flags):
-    """Starts two processes of a training, the second one with flags of its own."""
+    """Starts two processes of a training, the second one with its own options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,7 +27,7 @@ def start_unlike(training, *flags):
 
 
 def ends_of(training, started, seconds=150):
-    """Lets both processes end by themselves; none may end well, and none without a word."""
+    """Waits until both processes end by themselves; both must fail with a message."""
     begin = time.monotonic()
     ended = training.wait(started, seconds)
     print(f"both ended {time.monotonic() - begin:.1f} s after they were started")
@@ -36,7 +36,7 @@ def ends_of(training, started, seconds=150):
 
 
 def test_when_a_process_is_killed_the_other_ends_and_both_continue_to_the_same_bits(unbroken_long_pair, small_training):
-    """jax misses process 1 after some 90 seconds, process 0 at once."""
+    """jax notices the death of process 1 after about 90 seconds, that of process 0 at once."""
     trainings = {victim: small_training(f"kill {victim}", **LONG) for victim in (1, 0)}
     survivors, killed_at = {}, {}
     for victim, training in trainings.items():
@@ -110,7 +110,7 @@ SCORED = {
 
 
 def scores_of(training, weights, **layout):
-    """How good the weights of a training that is over are on both held-out corpora, by its last evaluation and test."""
+    """The scores of a finished training on both held-out corpora, from its last evaluation and test."""
     # Without its scores, the last step is evaluated again.
     (training.workdir / "scores.json").unlink(missing_ok=True)
     average = 2 if weights == "averaged" else 0

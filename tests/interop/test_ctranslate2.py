@@ -44,7 +44,7 @@ def test_scores_equal_those_of_this_library(make_model, tmp_path, sentences, opt
 
 def test_translations_equal_those_of_this_library(make_model, tmp_path, sentences):
     model = make_model(output_bias=True)
-    model.params["output_bias"][model.config.eos_id] += 6.0  # or outputs go on until they are cut off
+    model.params["output_bias"][model.config.eos_id] += 6.0  # otherwise outputs continue until they are cut off
     to_ctranslate2(model, tmp_path / "exported")
     search = BeamSearch(beam_size=4, length_penalty="length", alpha=1.0, stopping="first", max_length=30)
     ours = Translator(model).hypotheses(sentences, search)
@@ -88,7 +88,7 @@ def test_quantized_weights_equal_those_that_ctranslate2_makes(make_model, tmp_pa
 
 def test_the_readme_s_program_prints_our_translation(make_model, tmp_path, capsys, monkeypatch):
     model = make_model(output_bias=True, positions="learned")
-    model.params["output_bias"][model.config.eos_id] += 6.0  # or outputs go on until they are cut off
+    model.params["output_bias"][model.config.eos_id] += 6.0  # otherwise outputs continue until they are cut off
     to_ctranslate2(model, tmp_path / "exported")
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "exported" / "README.md").read_text(), re.DOTALL)
     assert len(program.strip().splitlines()) <= 7
@@ -97,7 +97,7 @@ def test_the_readme_s_program_prints_our_translation(make_model, tmp_path, capsy
     search = BeamSearch(beam_size=4, length_penalty="length", alpha=1.0, stopping="first", max_length=40)
     translator = Translator(model)
     (ours,) = translator.hypotheses(["A dog runs."], search)
-    # Where learned positions run out, ours ends with an end, and theirs with one more token.
+    # When learned positions run out, our output ends with the end of sentence, and theirs with one more token.
     assert ours[0].text and capsys.readouterr().out.startswith(ours[0].text)
 
 

@@ -26,7 +26,7 @@ def test_an_exported_model_imports_as_the_same_model(make_model, tmp_path, sente
     to_marian(model, tmp_path / "marian")
     found = from_marian(tmp_path / "marian", tmp_path / "work")
     same_tree(found.params, model.params)
-    # Theirs counts the start among the tokens of its limit.
+    # The limit of transformers includes the start token.
     assert dataclasses.replace(found.config, max_output=0) == model.config
     assert found.config.max_output == model.config.max_length - 1
     stored = TrainedModel.load(tmp_path / "work")
@@ -118,7 +118,7 @@ def found_by(path, sentences):
 
 
 def test_limits_and_banned_tokens_of_the_generation_config_are_kept(folder, tmp_path, sentences):
-    edit_tensors(folder, lambda tensors: tensors["final_logits_bias"].__setitem__((0, 2), -6.0))  # no hurry to end
+    edit_tensors(folder, lambda tensors: tensors["final_logits_bias"].__setitem__((0, 2), -6.0))  # an improbable end
     from_marian(folder, tmp_path / "before")
     before = found_by(tmp_path / "before", sentences)
     assert max(len(each.ids) for each in before) > 7
@@ -132,7 +132,7 @@ def test_limits_and_banned_tokens_of_the_generation_config_are_kept(folder, tmp_
     after = from_marian(folder, tmp_path / "banned").config
     assert after.banned_ids == (0, banned)
     assert banned not in {token for each in found_by(tmp_path / "banned", sentences) for token in each.ids}
-    # They go back as they came.
+    # Exporting gives them back unchanged.
     to_marian(TrainedModel.load(tmp_path / "banned"), tmp_path / "again")
     assert set(read_marian(tmp_path / "again").config.banned_ids) == {0, 1, banned}
     assert dataclasses.replace(read_marian(tmp_path / "again").config, banned_ids=after.banned_ids) == after
@@ -146,7 +146,7 @@ def test_banned_tokens_lose_their_probability_with_renormalize_logits(folder, tm
     assert model.config.banned_ids == ((0, 1) if renormalize else ())
     translator = Translator.from_workdir(tmp_path / "work")
     ((translation,),) = translator.hypotheses(["the cat"], BeamSearch(beam_size=1))
-    # Whatever a search gives its own, forced decoding gives it too.
+    # Forced decoding gives the same scores as the search.
     (scored,) = translator.score(["the cat"], [translation])
     np.testing.assert_allclose(translation.token_log_probs, scored.token_log_probs, atol=1e-4)
     source, target = (jnp.array([ids]) for ids in (model.vocabularies.source.encode(["the cat"])[0], translation.ids))

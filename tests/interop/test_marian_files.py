@@ -32,7 +32,7 @@ def test_shared_embeddings_that_differ_are_an_error(make_model, tmp_path):
 
 
 def test_a_separate_output_matrix_is_kept_whatever_the_configuration_says(make_model, tmp_path):
-    """As opus-mt-tc-big has it (transformers issue 45005)."""
+    """Like opus-mt-tc-big (transformers issue 45005)."""
     model = make_model(tie_embeddings="three_way", **MARIAN)
     to_marian(model, tmp_path / "downloaded")
     output = np.random.default_rng(5).normal(size=(110, 16)).astype("float32")
@@ -174,7 +174,7 @@ def test_a_damaged_bin_file_is_an_error_of_one_line(folder, tmp_path, zipped):
         place = int(rng.integers(min(len(content), 4000)))
         for damaged in (cut, content[:place] + rng.bytes(16) + content[place + 16 :]):
             path.write_bytes(damaged)
-            with contextlib.suppress(ValueError):  # a number may be another one, and nothing else may happen
+            with contextlib.suppress(ValueError):  # only a number may change
                 read_marian(folder)
     path.write_bytes(content[: len(content) // 2])
     fails(folder, tmp_path, "is damaged, or contains more than tensors")

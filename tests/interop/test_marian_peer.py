@@ -67,7 +67,7 @@ def make(folder, kind):
     lists = {"vocab.json": list_of_ids(source, target)}
     if kind == "separate vocabularies":
         lists = {"vocab.json": list_of_ids(source), "target_vocab.json": list_of_ids(target)}
-        # An id of padding for each side is more than a configuration can say.
+        # A configuration has only one padding id for both sides.
         assert len({len(ids) for ids in lists.values()}) == 1
         (folder / "tokenizer_config.json").write_text(json.dumps({"separate_vocabs": True}))
     for name, ids in lists.items():
@@ -172,7 +172,7 @@ def test_beams_find_the_same_translations_with_the_same_scores(converted):
         zip(found.sequences.tolist(), found.sequences_scores.tolist(), strict=True)
     ):
         ids = sequence[1 : sequence.index(0, 1) + 1]
-        if len(ids) == LIMIT:  # where an end is forced, each has a rule of its own for its probability
+        if len(ids) == LIMIT:  # each library has its own rule for the probability of a forced end
             continue
         compared += 1
         lengths.add(len(ids))
@@ -180,7 +180,7 @@ def test_beams_find_the_same_translations_with_the_same_scores(converted):
         if list(mine[number].ids) != ids:
             assert abs(mine[number].score - score) < 1e-4, (number, mine[number].ids, ids)
             warnings.warn(f"input {number}: a tie, scores {mine[number].score} and {score}", stacklevel=1)
-    assert compared >= 40 and len(lengths) > 3  # or equality would say little
+    assert compared >= 40 and len(lengths) > 3  # otherwise equality would prove little
 
 
 def test_the_tokenizer_of_transformers_gives_the_same_ids_and_text(converted):
@@ -196,7 +196,7 @@ def test_the_tokenizer_of_transformers_gives_the_same_ids_and_text(converted):
     rows = tokenizer(text_target=targets)["input_ids"]
     assert rows == ours.target.encode(targets)
     assert tokenizer.batch_decode(rows, skip_special_tokens=True) == ours.target.decode(rows)
-    if kind != "separate vocabularies":  # outputs may hold pieces that only the source's model knows
+    if kind != "separate vocabularies":  # outputs may contain pieces that only the source's model has
         rows = ours.source.encode(LINES)
         assert tokenizer.batch_decode(rows, skip_special_tokens=True) == ours.target.decode(rows)
 

@@ -34,6 +34,6 @@ def test_a_wheel_and_a_machine_without_git_have_no_revision(monkeypatch, tmp_pat
     monkeypatch.setattr(module, "__file__", str(tmp_path / "a" / "b" / "provenance.py"))
     assert provenance()["revision"] is None
     (tmp_path / ".git").mkdir()
-    assert provenance()["revision"] is None  # git finds nothing to tell
+    assert provenance()["revision"] is None  # git finds no repository
     monkeypatch.setenv("PATH", "")
     assert provenance()["revision"] is None

@@ -98,7 +98,7 @@ def test_validations_are_rows_of_a_table_with_one_header(tmp_path, capsys):
         ["4", "61s", "1.235", "31.4", "55.1", "97.2", "%"],
         ["8", "123s", "1.235", "31.4", "55.1", "97.2", "%"],
     ]
-    assert len({len(row) for row in (head, *rows)}) == 1  # columns stand under their titles
+    assert len({len(row) for row in (head, *rows)}) == 1  # columns are aligned with their titles
 
 
 @pytest.mark.parametrize(

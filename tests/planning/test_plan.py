@@ -39,7 +39,7 @@ def test_pmap_reduces_the_gradient_and_the_sums_of_the_losses_and_nothing_else()
     plan = make_plan(EXPERIMENT, find_devices("cpu:8"), None, changes="")
     assert plan.fits and plan.devices == 8 and plan.rows == 32
     assert plan.gradient_bytes == 4 * planning.count_parameters(EXPERIMENT)
-    # Of the four sums, three or four scalars are still wanted after XLA has looked.
+    # After XLA's optimisations three or four of the four scalar sums are left.
     ((kind, size),) = collectives_of(plan).items()
     assert kind == "all-reduce" and plan.gradient_bytes < size <= plan.gradient_bytes + 4 * 4
 
@@ -61,7 +61,7 @@ def test_fsdp_gathers_kernels_even_if_they_are_larger_than_the_activations():
     )
     sizes = collectives_of(make_plan(few, find_devices("cpu:8"), None, changes=""))
     kernels, embedding = 4 * (12 * 64 * 64 + 4 * 64 * 256), 4 * 64 * 64
-    # The embedding is gathered where it is looked up, and again where logits are made of it.
+    # The embedding is gathered for the look-up and again for the logits.
     assert sizes["all-gather"] == kernels + 2 * embedding
 
 
@@ -87,7 +87,7 @@ def test_remedies_are_added_until_the_step_fits():
 
 
 class Refused:
-    """A lowered step that no compiler has room for."""
+    """A lowered step that does not fit into memory when it is compiled."""
 
     def __init__(self, message):
         self.message = "RESOURCE_EXHAUSTED: Ran out of memory " + message

@@ -84,7 +84,7 @@ def test_one_process_is_the_first_and_waits_for_nobody(capsys):
     assert capsys.readouterr().out == "heard\n\n"
 
 
-# Each process gives values that differ in length and script, waits for the slow one, and speaks.
+# Each process passes values of different lengths and scripts, waits for the slow one, and prints.
 TOGETHER = """
 import json, os, sys, time
 from flax_transformer.processes import hosts
@@ -138,7 +138,7 @@ def start(*command):
 
 
 def test_two_processes_gather_values_wait_for_each_other_and_print_once(tmp_path):
-    # Pairs: what the one process gives, what the other does.
+    # Pairs of the values of the two processes.
     pairs = [[0, 1], ["short", "a much longer text"], ["ಕನ್ನಡ 😀", ""], [{"a": [1.5, None]}, {}], ["same", "same"]]
     address = free_address()
     processes = [start("-c", TOGETHER, address, number, tmp_path, json.dumps(pairs)) for number in range(2)]
@@ -149,7 +149,7 @@ def test_two_processes_gather_values_wait_for_each_other_and_print_once(tmp_path
             process.kill()
     for number, (process, (out, error)) in enumerate(zip(processes, ended, strict=True)):
         assert process.returncode == 0, error
-        # What carries the values between CPUs has a word to say as well.
+        # The library that transfers values between CPUs prints something too.
         connecting, *said, last = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
         assert connecting == f"connecting as process {number} of 2 to {address}, for at most 60 s"
         assert said == ([] if number else ["only the first says this"])
@@ -167,7 +167,7 @@ def test_a_process_that_ends_because_of_another_says_so_on_its_own_line(failing)
             process.kill()
     assert [process.returncode for process in processes] == [1, 1], errors
     other = f"train.py: process {failing} failed: train.py: the disk is full; this process ends with it"
-    # Where a terminal's line begins anew, the bar is overwritten; it is not drawn again below the reason.
+    # A carriage return overwrites the bar; it is not drawn again below the reason.
     lines = [error.replace("\r", "\n").splitlines() for error in errors]
     assert lines[failing][-1] == "train.py: the disk is full"
     assert lines[1 - failing][-1] == other

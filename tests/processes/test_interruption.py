@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_first_signal_is_handled_and_the_second_has_its_default_effect():
     told = []
-    # Not Python's own: a shell lets its background jobs ignore SIGINT.
+    # Not Python's default handler, because shells make background jobs ignore SIGINT.
     ours = signal.signal(signal.SIGINT, lambda number, frame: told.append(number))
     try:
         before = signal.getsignal(signal.SIGINT)
@@ -75,7 +75,7 @@ def test_only_a_signal_stops_repeatable_work():
             interruption.stop_after_checkpoint(5)
 
 
-# A program that is busy outside Python, where no handler of Python's can run, but in the middle part of its life.
+# A program that is busy outside Python, where Python's handlers cannot run, except in the middle part.
 PROGRAM = """
 import hashlib, sys, time
 from flax_transformer.processes.interruption import Interrupted, Interruption
@@ -163,7 +163,7 @@ def test_a_second_sigterm_or_ctrl_c_ends_a_program_that_has_something_to_save(nu
 
 
 class Store:
-    """What processes tell each other, here within one."""
+    """A replacement for the communication of processes, within one process."""
 
     def __init__(self, count):
         self.count, self.stop, self.posted = count, threading.Event(), {}

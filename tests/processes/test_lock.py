@@ -21,7 +21,7 @@ from tests.fake_scheme import fake_bucket
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
 
-# Enters the lock, says so, and holds it until its input is closed.
+# Takes the lock, says so, and holds it until its input is closed.
 HOLD = """
 import sys
 from etils import epath
@@ -129,7 +129,7 @@ def test_a_child_that_outlives_the_training_does_not_keep_the_lock(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path):
-    """A work directory in a pretended bucket, where the heartbeat takes the lock's place."""
+    """A work directory in a fake bucket, where the heartbeat replaces the lock."""
     with fake_bucket(tmp_path):
         yield epath.Path("gs://bucket/runs/first")
 
@@ -140,7 +140,7 @@ def beat_of(process, host, seconds_ago):
 
 
 def enter(path):
-    """Enters and leaves, and gives the warnings."""
+    """Takes and releases the lock, and returns the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with TrainingLock(path):
@@ -151,7 +151,7 @@ def enter(path):
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize(("seconds_ago", "shown"), [(-30, "0"), (42, "4[2-9]"), (290, "29[0-9]")])
 def test_a_recent_heartbeat_of_another_process_is_a_warning(elsewhere, seconds_ago, shown, bucket):
-    # One number is in use on many hosts, and one host has many processes.
+    # Different hosts use the same process ids, and one host has many processes.
     process, host = (os.getpid(), "elsewhere") if elsewhere else (os.getpid() + 1, HOST)
     (bucket / "training.heartbeat").write_text(beat_of(process, host, seconds_ago))
     with pytest.warns(

@@ -72,7 +72,7 @@ def test_a_sign_in_the_vocabulary_does_not_replace_the_letter_that_it_equals(sig
     for pieces in ([letter, sign], [letter, sign, f"{letter}a", f"b{letter}"]):
         reader = Spelling(set("".join(pieces)).__contains__, pieces)
         assert reader.spell(f"a{letter}b{sign}") == f"a{letter}b{letter}"
-    # Where it is the usual one, it stays.
+    # If it is the usual one, it stays.
     assert Spelling({letter, sign, "a"}.__contains__, [letter, sign, f"{sign}a"]).spell(letter) == sign
 
 

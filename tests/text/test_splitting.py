@@ -59,7 +59,7 @@ def test_a_text_that_fits_is_one_part():
     ("text", "limit", "parts"),
     [
         ("A b. C d. E f. G h.", 6, ["A b.", "C d.", "E f.", "G h."]),  # a model knows single sentences
-        ("a b. c d. e f. g h.", 6, ["a b. c d.", "e f. g h."]),  # else as full as fits: 4 words and the end
+        ("a b. c d. e f. g h.", 6, ["a b. c d.", "e f. g h."]),  # otherwise as long as possible: 4 words and the end
         ("a b. c d. e f. g h.", 5, ["a b. c d.", "e f. g h."]),
         ("a b. c d. e f. g h.", 4, ["a b.", "c d.", "e f.", "g h."]),
         ("a, b c. d e f.", 5, ["a, b c.", "d e f."]),  # the end of a sentence before a fuller part
@@ -98,7 +98,7 @@ def test_a_part_is_as_long_as_possible(length):
     ],
 )
 def test_sentences_end_at_the_marks_of_each_script(text):
-    """A bar stands where a cut belongs, in a text that is a little too long."""
+    """A bar marks where a text that is a little too long should be cut."""
     whole = text.replace("|", "")
     assert split_sentence(whole, characters, characters(whole) - 1) == [part.strip() for part in text.split("|")]
 

@@ -57,7 +57,7 @@ def test_a_continued_training_counts_existing_checkpoints_and_keeps_the_test(exp
     let_losses_be(monkeypatch, [1.0] * 9)
     train_and_evaluate(experiment, tmp_path / "run")
     averaged = {**AVERAGED, "average_last": 4, "checkpoint_every": 100}
-    # 2, 4 and 6 are there, and the end at 9 is the fourth, which the settings alone would not give.
+    # Checkpoints 2, 4 and 6 exist, and the end at 9 is the fourth, which the settings alone would not give.
     path = shutil.copytree(tmp_path / "run", tmp_path / "enough")
     assert train_and_evaluate(with_training(experiment, steps=9, **averaged), path) is not None
     for step in (2, 4):
@@ -65,7 +65,7 @@ def test_a_continued_training_counts_existing_checkpoints_and_keeps_the_test(exp
     path = shutil.copytree(tmp_path / "run", tmp_path / "few")
     with pytest.raises(ValueError, match="average_last is 4, but training.steps = 9 leaves 2 checkpoints: lower"):
         train_and_evaluate(with_training(experiment, steps=9, **averaged), path)
-    # The last step was made: what there is is averaged and tested.
+    # The last step was made, so the existing checkpoints are averaged and tested.
     with pytest.warns(UserWarning, match="there are 1 checkpoints, not the 4 whose mean is wanted"):
         assert train_and_evaluate(with_training(experiment, **averaged), tmp_path / "run") is not None
     assert lines_of(tmp_path / "run", "test")[-1]["loss"] == 1.0

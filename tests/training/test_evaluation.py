@@ -112,7 +112,7 @@ def test_the_loss_covers_all_tokens_and_translations_equal_the_translator_s(
     assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
     translator = Translator(TrainedModel(config, params, vocabularies))
     assert translations == translator.translate(TEXT.source, BeamSearch(beam_size=1))
-    assert scores.sentences == 8  # what is too long for the loss is translated all the same
+    assert scores.sentences == 8  # pairs that are too long for the loss are translated anyway
 
 
 def test_evaluate_sentences_limits_the_translations_also_under_pmap(vocabularies, config, params, expected_loss):

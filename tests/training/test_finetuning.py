@@ -99,7 +99,7 @@ def test_a_stopped_finetuning_continues_without_the_initial_model(finetuning, st
     ],
 )
 def test_frozen_parameters_stay_and_all_others_change(finetuning, start, tmp_path, freeze, others):
-    """Also where the training is begun and goes on."""
+    """Also when the training is started and continued."""
     frozen = with_training(finetuning, freeze=freeze, weight_decay=0.1, **others)
     for steps in (2, 4):
         train_and_evaluate(with_training(frozen, steps=steps), tmp_path)
@@ -110,7 +110,7 @@ def test_frozen_parameters_stay_and_all_others_change(finetuning, start, tmp_pat
         old = before
         for part in path:
             old = old[part.key]
-        # The gradient of a key's bias is zero but for rounding.
+        # The gradient of a key's bias is zero except for rounding.
         if "key" not in [part.key for part in path]:
             assert np.array_equal(leaf, old) == stays, jax.tree_util.keystr(path)
 
@@ -132,7 +132,7 @@ def test_a_config_that_differs_from_the_initial_model_is_an_error(finetuning, tm
     other = dataclasses.replace(finetuning, model=dataclasses.replace(finetuning.model, **change))
     with pytest.raises(ValueError, match=match):
         train_and_evaluate(other, tmp_path / "run")
-    # Mended, the same command begins.
+    # After the correction the same command works.
     train_and_evaluate(with_training(finetuning, steps=1), tmp_path / "run")
 
 

@@ -59,7 +59,7 @@ def trained(experiment, tmp_path_factory):
 
 @pytest.fixture
 def path(trained, tmp_path):
-    """A copy of it, to be gone on with."""
+    """A copy of it in which a test continues training."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -87,7 +87,7 @@ def files_in(folder):
 
 
 def refused(experiment, path, message):
-    """Training is refused in one line, and the work directory left as it was."""
+    """Training is refused in one line, and does not change the work directory."""
     left = files_in(path)
     with pytest.raises(ValueError, match=message) as caught:
         train_and_evaluate(experiment, path)

@@ -112,7 +112,7 @@ def test_a_finished_training_does_not_train_and_prints_its_scores_again(whole):
 
 @pytest.fixture(scope="module")
 def finished(experiment, tmp_path_factory):
-    """A finished training that other tests go on from, without held-out corpora."""
+    """A finished training that other tests continue, without held-out corpora."""
     experiment = without_held_out(experiment)
     path = tmp_path_factory.mktemp("finished")
     assert train_and_evaluate(experiment, path) is None

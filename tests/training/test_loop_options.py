@@ -19,7 +19,7 @@ from tests.training.conftest import EVERY, STEPS, lines_of, losses_of, with_trai
 
 
 def let_losses_be(monkeypatch, values):
-    """Lets the validations have these losses, one after the other; gives the list of parameters that they were of."""
+    """Makes the validations return these losses in order; returns the list of the parameters that were evaluated."""
     scored, left = [], list(values)
 
     def score(evaluation, params, **options):
@@ -117,7 +117,7 @@ def test_patience_ends_a_training_whose_metric_does_not_improve(losses, ended_at
         best = checkpoints.best_step
     # The test corpus came last, with the best checkpoint.
     assert same(scored[-1], scored[best - 1]) and len(scored) == ended_at + 1
-    # Asked again it trains no further.
+    # The same command does not train any further.
     train_and_evaluate(experiment, tmp_path)
     assert len(scored) == ended_at + 2 and losses_of(tmp_path)[-1][0] == ended_at
 
@@ -160,7 +160,7 @@ def test_a_training_ends_by_averaging_checkpoints_and_testing_the_average(kind, 
 
 
 def explode_from(monkeypatch, first, last):
-    """Lets the gradient of some steps be infinite, by what the batch holds: its first segment's number."""
+    """Makes the gradient of some steps infinite, depending on the batch: on its first segment's number."""
     step = step_module.train_step
 
     def train_step(state, batch, **options):
@@ -181,7 +181,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_reported(experiment
     assert [(line["step"], line["skipped"]) for line in lines] == [(2, 0), (4, 0), (6, 2), (8, 3), (10, 3), (12, 3)]
     # A window without a single update has no mean; the others are means of what was made.
     assert [line["step"] for line in lines if line["loss"] is None] == [6]
-    # The schedule stands still with the parameters.
+    # The schedule does not advance while the parameters stay the same.
     n = 12 - 3
     assert lines[-1]["learning_rate"] == pytest.approx(8**-0.5 * n**-0.5, rel=1e-6)
 
@@ -205,7 +205,7 @@ def test_too_many_updates_in_a_row_that_are_not_finite_end_the_training(experime
         (source, target) == (text.source[int(number) - 1], text.target[int(number) - 1])
         for number, source, target in pairs
     )
-    # With its cause gone, it goes on from the checkpoint that stands.
+    # When the cause is removed, training continues from the last checkpoint.
     train_and_evaluate(experiment, tmp_path)
     assert losses_of(tmp_path)[-1][0] == STEPS
 
