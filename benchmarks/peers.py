@@ -83,8 +83,7 @@ def _slow_coordinates(config: TransformerConfig, radians: float) -> list[int]:
 
 
 def _let_pass(stack: PyTree, clock: list[int], gain: float) -> None:
-    """Passes some features through a stack nearly unchanged: layers add nothing to them, and norms restore their
-    scale."""
+    """Passes features through a stack nearly unchanged: layers add nothing to them, and norms restore their scale."""
     for layer in _layers(stack):
         for name, part in layer.items():
             if name.endswith("_norm"):
@@ -95,8 +94,7 @@ def _let_pass(stack: PyTree, clock: list[int], gain: float) -> None:
 
 
 def _put_back(attention: PyTree, clock: list[int], source_clock: list[int], config: TransformerConfig) -> None:
-    """Subtracts the mean of the source's clock from the target's, with a head that attends to all of the source
-    equally."""
+    """Subtracts the mean of the source's clock from the target's, with a head that attends to all positions equally."""
     head = slice(0, config.d_model // config.num_heads)
     attention["query"]["kernel"][:, head] = attention["query"]["bias"][head] = 0.0
     attention["value"]["kernel"][:, 0] = attention["value"]["bias"][0] = attention["out"]["kernel"][0] = 0.0

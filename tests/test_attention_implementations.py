@@ -81,8 +81,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def calls(gpu, monkeypatch):
-    """Replaces the kernel, giving NaN for rows that see nothing and their gradients; records the shapes of its
-    calls."""
+    """Replaces the kernel, with NaN for rows that see nothing and their gradients; records the shapes of calls."""
     shapes = []
 
     def kernel(query, key, value, *, mask=None, implementation):

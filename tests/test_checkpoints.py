@@ -260,8 +260,7 @@ def sound(tmp_path_factory):
 
 
 def restore_from(path, *, then_save=None):
-    """Restores a checkpoint and returns it with the warnings; the same process may then save a checkpoint 5 made from
-    `then_save`."""
+    """Restores a checkpoint, returns it with the warnings, and may then save a checkpoint 5 made from `then_save`."""
     with warnings.catch_warnings(record=True) as caught, WorkDirectory(path).open_checkpoints() as checkpoints:
         warnings.simplefilter("always")
         restored = checkpoints.restore(complete_trees_of(0))

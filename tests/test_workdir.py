@@ -100,7 +100,7 @@ def test_a_work_directory_may_be_a_relative_path(tmp_path, monkeypatch):
         (b"", "Expecting value"),
         (b'{"model": {', "Expecting property name"),
         (b"\xff", "can't decode"),
-        (b'{"model": 3}', "no mapping of sections"),
+        (b'{"model": 3}', "it has no sections"),
         (b'{"data": {}}', 'no section "model"'),
         (b'{"model": {"d_model": "wide"}}', "not supported|TransformerConfig"),
     ],

@@ -67,7 +67,7 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged (no mapping of fields): download it again")
+        raise ValueError(f"{file} is damaged (it has no fields): download it again")
     return content
 
 
@@ -121,7 +121,7 @@ def _explain_size(folder: epath.Path, vocabulary: Vocabulary, size: int) -> str:
             "name. If tokens were added, or the size was rounded up, take it back in transformers with "
             f"model.resize_token_embeddings({vocabulary.size}) and save the model; if not, download all files again"
         )
-    return "a file is of another model, or was cut off: download all files again"
+    return "a file belongs to another model, or is not complete: download all files again"
 
 
 def from_marian(folder: epath.PathLike, workdir: epath.PathLike) -> TrainedModel:

@@ -23,8 +23,7 @@ def translations(translator):
 
 @pytest.fixture
 def files(tmp_path, translations):
-    """Sources, and references of which two in three are the model's translations, so that it is good but not
-    perfect."""
+    """Sources, and references two in three of which are the model's translations, so that it is good, not perfect."""
     source, reference = tmp_path / "source.txt", tmp_path / "reference.txt"
     source.write_text("".join(f"{sentence(number)}\n" for number in range(23)), encoding="utf-8")
     lines = [line if number % 3 else f"{line} the cat ." for number, line in enumerate(translations)]

@@ -92,10 +92,7 @@ def test_equal_lists_are_stored_once_and_others_separately(trained, kinds, tmp_p
     equal = VocabularyPair(marian, marian if kinds == "marian, marian" else trained)
     assert equal.files().keys() == {"source.spm", "target.spm", "vocab.json"}
     assert VocabularyPair(more, equal.target).files().keys() == {*equal.files(), "target_vocab.json"}
-    for pair in (
-        equal,
-        VocabularyPair(more, equal.target),
-    ):  # the second removes files of the first
+    for pair in (equal, VocabularyPair(more, equal.target)):  # the second removes files of the first
         pair.save(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pair.files())
         loaded = VocabularyPair.load(tmp_path)

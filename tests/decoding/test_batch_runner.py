@@ -117,10 +117,7 @@ def test_a_sentences_limit_follows_its_own_length_and_not_its_buckets(engine):
 def test_a_batch_does_not_wait_for_its_last_few_sentences_which_are_finished_later(engine, make_engine, searched):
     sources = [source for source in make_sources(200, longest=8) if len(source) <= 8][:60]
     found = search(make_engine(batch_tokens=32 * 8), sources, GREEDY)
-    assert {width for (_, width), _, _ in searched} == {
-        8,
-        16,
-    }  # some moved to a bucket that no source needs
+    assert {width for (_, width), _, _ in searched} == {8, 16}  # some moved to a bucket that no source needs
     assert not any(options["may_wait"][: len(sources)].any() for (_, width), _, options in searched if width == 16)
     check_same(found, search(engine, sources, GREEDY))
 

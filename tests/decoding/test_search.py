@@ -73,8 +73,7 @@ search_jitted = jax.jit(search_tables, static_argnames=("settings", "max_length"
 
 
 def search(language, limits, settings=None, *, prefix=None, rngs=None, max_length=L, run=search_jitted, **wishes):
-    """The hypotheses as NumPy arrays, and `is_open`, of a beam with these settings, or of greedy search if no beam is
-    given."""
+    """The hypotheses as NumPy arrays, and `is_open`, of a beam, or of greedy search if no beam is given."""
     if settings is None:
         settings = BeamSearch(beam_size=wishes.pop("beam_size", None) or 1, **wishes)
     arrays = map(jnp.asarray, (language.logits, language.shifts, limits))

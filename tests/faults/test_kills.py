@@ -22,8 +22,7 @@ OFTEN = {"training__checkpoint_every": 2, "training__steps": 40}
 
 
 def kill_and_restart(training, rng, *, victims=(0,), **layout):
-    """Runs a training to its end, killing it a few times at random moments; returns the steps at which it was
-    killed."""
+    """Runs a training to its end, killing it a few times at random; returns the steps at which it was killed."""
     killed_at = []
     for _ in range(rng.randint(1, 3)):
         begun = len(training.lines())

@@ -110,7 +110,7 @@ def test_an_average_of_removed_steps_is_not_used_while_training_continues(experi
 
     with monkeypatch.context() as patch:
         patch.setattr("flax_transformer.training.loop._Training._steps", stop)
-        with pytest.warns(UserWarning, match="is of checkpoints after step 1, .* it was moved to .*damaged"):
+        with pytest.warns(UserWarning, match="includes checkpoints after step 1, .* it was moved to .*damaged"):
             with pytest.raises(KeyboardInterrupt):
                 train_and_evaluate(experiment, tmp_path)
     assert (tmp_path / "damaged" / "averaged-1").is_dir()
