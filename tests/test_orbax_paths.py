@@ -43,7 +43,7 @@ def test_a_relative_path_includes_the_characters_of_the_current_folder(tmp_path,
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("a\\b", "backslash"), ("a\udcffb", "no UTF-8"), ("", "empty"), (" ", "empty")],
+    [("a\\b", "backslash"), ("a\udcffb", "not UTF-8"), ("", "empty"), (" ", "empty")],
 )
 def test_a_path_that_cannot_be_stored_is_refused(path, message):
     with pytest.raises(ValueError, match=message):

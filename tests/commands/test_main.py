@@ -135,7 +135,7 @@ def change_vocabulary_size(folder):
         (damage_config, "config.json is damaged"),
         (drop_model_section, "config.json is damaged"),
         (drop_vocabulary, "holds no vocabulary"),
-        (damage_vocabulary, "no SentencePiece model"),
+        (damage_vocabulary, "not a SentencePiece model"),
         (drop_parameters, "broken is damaged .*: copy it again, or choose another --checkpoint"),
         (cut_parameters, "broken is damaged .*: copy it again, or choose another --checkpoint"),
         (damage_metadata, "broken is damaged .*: copy it again, or choose another --checkpoint"),

@@ -141,9 +141,9 @@ def test_kannada_is_paired_with_english():
 
 
 def test_a_wrong_argument_is_an_error_with_a_remedy():
-    with pytest.raises(ValueError, match="'xx' is no CLDR locale.*locale_identifiers"):
+    with pytest.raises(ValueError, match="'xx' is not a CLDR locale.*locale_identifiers"):
         locale_phrases("xx", "en", "train", pairs=1)
-    with pytest.raises(ValueError, match="'not a locale' is no CLDR locale"):
+    with pytest.raises(ValueError, match="'not a locale' is not a CLDR locale"):
         locale_phrases("kn", "not a locale", "train", pairs=1)
     with pytest.raises(ValueError, match="'dev'.*'train', 'valid' or 'test'"):
         locale_phrases("kn", "en", "dev", pairs=1)

@@ -160,7 +160,7 @@ def test_a_character_model_may_be_smaller_than_its_limit():
 
 @pytest.mark.parametrize("sentences", [[], ["", "  "]])
 def test_training_without_text_is_refused(sentences):
-    with pytest.raises(ValueError, match="without text"):
+    with pytest.raises(ValueError, match="sentences are blank"):
         Vocabulary.train(sentences, CONFIG)
 
 

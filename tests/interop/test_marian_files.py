@@ -98,7 +98,7 @@ def test_embeddings_that_were_resized_are_explained(folder, tmp_path, added, mat
     (folder / "config.json").write_text(json.dumps(config))
     if added:
         (folder / "added_tokens.json").write_text(json.dumps(added))
-    fails(folder, tmp_path, f"the source vocabulary has 110 pieces, config.json says 112: .*{match}")
+    fails(folder, tmp_path, f"the source vocabulary has 110 pieces, but config.json says 112: .*{match}")
 
 
 @pytest.mark.parametrize(
