@@ -33,8 +33,8 @@ class TrainedModel:
         sizes = (vocabularies.source.size, vocabularies.target.size)
         if sizes != (config.source_vocab_size, config.target_vocab_size):
             raise ValueError(
-                f"the vocabulary has {sizes[0]} source and {sizes[1]} target pieces, the model "
-                f"{config.source_vocab_size} and {config.target_vocab_size}: put the model's own vocabulary beside it"
+                f"the vocabulary has {sizes[0]} source and {sizes[1]} target pieces, but the model has "
+                f"{config.source_vocab_size} and {config.target_vocab_size}: use the model's own vocabulary"
             )
 
     @classmethod

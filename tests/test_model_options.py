@@ -157,7 +157,7 @@ def test_too_few_learned_positions_are_an_error_with_a_remedy_also_under_jit():
         ((longer,), {"deterministic": True, "method": "encode"}),
         ((SOURCE,), {"max_length": T + 1, "method": "start_decoding"}),
     ]:
-        with pytest.raises(ValueError, match="8 positions, model.max_length is 7: raise it"):
+        with pytest.raises(ValueError, match="8 positions, but model.max_length is 7: raise it"):
             jax.eval_shape(partial(model.apply, **options), variables, *arrays)
     jax.eval_shape(partial(model.apply, deterministic=True), variables, SOURCE, TARGET)
 

@@ -55,7 +55,7 @@ def test_learned_positions_are_rows_of_a_float32_table():
 
 def test_a_learned_position_past_the_table_is_an_error_with_a_remedy():
     module, variables, _, positions = learned([[0, 1, 2, 3, 4, 5, 6]])
-    with pytest.raises(ValueError, match="7 positions, model.max_length is 5: raise it"):
+    with pytest.raises(ValueError, match="7 positions, but model.max_length is 5: raise it"):
         module.apply(variables, positions)
 
 

@@ -155,7 +155,7 @@ def test_an_ensemble_without_models_or_with_different_vocabularies_is_an_error(t
     other = TrainedModel(*make_model(others.source.size), others)
     with pytest.raises(ValueError, match="model 2 has a different vocabulary"):
         Translator([model_of(translator), other])
-    with pytest.raises(ValueError, match="105 source and 105 target pieces, the model 110 and 110"):
+    with pytest.raises(ValueError, match="105 source and 105 target pieces, but the model has 110 and 110"):
         TrainedModel(translator.config, translator.params, others)
 
 

@@ -46,7 +46,7 @@ def test_skipped_updates_are_shown(tmp_path, capfd):
         with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
             report.training(1, METRICS | {"skipped": skipped})
             report.step_done()
-        assert ("3 updates left out" in capfd.readouterr().err) == told
+        assert ("3 updates skipped" in capfd.readouterr().err) == told
 
 
 def test_the_progress_line_has_no_nan_if_all_updates_were_skipped(tmp_path, capfd):
@@ -55,7 +55,7 @@ def test_the_progress_line_has_no_nan_if_all_updates_were_skipped(tmp_path, capf
         report.training(1, METRICS | nothing | {"skipped": 7})
         report.step_done()
     said = capfd.readouterr().err
-    assert "nan" not in said and "7 updates left out" in said and "step 100 ms" in said
+    assert "nan" not in said and "7 updates skipped" in said and "step 100 ms" in said
 
 
 def test_the_progress_line_shows_the_speed_and_the_utilization(tmp_path, capfd):
