@@ -151,6 +151,6 @@ def from_mapping(settings: Callable[..., Settings], mapping: Mapping[str, Any], 
     for key in mapping:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
-            mend = f"did you mean {section}.{near[0]}?" if near else f"it has {', '.join(names)}"
-            raise ValueError(f"{section}.{key} is not a setting: {mend}")
+            remedy = f"did you mean {section}.{near[0]}?" if near else f"it has {', '.join(names)}"
+            raise ValueError(f"{section}.{key} is not a setting: {remedy}")
     return settings(**mapping)
