@@ -1,11 +1,11 @@
-"""Takes one Transformer with random weights in three engines and leaves how fast each decodes, as JSON and as a table.
+"""Measures how fast three engines decode with the same random weights, and reports it as JSON and as a table.
 
     python -m benchmarks.decode                    # 32 sentences of 20 tokens, exactly 24 tokens out
     python -m benchmarks.decode --text test.en     # real sentences, text in and text out
 
-The engines are this library, transformers and CTranslate2. Each has a process of its own, since the threads of some go
-on to wait busily when their work is done, and they take turns, so that whatever else slows the machine down slows all
-of them down. A first call, which compiles, is timed apart. Run it on a machine that does nothing else.
+The engines are this library, transformers and CTranslate2. Each has its own process, because the idle threads of some
+keep cores busy for a while, and they take turns, so that anything else that slows the machine down affects all of them.
+The first call, which compiles, is timed separately. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Engine(Protocol):
     """One way to decode."""
 
     def decode(self, source: Rows, beam: int) -> Tokens:
-        """The best outputs of a batch of `TARGET_LENGTH` tokens at most, each up to its end of sentence."""
+        """The best outputs of a batch, each of at most `TARGET_LENGTH` tokens, up to its end of sentence."""
         ...
 
     def translate(self, sentences: Sequence[str], beam: int) -> Texts:
@@ -87,7 +87,7 @@ class Ours:
 
 
 class InTransformers:
-    """`MarianMTModel.generate`; for text on batches of sentences of like length, as its users would."""
+    """`MarianMTModel.generate`; text is put into batches of sentences of similar length, as its users would do."""
 
     def __init__(self, config: TransformerConfig, params: Any, vocabulary: Vocabulary | None, batch_tokens: int):
         torch.set_num_threads(THREADS)
@@ -124,7 +124,7 @@ class InTransformers:
 
 
 class InCTranslate2:
-    """`translate_batch`, float32; for text it makes the batches itself."""
+    """`translate_batch` in float32; it makes batches of text itself."""
 
     def __init__(self, config: TransformerConfig, params: Any, vocabulary: Vocabulary | None, batch_tokens: int):
         self._vocabulary, self._batch_tokens = vocabulary, batch_tokens
@@ -153,7 +153,7 @@ class InCTranslate2:
 
 
 def _settings(beam: int) -> BeamSearch:
-    """The search that the peers know: see tests/decoding/test_peer_search.py."""
+    """The search that the peers also have; see tests/decoding/test_peer_search.py."""
     return BeamSearch(beam_size=beam, stopping="first", length_penalty="length", alpha=ALPHA, extra_length=EXTRA_LENGTH)
 
 
@@ -162,7 +162,7 @@ def _up_to_end(row: list[int], eos_id: int) -> list[int]:
 
 
 def _batches(encoded: Rows, batch_tokens: int) -> list[list[int]]:
-    """Sentence numbers of each batch, the longest first; a batch has so many tokens, padding included."""
+    """The sentence numbers of each batch, the longest first; a batch has at most `batch_tokens`, including padding."""
     batches: list[list[int]] = []
     for number in sorted(range(len(encoded)), key=lambda number: len(encoded[number]), reverse=True):
         if not batches or (len(batches[-1]) + 1) * len(encoded[batches[-1][0]]) > batch_tokens:
@@ -173,12 +173,12 @@ def _batches(encoded: Rows, batch_tokens: int) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What every engine does, and how much of it.
+    """The work that every engine does.
 
     Attributes:
-        run: the outputs of one engine with one beam.
-        sentences: how many there are.
-        tokens: of an output.
+        run: returns the outputs of one engine with one beam size.
+        sentences: number of sentences.
+        tokens: number of tokens of an output.
     """
 
     run: Callable[[Engine, int], list[Any]]
@@ -190,7 +190,7 @@ _in_this_process: list[Any] = []  # an engine, and its workload
 
 
 def _build(name: str, config: TransformerConfig, text: "Text | None", batch_tokens: int) -> None:
-    """Makes one engine, in a process of its own."""
+    """Makes one engine, in its own process."""
     params, workload = fixed_workload(config) if text is None else text_workload(config, text)
     maker = dict(zip(ENGINES, (Ours, InTransformers, InCTranslate2), strict=True))[name]
     _in_this_process[:] = [maker(config, params, text and text.vocabulary, batch_tokens), workload]
@@ -205,7 +205,7 @@ def _run(beam: int) -> tuple[float, list[Any]]:
 
 
 def measure(engines: dict[str, Executor], workload: Workload, beam: int, repeats: int) -> list[dict[str, Any]]:
-    """Times every engine in turn; one record for each."""
+    """Times the engines in turn, and returns a record for each."""
     outputs, first_calls = {}, {}
     for name, engine in engines.items():
         first_calls[name], outputs[name] = engine.submit(_run, beam).result()
@@ -213,7 +213,7 @@ def measure(engines: dict[str, Executor], workload: Workload, beam: int, repeats
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for number in range(repeats):
         for name, engine in engines.items():
-            time.sleep(0.5)  # The threads of the last one wait busily for more work, for a while.
+            time.sleep(0.5)  # The idle threads of the previous engine keep cores busy for a while.
             seconds[name].append(engine.submit(_run, beam).result()[0])
             print(f"beam {beam}, {name}, run {number + 1}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     records = []
@@ -240,7 +240,7 @@ def measure(engines: dict[str, Executor], workload: Workload, beam: int, repeats
 
 def fixed_workload(config: TransformerConfig) -> tuple[Any, Workload]:
     """Parameters whose outputs all have exactly `TARGET_LENGTH` tokens, and random sentences."""
-    # Steep enough that the end of sentence is impossible before its place, and certain there.
+    # Steep enough that the end of sentence is impossible before its position, and certain there.
     params = peers.random_params(config, SEED, gain=1.0, end_at=TARGET_LENGTH - 1.5, end_slope=1e5)
     rng = np.random.default_rng(SEED)
     words = rng.integers(4, config.source_vocab_size, (SENTENCES, SOURCE_LENGTH - 1))

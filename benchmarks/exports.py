@@ -1,10 +1,10 @@
-"""Takes a trained model and leaves how alike its exports are: CTranslate2 and transformers beside this library.
+"""Compares the translations of a trained model with those of its exports in CTranslate2 and transformers.
 
     python -m benchmarks.exports --workdir runs/multi30k --data data/multi30k/raw --test test_2016_flickr
 
-All search with a beam of 4, divide scores by the length, and stop at the same length. Where translations differ, both
-are scored by this library, so that a tie or rounding can be told from a mistake. An end that the limit forces has its
-own probability here, 1 in transformers.
+All of them search with a beam of 4, divide scores by the length, and stop at the same length. If translations differ,
+this library scores both, so that you can distinguish a tie or rounding from a mistake. An end of sentence that the
+limit forces has its own probability here, but probability 1 in transformers.
 """
 
 import argparse
@@ -38,7 +38,7 @@ BATCH = 64
 
 
 def pieces(vocabularies: VocabularyPair, side: str, lines: list[str]) -> list[list[str]]:
-    """How a side's lines are spelled, without ends of sentence."""
+    """The pieces of each line of one side, without ends of sentence."""
     vocabulary = getattr(vocabularies, side)
     return [vocabulary.pieces(ids[:-1]) for ids in vocabulary.encode(lines)]
 
@@ -61,7 +61,7 @@ def in_ctranslate2(model: TrainedModel, folder: str, sources: list[str]) -> list
 
 
 def in_transformers(folder: str, sources: list[str]) -> list[str]:
-    """The translations of its `generate`."""
+    """The translations of transformers' `generate`."""
     tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
     model = transformers.MarianMTModel.from_pretrained(folder).eval()
     texts = []
@@ -75,7 +75,7 @@ def in_transformers(folder: str, sources: list[str]) -> list[str]:
 
 
 def differences(translator: Translator, sources: list[str], ours: list[str], theirs: list[str]) -> list[dict[str, Any]]:
-    """The translations that are not equal, with what this library gives each for a score."""
+    """The translations that differ, with this library's score of each."""
     places = [place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
     if not places:
         return []

@@ -1,4 +1,4 @@
-"""Takes what a benchmark measured and leaves it as JSON, beside what it was measured on."""
+"""Writes the results of a benchmark as JSON, with the machine and the versions that gave them."""
 
 import json
 import os
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What this process runs on, and how busy that is."""
+    """Describes the machine, and how busy it is."""
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -39,10 +39,10 @@ def write(path: Path, program: str, packages: tuple[str, ...], measured: dict[st
     """Writes a report.
 
     Args:
-        path: where.
+        path: the file to write.
         program: the module that was run, with this process's arguments.
-        packages: whose versions matter.
-        measured: what else it holds, `machine` from before among it.
+        packages: the packages whose versions to record.
+        measured: the other contents, including the result of `machine` from before.
     """
     report = {
         "command": ["python", "-m", program, *sys.argv[1:]],

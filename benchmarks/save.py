@@ -1,8 +1,8 @@
-"""Takes a preset and leaves how long a checkpoint of its training state keeps the loop waiting.
+"""Measures how long saving a checkpoint of a preset's training state blocks the training loop.
 
     python -m benchmarks.save tiny base
 
-Each save is followed by a step that spends the state, as in training, while the checkpoint is written behind it.
+After each save a step donates the state, as in training, while the checkpoint is written in the background.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SAVES = 7
 
 @functools.partial(jax.jit, donate_argnums=0)
 def spend(trees):
-    """A step in little: every array is made anew in the old one's memory."""
+    """Replaces a training step: makes a new array in the memory of every old one."""
 
     def change(leaf):
         return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf + 1
@@ -36,7 +36,7 @@ def spend(trees):
 
 
 def blocked(preset: str) -> list[float]:
-    """Seconds that each of the saves blocked."""
+    """The seconds for which each save blocked."""
     size = VOCABULARY[preset]
     config = getattr(TransformerConfig, preset)(source_vocab_size=size, target_vocab_size=size)
     model, optimizer = Transformer(config), make_optimizer(TrainingConfig(), config.d_model)
@@ -54,7 +54,7 @@ def blocked(preset: str) -> list[float]:
             checkpoints.save(step, trees, {})
             seconds.append(time.perf_counter() - begin)
             trees = spend(trees)
-            # As after the steps between two checkpoints, the one before is complete when the next one comes.
+            # In training the previous checkpoint is complete when the next one comes.
             while checkpoints.is_writing:
                 time.sleep(0.05)
     return seconds

@@ -1,4 +1,4 @@
-"""Takes one of our configs and leaves the same model in PyTorch, built on `nn.Transformer`, and its training step."""
+"""The model of one of our configs in PyTorch, built on `nn.Transformer`, and its training step."""
 
 import math
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from flax_transformer.config import TransformerConfig
 class TorchTransformer(nn.Module):
     """`nn.Transformer` with embeddings, positions and logits as in `flax_transformer.Transformer`.
 
-    `nn.Transformer` also drops attention weights and inner activations, and post-norm or not has a norm behind each
-    stack; the paper and the configs here have neither, so both are switched off.
+    `nn.Transformer` also drops attention weights and inner activations, and has a norm after each stack even with
+    post-norm. The paper and the configs here have neither, so both are switched off.
 
     Attributes:
         embedding: shared by source, target and output.
     """
 
     def __init__(self, config: TransformerConfig, length: int):
-        """Builds it, for sentences of `length` tokens at most."""
+        """Builds the model for sentences of at most `length` tokens."""
         super().__init__()
         assert config.tie_embeddings == "three_way" and config.positions == "sinusoidal" and config.scale_embeddings
         assert not (config.output_bias or config.attention_dropout_rate or config.activation_dropout_rate)
@@ -67,10 +67,11 @@ class TorchTransformer(nn.Module):
 
         Args:
             source: token ids [B, S].
-            inputs: target token ids behind the start [B, T].
-            padding: true where the source has no token; `None` where every row is full.
+            inputs: target token ids shifted right, [B, T].
+            padding: true where the source has no token; `None` if every row is full.
         """
-        # The target's padding comes last, where the causal mask hides it already: so attention stays PyTorch's fastest.
+        # The target's padding comes last, where the causal mask already hides it. Without a padding mask PyTorch can
+        # use its fastest attention.
         outputs = self.transformer(
             self._embed(source),
             self._embed(inputs),
@@ -85,19 +86,19 @@ class TorchTransformer(nn.Module):
 def make_step(
     config: TransformerConfig, length: int, *, learning_rate: float, label_smoothing: float, device: str, compiled: bool
 ) -> Callable[..., torch.Tensor]:
-    """A new model's update: a function from source, target and the source's padding to the loss.
+    """Makes a model and its update: a function from source, target and the source's padding to the loss.
 
     Args:
-        config: the model's; other types than float32 are left to `autocast`.
-        length: of the longest sentence.
-        learning_rate: Adam's.
+        config: the model's config; `autocast` handles types other than float32.
+        length: the length of the longest sentence.
+        learning_rate: Adam's learning rate.
         label_smoothing: section 5.4.
         device: "cpu" or "cuda".
         compiled: whether `torch.compile` compiles the model and the loss.
     """
     model = TorchTransformer(config, length).to(device).train()
     criterion = nn.CrossEntropyLoss(ignore_index=config.pad_id, label_smoothing=label_smoothing)
-    # The fused one: one pass over each parameter.
+    # The fused one makes one pass over each parameter.
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, (0.9, 0.98), 1e-9, fused=True)
 
     def loss_of(source: torch.Tensor, target: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""Takes a model and text in two libraries and leaves how fast each trains, as JSON and as a table.
+"""Measures how fast this library and PyTorch train the same model, and reports it as JSON and as a table.
 
     python -m benchmarks.train step                              # one update of `base`, 32 rows of 32+32 tokens
     python -m benchmarks.train epoch --data FOLDER               # an epoch of Multi30k with `tiny`, packed or padded
     python -m benchmarks.train pipeline --data FOLDER            # batches alone, beside how fast `tiny` takes them
     python -m benchmarks.train step --device gpu --preset big    # bfloat16, rows of 256+256 tokens
 
-The libraries are this one and PyTorch's `nn.Transformer`, on request also compiled. Each has a process of its own and
-all cores, and they take turns, so that whatever else slows the machine down slows all of them down. Compiling is timed
-apart. Run it on a machine that does nothing else.
+PyTorch's model is `nn.Transformer`, optionally compiled. Each library has its own process and all cores, and they take
+turns, so that anything else that slows the machine down affects both. Compiling is timed separately. Run it on a
+machine that does nothing else.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _in_this_process: list[Any] = []  # an engine
 
 
 def _build(name: str, experiment: Experiment, data: Data, device: str, threads: int) -> None:
-    """Makes one engine, in a process of its own."""
+    """Makes one engine, in its own process."""
     if threads < THREADS:
         # XLA makes as many threads as it has cores.
         os.sched_setaffinity(0, range(threads))
@@ -56,16 +56,16 @@ def _call(method: str) -> Any:
 
 
 def measure(engines: dict[str, Executor], repeats: int, flops: float | None) -> list[dict[str, Any]]:
-    """Lets every engine train in turn; one record for each.
+    """Lets the engines train in turn, and returns a record for each.
 
     Args:
-        engines: by name, each in its process.
-        repeats: timed runs of each.
-        flops: operations of the products of one update, if all updates ask for the same.
+        engines: the engines by name, each in its own process.
+        repeats: number of timed runs of each.
+        flops: operations of the matrix products of one update, if all updates have the same number.
     """
 
     def ask(name: str, method: str) -> Any:
-        time.sleep(0.5)  # The threads of the last one wait busily for more work, for a while.
+        time.sleep(0.5)  # The idle threads of the previous engine keep cores busy for a while.
         return engines[name].submit(_call, method).result()
 
     first = {name: ask(name, "first_call") for name in engines}
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the JSON goes (default benchmarks/results/...)")
     options = parser.parse_args()
     on_gpu = options.device == "gpu"
-    # This process only counts and writes; the others must not keep all of the GPU's memory from one another.
+    # This process only counts and writes; the others share the GPU, so none of them may reserve all of its memory.
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"JAX_PLATFORMS": "cuda" if on_gpu else "cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
     if not on_gpu:
@@ -191,7 +191,7 @@ def main() -> None:
         model = TransformerConfig.tiny(norm="pre", source_vocab_size=size, target_vocab_size=size)
         data, engines = Sentences.encode(text, vocabularies, options.updates), options.engines
         if options.what == "pipeline":
-            # What is made is held against what is taken: some batches are enough to tell.
+            # A few batches are enough to compare how many tokens the pipeline makes with how many the model consumes.
             pipeline, engines = pipeline_rates(data, options.repeats), ["flax_transformer"]
             data = dataclasses.replace(data, updates=options.updates or 50)
     if on_gpu:

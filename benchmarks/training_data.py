@@ -1,4 +1,4 @@
-"""Takes random tokens or a corpus and leaves batches for `benchmarks.train`, in the shape each library takes them."""
+"""Makes the batches of `benchmarks.train` from random tokens or a corpus, in the form that each library needs."""
 
 import dataclasses
 import time
@@ -23,20 +23,20 @@ Padded = tuple[np.ndarray, np.ndarray]
 
 
 class Data(Protocol):
-    """What is trained on, as each library takes it."""
+    """The training data, in the form that each library needs."""
 
     def packed(self) -> Iterable[Batch]:
         """Batches of this library."""
         ...
 
     def padded(self) -> list[Padded]:
-        """Source and target of each batch, a sentence a row."""
+        """Source and target of each batch, with one sentence per row."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FullRows:
-    """The same rows of random tokens again and again, none of them padding."""
+    """The same rows of random tokens again and again, without padding."""
 
     source: np.ndarray
     target: np.ndarray
@@ -44,7 +44,7 @@ class FullRows:
 
     @classmethod
     def draw(cls, config: TransformerConfig, rows: int, slots: int, updates: int) -> "FullRows":
-        """Rows that look like sentences to neither library."""
+        """Draws rows of random token ids without padding or ends of sentence."""
         tokens = np.random.default_rng(SEED).integers(4, config.source_vocab_size, (2, rows, slots), np.int32)
         return cls(*tokens, updates)
 
@@ -59,7 +59,7 @@ class FullRows:
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """A corpus, tokenised; of an epoch's batches `updates` are taken, or all."""
+    """A tokenised corpus; `updates` limits the batches of an epoch, if given."""
 
     source: TokenSide
     target: TokenSide
@@ -69,14 +69,14 @@ class Sentences:
 
     @classmethod
     def encode(cls, text: ParallelText, vocabularies: VocabularyPair, updates: int | None) -> "Sentences":
-        """A corpus laid out as Multi30k's config has it."""
+        """Tokenises a corpus, with the settings of Multi30k's config."""
         source = TokenSide.encode(vocabularies.source, text.source)
         target = TokenSide.encode(vocabularies.target, text.target)
         packing = Packing.plan(source, target, text.repeats, MULTI30K, max_length=256)
         return cls(source, target, packing, MULTI30K, updates)
 
     def corpus(self) -> PackedCorpus:
-        """The corpus as training has it."""
+        """The packed corpus, as in training."""
         return PackedCorpus(self.source, self.target, self.packing, self.config)
 
     def packed(self) -> Iterator[Batch]:
@@ -84,7 +84,7 @@ class Sentences:
         return corpus.batches(0, self.updates or round(corpus.epoch_steps))
 
     def padded(self) -> list[Padded]:
-        """Sentences of like length together, as many target tokens a batch as a packed one has on average."""
+        """Batches of sentences of similar length, with as many target tokens as a packed batch has on average."""
         pairs = np.concatenate([self.packing[row] for row in range(len(self.packing))])
         lengths = self.source.lengths[pairs], self.target.lengths[pairs]
         pairs = pairs[np.lexsort(lengths)]
@@ -104,7 +104,7 @@ def _pad(side: TokenSide, pairs: np.ndarray) -> np.ndarray:
 
 
 def pipeline_rates(sentences: Sentences, repeats: int) -> list[float]:
-    """Target tokens a second that the pipeline alone makes, as often as asked."""
+    """The target tokens per second that the pipeline alone makes, in each of `repeats` runs."""
     corpus, rates = sentences.corpus(), []
     steps = round(corpus.epoch_steps)
     for number in range(repeats):

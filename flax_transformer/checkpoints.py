@@ -1,7 +1,7 @@
-"""Takes the trees of a training and leaves them as numbered checkpoints (Orbax), the newest and the best of them kept.
+"""Writes and reads the checkpoints of a training (Orbax), and keeps only the newest and the best of them.
 
-A checkpoint is written first and scored later, so that a training that is killed while it evaluates has lost nothing:
-the scores of all steps stand in a file of their own. It knows pytrees, no model.
+A checkpoint is written before it is scored, so a training that is killed during an evaluation loses nothing; the scores
+of all steps are in a file of their own. This file handles parameters as pytrees and does not depend on the model.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from flax_transformer.scores import Scores, StepScores
 
 TREES = ("params", "ema", "training")
 
-# What Orbax cannot restore an item without, by the kind of item.
+# The files without which Orbax cannot restore an item, for the two kinds of items.
 FILES_OF_TREE = ("manifest.ocdbt", "_METADATA")
 FILES_OF_NOTES = ("metadata",)
 
 
 class Checkpoints:
-    """Checkpoints, each with the parameters and whatever trees else, and the scores of the steps that have some."""
+    """The checkpoints of one training: parameters and possibly other trees, with the scores of evaluated steps."""
 
     def __init__(
         self,
@@ -46,7 +46,17 @@ class Checkpoints:
         found_by: Mapping[str, Any] = types.MappingProxyType({}),
         read_only: bool,
     ):
-        """Opens them; arguments as in `WorkDirectory.open_checkpoints`, and where the scores are, if there are any."""
+        """Opens the checkpoints.
+
+        Args:
+            path: the folder of the checkpoints.
+            scores_file: where their scores are stored; `None` for checkpoints that are never scored.
+            keep_latest: as in `WorkDirectory.open_checkpoints`, like all the following arguments.
+            keep_best: see there.
+            best_metric: see there.
+            found_by: see there.
+            read_only: see there.
+        """
         path = literal(path, read_only=read_only)
         self._path = path
         self._scores = StepScores(scores_file, best_metric, found_by)
@@ -54,17 +64,17 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(keep_latest), _Best(self._scores, keep_best)]
             ),
-            # What is left of a save that was killed; to a reader it may be one that is under way.
+            # Removes what is left of a save that was killed. A reader must not: the save may still be in progress.
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
-        # Handlers that are named here, rather than found when first used, can tell what a checkpoint holds.
+        # Only with handlers that are registered here can the manager read a checkpoint's metadata before restoring it.
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in TREES}
         handlers["notes"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
         # The step whose checkpoint is being written.
         self._writing: int | None = None
-        # The files that must be in the folder of that step when it is written; none where they have been looked at.
+        # The files that must be in that step's folder once it is written; empty after they have been checked.
         self._expected: list[str] = []
 
     def __enter__(self) -> "Checkpoints":
@@ -76,18 +86,18 @@ class Checkpoints:
                 self._manager.close()
                 self._check_files()
         except OSError:
-            # A failure that has been told of is not told twice.
+            # If an OSError is already on its way, the failure has been reported.
             if kind is None or not issubclass(kind, OSError):
                 raise
 
     @property
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, `None` if there is none."""
+        """The newest checkpoint's step; `None` if there is none."""
         return self._manager.latest_step()
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint, the newest where none was scored, `None` if there is none."""
+        """The step of the best checkpoint, or of the newest if none was scored; `None` if there is no checkpoint."""
         ranked = [step for step in self._scores.ranked() if step in self._manager.all_steps()]
         return ranked[0] if ranked else self.latest_step
 
@@ -98,7 +108,7 @@ class Checkpoints:
 
     @property
     def scores(self) -> dict[int, Scores]:
-        """The scores that can be compared with today's, by step, also of those whose checkpoints are gone."""
+        """The scores found with the current settings, by step, including steps whose checkpoints have been deleted."""
         return self._scores.comparable()
 
     @property
@@ -107,11 +117,11 @@ class Checkpoints:
         return self._scores.since_best
 
     def record_scores(self, step: int, scores: Scores) -> None:
-        """Writes down how good the parameters of a step are."""
+        """Records the scores of a step."""
         self._scores.record(step, scores)
 
     def forget_scores_after(self, step: int) -> None:
-        """Drops the scores of later steps: training goes on from this one, and they will have other parameters."""
+        """Removes the scores of later steps: training continues from this one, and will compute those steps again."""
         self._scores.forget_after(step)
 
     def _steps(self) -> list[int]:
@@ -121,11 +131,11 @@ class Checkpoints:
         return list(steps)
 
     def newest_steps(self, count: int) -> list[int]:
-        """The steps of so many of the newest checkpoints, newest first; ValueError where there are fewer."""
+        """The steps of the `count` newest checkpoints, newest first; raises ValueError if there are fewer."""
         return self._take(count, sorted(self._steps(), reverse=True), "newest", "keep_latest")
 
     def best_steps(self, count: int) -> list[int]:
-        """The steps of so many of the best checkpoints, best first; ValueError where fewer were scored."""
+        """The steps of the `count` best checkpoints, best first; raises ValueError if fewer were scored."""
         steps = self._steps()
         return self._take(count, [step for step in self._scores.ranked() if step in steps], "best", "keep_best")
 
@@ -145,15 +155,15 @@ class Checkpoints:
         return self._manager.restore(self.latest_step, args=ocp.args.Composite(notes=ocp.args.JsonRestore())).notes
 
     def save(self, step: int, trees: Mapping[str, PyTree], notes: Mapping[str, Any]) -> None:
-        """Begins to write a checkpoint; the arrays may be spent as soon as it returns.
+        """Starts writing a checkpoint in the background; the arrays may be donated or deleted as soon as this returns.
 
         Args:
-            step: its number; one that exists already is left as it is.
-            trees: by name: "params", and what else there is of `TREES`; of all processes together.
-            notes: plain values, kept as JSON.
+            step: the number of the checkpoint; if it exists already, nothing is written.
+            trees: pytrees by name: "params", and possibly others of `TREES`. Every process passes its part of them.
+            notes: plain values, stored as JSON.
 
         Raises:
-            OSError: this one, or the one before, which was still being written, could not be.
+            OSError: this checkpoint, or the previous one that was still being written, could not be written.
         """
         if step in self._manager.all_steps():
             return
@@ -172,52 +182,52 @@ class Checkpoints:
         return self._manager.is_saving_in_progress()
 
     def check(self) -> None:
-        """Raises OSError if the checkpoint that is being written cannot be; else it would be told at the next one."""
-        # Not Orbax's own `check_for_errors`: the thread that ends a save takes the error before anyone can look.
+        """Raises OSError if the last checkpoint could not be written; otherwise the next `save` would report it."""
+        # Orbax's own `check_for_errors` finds nothing, because the thread that finishes a save clears the error first.
         if not self.is_writing:
             with self._explain_failure():
                 self._manager.wait_until_finished()
                 self._check_files()
 
     def _check_files(self) -> None:
-        """Raises OSError where the checkpoint that was written lacks a file that a reader needs.
+        """Raises OSError if the checkpoint that was written lacks a file that a reader needs.
 
-        Of some failures Orbax tells only in its log, and keeps a checkpoint that nobody can read.
+        Orbax reports some failures only in its log, and keeps a checkpoint that nobody can read.
         """
         expected, self._expected = self._expected, []
-        if jax.process_index() != 0:  # the process that puts the parts of all others together
+        if jax.process_index() != 0:  # only process 0 merges the parts of all processes
             return
         for name in expected:
             file = self._path / str(self._writing) / name
             if not file.exists() or not file.stat().length:
-                raise OSError(f"{file} is missing or empty after the save, so that nobody could read the checkpoint")
+                raise OSError(f"{file} is missing or empty after the save, so the checkpoint cannot be read")
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Whatever Orbax and the storage under it raise, the mend is the same.
-            self._expected = []  # a failure is told once
+        except Exception as error:  # Whatever Orbax and the storage raise, the remedy is the same.
+            self._expected = []  # report a failure only once
             complete = [step for step in self._manager.all_steps() if step != self._writing]
-            goes_on = f"goes on from step {max(complete)}" if complete else "begins anew"
+            goes_on = f"continues from step {max(complete)}" if complete else "starts again"
             raise OSError(
                 f"the checkpoint of step {self._writing} could not be written to {self._path} ({_reason(error)}): "
-                f"make room or mend the disk; the same command {goes_on}"
+                f"free some space or repair the disk; the same command {goes_on}"
             ) from error
 
     def restore(self, trees: Mapping[str, PyTree]) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
-        """The newest checkpoint that can be read, `None` if there is none at all.
+        """Restores the newest checkpoint that can be read; returns `None` if there is no checkpoint at all.
 
-        Newer ones that cannot be read are moved to `damaged/`, with a warning: their steps will be written again.
+        Newer ones that cannot be read are moved to `damaged/`, with a warning; training will write those steps again.
 
         Args:
-            trees: what is read, placed and typed as these trees are.
+            trees: which trees to read; the results have the placement and types of these.
 
         Returns:
             The step, its trees by name, and its notes.
 
         Raises:
-            ValueError: there are checkpoints, and none can be read.
+            ValueError: there are checkpoints, but none can be read.
         """
         targets = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         damaged: dict[int, str] = {}
@@ -227,8 +237,8 @@ class Checkpoints:
                 found = {name: restored[name] for name in trees}, restored["notes"]
                 _check_types(found[0], trees)
             except (jax.errors.JaxRuntimeError, MemoryError):
-                raise  # The device failed, or memory is short: the checkpoint is as good as it was.
-            except Exception as error:  # Orbax and what it reads with raise many kinds.
+                raise  # The device failed or memory ran out; the checkpoint is not damaged.
+            except Exception as error:  # Orbax and its storage raise many kinds of errors.
                 damaged[step] = _reason(error)
             if _on_all_processes(step not in damaged):
                 self._set_aside(damaged, step)
@@ -237,8 +247,8 @@ class Checkpoints:
         if damaged:
             newest = max(damaged)
             raise ValueError(
-                f"none of the checkpoints {sorted(damaged)} in {self._path} can be read, the newest because of: "
-                f"{damaged[newest]}: copy the folder again, or give another --workdir"
+                f"none of the checkpoints {sorted(damaged)} in {self._path} can be read; the error of the newest is: "
+                f"{damaged[newest]}; copy the folder again, or give another --workdir"
             )
         return None
 
@@ -253,7 +263,7 @@ class Checkpoints:
                 (self._path / str(step)).rename(folder / f"{step}-{number}")
                 warnings.warn(
                     f"the checkpoint of step {step} cannot be read ({reason}): it was moved to {folder}, and training "
-                    f"goes on from step {instead}",
+                    f"continues from step {instead}",
                     stacklevel=3,
                 )
         if jax.process_count() > 1:
@@ -261,15 +271,15 @@ class Checkpoints:
         self._manager.reload()
 
     def restore_params(self, step: str | int, shapes: PyTree, *, ema: bool = False) -> PyTree:
-        """One checkpoint's parameters, on this process's first device.
+        """Loads the parameters of one checkpoint to this process's first device.
 
         Args:
-            step: "best" (the newest where none was scored), "latest" or a number.
+            step: "best" (the newest if none was scored), "latest" or a step number.
             shapes: the parameters' shapes and types.
-            ema: whether their moving average is read in their place.
+            ema: whether to load their moving average instead.
 
         Raises:
-            ValueError: there is no such checkpoint, or it holds other shapes.
+            ValueError: there is no such checkpoint, or its parameters have other shapes.
         """
         steps = self._steps()
         number = self.best_step if step == "best" else self.latest_step if step == "latest" else step
@@ -284,7 +294,7 @@ class Checkpoints:
         return self._manager.restore(number, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(target)}))[name]
 
     def average_params(self, steps: Sequence[int]) -> PyTree:
-        """The mean of some checkpoints' parameters, float32 numpy arrays; two trees are in memory, however many."""
+        """The mean of several checkpoints' parameters, as float32 NumPy arrays; needs memory for only two of them."""
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), self._stored(steps[0], "params"))
         mean = jax.tree.map(np.zeros_like, target)
         for step in steps:
@@ -295,7 +305,7 @@ class Checkpoints:
         return jax.tree.map(lambda total: np.divide(total, len(steps), out=total), mean)
 
     def _stored(self, step: int, name: str) -> PyTree:
-        """What a tree of the checkpoint is, without its values: leaves with `shape` and `dtype`."""
+        """The structure of a tree in the checkpoint: its leaves have `shape` and `dtype`, but no values."""
         self._manager.wait_until_finished()
         stored = self._manager.item_metadata(step).get(name)
         if stored is None:
@@ -305,7 +315,7 @@ class Checkpoints:
         return stored.tree
 
     def _check_shapes(self, step: int, name: str, shapes: PyTree) -> None:
-        """Checks names and shapes against the checkpoint's; Orbax would list every one of them."""
+        """Raises ValueError for the first name or shape that differs from the checkpoint's; Orbax would list all."""
         stored, wanted = _named_shapes(self._stored(step, name)), _named_shapes(shapes)
         for leaf in wanted | stored:
             if stored.get(leaf) != wanted.get(leaf):
@@ -316,7 +326,7 @@ class Checkpoints:
 
 
 class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the best checkpoints, by scores that may have come after they were written."""
+    """Keeps the best checkpoints, even though their scores are recorded after they are written."""
 
     def __init__(self, scores: StepScores, count: int):
         self._scores, self._count = scores, count
@@ -329,9 +339,9 @@ class _Best(checkpoint_managers.PreservationPolicy):
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Keeps Python from looking for garbage: of the many small objects that Orbax makes it would look again and again.
+    """Pauses Python's garbage collector, which would run again and again for the many small objects that Orbax makes.
 
-    That is a quarter of the time that a save of the base model blocks.
+    These runs are a quarter of the time for which saving the base model blocks.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -343,21 +353,21 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def _on_all_processes(good: bool) -> bool:
-    """Whether all is well on every process, so that all take the same checkpoint."""
+    """Whether `good` is true on every process, so that all of them choose the same checkpoint."""
     return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(good)).all())
 
 
 def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:  # Orbax shows the whole layout of an array, and the cause behind it
+    while error.__cause__ is not None:  # Orbax's message is the whole layout of an array; the cause says more
         error = error.__cause__
-    # TensorStore's number of the cause stands behind some thousand characters.
+    # TensorStore gives the error number of the cause only after a thousand or so characters.
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
 
 
 def _check_types(found: Mapping[str, PyTree], wanted: Mapping[str, PyTree]) -> None:
-    """Checks that keys come back as keys: of those whose file of types is gone, Orbax returns the bits alone."""
+    """Raises ValueError if a random key came back as plain integers, which happens if its file of types is lost."""
     leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True)
     for (path, leaf), other in leaves:
         if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):

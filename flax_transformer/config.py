@@ -1,4 +1,4 @@
-"""Takes the numbers that describe a Transformer and leaves `TransformerConfig`, checked once and never changed.
+"""`TransformerConfig`, the sizes and options that describe a Transformer; it checks them once and never changes.
 
 Glossary: D is `d_model`, H is `num_heads`, K = D / H is the size of one head, F is `d_ff`, V is a vocabulary's size.
 """
@@ -24,7 +24,7 @@ class TransformerConfig:
     """What the model is; arguments of the methods say what it does now.
 
     The defaults are the paper's base model (table 3). A vocabulary size of 0 means "not known yet": training fills
-    it in from the vocabulary, and a `Transformer` refuses it.
+    it in from the vocabulary, and a `Transformer` does not accept it.
 
     Attributes:
         source_vocab_size: number of source token ids.
@@ -40,26 +40,26 @@ class TransformerConfig:
         activation_dropout_rate: on the feed-forward network's inner activations; the paper has none.
         norm: "post", the paper's LayerNorm(x + Sublayer(x)), or "pre", x + Sublayer(LayerNorm(x)) and a final norm.
         activation: "relu" (the paper's), "gelu" (exact, not the tanh approximation) or "swish".
-        positions: "sinusoidal" (interleaved, section 3.5), "sinusoidal_concatenated" (sines in the first half, as
-            Marian has them) or "learned".
+        positions: "sinusoidal" (interleaved, section 3.5), "sinusoidal_concatenated" (sines in the first half, as in
+            Marian) or "learned".
         max_length: the number of learned positions; also the longest sentence, in tokens, that training keeps.
         scale_embeddings: whether embeddings are multiplied by sqrt(d_model) (section 3.4).
         tie_embeddings: "three_way" (source, target and output share one matrix, section 3.4), "decoder" (target and
             output do) or "none".
         output_bias: whether a bias is added to the logits; the paper has none.
         norm_epsilon: added to the variance in LayerNorm.
-        pad_id: the id that fills up rows.
-        start_id: the id that the decoder starts from.
+        pad_id: the id of padding.
+        start_id: the id from which the decoder starts.
         eos_id: the id that ends a sentence.
-        banned_ids: ids that the model never says: all others share their probability, as in Marian, which says no
+        banned_ids: ids that the model never generates; their probability goes to all others, as Marian does with
             padding.
-        max_output: the longest translation that a search makes, in tokens with the end; 0 for no such limit.
-        dtype: type of the activations; parameters, softmax and logits are float32 either way. bfloat16 is for TPUs and
-            newer GPUs; float16, for older ones such as the T4, is trained with a loss scale.
-        attention_implementation: "auto" (cuDNN's fused kernel where it can and should run, as
-            `dot_product_attention` tells), "xla" (everywhere) or "cudnn" (an error where it cannot run; a translator
-            takes it as "auto"). Equal but for rounding.
-        remat: whether each layer's activations are computed again in the backward pass, to save memory.
+        max_output: maximum length of a translation in tokens, including the end of sentence; 0 for no limit.
+        dtype: type of the activations; parameters, softmax and logits are always float32. bfloat16 is for TPUs and
+            newer GPUs; float16, for older GPUs such as the T4, is trained with a loss scale.
+        attention_implementation: "auto" (cuDNN's fused kernel where it can run and there are enough queries, see
+            `dot_product_attention`), "xla" (runs everywhere) or "cudnn" (an error where it cannot run; a translator
+            treats it as "auto"). All give the same results except for rounding.
+        remat: whether to compute each layer's activations again in the backward pass, to save memory.
     """
 
     source_vocab_size: int = setting(0, COUNT)
@@ -90,7 +90,7 @@ class TransformerConfig:
     remat: bool = False
 
     def __post_init__(self):
-        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        """Checks each field; raises ValueError naming the field, its value and the values that it may have."""
         if isinstance(self.dtype, type | np.dtype) or hasattr(self.dtype, "dtype"):  # jnp.bfloat16, for example
             object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
         check(self, "model")
@@ -110,7 +110,7 @@ class TransformerConfig:
 
     @property
     def never_chosen(self) -> tuple[int, ...]:
-        """The ids that no search chooses: `banned_ids`, padding and start, unless one of them ends a sentence."""
+        """The ids that no search chooses: `banned_ids`, `pad_id` and `start_id`, except one that is also `eos_id`."""
         return tuple(sorted({*self.banned_ids, self.pad_id, self.start_id} - {self.eos_id}))
 
     @classmethod
@@ -142,15 +142,15 @@ def from_mapping(settings: Callable[..., Settings], mapping: Mapping[str, Any], 
     Args:
         settings: the dataclass.
         mapping: field names to values; fields left out keep their defaults.
-        section: how errors call the mapping, e.g. "model".
+        section: the name of the mapping in errors, e.g. "model".
 
     Raises:
-        ValueError: a key that is no field, naming the nearest one.
+        ValueError: a key is not a field; names the nearest one.
     """
     names = [field.name for field in dataclasses.fields(cast(Any, settings))]
     for key in mapping:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
-            mend = f"did you mean {section}.{near[0]}?" if near else f"it has {', '.join(names)}"
-            raise ValueError(f"{section}.{key} is not a setting: {mend}")
+            remedy = f"did you mean {section}.{near[0]}?" if near else f"it has {', '.join(names)}"
+            raise ValueError(f"{section}.{key} is not a setting: {remedy}")
     return settings(**mapping)

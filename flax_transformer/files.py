@@ -1,7 +1,7 @@
-"""Says which names of files mean the same file, and which files belong to a work directory, before anything is written.
+"""Finds out, before a command writes anything, whether its output would overwrite an input or part of a work directory.
 
-Files are compared by what they are (device and inode), not by name: hard links, symbolic links, bind mounts and other
-letter case give one file several names, and `-`, `/dev/stdin` and `/dev/fd/0` are one stream.
+Files are compared by device and inode rather than by name, because hard links, symbolic links, bind mounts and
+case-insensitive file systems give one file several names, and `-`, `/dev/stdin` and `/dev/fd/0` are one stream.
 """
 
 import os
@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-# The name of standard input, where a file is read, and of standard output, where one is written.
+# Means standard input as the name of an input, and standard output as the name of an output.
 STANDARD = "-"
 
-# What training, averaging and converting write into a work directory, besides `not_finite_N.tsv` and drafts of these.
+# What training, averaging and converting write to a work directory, except `not_finite_N.tsv` and drafts of all these.
 OWN_FILES = (
     *("config.json", "fingerprints.json", "scores.json", "metrics.jsonl", "training.lock", "training.heartbeat"),
     *("joint.model", "source.model", "target.model"),
@@ -27,35 +27,35 @@ _OWN = re.compile(
 )
 _DESCRIPTOR = re.compile(r"/dev/(?:fd/(\d+)|(stdin)|(stdout)|(stderr))|/proc/(?:self|thread-self)/fd/(\d+)")
 
-# The option that names a file, and that name.
+# An option, and the file name that it was given.
 Named = tuple[str, str]
 
 
 def expand(path: str) -> str:
-    """The path with `~` replaced by the home folder, which a shell does only at the beginning of a word."""
+    """Replaces `~` by the home folder, which a shell does only at the beginning of a word."""
     return path if path == STANDARD else os.path.expanduser(path)
 
 
 def shown(path: str) -> str:
-    """The path as a message shows it: in quotes where spaces at its ends or unprintable characters would go unseen."""
+    """The path for a message, in quotes if it has unprintable characters or spaces at its ends."""
     if path == STANDARD:
         return "standard input"
     return path if path == path.strip() and path.isprintable() and path else repr(path)
 
 
 def is_remote(path: str) -> bool:
-    """Whether it lies in an object store such as gs://, whose files have one name each and no permissions here."""
+    """Whether a path is in an object store such as gs://, where a file has only one name and no permissions."""
     return "://" in path
 
 
 def is_stream(path: str) -> bool:
-    """Whether it can be read only once: standard input, a pipe or a terminal."""
+    """Whether a file can be read only once: standard input, a pipe or a terminal."""
     found = _status(path)
     return path == STANDARD or (found is not None and (stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode)))
 
 
 def same_file(path: str, other: str) -> bool:
-    """Whether both name one file or folder; of one that is not there, whether the names lead to the same place."""
+    """Whether both paths name the same file or folder; if it does not exist, whether they resolve to the same path."""
     first, second = _status(path), _status(other)
     if first is not None and second is not None:
         return os.path.samestat(first, second)
@@ -65,11 +65,11 @@ def same_file(path: str, other: str) -> bool:
 
 
 def check_inputs(inputs: Sequence[Named], *, instead: str = "") -> None:
-    """Raises ValueError where two of the inputs are one stream, from which they would read by turns.
+    """Raises ValueError if two inputs are the same stream, from which each would read only a part.
 
     Args:
-        inputs: all that a command reads, with the options that name them.
-        instead: what else could be done, for the message.
+        inputs: all files that a command reads, with the options that name them.
+        instead: an alternative that the message mentions.
     """
     for number, (option, path) in enumerate(inputs):
         for earlier, other in inputs[:number]:
@@ -78,17 +78,17 @@ def check_inputs(inputs: Sequence[Named], *, instead: str = "") -> None:
                 raise ValueError(
                     f"{names}: standard input can be only one of them; put the other in a file{instead}"
                     if _descriptor(path) == 0
-                    else f"{names}: that is one stream, which can be read only once; put one of them in a file{instead}"
+                    else f"{names}: this is one stream, which can be read only once; put one of them in a file{instead}"
                 )
 
 
 def check_output(option: str, path: str, inputs: Sequence[Named], workdirs: Sequence[str] = ()) -> None:
-    """Raises ValueError unless a file can be written at `path` without harm to anything that is read.
+    """Raises ValueError unless a file can be written at `path` without overwriting anything that is read.
 
     Args:
-        option: what names the output, for the message.
-        path: the output; "-" is standard output, which a shell may have sent into a file.
-        inputs: all that the command reads, with the options that name them.
+        option: the option that names the output, for the message.
+        path: the output; "-" is standard output, which a shell may have redirected to a file.
+        inputs: all files that the command reads, with the options that name them.
         workdirs: the work directories that it reads.
     """
     if path == STANDARD:
@@ -98,27 +98,28 @@ def check_output(option: str, path: str, inputs: Sequence[Named], workdirs: Sequ
     if os.path.isdir(path):
         raise ValueError(f"{option} is {path}, a folder: name a file in it")
     folder = os.path.dirname(path) or "."
-    # A bucket has no folders before there is a file in them.
+    # In a bucket, folders do not exist until there is a file in them.
     if not is_remote(path):
         if not os.path.isdir(folder):
-            raise ValueError(f"{option} is {path}, but there is no folder {folder}: make it, or name another")
+            raise ValueError(f"{option} is {path}, but there is no folder {folder}: create it, or name another")
         if not os.access(path if os.path.lexists(path) else folder, os.W_OK) and not os.path.islink(path):
             raise ValueError(f"{option} is {path}, which you may not write to: name another file")
     for reader, name in inputs:
         if same_file(path, name) and not _is_terminal_or_null(path):
-            raise ValueError(f"{option} is {path}, which {reader} names and which is read as well: name another file")
+            raise ValueError(f"{option} is {path}, which {reader} reads: name another file")
     if workdir := work_directory_of(path, workdirs):
         raise ValueError(
-            f"{option} is {path}, which belongs to the work directory {workdir} and would be lost: name another file"
+            f"{option} is {path}, which belongs to the work directory {workdir} and would be overwritten: name another "
+            "file"
         )
 
 
 def work_directory_of(path: str, workdirs: Iterable[str] = ()) -> str | None:
-    """The work directory to which a file belongs, whether it is there yet or not; `None` if there is no such.
+    """The work directory to which a file belongs, whether or not the file exists yet; `None` if it belongs to none.
 
     Args:
-        path: the file. A file of some other name in a work directory is the user's own and belongs to none.
-        workdirs: folders that are taken for work directories whatever is in them.
+        path: the file. A file that this library does not write is the user's own, even inside a work directory.
+        workdirs: folders that count as work directories whatever is in them.
     """
     if is_remote(path):
         folders = [workdir for workdir in workdirs if path.startswith(f"{workdir.rstrip('/')}/")]
@@ -130,7 +131,7 @@ def work_directory_of(path: str, workdirs: Iterable[str] = ()) -> str | None:
             if _is_work_directory(folder) or any(same_file(folder, workdir) for workdir in workdirs):
                 return folder
         child = folder
-    # Under another name, by a hard link or a mount.
+    # The file may have another name, through a hard link or a mount.
     found = _status(path)
     if found is not None and stat.S_ISREG(found.st_mode):
         for workdir in workdirs:
@@ -141,7 +142,7 @@ def work_directory_of(path: str, workdirs: Iterable[str] = ()) -> str | None:
 
 
 def _own_files(workdir: str) -> Iterator[str]:
-    """The files that belong to a work directory, where there is one."""
+    """The files that belong to the work directory, if this folder is one."""
     for name in os.listdir(workdir) if os.path.isdir(workdir) else []:
         if _OWN.fullmatch(name):
             path = os.path.join(workdir, name)
@@ -160,8 +161,8 @@ def _check_standard_output(inputs: Sequence[Named], workdirs: Sequence[str]) -> 
         other = _status(name)
         if other is not None and os.path.samestat(found, other):
             raise ValueError(
-                f"standard output goes to the file that {reader} reads ({shown(name)}), which the shell has emptied "
-                "already if it was redirected by >: put the file back, and send the output to another one"
+                f"standard output goes to the file that {reader} reads ({shown(name)}), and the shell has already "
+                "emptied it if you redirected with >: restore the file, and send the output to another one"
             )
 
 
@@ -170,7 +171,7 @@ def _is_work_directory(folder: str) -> bool:
 
 
 def _is_terminal_or_null(path: str) -> bool:
-    """Whether what is written to it cannot be read from it again, so that input and output may have one name."""
+    """Whether this is a terminal or /dev/null, which may be both input and output."""
     found = _status(path)
     return found is not None and stat.S_ISCHR(found.st_mode)
 
@@ -186,7 +187,7 @@ def _same_stream(path: str, other: str) -> bool:
 
 
 def _descriptor(path: str) -> int | None:
-    """The number of the open file that a name such as /dev/stdin stands for."""
+    """The file descriptor that a name such as /dev/stdin stands for; `None` for other names."""
     if path == STANDARD:
         return 0
     found = _DESCRIPTOR.fullmatch(os.path.normpath(expand(path)))
@@ -197,7 +198,7 @@ def _descriptor(path: str) -> int | None:
 
 
 def _status(path: str) -> os.stat_result | None:
-    """What the system says of a file, `None` where there is none."""
+    """The result of `os.stat`; `None` if there is no such file."""
     if path == STANDARD:
         return _status_of_stream(sys.stdin)
     if is_remote(path):
@@ -211,5 +212,5 @@ def _status(path: str) -> os.stat_result | None:
 def _status_of_stream(stream: Any) -> os.stat_result | None:
     try:
         return os.fstat(stream.fileno()) if stream is not None else None
-    except (OSError, ValueError):  # one that is closed, or is held in memory
+    except (OSError, ValueError):  # the stream is closed, or has no file
         return None

@@ -96,9 +96,9 @@ def combine_masks(*masks: Float[Array, "#B #H #Q #M"] | None) -> Float[Array, "B
 
 
 def check_mask(mask: Any) -> None:
-    """Raises ValueError unless a mask is additive: floats, 0 and -inf, of four dimensions.
+    """Raises ValueError unless a mask is additive: floats that are 0 or -inf, in four dimensions.
 
-    Values are checked where they are known. Inside `jit` they are not; there `dot_product_attention` gives NaN.
+    Inside `jit` the values are not known and cannot be checked; there `dot_product_attention` gives NaN.
     """
     if mask.ndim != 4:
         raise ValueError(f"mask has shape {mask.shape}: give it four dimensions that broadcast to [B, H, Q, M]")
@@ -119,5 +119,5 @@ def count_seen(mask: Float[Array, "B H Q M"]) -> Float[Array, "B H Q 1"]:
     """How many memory positions each query may see; NaN if its row holds anything but 0 and -inf."""
     allowed = mask == 0
     numbers = jnp.where(allowed | (mask == -jnp.inf), allowed.astype(jnp.float32), jnp.nan)
-    # A sum, for a maximum may pass over NaN (on XLA for CPUs it does).
+    # A sum, because a maximum may ignore NaN (XLA's does on CPUs).
     return jnp.sum(numbers, axis=-1, keepdims=True)

@@ -36,8 +36,8 @@ class AttentionWeights(flax.struct.PyTreeNode):
 class Transformer(nn.Module):
     """The Transformer: `model.apply(variables, source, target, deterministic=True)` gives logits.
 
-    Source and target are int32 token ids padded with `pad_id`, one sentence in each row, or `Tokens`, which say where
-    each of several sentences in a row stands. `logits(decode(encode(source), source, target))` gives the same.
+    Source and target are int32 token ids padded with `pad_id`, one sentence in each row, or `Tokens`, which also
+    describe rows of several sentences. `logits(decode(encode(source), source, target))` gives the same.
 
     Attributes:
         config: the model's sizes and options.
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
 
         Args:
             memory: the result of `encode` for this source.
-            source: tells which target tokens may see which vectors of the memory.
+            source: the source of `memory`; its segments determine which target tokens may see which vectors.
             target: as in `__call__`.
             deterministic: as in `__call__`.
         """

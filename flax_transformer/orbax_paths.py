@@ -29,5 +29,5 @@ def literal(path: epath.Path, *, read_only: bool) -> epath.Path:
     """
     is_remote = "://" in str(path)
     if is_remote and glob.has_magic(str(path)) and not read_only:
-        raise ValueError(f"{path} holds one of [, * and ?, which Orbax takes for a pattern there: choose another path")
+        raise ValueError(f"{path} contains [, * or ?, which Orbax treats as a pattern there: choose another path")
     return LiteralPath(path) if isinstance(path, PosixGPath) and not is_remote else path

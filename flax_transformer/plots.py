@@ -1,7 +1,7 @@
-"""Takes masks, position vectors, schedules and attention weights and leaves matplotlib figures to show or to save.
+"""Draws masks, position vectors, learning-rate schedules and attention weights with matplotlib.
 
-The figures stand outside pyplot, so none is left open behind your back: `figure.savefig(path)` writes one, and a
-notebook shows the value of a cell once it has run `%matplotlib inline`.
+The figures do not use pyplot, so you need not close them: `figure.savefig(path)` writes one to a file, and a notebook
+that has run `%matplotlib inline` shows it if it is the value of a cell.
 Glossary: B batch, H heads, Q query positions, M memory positions, S source, T target, P positions, D d_model.
 """
 
@@ -35,10 +35,10 @@ HIDDEN, VISIBLE = "#e9ecf1", "#2f6690"
 LINES = ("#2f6690", "#d1495b", "#5b8e55", "#8a5fa8", "#c98a1b", "#5c677d")
 WEIGHTS = "Blues"
 SIGNED = "RdBu_r"
-CELL = 0.3  # inches; the label of a token fits
-WIDEST = 11.0  # inches; wider figures are shrunk in a notebook until nobody can read them
-BOXES = "Last Resort High-Efficiency"  # comes with matplotlib: a box for every character, the same for a whole script
-MOST_NUMBERS = 12  # positions up to which the cells of a mask carry their numbers
+CELL = 0.3  # inches; enough for a token's label
+WIDEST = 11.0  # inches; a notebook shrinks wider figures until they are unreadable
+BOXES = "Last Resort High-Efficiency"  # comes with matplotlib; draws one kind of box for each script
+MOST_NUMBERS = 12  # masks of at most this many positions show the number in each cell
 
 
 def plot_masks(
@@ -47,24 +47,25 @@ def plot_masks(
     query_tokens: Sequence[str] | None = None,
     memory_tokens: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws additive masks side by side, one row of panels for each row of the batch: what each query may see.
+    """Draws additive masks side by side, with one row of panels for each row of the batch.
 
-    They are broadcast against each other first, as attention does: a padding mask shows the same row for every query.
+    Masks are first broadcast against each other, as in attention, so a padding mask shows the same row for every query.
 
     Args:
-        masks: from the masks' names to masks of 0 and -inf that broadcast to [B, 1, Q, M].
+        masks: masks of 0 and -inf that broadcast to [B, 1, Q, M], by name.
         query_tokens: Q labels; position numbers if not given.
         memory_tokens: M labels; position numbers if not given.
 
     Raises:
-        ValueError: there is none, a mask has another shape or another number in it, or labels are too many or too few.
+        ValueError: there are no masks, a mask has the wrong shape or holds other numbers, or the number of labels is
+            wrong.
     """
     _check_some(masks, "masks")
     for name, mask in masks.items():
         if mask.ndim != 4 or mask.shape[1] != 1:
             raise ValueError(f"mask {name!r} has shape {mask.shape}: give it [B, 1, Q, M]")
         if strange := set(np.unique(mask)) - {0.0, -np.inf}:
-            raise ValueError(f"mask {name!r} holds {min(strange)}: an additive mask holds 0 and -inf, no other number")
+            raise ValueError(f"mask {name!r} holds {min(strange)}: an additive mask may only hold 0 and -inf")
     visible = {
         name: panels[:, 0]
         for name, panels in zip(masks, np.broadcast_arrays(*(np.asarray(m) == 0 for m in masks.values())), strict=True)
@@ -91,13 +92,13 @@ def plot_masks(
 
 
 def plot_positions(encodings: Mapping[str, Float[jax.Array | np.ndarray, "P D"]]) -> Figure:
-    """Draws position vectors as heat maps side by side: a row for each position, a column for each feature.
+    """Draws position vectors as heat maps side by side, with a row for each position and a column for each feature.
 
     Args:
-        encodings: from names to vectors, sinusoidal or learned.
+        encodings: sinusoidal or learned position vectors, by name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no vectors.
     """
     _check_some(encodings, "encodings")
     figure, grid = _panels(1, len(encodings), (4.2, 3.4))
@@ -119,11 +120,12 @@ def plot_schedules(schedules: Mapping[str, Callable[[Any], Any]], steps: int) ->
     """Draws learning rates over the updates of a training.
 
     Args:
-        schedules: from names to functions that jax can trace, from an update, counted from 0, to its learning rate.
+        schedules: functions by name; each gives the learning rate of an update, counted from 0, and must be traceable
+            by jax.
         steps: number of updates.
 
     Raises:
-        ValueError: there is none, or `steps` is below 1.
+        ValueError: there are no schedules, or `steps` is below 1.
     """
     _check_some(schedules, "schedules")
     if steps < 1:
@@ -152,20 +154,20 @@ def plot_attention(
     title: str = "Attention",
     head_titles: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws one sentence's attention, a panel a head: how much each target token gathers from each source token.
+    """Draws how much each target token of a sentence attends to each source token, in one panel per head.
 
-    Row t of the cross-attention is the query that predicts target token t. For self-attention give the same tokens
-    twice; the decoder's are its input, one place later than the target.
+    Row t of the cross-attention is the query that predicts target token t. For self-attention, give the same tokens as
+    source and target; the decoder's tokens are its input, which is the target shifted right.
 
     Args:
-        weights: of one layer and one sentence, from 0 to 1.
-        source_tokens: what is looked at, S of them.
-        target_tokens: what looks, T of them.
-        title: of the whole figure.
-        head_titles: of the panels; "head 0", "head 1" and so on if not given.
+        weights: the attention weights of one layer and one sentence, from 0 to 1.
+        source_tokens: the S tokens that are attended to.
+        target_tokens: the T tokens that attend.
+        title: the title of the figure.
+        head_titles: the titles of the panels; "head 0", "head 1" and so on if not given.
 
     Raises:
-        ValueError: the weights have other dimensions, or do not fit the tokens or the titles.
+        ValueError: the weights have the wrong dimensions, or do not fit the tokens or the titles.
     """
     if weights.ndim not in (2, 3):
         raise ValueError(f"weights have shape {weights.shape}: choose one layer and one sentence, [H, T, S] or [T, S]")
@@ -196,7 +198,7 @@ def plot_attention(
 
 def _check_some(mapping: Mapping[str, Any], name: str) -> None:
     if not mapping:
-        raise ValueError(f"{name} is empty: give at least one, by the name that stands above it")
+        raise ValueError(f"{name} is empty: give at least one, with the name to show above it")
 
 
 def _cells(count: int, tokens: Sequence[str] | None) -> float:
@@ -205,14 +207,14 @@ def _cells(count: int, tokens: Sequence[str] | None) -> float:
 
 
 def _room(tokens: Sequence[str] | None) -> float:
-    """What an axis needs beside a panel for its labels, in inches."""
+    """The room that an axis needs for its labels, in inches."""
     return 0.6 + 0.07 * max(map(len, tokens or [""]), default=0)
 
 
 def _panels(
     rows: int, columns: int, size: tuple[float, float], left: float = 0.6, below: float = 0.6
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of panels of this size, with room to the left of all and below each, in inches; its axes, by row."""
+    """Makes a figure and its axes, by row; panel size and the room left of all panels and below each are in inches."""
     width, height = columns * (size[0] + 0.3) + left, rows * (size[1] + below + 0.3) + 0.3
     figure = Figure(figsize=(width, height), layout="compressed")
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=True)
@@ -225,7 +227,7 @@ def _write_numbers(axes: Axes, visible: np.ndarray) -> None:
 
 
 def _separate_cells(axes: Axes, shape: tuple[int, ...], color: str) -> None:
-    """Thin lines between the cells and around them, instead of a black frame."""
+    """Draws thin lines between and around the cells instead of a black frame."""
     for axis, count in ((axes.yaxis, shape[0]), (axes.xaxis, shape[1])):
         axis.set_ticks(np.arange(1, count) - 0.5, minor=True)
     axes.grid(which="minor", color=color, linewidth=0.8 if max(shape) <= MOST_NUMBERS else 0.4)
@@ -243,13 +245,13 @@ def _tidy_bar(bar: Any) -> None:
 
 
 def _label_positions(axis: Axis, tokens: Sequence[str] | None, count: int, name: str, what: str) -> None:
-    """Puts tokens on an axis, or the numbers of the positions."""
+    """Labels an axis with tokens, or with position numbers if there are none."""
     if tokens is None:
         axis.set_major_locator(_whole_numbers())
         return
     if len(tokens) != count:
         raise ValueError(f"{name} has {len(tokens)} tokens, there are {count} {what}: give one for each")
-    # Prices have dollar signs, which would begin a formula.
+    # Otherwise dollar signs, as in prices, would start a formula.
     axis.set_ticks(range(count), tokens, fontfamily=_font_families("".join(tokens)), fontsize=8, parse_math=False)
     if isinstance(axis, XAxis):
         for label in axis.get_ticklabels():
@@ -257,7 +259,7 @@ def _label_positions(axis: Axis, tokens: Sequence[str] | None, count: int, name:
 
 
 def _font_families(text: str) -> list[str]:
-    """The default font's families and, behind them, those that have the characters of `text` which it lacks."""
+    """The default font families, followed by those that have the characters of `text` which the default ones lack."""
     families = list(rcParams["font.family"])
     missing = {ord(character) for character in text}
     for family in families:
@@ -275,7 +277,7 @@ def _font_families(text: str) -> list[str]:
 
 
 def _known_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
-    """The fonts that matplotlib knows: upright sans-serif ones named after the characters' scripts first."""
+    """The fonts that matplotlib knows; first upright sans-serif fonts that are named after the characters' scripts."""
     scripts = {_script(character) for character in characters}
 
     def strangeness(font: font_manager.FontEntry) -> tuple[bool, bool, bool, int, str]:
@@ -287,13 +289,13 @@ def _known_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
 
 
 def _new_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
-    """The fonts installed since matplotlib listed them, which it does once and keeps in a file."""
+    """The fonts installed after matplotlib made its list of fonts, which it keeps in a file and does not update."""
     known = {font.fname for font in font_manager.fontManager.ttflist}
     for path in sorted(set(font_manager.findSystemFonts()) - known):
         try:
             font_manager.fontManager.addfont(path)
         except (OSError, RuntimeError, ValueError, NotImplementedError):
-            continue  # a font that matplotlib cannot draw with, e.g. one of bitmaps
+            continue  # matplotlib cannot use this font, e.g. because it consists of bitmaps
     return [font for font in _known_fonts(characters) if font.fname not in known]
 
 
@@ -306,11 +308,11 @@ def _script(character: int) -> str:
     return unicodedata.name(chr(character), "unnamed").split()[0].title()
 
 
-@functools.cache  # once is enough
+@functools.cache  # warns once per set of scripts
 def _warn_of_missing_characters(scripts: frozenset[str]) -> None:
     names = ", ".join(sorted(scripts))
     warnings.warn(
-        f"no installed font has all {names} characters, boxes stand for them: install a Noto font of the script, "
+        f"no installed font has all {names} characters, so boxes replace them: install a Noto font for the script, "
         "e.g. `apt-get install fonts-noto-core`, and draw again",
         stacklevel=5,  # the line that called plot_masks or plot_attention
     )

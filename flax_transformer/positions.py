@@ -63,6 +63,6 @@ def check_length(length: Length, max_length: int) -> None:
     """Raises ValueError where `length` positions do not fit into a learned table of `max_length`."""
     if length > max_length:
         raise ValueError(
-            f"a sentence has {length} positions, model.max_length is {max_length}: "
+            f"a sentence has {length} positions, but model.max_length is {max_length}: "
             "raise it before training, filter the data, or choose sinusoidal positions"
         )

@@ -1,7 +1,7 @@
-"""Says what each setting may be, beside the setting, and checks all settings of a dataclass in the same way.
+"""Declares the allowed values of each setting next to its default, and checks all settings of a dataclass.
 
 A field is declared as `rows: int = setting(64, Range(at_least=1))`; `check` compares its value with the annotated type
-and with the range. It costs no import of jax, so that a command line can check its options at once.
+and with the range. This file does not import jax, so a command line can check its options at once.
 """
 
 import collections.abc
@@ -16,16 +16,16 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that a setting may be.
+    """The numbers that a setting allows.
 
     Attributes:
-        at_least: the smallest number.
-        above: a number that all of them exceed.
-        at_most: the largest number.
-        below: a number that none of them reaches.
-        within: limits that follow from arithmetic or memory and not from what the setting means; an error names them
-            only where they are what was broken.
-        hint: what an error adds.
+        at_least: the smallest allowed number.
+        above: allowed numbers are greater than this one.
+        at_most: the largest allowed number.
+        below: allowed numbers are less than this one.
+        within: limits that come from arithmetic or memory rather than from the setting's meaning; an error mentions
+            them only if the number exceeds them.
+        hint: text that an error adds.
     """
 
     at_least: float | None = None
@@ -45,8 +45,8 @@ class Range:
         return f"{named}; {self.hint}" if self.hint else named
 
     def broken_by(self, value: float) -> "Range | None":
-        """This range or `within`, whichever the number is outside of; `None` where it is in both."""
-        # Rounded, too: a decay of 0.999999999 would be 1 on a device, and an epsilon of 1e-50 would be 0.
+        """This range or `within`, whichever does not contain the number; `None` if both contain it."""
+        # The rounded value must be in range too: on a device a decay of 0.999999999 would be 1, an epsilon of 1e-50 0.
         single = _in_float32(value) if isinstance(value, float) else value
         is_inside = (
             (self.at_least is None or value >= self.at_least)
@@ -62,15 +62,15 @@ class Range:
 # jax counts sizes, tokens, ids and steps with 32 bits.
 INT32 = Range(at_most=2**31 - 1)
 SIZE, COUNT = Range(at_least=1, within=INT32), Range(at_least=0, within=INT32)
-# Numbers that stay on the host.
+# For numbers that are used on the host only.
 AT_LEAST_NONE, AT_LEAST_ONE = Range(at_least=0), Range(at_least=1)
 SHARE = Range(at_least=0, below=1)
-# numpy takes no negative seed, and jax none of more than 63 bits.
+# NumPy does not accept negative seeds, and jax none of more than 63 bits.
 SEED = Range(at_least=0, within=Range(at_most=2**63 - 1))
-# jax makes a random key of the lowest 32 bits of a seed: a larger one would be another seed's twin.
+# jax makes a random key from the lowest 32 bits of a seed, so a larger seed would repeat the samples of a smaller one.
 SEED_OF_SAMPLES = Range(at_least=0, at_most=2**32 - 1)
-# What both training and translating search by. Under these exponents a length penalty is finite in float32, whatever
-# the length, and so is what it divides. A larger beam has no room in memory.
+# The search settings of both training and translating. With these exponents a length penalty, and a score divided by
+# it, are finite in float32 for every length. A larger beam would not fit into memory.
 ALPHA = Range(at_least=-5, at_most=5)
 BEAM_SIZE = Range(at_least=1, within=Range(at_most=10_000))
 
@@ -79,8 +79,8 @@ def setting(default: Any, allowed: "Range | tuple[str, ...]") -> Any:
     """A field of a settings dataclass.
 
     Args:
-        default: its value where none is given.
-        allowed: the range of a number (of each number in a sequence), or the texts to choose from.
+        default: the value if none is given.
+        allowed: the range of a number (of each number in a sequence), or the strings to choose from.
     """
     return dataclasses.field(default=default, metadata={"allowed": allowed})
 
@@ -88,15 +88,15 @@ def setting(default: Any, allowed: "Range | tuple[str, ...]") -> Any:
 def check(settings: Any, section: str = "") -> None:
     """Checks every field of a settings dataclass against its type and its range.
 
-    Numbers of numpy become Python's, whole floats such as 1e5 become ints where ints belong, sequences become tuples,
-    so that equal settings are equal, hashable and can be written as JSON.
+    NumPy's numbers become Python's, whole floats such as 1e5 become ints in fields of that type, and sequences become
+    tuples. So settings with equal values compare equal, are hashable and can be written as JSON.
 
     Args:
         settings: the dataclass, frozen or not.
-        section: what errors put before a field's name, e.g. "training".
+        section: the prefix of a field's name in errors, e.g. "training".
 
     Raises:
-        ValueError: a value is not what its field may be; it names the setting, the value and what it may be.
+        ValueError: a field does not allow its value; names the setting, the value and what is allowed.
     """
     for field in dataclasses.fields(settings):
         name = f"{section}.{field.name}" if section else field.name
@@ -105,7 +105,7 @@ def check(settings: Any, section: str = "") -> None:
 
 
 def check_value(name: str, value: Any, kind: Any, allowed: "Range | tuple[str, ...] | None" = None) -> Any:
-    """The value as its type has it; ValueError as in `check`."""
+    """Returns the value, converted to its type; raises ValueError as `check` does."""
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(kind, types.UnionType):  # `int | None`
@@ -132,18 +132,18 @@ def check_value(name: str, value: Any, kind: Any, allowed: "Range | tuple[str, .
 
 
 def whole_number(text: str) -> int:
-    """The whole number that a person typed, in digits or as 1e5; ValueError if it is none."""
+    """The whole number that a person typed, in digits or as 1e5; raises ValueError if it is not one."""
     try:
         return int(text)
     except ValueError:
-        number = _of_kind(float(text), int)  # of "many" this is a ValueError, too
+        number = _of_kind(float(text), int)  # float("many") raises a ValueError too
         if number is None:
             raise
         return number
 
 
 def _of_kind(value: Any, kind: type) -> Any:
-    """The value as a Python value of that type; `None` if it is not of that type."""
+    """The value as a Python value of that type; `None` if it cannot be one."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         is_whole = is_number and (isinstance(value, int) or value.is_integer())
@@ -156,12 +156,12 @@ def _of_kind(value: Any, kind: type) -> Any:
 
 
 def _in_float32(value: float) -> float:
-    """What a device makes of the number, infinity where it is too large."""
+    """The number as a device stores it, in float32; infinity if it is too large."""
     try:
         return ctypes.c_float(value).value
-    except OverflowError:  # an int beyond even 64 bits
+    except OverflowError:  # an int that is too large even for float64
         return math.inf
 
 
 def _shown(value: Any) -> str:
-    return reprlib.repr(value)  # a number of a thousand digits is no help
+    return reprlib.repr(value)  # shortens numbers of a thousand digits

@@ -93,7 +93,7 @@ class Encoder(_Stack):
     """The stack on the left of figure 1.
 
     Attributes:
-        config: that of the model.
+        config: the model's config.
     """
 
     def setup(self):
@@ -124,7 +124,7 @@ class Decoder(_Stack):
     """The stack on the right of figure 1.
 
     Attributes:
-        config: that of the model.
+        config: the model's config.
     """
 
     def setup(self):

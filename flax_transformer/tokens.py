@@ -1,6 +1,6 @@
 """One side of a batch: token ids with the segments and positions that go with them, and checks of all three.
 
-Values are checked where they are known. Inside `jit` they are not; there an id outside the vocabulary gives NaN.
+Inside `jit` the values are not known and cannot be checked; there an id outside the vocabulary gives NaN.
 
 Glossary: B rows of a batch, S slots of a row, D d_model; under `pmap` another dimension, the devices, comes first.
 """

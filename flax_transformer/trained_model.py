@@ -1,4 +1,4 @@
-"""Takes a work directory and leaves the model in it, config, parameters and vocabularies; or goes the way back."""
+"""A trained model (its config, parameters and vocabularies), which can be loaded from and saved to a work directory."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ from flax_transformer.workdir import WorkDirectory
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A model and what it reads and writes.
+    """A trained model and its vocabularies.
 
     Attributes:
-        config: the model's.
+        config: the model's config.
         params: its parameters, float32.
-        vocabularies: of both sides.
+        vocabularies: the vocabularies of both sides.
     """
 
     config: TransformerConfig
@@ -28,25 +28,26 @@ class TrainedModel:
     vocabularies: VocabularyPair
 
     def __post_init__(self):
-        """Checks that the vocabularies are the model's; raises ValueError otherwise."""
+        """Raises ValueError if the vocabularies do not have the sizes that the config gives."""
         config, vocabularies = self.config, self.vocabularies
         sizes = (vocabularies.source.size, vocabularies.target.size)
         if sizes != (config.source_vocab_size, config.target_vocab_size):
             raise ValueError(
-                f"the vocabulary has {sizes[0]} source and {sizes[1]} target pieces, the model "
-                f"{config.source_vocab_size} and {config.target_vocab_size}: put the model's own vocabulary beside it"
+                f"the vocabulary has {sizes[0]} source and {sizes[1]} target pieces, but the model has "
+                f"{config.source_vocab_size} and {config.target_vocab_size}: use the model's own vocabulary"
             )
 
     @classmethod
     def load(cls, path: epath.PathLike, *, step: str | int = "chosen") -> "TrainedModel":
-        """Reads it from a work directory, its parameters onto this process's first device.
+        """Loads a model from a work directory, its parameters to this process's first device.
 
         Args:
             path: the work directory.
-            step: which of its checkpoints, as `WorkDirectory.restore_params` has it.
+            step: which checkpoint, as in `WorkDirectory.restore_params`.
 
         Raises:
-            ValueError: it is no work directory, has no such checkpoint, or another vocabulary than the model's.
+            ValueError: the folder is not a work directory, has no such checkpoint, or has another vocabulary than the
+                model.
         """
         workdir = WorkDirectory(path)
         config = workdir.read_model_config()
@@ -54,10 +55,10 @@ class TrainedModel:
         return cls(config, params, workdir.read_vocabularies())
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes a work directory that holds the model alone, as checkpoint 0, its config last.
+        """Writes a work directory with this model as checkpoint 0; writes config.json last, so that it marks success.
 
         Args:
-            path: an empty folder, or one that is not there yet.
+            path: the folder to write; must be empty or not exist.
         """
         workdir = WorkDirectory(path)
         workdir.write_vocabularies(self.vocabularies)

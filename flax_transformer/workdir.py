@@ -61,7 +61,7 @@ class WorkDirectory:
         while not os.path.lexists(place):
             place = os.path.dirname(place)
         if not os.path.isdir(place):
-            raise ValueError(f"the folder {self.path} cannot be made: {place} is no folder; name another")
+            raise ValueError(f"the folder {self.path} cannot be made: {place} is not a folder; name another")
         if not os.access(place, os.W_OK | os.X_OK):
             raise ValueError(f"the folder {self.path} cannot be written to: you may not write in {place}; name another")
         for name in (*OWN_FILES, *OWN_FOLDERS):
@@ -70,7 +70,7 @@ class WorkDirectory:
                 continue
             if os.path.isdir(part) != (name in OWN_FOLDERS):
                 kind = "folder" if name in OWN_FOLDERS else "file"
-                raise ValueError(f"{part} is in the way of the {kind} of that name: move it, or name another folder")
+                raise ValueError(f"{part} is in the way of the {kind} of that name: move it, or give another folder")
             if not os.access(part, os.W_OK):
                 raise ValueError(f"{part} cannot be written to: give yourself the right to, or name another folder")
         if owner := work_directory_of(str(self.path)):
@@ -115,7 +115,7 @@ class WorkDirectory:
         except ValueError as error:  # no JSON, or no UTF-8
             raise self._damaged(str(error)) from error
         if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
-            raise self._damaged("no mapping of sections")
+            raise self._damaged("it has no sections")
         return config
 
     def read_model_config(self) -> TransformerConfig:
@@ -274,7 +274,7 @@ class WorkDirectory:
         number = len(list(folder.glob("averaged-*"))) + 1
         (self.path / "averaged").rename(folder / f"averaged-{number}")
         warnings.warn(
-            f"the average in {self.path} is of checkpoints after step {step}, from which training goes on: it was "
+            f"the average in {self.path} includes checkpoints after step {step}, from which training continues: it was "
             f"moved to {folder}",
             stacklevel=2,
         )
@@ -328,8 +328,8 @@ def _check_name(path: str) -> None:
     if not path.strip():
         raise ValueError("the name of the work directory is empty (a shell variable that is not set?): give one")
     if "\0" in path or path.encode(errors="replace").decode() != path:
-        raise ValueError(f"the work directory {path!r} has bytes in its name that are no UTF-8: choose another name")
+        raise ValueError(f"the work directory {path!r} has bytes in its name that are not UTF-8: choose another name")
     if os.sep == "/" and "\\" in path:
         raise ValueError(
-            f"the work directory's path {path} holds a backslash, which TensorStore takes for a slash: choose another"
+            f"the work directory's path {path} has a backslash, which TensorStore treats as a slash: choose another"
         )

@@ -35,7 +35,7 @@ def test_a_file_stays_as_it_was_if_the_new_content_cannot_be_written(tmp_path, m
     assert path.read_bytes() == b"before" and names(tmp_path) == ["some.json"]
 
 
-def test_a_reader_never_finds_a_part_of_the_new_file(tmp_path, monkeypatch):
+def test_a_reader_never_sees_a_part_of_the_new_file(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "some.json"
     write_file(path, b"before")
     write_all, seen = type(path).write_bytes, []

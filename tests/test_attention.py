@@ -35,13 +35,13 @@ def test_minus_infinity_before_the_softmax_leaves_rows_that_sum_to_one_and_zeros
 
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     assert (zeroed.sum(-1) < 0.999).all()
-    # What zeros after the softmax lack is the division by what is left.
+    # Zeros after the softmax lack the division by the remaining sum.
     np.testing.assert_allclose(weights, zeroed / zeroed.sum(-1, keepdims=True), atol=1e-6)
     assert (np.where(mask == 0, 0.0, weights) == 0).all()
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_equals_jax_on_ordinary_masks(name):
+def test_attention_equals_jax_with_ordinary_masks(name):
     mask = MASKS[name]
     seen = None if mask is None else mask == 0
     np.testing.assert_allclose(
@@ -73,7 +73,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_passes_back_zero_gradients(dt
     assert (weights.swapaxes(1, 2)[blind] == 0).all()
     assert (query_grad[blind] == 0).all()
     assert (key_grad[1] == 0).all() and (value_grad[1] == 0).all()
-    # The other queries of the same row gather, and pass back, as if the blind one asked nothing.
+    # The outputs and gradients of the other queries are as if this query did not exist.
     for array in (gathered[~blind], query_grad[~blind], key_grad[0], value_grad[0]):
         assert (array != 0).all()
     _, without = value_and_grad(inputs, np.where(blind[..., None, None], np.float32(0), directions))
@@ -95,7 +95,7 @@ def test_the_softmax_is_float32_under_bfloat16():
 def test_dropout_on_the_weights_keeps_their_expected_value():
     rate, draws = 0.25, 400
     query, key, _ = random_inputs()
-    # A memory of M unit vectors: what is gathered from it is the weights.
+    # With M unit vectors as memory, the output equals the weights.
     units = jnp.asarray(np.broadcast_to(np.eye(M)[:, None], (B, M, H, M)), "float32")
     wider = [jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, M - K))) for array in (query, key)]
 
@@ -116,12 +116,12 @@ def test_without_a_random_key_nothing_is_dropped():
 
 
 def test_a_mask_of_three_dimensions_is_an_error():
-    # While tests run, the check of shapes speaks first; under it stands the error that a user sees.
+    # In tests the shape check raises first; without it a user sees this error.
     with pytest.raises(ValueError, match=r"mask has shape \(2, 5, 7\): give it four dimensions"):
         inspect.unwrap(dot_product_attention)(*random_inputs(), jnp.zeros((B, Q, M)))
 
 
-def test_writing_into_a_cache_replaces_what_stands_there_and_nothing_else():
+def test_writing_to_a_cache_replaces_only_the_given_positions():
     _, key, value = random_inputs()  # [B, M, H, K]
 
     def lie(key, value):
@@ -137,12 +137,12 @@ def multi_head_attention(dropout_rate=0.0):
     rng = np.random.default_rng(3)
     inputs, memory = (jnp.asarray(rng.normal(size=(B, length, H * K)), "float32") for length in (Q, M))
     variables = jax.jit(partial(module.init, deterministic=True))(jax.random.key(4), inputs, memory)
-    # Biases begin at zero, where a forgotten one would not show.
+    # Biases start at zero, so a forgotten one would not show.
     variables = jax.tree.map(lambda leaf: leaf + rng.normal(scale=0.3, size=leaf.shape).astype("float32"), variables)
     return module, variables, inputs, memory
 
 
-def test_each_head_attends_in_its_own_part_of_the_projections():
+def test_each_head_uses_its_own_part_of_the_projections():
     module, variables, inputs, memory = multi_head_attention()
     mask = MASKS["segments"]
     outputs, weights = module.apply(variables, inputs, memory, mask, deterministic=True, return_weights=True)
@@ -166,7 +166,7 @@ def test_each_head_attends_in_its_own_part_of_the_projections():
     np.testing.assert_allclose(outputs, project("out", gathered), atol=1e-5)
 
 
-def test_a_projected_memory_serves_as_well_as_the_memory():
+def test_a_projected_memory_gives_the_same_result_as_the_memory():
     module, variables, inputs, memory = multi_head_attention()
     projected = module.apply(variables, memory, method="project_memory")
     attended, _ = module.apply(variables, inputs, projected, deterministic=True, method="attend")
@@ -175,7 +175,7 @@ def test_a_projected_memory_serves_as_well_as_the_memory():
     assert weights is None
 
 
-def test_the_module_drops_weights_only_where_it_is_told_to():
+def test_the_module_drops_weights_only_if_not_deterministic():
     module, variables, inputs, memory = multi_head_attention(dropout_rate=0.5)
     whole, _ = module.apply(variables, inputs, memory, deterministic=True)
     dropped, _ = module.apply(variables, inputs, memory, deterministic=False, rngs={"dropout": jax.random.key(7)})
@@ -184,14 +184,14 @@ def test_the_module_drops_weights_only_where_it_is_told_to():
     assert np.array_equal(never.apply(variables, inputs, memory, deterministic=False)[0], whole)
 
 
-def test_a_combined_mask_hides_from_a_padded_row_everything():
+def test_a_combined_mask_hides_everything_from_padding():
     padded = combine_masks(causal_mask(Q), padding_mask(jnp.zeros((B, Q), bool)))
     query, key, value = random_inputs()
     gathered = dot_product_attention(query, key[:, :Q], value[:, :Q], padded)
     assert (np.asarray(gathered) == 0).all()
 
 
-def test_a_boolean_mask_is_an_error_that_tells_what_to_give():
+def test_a_boolean_mask_is_an_error_that_says_what_to_give():
     inputs = jnp.ones((B, Q, 2, 4))
     visible = jnp.ones((1, 1, Q, Q), bool)
     with pytest.raises(ValueError, match="mask is boolean: give 0 and -inf"):

@@ -1,6 +1,6 @@
 """Compares attention by cuDNN with attention by XLA, and tests which of them is chosen.
 
-Without a GPU, cuDNN's kernel is only lowered, and a stand-in for it runs.
+Without a GPU, cuDNN's kernel is only lowered, and a replacement for it runs.
 """
 
 import re
@@ -48,7 +48,7 @@ def random_inputs(queries=Q, memory=M, size=K, dtype="bfloat16"):
 
 
 def outputs_and_gradients(mask, implementation, inputs):
-    """What is gathered, and the gradients of a product with it, in the order of the inputs."""
+    """The outputs, and the gradients of a product with them, in the order of the inputs."""
     directions = np.random.default_rng(1).normal(size=inputs[0].shape).astype("float32")
 
     def loss(*inputs):
@@ -74,14 +74,14 @@ def check_equal_but_for_rounding(mask, dtype):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that has cuDNN, as far as choosing and lowering look."""
+    """A fake GPU with cuDNN, sufficient for choosing the implementation and lowering it."""
     monkeypatch.setattr(attention, "_gpu_has_cudnn", lambda: True)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
 
 @pytest.fixture
 def calls(gpu, monkeypatch):
-    """Shapes that the kernel was called with: a stand-in, in which a row that sees nothing is NaN, and its gradient."""
+    """Replaces the kernel, with NaN for rows that see nothing and their gradients; records the shapes of calls."""
     shapes = []
 
     def kernel(query, key, value, *, mask=None, implementation):
@@ -96,7 +96,7 @@ def calls(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_around_a_stand_in_for_the_kernel_cudnn_equals_xla(name, calls):
+def test_cudnn_with_a_replacement_for_its_kernel_equals_xla(name, calls):
     check_equal_but_for_rounding(MASKS[name], "bfloat16")
     assert len(calls) == 1
 
@@ -109,7 +109,7 @@ def test_on_a_gpu_cudnn_equals_xla(name, dtype):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_for_a_gpu_both_directions_are_lowered_to_kernels_of_cudnn(name, gpu):
+def test_on_a_gpu_forward_and_backward_pass_are_lowered_to_cudnn_kernels(name, gpu):
     mask = MASKS[name]
     inputs = random_inputs(memory=M if mask is None else mask.shape[-1])
 
@@ -129,7 +129,7 @@ def test_for_a_gpu_both_directions_are_lowered_to_kernels_of_cudnn(name, gpu):
 
 
 KEY = jax.random.key(0)
-# What differs from 64 queries over 70 memory positions under a mask; whether "auto" takes cuDNN; what "cudnn" says.
+# What differs from 64 queries, 70 memory positions and a mask; whether "auto" selects cuDNN; the error of "cudnn".
 CHOICES = [
     ({}, True, None),
     ({"dtype": "float16"}, True, None),
@@ -156,7 +156,7 @@ def attend(implementation, *, queries=Q, memory=M, size=K, dtype="bfloat16", mas
 
 
 @pytest.mark.parametrize(("changes", "auto", "obstacle"), CHOICES, ids=lambda value: str(value)[:40])
-def test_auto_takes_cudnn_where_it_can_and_gains_and_cudnn_says_what_is_in_its_way(changes, auto, obstacle, calls):
+def test_auto_selects_cudnn_where_it_runs_and_cudnn_says_what_prevents_it(changes, auto, obstacle, calls):
     attend("auto", **changes)
     assert len(calls) == auto
     attend("xla", **changes)
@@ -169,7 +169,7 @@ def test_auto_takes_cudnn_where_it_can_and_gains_and_cudnn_says_what_is_in_its_w
             attend("cudnn", **changes)
 
 
-def test_another_name_is_an_error_that_lists_those_there_are():
+def test_an_unknown_implementation_is_an_error_that_lists_the_choices():
     with pytest.raises(ValueError, match="implementation is 'flash': choose one of auto, xla, cudnn"):
         attend("flash")
 
@@ -184,7 +184,7 @@ def test_another_name_is_an_error_that_lists_those_there_are():
         ("PJRT C API\nTFRT TPU v5 lite", {}, False),
     ],
 )
-def test_a_gpu_has_cudnns_kernel_from_ampere_on(platform_version, attributes, has_it, monkeypatch):
+def test_cudnn_s_kernel_needs_an_ampere_gpu_or_later(platform_version, attributes, has_it, monkeypatch):
     device = SimpleNamespace(
         client=SimpleNamespace(platform_version=platform_version), device_kind="Device 9", **attributes
     )
@@ -215,7 +215,7 @@ def model_calls(calls, implementation="auto", **changes):
 
 
 @pytest.mark.parametrize(("implementation", "expected"), [("auto", 3 + 2 * 2), ("cudnn", 3 + 2 * 2), ("xla", 0)])
-def test_each_attention_of_a_model_is_computed_as_the_config_says_and_begins_anywhere(implementation, expected, calls):
+def test_all_attention_of_a_model_uses_the_implementation_of_the_config(implementation, expected, calls):
     model, variables, begun = model_calls(calls, implementation)
     assert begun == 0
     source, target = np.ones((B, M), "int32"), np.ones((B, Q), "int32")
@@ -224,7 +224,7 @@ def test_each_attention_of_a_model_is_computed_as_the_config_says_and_begins_any
     assert {(query[1], key[1]) for query, key in calls} == ({(M, M), (Q, Q), (Q, M)} if expected else set())
 
 
-def test_the_steps_of_a_search_are_left_to_xla(calls):
+def test_the_steps_of_a_search_use_xla(calls):
     model, variables, _ = model_calls(calls)
 
     def first_steps(variables):
@@ -238,7 +238,7 @@ def test_the_steps_of_a_search_are_left_to_xla(calls):
     assert calls == [((B, M, H, 2 * K),) * 2] * 3  # the encoder's
 
 
-# Masks of other conventions, which cannot be told from additive ones while tracing.
+# Masks of other conventions, which cannot be distinguished from additive ones while tracing.
 FOREIGN = {
     "1 and 0": lambda: nn.make_causal_mask(jnp.ones((B, Q))),
     "a large finite bias": lambda: jnp.where(causal_mask(Q) == 0, 0.0, -1e9),
@@ -248,7 +248,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
 @pytest.mark.parametrize("name", FOREIGN)
-def test_while_tracing_a_mask_of_another_convention_makes_nan_on_each_implementation(name, implementation, calls):
+def test_a_traced_mask_of_another_convention_gives_nan_with_each_implementation(name, implementation, calls):
     inputs = random_inputs(memory=Q)
     call = partial(dot_product_attention, implementation=implementation)
     assert np.isnan(jax.jit(call)(*inputs, FOREIGN[name]())).any()

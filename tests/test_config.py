@@ -52,7 +52,7 @@ def test_the_defaults_are_the_papers_choices():
         ("attention_implementation", "auto, xla, cudnn"),
     ],
 )
-def test_a_choice_that_does_not_exist_is_an_error_that_lists_those_that_do(name, choices):
+def test_an_unknown_choice_is_an_error_that_lists_the_choices(name, choices):
     with pytest.raises(ValueError, match=f"model.{name} is 'sideways': choose one of {choices}"):
         TransformerConfig(**{name: "sideways"})
 
@@ -89,7 +89,7 @@ def test_settings_that_do_not_fit_together_are_an_error(changes, message):
         TransformerConfig(**changes)
 
 
-def test_settings_that_fit_together_are_none():
+def test_settings_that_fit_together_are_accepted():
     assert TransformerConfig(d_model=9, num_heads=3, positions="learned").d_model == 9
     two_sided = TransformerConfig(source_vocab_size=29, target_vocab_size=31, tie_embeddings="decoder")
     assert (two_sided.source_vocab_size, two_sided.target_vocab_size) == (29, 31)
@@ -114,13 +114,13 @@ def test_from_mapping_names_the_nearest_setting(key, near):
         from_mapping(TransformerConfig, {key: 1}, "model")
 
 
-def test_from_mapping_lists_the_settings_where_none_is_near():
+def test_from_mapping_lists_the_settings_if_none_is_near():
     with pytest.raises(ValueError, match="model.xyz is not a setting: it has source_vocab_size, .*, remat"):
         from_mapping(TransformerConfig, {"xyz": 1}, "model")
 
 
 @pytest.mark.parametrize("size", ["base", "big"])
-def test_the_number_of_parameters_is_the_one_worked_out_by_hand(size):
+def test_the_number_of_parameters_equals_the_hand_calculation(size):
     config = getattr(TransformerConfig, size)(source_vocab_size=37000, target_vocab_size=37000)
     tokens = jnp.zeros((1, 1), jnp.int32)
     model = Transformer(config)
@@ -140,13 +140,13 @@ def test_the_number_of_parameters_is_the_one_worked_out_by_hand(size):
 
 
 def unchecked(**settings):
-    """A config as a user makes it: while tests run, the check of types would speak before its own errors do."""
+    """A config as a user makes it, without the type checks of tests, which would raise before its own errors."""
     config = object.__new__(TransformerConfig)
     inspect.unwrap(TransformerConfig.__init__)(config, **settings)
     return config
 
 
-def test_numbers_and_types_of_numpys_and_jaxs_become_pythons():
+def test_numbers_and_types_of_numpy_and_jax_become_python_ones():
     config = unchecked(
         d_model=np.int64(8), num_heads=np.uint8(2), dropout_rate=np.float32(0.5), norm=np.str_("pre"),
         attention_dropout_rate=0, scale_embeddings=np.bool_(False), banned_ids=np.array([3, 4]),
@@ -172,6 +172,6 @@ def test_numbers_and_types_of_numpys_and_jaxs_become_pythons():
         ("banned_ids", 3, "a list"),
     ],
 )
-def test_a_setting_of_another_type_is_an_error_that_says_which_it_must_have(name, value, wanted):
+def test_a_setting_of_the_wrong_type_is_an_error_that_names_the_type(name, value, wanted):
     with pytest.raises(ValueError, match=re.escape(f"model.{name} is {value!r}: it must be {wanted}")):
         unchecked(**{name: value})

@@ -38,13 +38,13 @@ every_config = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem
 
 
 @every_config
-def test_its_docstring_has_the_command_that_runs_it(file):
+def test_the_docstring_of_a_config_has_the_command_that_runs_it(file):
     assert commands_of(file), "no line `python train.py --config=configs/NAME.py --workdir=...` in the docstring"
     assert {name for name, _ in commands_of(file)} == {f"configs/{file.name}"}
 
 
 @every_config
-def test_it_is_an_experiment_with_all_it_needs(file):
+def test_a_config_is_a_complete_experiment(file):
     for experiment in experiments_of(file):
         assert experiment.data.train and experiment.data.valid and experiment.data.test
         assert experiment.training.warmup_steps < experiment.training.steps

@@ -8,16 +8,16 @@ PROGRAM = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if PROGRAM.search(page.read_text()))
 
 
-def test_the_pages_on_reuse_are_among_them():
+def test_the_pages_on_reuse_are_tested():
     assert {"assemble.md", "nnx.md", "optax_loop.md"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_its_programs_run_one_after_another(page, tmp_path, monkeypatch):
+def test_the_programs_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page}
     for program in PROGRAM.findall((DOCS / page).read_text()):
-        assert "assert " in program  # or what it computes could be anything
+        assert "assert " in program  # otherwise its results would not be checked
         exec(compile(program, page, "exec"), names)
 
 

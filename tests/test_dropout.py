@@ -23,13 +23,13 @@ def test_no_column_is_dropped_more_than_another():
     draws, rate = 2003, 0.25
     kept = dropout(jnp.ones((draws, 7)), rate, jax.random.key(1)) != 0
     assert (np.abs(1 - np.asarray(kept).mean(0) - rate) < 5 * math.sqrt(rate * (1 - rate) / draws)).all()
-    # Nor do neighbours, which come from one word of random bits, go together.
+    # Neighbours, which come from the same word of random bits, are not correlated either.
     correlations = np.corrcoef(np.asarray(kept, float).T)[np.triu_indices(7, 1)]
     assert (np.abs(correlations) < 5 / math.sqrt(draws)).all()
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.9])
-def test_what_is_kept_is_scaled_by_what_the_rounded_rate_keeps_the_expectation_with(rate):
+def test_kept_entries_are_scaled_so_that_the_expectation_stays(rate):
     share = round(256 * rate) / 256
     dropped = np.asarray(dropout(INPUTS, rate, jax.random.key(2)))
     assert (dropped == 0).any() and (dropped != 0).any()
@@ -37,7 +37,7 @@ def test_what_is_kept_is_scaled_by_what_the_rounded_rate_keeps_the_expectation_w
 
 
 @pytest.mark.parametrize("last", [1, 2, 3, 4, 9])
-def test_any_last_axis_will_do_and_under_jit_it_is_the_same(last):
+def test_any_size_of_the_last_axis_works_and_jit_changes_nothing(last):
     inputs = jnp.ones((3, 11, last))
     dropped = dropout(inputs, 0.5, jax.random.key(3))
     assert dropped.shape == inputs.shape
@@ -45,11 +45,11 @@ def test_any_last_axis_will_do_and_under_jit_it_is_the_same(last):
     assert np.array_equal(dropped, jax.jit(dropout, static_argnums=1)(inputs, 0.5, jax.random.key(3)))
 
 
-def test_equal_keys_drop_equal_entries_and_others_do_not():
+def test_equal_keys_drop_the_same_entries_and_different_keys_do_not():
     once, again, other = (dropout(INPUTS, 0.5, jax.random.key(seed)) for seed in (4, 4, 5))
     assert np.array_equal(once, again)
     assert not np.array_equal(once == 0, other == 0)
-    # Which ones are dropped is the key's affair, not the inputs'.
+    # The key determines which entries are dropped, not the inputs.
     assert np.array_equal(dropout(-3 * INPUTS, 0.5, jax.random.key(4)) == 0, once == 0)
 
 
@@ -62,7 +62,7 @@ def test_bfloat16_stays_bfloat16():
     assert dropout(INPUTS.astype("bfloat16"), 0.3, jax.random.key(7)).dtype == jnp.bfloat16
 
 
-def test_the_gradient_goes_through_what_was_kept_and_scaled_alike():
+def test_gradients_of_kept_entries_are_scaled_like_the_entries():
     gradient = jax.grad(lambda inputs: dropout(inputs, 0.25, jax.random.key(8)).sum())(INPUTS)
     np.testing.assert_allclose(gradient, dropout(jnp.ones_like(INPUTS), 0.25, jax.random.key(8)), rtol=1e-6)
 
@@ -74,11 +74,11 @@ def test_the_layer_drops_only_when_it_is_not_deterministic():
     assert 0 < (dropped == 0).mean() < 1
 
 
-def test_a_layer_of_rate_zero_asks_for_no_key():
+def test_a_layer_with_rate_zero_needs_no_key():
     assert np.array_equal(Dropout(0.0).apply({}, INPUTS, deterministic=False), INPUTS)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 10.0, float("nan")])
-def test_a_rate_that_is_no_share_is_an_error(rate):
+def test_a_rate_outside_zero_to_one_is_an_error(rate):
     with pytest.raises(ValueError, match=f"the dropout rate is {rate}: give the share"):
         dropout(jnp.ones((2, 5)), rate, jax.random.key(0))

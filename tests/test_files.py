@@ -1,4 +1,4 @@
-"""Gives files several names and checks that nothing that is read, and no work directory, is written over."""
+"""Checks that inputs and work directories are not overwritten, whatever names their files have."""
 
 import os
 import subprocess
@@ -31,22 +31,22 @@ def hard(path, link):
 
 
 @pytest.mark.parametrize("link", [hard, lambda path, link: os.symlink(path, link)])
-def test_an_input_under_another_name_is_not_written_over(text, tmp_path, link):
+def test_an_input_with_another_name_is_not_overwritten(text, tmp_path, link):
     link(text, tmp_path / "other")
     for name in ("other", "text", "./text", "x/../other"):
         (tmp_path / "x").mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match="--output is .*, which --target names .* name another"):
+        with pytest.raises(ValueError, match="--output is .*, which --target reads"):
             check_output("--output", f"{tmp_path}/{name}", [("--source", "none"), ("--target", str(text))])
     assert text.read_text() == "one\n"
     check_output("--output", str(tmp_path / "new"), [("--source", str(text))])
 
 
-def test_an_input_that_is_not_there_yet_is_not_the_output(tmp_path):
-    with pytest.raises(ValueError, match="--source names"):
+def test_an_input_that_does_not_exist_yet_cannot_be_the_output(tmp_path):
+    with pytest.raises(ValueError, match="--source reads"):
         check_output("--output", str(tmp_path / "new"), [("--source", str(tmp_path / "x" / ".." / "new"))])
 
 
-def test_an_output_needs_a_folder_that_can_be_written_to(tmp_path, text):
+def test_an_output_needs_a_writable_folder(tmp_path, text):
     for path, message in ((tmp_path / "none" / "new", "there is no folder"), (tmp_path, "a folder: name a file in it")):
         with pytest.raises(ValueError, match=f"--output is .*{message}"):
             check_output("--output", str(path), [])
@@ -56,12 +56,12 @@ def test_an_output_needs_a_folder_that_can_be_written_to(tmp_path, text):
 @pytest.mark.parametrize(
     "name", ["config.json", "joint.model", "vocab.json", "not_finite_7.tsv", "checkpoints/new", "averaged/5/data"]
 )
-def test_what_belongs_to_a_work_directory_is_not_written_over(workdir, name):
+def test_the_files_of_a_work_directory_are_not_overwritten(workdir, name):
     with pytest.raises(ValueError, match=rf"which belongs to the work directory {workdir} .*: name another"):
         check_output("--output", str(workdir / name), [])
 
 
-def test_a_work_directory_keeps_its_files_under_other_names(workdir, tmp_path):
+def test_the_files_of_a_work_directory_are_recognised_under_other_names(workdir, tmp_path):
     os.link(workdir / "checkpoints" / "5" / "data", tmp_path / "hard")
     os.symlink(workdir / "config.json", tmp_path / "soft")
     os.symlink(workdir, tmp_path / "link")
@@ -69,7 +69,7 @@ def test_a_work_directory_keeps_its_files_under_other_names(workdir, tmp_path):
         assert work_directory_of(str(tmp_path / name), [str(workdir)]) is not None, name
 
 
-def test_a_users_own_file_in_a_work_directory_may_be_replaced(workdir):
+def test_a_user_s_own_file_in_a_work_directory_may_be_replaced(workdir):
     (workdir / "test.hyp").write_text("older")
     check_output("--output", str(workdir / "test.hyp"), [], [str(workdir)])
     check_output("--output", str(workdir.parent / "config.json"), [], [str(workdir)])
@@ -78,12 +78,12 @@ def test_a_users_own_file_in_a_work_directory_may_be_replaced(workdir):
 @pytest.mark.parametrize(
     "names", [("-", "-"), ("-", "/dev/stdin"), ("/dev/fd/0", "-"), ("/proc/self/fd/0", "/dev/stdin")]
 )
-def test_standard_input_is_one_input(names):
+def test_standard_input_can_be_only_one_input(names):
     with pytest.raises(ValueError, match=r"--source is .* and --target is .*standard input can be only one of them"):
         check_inputs([("--source", names[0]), ("--target", names[1])])
 
 
-def test_a_pipe_is_one_input_under_all_its_names_and_a_file_is_as_many_as_wanted(tmp_path, text):
+def test_a_pipe_can_be_only_one_input_and_a_file_several(tmp_path, text):
     os.mkfifo(tmp_path / "pipe")
     os.symlink(tmp_path / "pipe", tmp_path / "other")
     pipes = [("--input", str(tmp_path / "pipe")), ("--prefixes", str(tmp_path / "other"))]
@@ -100,29 +100,29 @@ check_output("--output", sys.argv[1], [("--input", sys.argv[2])])
 """
 
 
-def test_streams_that_a_shell_has_redirected_are_known_by_their_files(text, tmp_path):
+def test_redirected_streams_are_recognised_by_their_files(text, tmp_path):
     def run(*arguments, **streams):
         done = subprocess.run([sys.executable, "-c", PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, **streams)
         return done.returncode, done.stderr.decode()
 
     with text.open() as given:
         status, said = run(text, "-", stdin=given)
-    assert status and "--input names" in said
+    assert status and "--input reads" in said
     with text.open("a") as taken:
         status, said = run("-", text, stdout=taken)
         assert status and "standard output goes to the file that --input reads" in said
         assert run("-", tmp_path / "none", stdout=taken)[0] == 0
 
 
-def test_the_home_folder_has_a_short_name(monkeypatch, tmp_path):
+def test_a_tilde_means_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expand("~/a") == f"{tmp_path}/a" and expand("a~b") == "a~b" and expand("-") == "-"
     (tmp_path / "a").write_text("one\n")
-    with pytest.raises(ValueError, match="--source names"):
+    with pytest.raises(ValueError, match="--source reads"):
         check_output("--output", "~/a", [("--source", str(tmp_path / "a"))])
 
 
-def test_looking_at_a_pipe_takes_nothing_from_it(tmp_path):
+def test_checking_a_pipe_reads_nothing_from_it(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_text("one\n"))

@@ -151,7 +151,7 @@ def test_a_file_imports_only_what_its_row_allows(path):
 
 
 @pytest.mark.parametrize("row", LAYOUT)
-def test_the_table_itself_runs_one_way(row):
+def test_the_table_has_no_upward_import(row):
     rows = list(LAYOUT)
     above = rows[: rows.index(row)]
     for entry in LAYOUT[row].split() if LAYOUT[row] != ABOVE else []:
@@ -189,17 +189,17 @@ def packages_loaded_by(statement):
     return set(done.stdout.split())
 
 
-def test_importing_the_library_costs_nothing():
+def test_importing_the_library_loads_no_other_package():
     cost = packages_loaded_by(f"import {PACKAGE}") - packages_loaded_by("pass")
     assert cost - sys.stdlib_module_names == {PACKAGE}
 
 
-def test_what_it_offers_costs_jax_flax_and_jaxtyping_only():
+def test_the_public_names_load_only_jax_flax_and_jaxtyping():
     cost = packages_loaded_by(f"from {PACKAGE} import *") - packages_loaded_by("import jax, flax.linen, jaxtyping")
     assert cost - sys.stdlib_module_names == {PACKAGE}
 
 
-def test_the_names_that_are_loaded_late_are_those_that_type_checkers_see():
+def test_lazily_loaded_names_are_those_in_the_stub_file():
     stub = ast.parse((ROOT / PACKAGE / "__init__.pyi").read_text())
     homes = {alias.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     declared = [ast.literal_eval(node.value) for node in stub.body if isinstance(node, ast.Assign)]
@@ -209,8 +209,8 @@ def test_the_names_that_are_loaded_late_are_those_that_type_checkers_see():
         assert getattr(flax_transformer, name) is getattr(importlib.import_module(home), name)
 
 
-def test_the_public_interface_is_what_it_was_promised_to_be():
-    """A name that goes, or another one that comes, is a change of version: see CONTRIBUTING.md."""
+def test_the_public_interface_has_not_changed():
+    """Adding or removing a name changes the version: see CONTRIBUTING.md."""
     assert sorted(flax_transformer.__all__) == [
         "KVCache",
         "MultiHeadAttention",
@@ -225,7 +225,7 @@ def test_the_public_interface_is_what_it_was_promised_to_be():
     ]
 
 
-def test_a_name_that_is_not_offered_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'flax_transformer' has no attribute 'Transfomer'"):
         flax_transformer.Transfomer  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Transfomer'"):
@@ -262,7 +262,7 @@ def test_a_wrong_shape_in_a_tree_is_an_error_too_and_a_placeholder_of_jaxs_is_no
         assert jax.tree.unflatten(structure, [placeholder] * 2).value is placeholder
 
 
-def test_training_does_not_wait_for_pytorch_where_it_is_installed():
+def test_training_does_not_import_pytorch():
     code = "import sys, flax_transformer.training.loop; print('torch' in sys.modules, 'tensorboardX' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False True\n"

@@ -74,17 +74,17 @@ def test_feed_forward_is_equation_2_with_its_activation(activation):
 
 
 @pytest.mark.parametrize("layer", [EncoderLayer, DecoderLayer])
-def test_a_layer_hands_the_config_to_its_feed_forward_network(layer):
+def test_a_layer_passes_the_config_to_its_feed_forward_network(layer):
     part = layer(config(activation="swish", activation_dropout_rate=0.25)).bind({}).feed_forward
     assert (part.activation, part.dropout_rate, part.d_model, part.d_ff) == ("swish", 0.25, D, F)
 
 
-def test_activation_dropout_falls_on_the_inner_activations():
+def test_activation_dropout_applies_to_the_inner_activations():
     rate = 0.5
     module = FeedForward(D, D, dropout_rate=rate)
     inputs = random(B, S, D)
     variables = scattered(jax.jit(partial(module.init, deterministic=True))(jax.random.key(0), inputs))
-    # With an outer map that changes nothing, the inner activations come out.
+    # If the outer map is the identity, the output is the inner activations.
     variables["params"]["outer"] = {"kernel": jnp.eye(D), "bias": jnp.zeros(D)}
     whole = np.asarray(module.apply(variables, inputs, deterministic=True))
     dropped = np.asarray(module.apply(variables, inputs, **DROPPED))
@@ -155,7 +155,7 @@ def drop_everything(next_call, args, kwargs, context):
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_dropout_comes_before_the_residual_and_the_norm(norm):
-    # Where all of Sublayer(x) is dropped, x is left: LayerNorm(x) with the paper's norm, x itself with the other.
+    # If all of Sublayer(x) is dropped, x remains: LayerNorm(x) with the paper's norm, x itself with the other.
     layer, variables, inputs = encoder_layer(norm=norm)
     part = layer.bind(variables)
     norms = (part.self_attention_norm, part.feed_forward_norm)
@@ -182,7 +182,7 @@ def constant_sub_layers(variables, *last_maps):
     return variables
 
 
-def test_each_sub_layer_drops_single_values_of_its_own_and_scales_the_rest():
+def test_each_sub_layer_drops_different_values_and_scales_the_others():
     # In pre-norm the outputs less the inputs are the sum of what the sub-layers gave after dropout: 0 or 2 each.
     layer, variables, inputs = encoder_layer(norm="pre", dropout_rate=0.5)
     variables = constant_sub_layers(variables, ("self_attention", "out"), ("feed_forward", "outer"))
@@ -212,7 +212,7 @@ def test_attention_and_activation_dropout_are_off_by_default_and_on_when_set(rat
     assert np.array_equal(whole, again)
 
 
-def test_a_cache_adds_the_positions_that_come_next():
+def test_a_cache_adds_the_next_positions():
     layer, variables, inputs, memory = decoder_layer()
     whole = run_decoder_layer(layer, variables, inputs, memory, deterministic=True)
     _, seen, _ = layer.apply(variables, inputs, memory, deterministic=True)

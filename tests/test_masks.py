@@ -1,4 +1,4 @@
-"""Tests that masks hold 0 and -inf where they should, and that masks of other conventions are refused."""
+"""Tests that masks have 0 and -inf where they should, and that masks of other conventions are refused."""
 
 import inspect
 
@@ -40,7 +40,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_a_mask_is_float32_of_four_dimensions_and_holds_exactly_zero_and_minus_infinity(name):
+def test_a_mask_is_four_dimensional_float32_of_exactly_zero_and_minus_infinity(name):
     make, shape = MASKS[name]
     mask = make()
     assert mask.shape == shape
@@ -55,11 +55,11 @@ def test_a_position_sees_itself_and_the_past():
             assert (mask[query, key] == 0) == (key <= query)
 
 
-def test_padding_is_hidden_and_nothing_else_is():
+def test_padding_masks_hide_only_padding():
     assert jnp.array_equal(padding_mask(VALID)[:, 0, 0] == 0, VALID)
 
 
-def test_a_segment_sees_itself_and_padding_neither_sees_nor_is_seen():
+def test_a_segment_sees_only_itself_and_padding_neither_sees_nor_is_seen():
     visible = segment_mask(QUERY_SEGMENTS, MEMORY_SEGMENTS)[:, 0] == 0
     for row, queries in enumerate(QUERY_SEGMENTS.tolist()):
         for query, segment in enumerate(queries):
@@ -67,14 +67,14 @@ def test_a_segment_sees_itself_and_padding_neither_sees_nor_is_seen():
             assert visible[row, query].tolist() == expected
 
 
-def test_one_segment_for_every_token_that_is_not_padding_is_the_padding_mask():
+def test_a_segment_mask_with_one_segment_equals_the_padding_mask():
     segments = VALID.astype(jnp.int32)
     seen_by_tokens = segment_mask(jnp.ones_like(segments), segments)
     assert jnp.array_equal(seen_by_tokens, jnp.broadcast_to(padding_mask(VALID), seen_by_tokens.shape))
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 5), (2, 1), (2, 3), (4, 1)])
-def test_a_hypothesis_sees_at_each_position_up_to_its_own_what_its_ancestor_wrote_there(start, length):
+def test_a_hypothesis_sees_what_its_ancestors_wrote_up_to_its_own_position(start, length):
     batch, hypotheses, room = ANCESTORS.shape
     mask = ancestor_mask(ANCESTORS, length, jnp.array(start))
     # Both sides are ordered by position, then by hypothesis.
@@ -89,14 +89,14 @@ def test_the_only_hypothesis_of_a_sentence_sees_its_whole_past():
     assert jnp.array_equal(alone, causal_mask(7)[:, :, 2:5])
 
 
-def test_combined_masks_allow_what_all_of_them_allow():
+def test_combined_masks_allow_only_what_all_of_them_allow():
     segments = segment_mask(MEMORY_SEGMENTS, MEMORY_SEGMENTS)
     combined = combine_masks(causal_mask(5), segments, padding_mask(VALID))
     expected = (causal_mask(5) == 0) & (segments == 0) & (padding_mask(VALID) == 0)
     assert jnp.array_equal(combined == 0, expected)
 
 
-def test_combining_passes_over_none():
+def test_combining_ignores_none():
     assert jnp.array_equal(combine_masks(None, causal_mask(3), None), causal_mask(3))
     assert combine_masks(None, None) is None
     assert combine_masks() is None
@@ -123,14 +123,14 @@ def test_a_mask_of_another_convention_is_refused(mask, message):
 
 
 @pytest.mark.parametrize("mask", [causal_mask(7), np.asarray(causal_mask(7)), causal_mask(7).astype("bfloat16")])
-def test_additive_masks_pass_whoever_made_them(mask):
+def test_additive_masks_of_any_origin_are_accepted(mask):
     check_mask(mask)
-    # Where a function that is traced closes over it, its values are looked at outside the program.
+    # If a traced function closes over it, its values can be checked outside the program.
     assert not jax.make_jaxpr(lambda: check_mask(mask))().eqns
 
 
 @pytest.mark.parametrize("length", [1, 40])
-def test_in_rows_of_zeros_and_infinities_zeros_are_counted_and_others_are_nan(length):
+def test_count_seen_counts_zeros_and_gives_nan_for_other_values(length):
     no = -jnp.inf
     rows = jnp.array([[0, no], [no, no], [0, 0], [1, no], [no, 1], [-1e9, 0], [0, -1e9], [-1e9, no], [jnp.nan, 0]])
     rows = jnp.repeat(rows, length, axis=1)[:, None, None]
@@ -149,13 +149,13 @@ NOT_VALIDITY = {
 
 
 @pytest.mark.parametrize("name", NOT_VALIDITY)
-def test_validity_is_boolean_of_two_dimensions(name):
+def test_validity_must_be_boolean_with_two_dimensions(name):
     with pytest.raises(ValueError, match="give booleans .* true where there is a token"):
         inspect.unwrap(padding_mask)(NOT_VALIDITY[name])
 
 
 @pytest.mark.parametrize("segments", [VALID, VALID.astype("float32"), jnp.array([3, 2])])
-def test_segments_are_integers_of_two_dimensions(segments):
+def test_segments_must_be_integers_with_two_dimensions(segments):
     for pair in ((segments, MEMORY_SEGMENTS), (QUERY_SEGMENTS, segments)):
         with pytest.raises(ValueError, match="_segments are .*: give one integer for each position, 0 for padding"):
             inspect.unwrap(segment_mask)(*pair)

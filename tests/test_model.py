@@ -56,7 +56,7 @@ both_options = pytest.mark.parametrize("options", OPTIONS, ids=["paper", "pre-no
 
 
 @both_options
-def test_a_changed_target_token_moves_later_logits_and_no_earlier_one_by_a_bit(options):
+def test_a_changed_target_token_changes_later_logits_and_no_earlier_one_by_a_bit(options):
     model, variables = build(**options)
     before = logits_of(model, variables, target=FULL_TARGET)
     for position in range(T):
@@ -66,7 +66,7 @@ def test_a_changed_target_token_moves_later_logits_and_no_earlier_one_by_a_bit(o
 
 
 @both_options
-def test_what_stands_in_padding_moves_nothing_by_a_bit(options):
+def test_the_content_of_padding_changes_nothing_by_a_bit(options):
     model, variables = build(**options)
     source, target = (tokens_of(ids, ids != 0) for ids in (SOURCE, TARGET))
     before = logits_of(model, variables, source, target)
@@ -107,7 +107,7 @@ def packed_batch():
 
 
 @both_options
-def test_packed_sentences_have_the_logits_they_have_alone(options):
+def test_packed_sentences_have_the_same_logits_as_alone(options):
     model, variables = build(**options)
     source, target = packed_batch()
     together = logits_of(model, variables, source, target)
@@ -120,7 +120,7 @@ def test_packed_sentences_have_the_logits_they_have_alone(options):
 
 
 @both_options
-def test_another_segment_moves_nothing_by_a_bit(options):
+def test_another_segment_changes_nothing_by_a_bit(options):
     model, variables = build(**options)
     sides = packed_batch()
     before = logits_of(model, variables, *sides)
@@ -144,7 +144,7 @@ def test_another_segment_moves_nothing_by_a_bit(options):
 )
 def test_step_by_step_logits_equal_those_of_one_pass(options, hypotheses, chunks):
     model, variables = build(**options)
-    # Each hypothesis translates its sentence otherwise; the second sentence has padding.
+    # Each hypothesis is a different translation of its sentence; the second sentence has padding.
     targets = np.random.default_rng(2).integers(3, V, (B * hypotheses, T), "int32")
     expected = logits_of(model, variables, np.repeat(SOURCE, hypotheses, axis=0), targets)
 
@@ -159,7 +159,7 @@ def test_step_by_step_logits_equal_those_of_one_pass(options, hypotheses, chunks
 
 @both_options
 @pytest.mark.parametrize("chunks", [(1,) * T, (2, 1, 3, 1)])
-def test_a_hypothesis_that_follows_another_goes_on_as_if_the_others_beginning_were_its_own(options, chunks):
+def test_a_hypothesis_that_follows_another_continues_with_its_past(options, chunks):
     model, variables = build(**options)
     hypotheses, rng = 3, np.random.default_rng(3)
     state = jitted(model, "start_decoding", max_length=T, hypotheses=hypotheses)(variables, SOURCE)
@@ -183,7 +183,7 @@ def test_a_hypothesis_that_follows_another_goes_on_as_if_the_others_beginning_we
 
 
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (2, 2)])
-def test_a_step_past_the_room_that_was_made_gives_nan(chunks):
+def test_a_step_past_the_end_of_the_cache_gives_nan(chunks):
     model, variables = build()
     state = jitted(model, "start_decoding", max_length=3)(variables, SOURCE)
     for length in chunks:
@@ -191,7 +191,7 @@ def test_a_step_past_the_room_that_was_made_gives_nan(chunks):
         assert np.isnan(logits).all() if int(state.position) > 3 else np.isfinite(logits).all()
 
 
-def test_encode_decode_and_logits_compose_to_the_call():
+def test_encode_decode_and_logits_compose_to_a_call():
     model, variables = build()
     encode, decode = (jitted(model, method, deterministic=True) for method in ("encode", "decode"))
     for source, target in ((SOURCE, TARGET), packed_batch()):
@@ -208,7 +208,7 @@ def test_the_decoder_starts_from_the_start_id_of_the_config():
     other, _ = build(start_id=4)
     swapped = jax.tree.map(np.copy, variables)
     table = variables["params"]["shared_embedding"]["embedding"]
-    # Where ids 1 and 4 change places, in the model and in what it reads and writes, all is as before.
+    # If ids 1 and 4 are exchanged in the model, its input and its output, nothing else changes.
     swapped["params"]["shared_embedding"]["embedding"] = table[np.array([0, 4, 2, 3, 1, *range(5, V)])]
     tokens = 5 + np.arange(S, dtype="int32")[None]
     logits = logits_of(other, swapped, tokens, tokens)
@@ -217,7 +217,7 @@ def test_the_decoder_starts_from_the_start_id_of_the_config():
     np.testing.assert_allclose(logits[..., 5:], expected[..., 5:], atol=1e-5)
 
 
-def test_the_parameter_tree_has_the_names_that_a_checkpoints_reader_expects():
+def test_the_parameter_tree_has_the_documented_names():
     _, variables = build()
     affine, norm = ("kernel", "bias"), ("scale", "bias")
     projections = [f"{name}/{leaf}" for name in ("query", "key", "value", "out") for leaf in affine]
@@ -239,7 +239,7 @@ def test_the_parameter_tree_has_the_names_that_a_checkpoints_reader_expects():
     assert {leaf.dtype for leaf in flat.values()} == {np.dtype("float32")}
 
 
-def test_the_weights_come_one_array_a_layer_and_their_rows_sum_to_one_or_in_padding_to_zero():
+def test_each_layer_returns_weights_whose_rows_sum_to_one_or_to_zero_for_padding():
     model, variables = build()
     logits, weights = jitted(model, deterministic=True, return_weights=True)(variables, SOURCE, TARGET)
     np.testing.assert_allclose(logits, logits_of(model, variables), atol=1e-5)
@@ -266,7 +266,7 @@ def test_a_wrong_shape_is_an_error(shapes):
         jax.eval_shape(partial(model.apply, deterministic=True), variables, source, target)
 
 
-def test_a_vocabulary_size_that_nobody_set_is_an_error():
+def test_a_vocabulary_size_that_is_not_set_is_an_error():
     model = Transformer(TransformerConfig(**SMALL))
     with pytest.raises(ValueError, match="model.source_vocab_size is 0, model.target_vocab_size 0: set both"):
         model.init(jax.random.key(0), SOURCE, TARGET, deterministic=True)

@@ -1,4 +1,4 @@
-"""Tests that token ids, segments and positions which cannot be meant are refused, or make NaN where unseen."""
+"""Tests that invalid token ids, segments and positions are refused, or give NaN where they cannot be checked."""
 
 import dataclasses
 from functools import partial
@@ -40,13 +40,13 @@ def variables():
         (np.array([[3, -100]]), "source has the token id -100, the vocabulary has 7"),
     ],
 )
-def test_what_cannot_be_token_ids_is_refused(tokens, message):
+def test_invalid_token_ids_are_refused(tokens, message):
     with pytest.raises(ValueError, match=message):
         check_tokens("source", tokens, V)
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, np.asarray(TOKENS), TOKENS.astype("uint8"), TOKENS[:, :0]])
-def test_token_ids_pass_whatever_their_integers(tokens):
+def test_token_ids_of_any_integer_type_are_accepted(tokens):
     check_tokens("source", tokens, V)
 
 
@@ -68,7 +68,7 @@ def test_each_call_refuses_an_id_that_the_vocabulary_lacks(variables, call):
             jax.eval_shape(partial(nn.apply(CALLS[call], MODEL), wrong=tokens), variables)
 
 
-def test_an_id_that_is_not_seen_makes_nan_of_its_own_sentence_alone(variables):
+def test_an_invalid_id_inside_jit_makes_only_its_own_sentence_nan(variables):
     @jax.jit
     def logits(source, target):
         return MODEL.apply(variables, source, target, deterministic=True)
@@ -80,7 +80,7 @@ def test_an_id_that_is_not_seen_makes_nan_of_its_own_sentence_alone(variables):
             assert np.isfinite(found[0]).all() and np.isnan(found[1, -1]).all()
 
 
-def test_looking_up_gives_rows_and_gradients_as_indexing_does():
+def test_look_up_gives_the_same_rows_and_gradients_as_indexing():
     embedding, table = nn.Embed(V, 4), {"params": {"embedding": jnp.arange(4.0 * V).reshape(V, 4)}}
 
     def loss(table, vectors_of):
@@ -92,7 +92,7 @@ def test_looking_up_gives_rows_and_gradients_as_indexing_does():
     assert all(map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(theirs)))
 
 
-def test_a_learned_position_before_the_first_is_refused_or_nan():
+def test_a_negative_learned_position_is_refused_or_nan():
     module, positions = LearnedPositions(5, 4), jnp.array([[0, 1, -1]])
     variables = module.init(jax.random.key(0), positions[:, :2])
     with pytest.raises(ValueError, match="positions has -1: count positions from 0"):
@@ -101,7 +101,7 @@ def test_a_learned_position_before_the_first_is_refused_or_nan():
     assert np.isfinite(vectors[:, :2]).all() and np.isnan(vectors[:, 2]).all()
 
 
-def test_a_start_that_is_no_token_of_the_target_is_refused():
+def test_a_start_id_outside_the_target_vocabulary_is_refused():
     model = Transformer(dataclasses.replace(MODEL.config, start_id=V))
     with pytest.raises(ValueError, match=f"model.start_id is {V}, model.target_vocab_size 7"):
         jax.eval_shape(partial(model.init, deterministic=True), jax.random.key(0), TOKENS, TOKENS)

@@ -17,7 +17,7 @@ B, S, T, D, V = 2, 5, 7, 16, 31
 SMALL = {"d_model": D, "num_heads": 4, "d_ff": 24, "num_encoder_layers": 2, "num_decoder_layers": 2, "max_length": 9}
 SOURCE = np.array([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]], "int32")
 TARGET = np.array([[3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 0, 0, 0]], "int32")
-UNSEEN = 20  # an id that stands in neither
+UNSEEN = 20  # an id that occurs in neither
 
 
 def build(**changes):
@@ -62,7 +62,7 @@ def double(token, leaf):
 
 
 MATRICES = {
-    # The tying: the matrices that the tree has, and the path of the one that makes the logits.
+    # For each kind of tying: the matrices of the tree, and the path of the one that computes the logits.
     "three_way": ({"shared_embedding"}, ("shared_embedding", "embedding")),
     "decoder": ({"source_embedding", "target_embedding"}, ("target_embedding", "embedding")),
     "none": ({"source_embedding", "target_embedding", "output_kernel"}, ("output_kernel",)),
@@ -78,7 +78,7 @@ def test_tying_decides_which_matrices_there_are_and_which_makes_the_logits(tie_e
     params = variables["params"]
     assert set(params) == {"encoder", "decoder"} | matrices
     before = logits_of(model, variables)
-    # Twice an id's output vector gives twice its logit, and moves no other logit as long as no token has that id.
+    # Doubling an id's output vector doubles its logit, and changes no other logit if no token has that id.
     after = logits_of(model, with_leaf(variables, partial(double, UNSEEN), *output))
     doubled = np.where(np.arange(V) == UNSEEN, 2 * before, before)
     np.testing.assert_allclose(after, doubled, atol=1e-6)
@@ -89,7 +89,7 @@ def test_tying_decides_which_matrices_there_are_and_which_makes_the_logits(tie_e
 
 
 @pytest.mark.parametrize("tie_embeddings", MATRICES)
-def test_each_language_is_read_from_its_own_matrix_or_from_the_shared_one(tie_embeddings):
+def test_each_language_uses_its_own_matrix_or_the_shared_one(tie_embeddings):
     model, variables = build(tie_embeddings=tie_embeddings)
     three_way = tie_embeddings == "three_way"
     source, target = ("shared_embedding",) * 2 if three_way else ("source_embedding", "target_embedding")
@@ -99,7 +99,7 @@ def test_each_language_is_read_from_its_own_matrix_or_from_the_shared_one(tie_em
     in_first_source = with_leaf(variables, partial(double, 3), source, "embedding")
     moved = (np.asarray(encode(in_first_source, SOURCE)) != memory).any(-1)
     assert moved[0].all() and not moved[1].any()
-    # Token 11 stands second in the second target only, so the logits of the third and later positions hear of it.
+    # Token 11 is only the second token of the second target, so it affects the logits of the third and later positions.
     in_second_target = with_leaf(variables, partial(double, 11), target, "embedding")
     assert np.array_equal(encode(in_second_target, SOURCE), memory)
     moved = logits_of(model, in_second_target)[..., UNSEEN] != logits[..., UNSEEN]
@@ -148,7 +148,7 @@ def test_the_vectors_of_the_config_are_added_to_the_embeddings(positions):
     assert np.abs(np.asarray(memory(wanted, one) - memory(wanted, other))).max() > 1e-2
 
 
-def test_learned_positions_name_the_mend_where_they_run_out_also_under_jit():
+def test_too_few_learned_positions_are_an_error_with_a_remedy_also_under_jit():
     model, variables = build(positions="learned", max_length=T)
     longer = np.ones((B, T + 1), "int32")
     for arrays, options in [
@@ -157,7 +157,7 @@ def test_learned_positions_name_the_mend_where_they_run_out_also_under_jit():
         ((longer,), {"deterministic": True, "method": "encode"}),
         ((SOURCE,), {"max_length": T + 1, "method": "start_decoding"}),
     ]:
-        with pytest.raises(ValueError, match="8 positions, model.max_length is 7: raise it"):
+        with pytest.raises(ValueError, match="8 positions, but model.max_length is 7: raise it"):
             jax.eval_shape(partial(model.apply, **options), variables, *arrays)
     jax.eval_shape(partial(model.apply, deterministic=True), variables, SOURCE, TARGET)
 
@@ -179,7 +179,7 @@ def test_every_norm_has_the_epsilon_of_the_config(norm, count):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_dropout_falls_on_embeddings_with_their_positions_and_on_every_sub_layer(norm):
+def test_dropout_applies_to_embeddings_with_positions_and_to_every_sub_layer(norm):
     model, variables = build(norm=norm, dropout_rate=0.25)
     noted = []
 
@@ -194,7 +194,7 @@ def test_dropout_falls_on_embeddings_with_their_positions_and_on_every_sub_layer
     with nn.intercept_methods(drop_everything):
         apply = partial(model.apply, deterministic=False, rngs={"dropout": dropout_key(0)})
         logits = jax.jit(apply)(variables, SOURCE, TARGET)
-    # Nothing gets in past a dropped embedding and nothing is added on the way: the norms of zeros are zeros.
+    # If embeddings are dropped and nothing is added later, the norms of zeros are zeros.
     assert (np.asarray(logits) == 0).all()
     calls = [path for path, _, _ in noted]
     assert {(rate, deterministic) for _, rate, deterministic in noted} == {(0.25, False)}
@@ -254,7 +254,7 @@ def test_remat_computes_each_layer_again_and_changes_no_output_and_no_gradient()
         np.testing.assert_allclose(same, gradient, atol=1e-4 * max(1.0, float(np.abs(gradient).max())))
 
 
-def test_parameters_begin_where_unit_variance_is_kept():
+def test_initial_parameters_preserve_unit_variance():
     sizes = {"source_vocab_size": 500, "target_vocab_size": 500, "num_encoder_layers": 1, "num_decoder_layers": 1}
     model = Transformer(TransformerConfig.tiny(**sizes))
     variables = jax.jit(partial(model.init, deterministic=True))(jax.random.key(0), SOURCE, TARGET)

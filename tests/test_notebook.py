@@ -98,7 +98,7 @@ def test_the_quick_start_translates_held_out_phrases(outputs):
 def test_only_a_mask_before_the_softmax_hides_the_future_in_the_lesson_of_the_quick_start(outputs):
     before, after = text(outputs["lesson-plot"]).splitlines()
     assert before.count("1.00") == 3
-    assert after.count("1.00") == 1  # the last word, which has no future
+    assert after.count("1.00") == 1  # the last word, after which there is nothing to hide
     lines = text(outputs["leak-numbers"]).splitlines()
     before, after = (line.split("gathers ")[1].split(", after the change ") for line in lines)
     assert before[0] == before[1]

@@ -45,7 +45,7 @@ def draw(figure):
         figure.savefig(io.BytesIO(), dpi=40)
 
 
-def test_a_mask_shows_where_it_is_zero_whatever_it_is_broadcast_to():
+def test_a_mask_is_drawn_visible_where_it_is_zero_after_broadcasting():
     valid = jnp.array([[True] * 5, [True] * 3 + [False] * 2])
     masks = {"causal": causal_mask(5), "padding": padding_mask(valid)}
     masks["both"] = combine_masks(*masks.values())
@@ -58,13 +58,13 @@ def test_a_mask_shows_where_it_is_zero_whatever_it_is_broadcast_to():
     draw(figure)
 
 
-def test_a_small_mask_carries_its_numbers_in_its_cells():
+def test_a_small_mask_shows_numbers_in_its_cells():
     axes = panels(plots.plot_masks({"causal": causal_mask(3)}))[0]
     numbers = {text.get_position(): text.get_text() for text in axes.texts}
     assert numbers == {(m, q): "0" if m <= q else "−∞" for q in range(3) for m in range(3)}
 
 
-def test_a_mask_has_its_tokens_on_the_axes_it_hides_them_on():
+def test_tokens_of_a_mask_label_the_right_axes():
     mask = segment_mask(jnp.ones((1, 7), int), jnp.array([[1, 1, 1, 2, 2]]))
     axes = panels(plots.plot_masks({"segments": mask}, query_tokens=TARGET, memory_tokens=SOURCE))[0]
     assert (labels(axes.yaxis), labels(axes.xaxis)) == (TARGET, SOURCE)
@@ -80,12 +80,12 @@ def test_a_mask_has_its_tokens_on_the_axes_it_hides_them_on():
         ({"causal": causal_mask(7)}, SOURCE, "query_tokens has 5 tokens, there are 7 queries"),
     ],
 )
-def test_what_is_no_mask_or_does_not_fit_is_refused(masks, tokens, message):
+def test_invalid_masks_and_wrong_labels_are_refused(masks, tokens, message):
     with pytest.raises(ValueError, match=message):
         plots.plot_masks(masks, query_tokens=tokens)
 
 
-def test_position_vectors_are_drawn_as_they_are_on_one_scale_around_zero():
+def test_position_vectors_share_one_scale_around_zero():
     positions = jnp.arange(7)
     encodings = {
         "interleaved": sinusoidal_positions(positions, 10),
@@ -100,7 +100,7 @@ def test_position_vectors_are_drawn_as_they_are_on_one_scale_around_zero():
     draw(figure)
 
 
-def test_each_schedule_is_a_line_of_its_rates_update_by_update():
+def test_each_schedule_is_a_line_with_the_rate_of_each_update():
     schedules = {"linear": optax.linear_schedule(0.0, 2.0, 4), "a number": lambda step: 0.5}
     axes = plots.plot_schedules(schedules, 7).axes[0]
     expected = {"linear": [0, 0.5, 1, 1.5, 2, 2, 2], "a number": [0.5] * 7}
@@ -117,8 +117,8 @@ def test_no_schedule_and_no_steps_are_refused(schedules, steps):
         plots.plot_schedules(schedules, steps)
 
 
-@pytest.mark.parametrize("heads", [1, 7])  # seven take two rows, and leave a place empty
-def test_each_head_is_a_panel_with_tokens_on_both_axes_and_weights_from_none_to_all(heads):
+@pytest.mark.parametrize("heads", [1, 7])  # seven panels take two rows and leave one place empty
+def test_each_head_is_a_panel_with_tokens_on_both_axes_and_weights_from_zero_to_one(heads):
     weights = random_weights(heads, 7, 5)
     figure = plots.plot_attention(weights, SOURCE, TARGET, title="cross")
     drawn = panels(figure)
@@ -154,13 +154,13 @@ def test_weights_that_do_not_fit_are_refused(shape, titles, message):
         plots.plot_attention(random_weights(*shape), SOURCE, TARGET, head_titles=titles)
 
 
-def test_dollar_signs_begin_no_formula():
+def test_dollar_signs_do_not_start_a_formula():
     figure = plots.plot_attention(random_weights(1, 2), ["US$5", r"$\frac$"], ["$1 or $2"])
     draw(figure)
     assert labels(panels(figure)[0].yaxis) == ["$1 or $2"]
 
 
-def test_figures_are_unknown_to_pyplot():
+def test_figures_do_not_use_pyplot():
     plots.plot_masks({"causal": causal_mask(3)})
     plots.plot_attention(random_weights(7, 5), SOURCE, TARGET)
     assert pyplot.get_fignums() == []
@@ -199,7 +199,7 @@ def write_font(path, family, characters):
 
 
 @pytest.mark.usefixtures("bare_fonts")
-def test_a_font_installed_since_matplotlib_listed_them_is_found_for_what_the_default_lacks(tmp_path, monkeypatch):
+def test_a_font_installed_after_matplotlib_listed_fonts_is_found(tmp_path, monkeypatch):
     paths = [write_font(tmp_path / "kannada.ttf", "Boxes Kannada", KANNADA[0]), str(tmp_path / "broken.ttf")]
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
@@ -211,7 +211,7 @@ def test_a_font_installed_since_matplotlib_listed_them_is_found_for_what_the_def
 
 
 @pytest.mark.usefixtures("bare_fonts")
-def test_where_no_font_has_the_script_one_warning_names_it_and_the_mend():
+def test_a_script_without_a_font_gives_one_warning_with_a_remedy():
     with pytest.warns(UserWarning, match="Kannada characters.*install a Noto font") as caught:
         figures = [plots.plot_attention(random_weights(7, 1), KANNADA, TARGET) for _ in range(2)]
     assert len(caught) == 1

@@ -35,7 +35,7 @@ def test_concatenated_has_the_same_features_with_the_sines_first():
     assert jnp.array_equal(concatenated[..., D_MODEL // 2 :], interleaved[..., 1::2])
 
 
-def test_a_vector_depends_on_the_position_and_not_on_the_place_in_the_row():
+def test_a_vector_depends_on_the_position_and_not_on_its_index_in_the_row():
     packed = sinusoidal_positions(jnp.array([[0, 1, 2, 0, 1]]), D_MODEL)
     assert jnp.array_equal(packed[0, :2], packed[0, 3:])
 
@@ -53,9 +53,9 @@ def test_learned_positions_are_rows_of_a_float32_table():
     assert jnp.array_equal(module.apply(variables, positions), table[positions])
 
 
-def test_a_learned_position_past_the_table_is_an_error_that_names_the_mend():
+def test_a_learned_position_past_the_table_is_an_error_with_a_remedy():
     module, variables, _, positions = learned([[0, 1, 2, 3, 4, 5, 6]])
-    with pytest.raises(ValueError, match="7 positions, model.max_length is 5: raise it"):
+    with pytest.raises(ValueError, match="7 positions, but model.max_length is 5: raise it"):
         module.apply(variables, positions)
 
 
@@ -66,7 +66,7 @@ def test_a_learned_position_past_the_table_is_nan_under_jit_and_the_others_are_r
     assert jnp.isnan(vectors[0, 2:]).all()
 
 
-def test_as_many_positions_as_the_table_has_fit():
+def test_a_sentence_as_long_as_the_table_fits():
     check_length(5, 5)
     with pytest.raises(ValueError, match="6 positions"):
         check_length(6, 5)

@@ -1,4 +1,4 @@
-"""Tests that the gradients a training step writes out are those of plain mathematics, and that only it uses them."""
+"""Tests that the written-out gradients of a training step are mathematically correct, and that only it uses them."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_product_and_gradients_equal_numpys(function, leading):
     np.testing.assert_allclose(to_kernel, by_row, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_gradients_agree_with_differences():
+def test_second_derivatives_agree_with_finite_differences():
     rng = np.random.default_rng(1)
     inputs, kernel = (jnp.asarray(rng.normal(size=shape), "float32") for shape in ((2, 5, D), (D, F)))
     check_grads(
@@ -39,14 +39,14 @@ def test_gradients_of_gradients_agree_with_differences():
 
 
 @pytest.mark.parametrize("function", [project, written_out])
-def test_gradients_have_the_type_of_what_they_are_of(function):
+def test_gradients_have_the_type_of_their_variables(function):
     inputs, kernel = jnp.ones((2, 5, D), "bfloat16"), jnp.ones((D, F), "bfloat16")
     gradients = jax.grad(lambda *arrays: function(*arrays).astype("float32").sum(), argnums=(0, 1))(inputs, kernel)
     assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16] * 2
 
 
 @pytest.mark.parametrize("function", [project, written_out])
-def test_sums_have_the_type_that_is_asked_for_and_gradients_that_of_what_they_are_of(function):
+def test_sums_have_the_requested_type_and_gradients_that_of_their_variables(function):
     inputs, kernel = jnp.full((1, 2, 512), 1 + 2**-7, "bfloat16"), jnp.ones((512, F), "bfloat16")
     products, gradients_of = jax.vjp(lambda *arrays: function(*arrays, jnp.float32), inputs, kernel)
     assert products.dtype == jnp.float32
@@ -55,7 +55,7 @@ def test_sums_have_the_type_that_is_asked_for_and_gradients_that_of_what_they_ar
     assert [gradient.dtype for gradient in gradients_of(products)] == [jnp.bfloat16] * 2
 
 
-def test_only_what_is_traced_inside_the_context_writes_its_gradients_out():
+def test_only_functions_traced_inside_the_context_use_written_out_gradients():
     def is_written_out():
         return "custom_vjp" in str(jax.make_jaxpr(project)(jnp.ones((2, D)), KERNEL))
 
@@ -65,7 +65,7 @@ def test_only_what_is_traced_inside_the_context_writes_its_gradients_out():
     assert not is_written_out()
 
 
-def test_a_function_that_jit_traced_inside_the_context_is_traced_anew_outside():
+def test_a_function_traced_by_jit_inside_the_context_is_traced_again_outside():
     compiled, inputs = jax.jit(project), jnp.ones((2, 5, D))
     with gradients_written_out():
         inside = jax.grad(lambda kernel: compiled(inputs, kernel).sum())(KERNEL)

@@ -32,7 +32,7 @@ def fields_of(*kinds):
 
 
 def made_with(settings, name, value):
-    """Settings with a value that beartype, which checks signatures while tests run, would not let through."""
+    """Makes settings with a value that beartype, which checks signatures in tests, would refuse."""
     made = settings()
     object.__setattr__(made, name, value)
     made.__post_init__()
@@ -56,7 +56,7 @@ def test_every_number_has_a_range(settings, name):
 
 
 @fields_of(int)
-def test_what_is_no_whole_number_is_refused_where_one_belongs(settings, name):
+def test_settings_for_whole_numbers_refuse_anything_else(settings, name):
     is_sequence = name in ("banned", "banned_ids")
     for wrong in (True, 3.5, math.nan, math.inf, "3", np.float32(2.5), np.bool_(True), [3], {}):
         refused(settings, name, [wrong] if is_sequence else wrong)
@@ -64,25 +64,25 @@ def test_what_is_no_whole_number_is_refused_where_one_belongs(settings, name):
 
 
 @fields_of(float)
-def test_what_is_no_finite_number_is_refused_where_a_number_belongs(settings, name):
+def test_settings_for_numbers_refuse_anything_that_is_not_finite(settings, name):
     for wrong in (True, math.nan, math.inf, -math.inf, np.float32("nan"), 1e300, 10**400, "0.5", None, [0.5]):
         refused(settings, name, wrong)
 
 
 @fields_of(bool)
-def test_what_is_neither_true_nor_false_is_refused_where_one_of_them_belongs(settings, name):
+def test_settings_for_booleans_refuse_anything_else(settings, name):
     for wrong in ("false", 2, None, 0.5, math.nan):
         assert refused(settings, name, wrong).endswith("it must be true or false")
     assert getattr(made_with(settings, name, np.bool_(True)), name) is True
 
 
 @fields_of(str)
-def test_what_is_no_text_is_refused_where_a_text_belongs(settings, name):
+def test_settings_for_strings_refuse_anything_else(settings, name):
     for wrong in (3, None, True, ["a"]):
         refused(settings, name, wrong)
 
 
-def test_none_is_refused_but_where_it_means_no_limit():
+def test_none_is_refused_except_where_it_means_no_limit():
     assert BeamSearch(max_length=None).max_length is None
     refused(BeamSearch, "extra_length", None)
 
@@ -98,7 +98,7 @@ class Example:
         check(self, "example")
 
 
-def test_numbers_of_numpy_and_whole_floats_become_what_json_can_hold():
+def test_numpy_numbers_and_whole_floats_become_json_numbers():
     found = Example(count=np.int64(3), share=np.float32(0.25), many=np.array([4, 5]), kind=np.str_("b"))
     assert found == Example(3, 0.25, (4, 5), "b") == Example(3.0, 0.25, [4, 5], "b")
     assert hash(found) == hash(Example(3, 0.25, (4, 5), "b")) and isinstance(Example(3.0).count, int)
@@ -119,19 +119,19 @@ def test_numbers_of_numpy_and_whole_floats_become_what_json_can_hold():
         ({"kind": "c"}, "example.kind is 'c': choose one of a, b"),
     ],
 )
-def test_an_error_names_the_setting_what_it_got_and_what_it_may_be(values, message):
+def test_an_error_names_the_setting_the_value_and_what_is_allowed(values, message):
     with pytest.raises(ValueError) as caught:
         Example(**values)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("share", [1e-60, 1 - 1e-12])
-def test_a_number_that_a_device_would_round_to_a_forbidden_one_is_forbidden_too(share):
+def test_a_number_that_a_device_would_round_out_of_range_is_refused(share):
     with pytest.raises(ValueError, match="it must be above 0 and below 1"):
         Example(share=share)
 
 
-def test_under_the_largest_and_smallest_exponent_a_length_penalty_is_finite_and_not_zero():
+def test_the_extreme_exponents_give_a_finite_nonzero_length_penalty():
     for penalty in ("paper", "length"):
         for alpha in (-5, 5):
             at_longest = np.float32(BeamSearch(alpha=alpha, length_penalty=penalty).penalty(2_000_000))

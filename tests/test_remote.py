@@ -12,7 +12,7 @@ from flax_transformer.monitoring.report import Report
 from flax_transformer.workdir import WorkDirectory
 from tests.fake_scheme import fake_bucket
 
-# The second holds what Python, though not JSON, takes for the end of a line.
+# The second contains what Python, but not JSON, treats as the end of a line.
 LINES = [{"kind": "train", "step": 1, "loss": 2.5}, {"kind": "test", "signature": "ಕನ್ನಡ\u2028"}]
 
 
@@ -26,7 +26,7 @@ def workdir(tmp_path, monkeypatch):
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_the_pretended_bucket_is_as_strict_as_a_real_one(workdir):
+def test_the_fake_bucket_is_as_strict_as_a_real_one(workdir):
     path = epath.Path("gs://bucket/some/name")
     with pytest.raises(NotImplementedError, match="mode 'ab'"):
         path.open("a")
@@ -41,7 +41,7 @@ def test_the_pretended_bucket_is_as_strict_as_a_real_one(workdir):
     assert not path.parent.exists()
 
 
-def test_a_config_in_a_bucket_comes_back(workdir):
+def test_a_config_in_a_bucket_can_be_read_back(workdir):
     assert workdir.is_remote and not workdir.exists
     workdir.write_config({"model": {"d_model": 3}})
     assert workdir.exists and workdir.read_config() == {"model": {"d_model": 3}}
@@ -49,7 +49,7 @@ def test_a_config_in_a_bucket_comes_back(workdir):
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_vocabularies_in_a_bucket_come_back(joint, workdir):
+def test_vocabularies_in_a_bucket_can_be_read_back(joint, workdir):
     source, target = ["one two three", "four five"], ["uno due tre", "quattro cinque"]
     vocabularies = VocabularyPair.train(source, target, VocabularyConfig(size=24, joint=joint, model_type="char"))
     assert not workdir.has_vocabularies()
@@ -58,7 +58,7 @@ def test_vocabularies_in_a_bucket_come_back(joint, workdir):
     assert workdir.read_vocabularies().fingerprint() == vocabularies.fingerprint()
 
 
-def test_metrics_in_a_bucket_are_added_to(workdir):
+def test_metrics_are_appended_in_a_bucket(workdir):
     assert workdir.read_metrics() == []
     for line in LINES:
         workdir.append_metrics(line)
@@ -78,7 +78,7 @@ def anywhere(request, workdir, tmp_path):
 
 
 @pytest.mark.parametrize("left", [b"{", '{"signature": "ಕ'.encode()[:-1], b'{"loss": 2.5', b"\0\0\0\0"])
-def test_a_line_that_was_cut_off_takes_no_other_with_it(left, anywhere):
+def test_a_line_that_was_cut_off_does_not_affect_others(left, anywhere):
     anywhere.append_metrics(LINES[0])
     file = anywhere.path / "metrics.jsonl"
     file.write_bytes(file.read_bytes() + left)
@@ -88,7 +88,7 @@ def test_a_line_that_was_cut_off_takes_no_other_with_it(left, anywhere):
     assert anywhere.read_metrics() == [LINES[0], *LINES]
 
 
-def test_a_line_that_lost_no_more_than_its_end_is_kept(anywhere):
+def test_a_line_that_lost_only_its_line_end_is_kept(anywhere):
     anywhere.append_metrics(LINES[0])
     file = anywhere.path / "metrics.jsonl"
     file.write_bytes(file.read_bytes().rstrip(b"\n"))
@@ -96,13 +96,13 @@ def test_a_line_that_lost_no_more_than_its_end_is_kept(anywhere):
     assert anywhere.read_metrics() == LINES and file.read_bytes().count(b"\n") == 2
 
 
-def test_numbers_that_json_does_not_know_are_null(anywhere):
+def test_numbers_that_json_cannot_represent_become_null(anywhere):
     anywhere.append_metrics({"loss": math.nan, "rate": math.inf, "norms": {"all": [-math.inf, 0.1]}})
     assert anywhere.read_metrics() == [{"loss": None, "rate": None, "norms": {"all": [None, 0.1]}}]
     assert b"N" not in (anywhere.path / "metrics.jsonl").read_bytes()
 
 
-def test_orbax_gets_the_path_in_the_bucket_as_it_is(workdir, monkeypatch):
+def test_orbax_gets_the_path_in_the_bucket_unchanged(workdir, monkeypatch):
     paths = []
 
     class Manager:
@@ -129,7 +129,7 @@ def events_of(workdir):
     return file.read_bytes()
 
 
-def test_tensorboard_gets_its_events_wherever_the_work_directory_is(anywhere):
+def test_tensorboard_events_are_written_to_local_and_remote_work_directories(anywhere):
     with Report(anywhere, first_step=0, steps=1) as report:
         report.training(1, METRICS)
         report.checkpoint(1, 0.5)
@@ -138,7 +138,7 @@ def test_tensorboard_gets_its_events_wherever_the_work_directory_is(anywhere):
 
 @pytest.fixture
 def allow_events(anywhere, monkeypatch):
-    """Lets no event be written, until what it returns is called."""
+    """Prevents events from being written until the returned function is called."""
     write_bytes, allowed = type(anywhere.path).write_bytes, threading.Event()
 
     def refuse(path, content):
@@ -151,14 +151,14 @@ def allow_events(anywhere, monkeypatch):
 
 
 def report_many(report):
-    """More than tensorboardX's queue holds, on a thread of its own, which must come to its end."""
+    """Writes more than tensorboardX's queue holds, on its own thread, which must finish."""
     thread = threading.Thread(target=lambda: [report.training(step, METRICS) for step in range(1, 41)], daemon=True)
     thread.start()
     thread.join(20)
     assert not thread.is_alive(), "it hangs"
 
 
-def test_events_that_cannot_be_written_hold_nothing_up_and_come_later(anywhere, allow_events):
+def test_events_that_cannot_be_written_do_not_block_and_are_written_later(anywhere, allow_events):
     with pytest.warns(UserWarning, match="TensorBoard lags behind .* No space left$") as caught:
         with Report(anywhere, first_step=0, steps=40) as report:
             report_many(report)
@@ -170,7 +170,7 @@ def test_events_that_cannot_be_written_hold_nothing_up_and_come_later(anywhere, 
 
 
 @pytest.mark.parametrize("action", ["error", "ignore"])
-def test_events_that_can_never_be_written_end_nothing(action, anywhere, allow_events):
+def test_events_that_can_never_be_written_do_not_end_training(action, anywhere, allow_events):
     with warnings.catch_warnings():
         warnings.simplefilter(action)
         with Report(anywhere, first_step=0, steps=40) as report:

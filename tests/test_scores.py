@@ -18,7 +18,7 @@ def file(tmp_path):
     return epath.Path(tmp_path / "scores.json")
 
 
-def test_scores_come_back_with_the_settings_that_they_were_found_by(file):
+def test_scores_are_stored_with_the_settings_of_their_evaluation(file):
     StepScores(file, "bleu", TODAY).record(5, {"bleu": 1 / 3})
     assert StepScores(file, "bleu", TODAY).comparable() == {5: {"bleu": 1 / 3}}
     assert json.loads(file.read_text()) == {"5": {"bleu": 1 / 3, "found_by": TODAY}}
@@ -26,7 +26,7 @@ def test_scores_come_back_with_the_settings_that_they_were_found_by(file):
 
 @pytest.mark.parametrize("metric", DEPENDS_ON)
 @pytest.mark.parametrize("name", TODAY)
-def test_scores_that_another_setting_gave_are_not_compared(name, metric, file):
+def test_scores_with_another_setting_are_not_compared(name, metric, file):
     before = StepScores(file, metric, TODAY | {name: OTHER[name]})
     before.record(1, scores_of(9.0))
     before.record(2, scores_of(8.0))
@@ -36,13 +36,13 @@ def test_scores_that_another_setting_gave_are_not_compared(name, metric, file):
     now.record(3, scores_of(7.0))
     assert now.ranked()[-1] == 3 or metric == "loss"
     assert now.since_best == (0 if depends or metric == "loss" else 2)
-    # With the settings of before, its scores count again: nothing was thrown away.
+    # With the earlier settings its scores count again, since nothing was deleted.
     assert list(StepScores(file, metric, TODAY | {name: OTHER[name]}).comparable()) == (
         [1, 2] if depends else [1, 2, 3]
     )
 
 
-def test_scores_of_before_the_settings_were_written_are_compared_by_13a(file):
+def test_scores_without_recorded_settings_count_as_13a(file):
     file.write_text(json.dumps({"1": scores_of(3.0), "2": scores_of(4.0)}))
     for metric in DEPENDS_ON:
         for found_by in ({}, TODAY, OTHER | {"tokenize": "13a"}):
@@ -51,7 +51,7 @@ def test_scores_of_before_the_settings_were_written_are_compared_by_13a(file):
     assert list(StepScores(file, "chrf", OTHER).comparable()) == [1, 2]
 
 
-def test_later_scores_are_dropped_for_good_and_earlier_ones_stay(file):
+def test_later_scores_are_removed_permanently_and_earlier_ones_stay(file):
     scores = StepScores(file, "loss", TODAY)
     for step in (10, 20, 30):
         scores.record(step, scores_of(float(step)))
@@ -62,6 +62,6 @@ def test_later_scores_are_dropped_for_good_and_earlier_ones_stay(file):
     assert scores.ranked() == [] and scores.since_best == 0 and json.loads(file.read_text()) == {}
 
 
-def test_a_step_without_a_score_by_the_metric_is_not_ranked(file):
+def test_a_step_without_a_score_of_the_metric_is_not_ranked(file):
     file.write_text('{"1": {"loss": 1.0}, "2": {"bleu": 3.0}}')
     assert StepScores(file, "bleu", {}).ranked() == [2] and StepScores(file, "chrf", {}).ranked() == []

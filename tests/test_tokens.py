@@ -44,7 +44,7 @@ def test_ids_are_shifted_right_within_each_sentence():
 
 
 @pytest.mark.parametrize("field", ["ids", "segments", "positions"])
-def test_arrays_of_different_shapes_are_no_tokens(field):
+def test_arrays_of_different_shapes_are_an_error(field):
     arrays = {name: np.ones((B, S + (name == field)), "int32") for name in ("ids", "segments", "positions")}
     with pytest.raises(jaxtyping.TypeCheckError):
         Tokens(**arrays)
@@ -78,7 +78,7 @@ def test_ids_of_another_shape_or_type_are_an_error(ids):
         check_tokens("source", ids, V)
 
 
-def test_ids_that_are_traced_or_lie_on_another_process_are_not_looked_at():
+def test_ids_that_are_traced_or_on_another_process_are_not_checked():
     jax.jit(lambda ids: check_tokens("source", ids, 2))(IDS)
     check_tokens("source", SimpleNamespace(dtype=IDS.dtype, ndim=2, is_fully_addressable=False), 2)
 

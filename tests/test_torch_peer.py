@@ -154,7 +154,7 @@ def test_logits_and_gradients_equal_pytorchs(norm, activation, num_heads):
     their_loss = torch.nn.functional.cross_entropy(logits[real], torch.tensor(TARGET)[real].long())
     their_loss.backward()
 
-    # Padded queries differ on purpose: ours see nothing. Nothing that is real hears of them.
+    # Padded queries differ on purpose, since ours see nothing; they do not affect real tokens.
     np.testing.assert_allclose(our_logits[REAL], logits.detach().numpy()[REAL], atol=1e-5)
     np.testing.assert_allclose(our_loss, their_loss.detach().numpy(), atol=1e-5)
 
@@ -176,7 +176,7 @@ def test_logits_and_gradients_equal_pytorchs(norm, activation, num_heads):
     assert differences < 1e-4 * together
 
 
-def test_the_shifted_target_is_ours():
+def test_the_shifted_target_equals_that_of_this_library():
     config = TransformerConfig()
     tokens = Tokens.from_ids(jnp.asarray(TARGET), config.pad_id)
     assert np.array_equal(tokens.shift_right(config.start_id).ids, SHIFTED)

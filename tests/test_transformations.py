@@ -51,7 +51,7 @@ CASES = {
 }
 
 
-def test_every_public_module_is_here():
+def test_every_public_module_is_tested():
     public = {name: getattr(flax_transformer, name) for name in flax_transformer.__all__}
     modules = {name for name, value in public.items() if isinstance(value, type) and issubclass(value, nn.Module)}
     assert modules <= set(CASES)
@@ -105,11 +105,11 @@ def test_forward_mode_linearizing_and_the_gradient_agree(case):
 
 
 @pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
-def test_the_hessian_is_symmetric_and_the_gradients_gradient(case):
+def test_the_hessian_is_symmetric_and_equals_the_gradient_of_the_gradient(case):
     _, loss, variables, direction, inputs = case
 
     def along(steps):
-        """The loss some steps away, in this direction and in another one."""
+        """The loss after some steps in this direction and in another one."""
         moved = jax.tree.map(lambda leaf, to: leaf + steps[0] * to + steps[1] * jnp.sin(9 * to), variables, direction)
         return loss(moved, inputs)
 
@@ -120,21 +120,21 @@ def test_the_hessian_is_symmetric_and_the_gradients_gradient(case):
 
 
 @pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
-def test_mapping_over_examples_equals_the_batch(case):
+def test_vmap_over_examples_equals_the_batch(case):
     outputs, _, variables, _, inputs = case
     mapped = jax.jit(jax.vmap(outputs, (None, 0)))(variables, inputs[:, None])[:, 0]
     close(mapped, jax.jit(outputs)(variables, inputs))
 
 
 @pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
-def test_inside_shard_map_with_its_checks_gradients_are_those_of_the_whole(case):
+def test_gradients_inside_shard_map_with_default_checks_equal_those_of_the_whole(case):
     _, loss, variables, _, inputs = case
     mesh = jax.make_mesh((B,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:B])
     whole, rows = PartitionSpec(), PartitionSpec("rows")
 
     def of_own_rows(variables, inputs):
         value, gradient = jax.value_and_grad(loss)(variables, inputs)
-        # The variables are the same everywhere: their gradient comes summed.
+        # The variables are the same on all devices, so their gradient is already summed.
         return jax.lax.pmean(value, "rows"), jax.tree.map(lambda leaf: leaf / B, gradient)
 
     sharded = jax.shard_map(of_own_rows, mesh=mesh, in_specs=(whole, rows), out_specs=(whole, whole))

@@ -21,7 +21,7 @@ def workdir(tmp_path):
     return WorkDirectory(tmp_path / "runs" / "first")  # made when something is written, and not before
 
 
-def test_a_config_comes_back(workdir):
+def test_a_config_can_be_read_back(workdir):
     assert not workdir.exists
     workdir.write_config(EXPERIMENT.to_mapping())
     assert workdir.exists
@@ -29,7 +29,7 @@ def test_a_config_comes_back(workdir):
     assert workdir.read_model_config() == EXPERIMENT.model
 
 
-def test_a_folder_without_a_config_is_an_error_that_names_it_and_the_mend(workdir):
+def test_a_folder_without_a_config_is_an_error_with_a_remedy(workdir):
     with pytest.raises(
         ValueError, match=r"runs/first is not a work directory, config.json is missing: give .*--workdir"
     ):
@@ -37,7 +37,7 @@ def test_a_folder_without_a_config_is_an_error_that_names_it_and_the_mend(workdi
     assert not workdir.path.parent.exists()
 
 
-def test_metrics_come_back_in_order(workdir):
+def test_metrics_are_read_back_in_order(workdir):
     assert workdir.read_metrics() == []
     workdir.write_config({})
     lines = [{"kind": "train", "step": 1, "loss": 2.5}, {"kind": "test", "signature": "ಕನ್ನಡ"}]
@@ -47,7 +47,7 @@ def test_metrics_come_back_in_order(workdir):
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_vocabularies_come_back(joint, workdir):
+def test_vocabularies_can_be_read_back(joint, workdir):
     source, target = ["one two three", "four five"], ["uno due tre", "quattro cinque"]
     vocabularies = VocabularyPair.train(source, target, VocabularyConfig(size=24, joint=joint, model_type="char"))
     assert not workdir.has_vocabularies()
@@ -85,7 +85,7 @@ def steps_of(workdir):
     return {int(path.name) for path in (workdir.path / "checkpoints").iterdir() if path.name.isdigit()}
 
 
-def test_a_relative_path_is_a_work_directory_too(tmp_path, monkeypatch):
+def test_a_work_directory_may_be_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with WorkDirectory("runs/first").open_checkpoints() as checkpoints:
         checkpoints.save(1, {"params": params_of(1), "training": params_of(2)}, {"seconds": 0.0})
@@ -100,12 +100,12 @@ def test_a_relative_path_is_a_work_directory_too(tmp_path, monkeypatch):
         (b"", "Expecting value"),
         (b'{"model": {', "Expecting property name"),
         (b"\xff", "can't decode"),
-        (b'{"model": 3}', "no mapping of sections"),
+        (b'{"model": 3}', "it has no sections"),
         (b'{"data": {}}', 'no section "model"'),
         (b'{"model": {"d_model": "wide"}}', "not supported|TransformerConfig"),
     ],
 )
-def test_a_damaged_config_is_an_error_of_one_line_that_names_the_mend(content, reason, workdir):
+def test_a_damaged_config_is_an_error_of_one_line_with_a_remedy(content, reason, workdir):
     workdir.write_config({})
     (workdir.path / "config.json").write_bytes(content)
     message = rf"^.*config\.json is damaged \(.*({reason}).*\): put back the file that train\.py wrote there$"
@@ -114,7 +114,7 @@ def test_a_damaged_config_is_an_error_of_one_line_that_names_the_mend(content, r
     assert "\n" not in str(caught.value)
 
 
-def test_parameters_alone_come_back_by_name_or_number(workdir):
+def test_parameters_can_be_restored_by_name_or_number(workdir):
     write(workdir, {1: {"loss": 2.0}, 2: {"loss": 1.0}, 3: {"loss": 3.0}})
     with workdir.open_checkpoints(read_only=True) as checkpoints:
         shapes = jax.eval_shape(lambda: params_of(0))
@@ -125,7 +125,7 @@ def test_parameters_alone_come_back_by_name_or_number(workdir):
 
 
 @pytest.mark.parametrize("step", [4, "newest"])
-def test_a_checkpoint_that_is_not_there_is_an_error_that_names_those_that_are(step, workdir):
+def test_a_missing_checkpoint_is_an_error_that_lists_the_existing_ones(step, workdir):
     write(workdir, {1: None, 2: None})
     message = rf"checkpoints holds no checkpoint {step!r}: choose best, latest, averaged or one of \[1, 2\]"
     with workdir.open_checkpoints() as checkpoints, pytest.raises(ValueError, match=message):
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_is_not_there_is_an_error_that_names_those_that_are(st
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_no_checkpoint_at_all_is_an_error_that_names_the_mend(read_only, workdir):
+def test_a_folder_without_checkpoints_is_an_error_with_a_remedy(read_only, workdir):
     workdir.write_config({})
     with (
         pytest.raises(ValueError, match="holds no checkpoint: train until one is written, or give another --workdir"),
@@ -142,7 +142,7 @@ def test_no_checkpoint_at_all_is_an_error_that_names_the_mend(read_only, workdir
         checkpoints.restore_params("best", params_of(0))
 
 
-def test_reading_alone_removes_nothing(workdir):
+def test_reading_removes_nothing(workdir):
     write(workdir, {1: None, 2: None})
     unfinished = workdir.path / "checkpoints" / "3.orbax-checkpoint-tmp-0"
     unfinished.mkdir()
@@ -165,7 +165,7 @@ def is_mean_of(steps, params):
         (lambda params: {**params, "decoder": params["encoder"]}, "decoder/(kernel|bias)"),
     ],
 )
-def test_parameters_of_another_model_are_an_error_of_one_line_that_names_the_first(change, name, workdir):
+def test_parameters_of_another_model_are_an_error_that_names_the_first_difference(change, name, workdir):
     workdir.write_config({})
     write(workdir, {1: None})
     workdir.average_checkpoints(last=1)
@@ -177,7 +177,7 @@ def test_parameters_of_another_model_are_an_error_of_one_line_that_names_the_fir
 
 
 @pytest.mark.parametrize("missing", ["params", "params/_METADATA"])
-def test_a_checkpoint_of_which_a_part_is_missing_is_an_error_that_names_the_mend(missing, workdir):
+def test_an_incomplete_checkpoint_is_an_error_with_a_remedy(missing, workdir):
     workdir.write_config({})
     write(workdir, {1: None})
     part = workdir.path / "checkpoints" / "1" / missing
@@ -207,7 +207,7 @@ def test_the_average_is_the_mean_of_the_parameters_chosen(choice, steps, workdir
 
 
 @pytest.mark.parametrize(("metric", "steps"), [("bleu", [3, 2]), ("chrf", [1, 3]), ("loss", [1, 2])])
-def test_the_best_are_the_best_by_the_metric_that_training_chose_by(metric, steps, workdir):
+def test_the_best_checkpoints_are_the_best_by_the_metric_of_training(metric, steps, workdir):
     experiment = dataclasses.replace(EXPERIMENT, training=TrainingConfig(best_metric=metric))
     workdir.write_config(experiment.to_mapping())
     rows = [(1.0, 9.0, 1.0), (2.0, 7.0, 2.0), (3.0, 8.0, 3.0)]
@@ -218,7 +218,7 @@ def test_the_best_are_the_best_by_the_metric_that_training_chose_by(metric, step
     assert same(best, params_of(steps[0]))
 
 
-def test_a_new_average_takes_the_place_of_the_old_one_and_says_what_it_is_of(workdir):
+def test_a_new_average_replaces_the_old_one_and_records_its_steps(workdir):
     workdir.write_config({})
     write(workdir, {1: None, 2: None, 3: None})
     for last in (1, 2, 2, 1):
@@ -228,7 +228,7 @@ def test_a_new_average_takes_the_place_of_the_old_one_and_says_what_it_is_of(wor
         assert is_mean_of(steps, workdir.restore_params("averaged", params_of(0)))
 
 
-def test_there_is_an_average_at_every_moment_while_a_new_one_takes_its_place(workdir):
+def test_a_new_average_replaces_the_old_one_without_a_gap(workdir):
     workdir.write_config({})
     write(workdir, {1: None, 2: None})
     workdir.average_checkpoints(last=1)
@@ -261,7 +261,7 @@ def test_the_chosen_weights_are_those_that_the_config_names(weights, before, aft
     assert is_mean_of([2, 3], chosen) if after == "averaged" else same(chosen, before)
 
 
-def test_checkpoints_of_eight_devices_are_averaged_on_one(workdir):
+def test_checkpoints_of_eight_devices_can_be_averaged_on_one(workdir):
     workdir.write_config({})
     eight = Parallelism("pmap")
     with workdir.open_checkpoints() as checkpoints:
@@ -285,7 +285,7 @@ def test_checkpoints_of_eight_devices_are_averaged_on_one(workdir):
         ({"last": 2, "best": 2}, "last is 2 and best is 2: give one of them"),
     ],
 )
-def test_an_average_that_cannot_be_made_is_an_error_that_names_the_mend(choice, message, workdir):
+def test_an_average_that_cannot_be_made_is_an_error_with_a_remedy(choice, message, workdir):
     workdir.write_config({})
     write(workdir, {1: {"loss": 1.0}, 2: None, 3: {"loss": 2.0}})
     with pytest.raises(ValueError, match=message):
@@ -293,7 +293,7 @@ def test_an_average_that_cannot_be_made_is_an_error_that_names_the_mend(choice, 
     assert not (workdir.path / "averaged").exists()
 
 
-def test_no_average_is_an_error_that_names_the_command(workdir):
+def test_a_missing_average_is_an_error_that_names_the_command(workdir):
     workdir.write_config({})
     write(workdir, {1: None})
     with pytest.raises(

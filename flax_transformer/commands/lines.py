@@ -90,7 +90,7 @@ def _rounded(value: Any) -> Any:
 
 
 def progress_bar(total: int | None, *, beside: str = "") -> Any:
-    """A progress bar on standard error if that is a terminal, unless the output `beside` it goes there too."""
+    """A progress bar on standard error if that is a terminal, unless the output `beside` goes to a terminal too."""
     crowded = beside == STANDARD and sys.stdout.isatty()
     # To tqdm `None` is "only on a terminal".
     return tqdm(total=total, unit=" sentences", disable=True if crowded else None, dynamic_ncols=True)

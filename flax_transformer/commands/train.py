@@ -1,4 +1,4 @@
-"""Trains a Transformer. Started again, the same command goes on from the last
+"""Trains a Transformer. Run the same command again to continue from the last
 checkpoint.
 
 SIGTERM, Ctrl-C, a closed terminal (SIGHUP), and SIGUSR1, SIGUSR2 and SIGXCPU, which
@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where vocabulary, checkpoints and metrics are kept; made if missing",
     )
-    _add_switch(
-        parser, "accept_changed_corpus", "go on training although a corpus file was edited since the last start"
-    )
+    _add_switch(parser, "accept_changed_corpus", "continue although a corpus file was edited since the last start")
     parser.add_argument(
         "--profile", default="", metavar="FIRST:LAST", help="the steps that jax's profiler records, e.g. 20:25"
     )

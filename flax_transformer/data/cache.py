@@ -66,7 +66,7 @@ def _write(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> bool:
     except Exception as error:  # Errors of buckets are not OSErrors.
         reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
         warnings.warn(
-            f"{path} cannot be written ({reason}): this run goes on without it, and the next one makes the same again; "
+            f"{path} cannot be written ({reason}): this run continues without it, and the next one computes it again; "
             "free some space there, or make the folder writable",
             stacklevel=3,
         )

@@ -1,20 +1,20 @@
-"""Takes the name of a corpus, one string, and leaves `ParallelText`: sentence pairs and how often an epoch has each.
+"""Loads a corpus by its name, one string, as `ParallelText`: sentence pairs, and how often each appears in an epoch.
 
-The name is one or more sources joined by " + ". A source may begin with a whole weight, `3*`: its pairs then appear
-three times an epoch. The sources are
+The name is one or more sources joined by " + ". A source may begin with a whole number as its weight: with `3*` its
+pairs appear three times per epoch. The sources are
 
-    files:SOURCE,TARGET                                    two UTF-8 files, line i of one translates line i of the other
-    tsv:PATH                                               a UTF-8 file, source TAB target, further columns ignored
+    files:SOURCE,TARGET                                    two UTF-8 files; line i of one translates line i of the other
+    tsv:PATH                                               a UTF-8 file of source TAB target; more columns are ignored
     tfds:NAME:SPLIT?source=de&target=en&data_dir=FOLDER    a translation set of TensorFlow Datasets
     locale_phrases:SOURCE:TARGET:SPLIT?pairs=60000&parts=2&seed=0    the built-in corpus
 
-for example `files:bible.kn,bible.en + 3*tsv:stories.tsv` or `tfds:wmt14_translate/de-en:train[:1%]`. A TFDS set gives
-its supervised keys where `source` and `target` are not named, and lies in `data_dir`, else in the folder that the
-environment variable TFDS_DATA_DIR names, else in ~/tensorflow_datasets.
+for example `files:bible.kn,bible.en + 3*tsv:stories.tsv` or `tfds:wmt14_translate/de-en:train[:1%]`. If `source` and
+`target` are not given, a TFDS set uses its supervised keys. The set is in `data_dir`; if that is not given, in the
+folder that the environment variable TFDS_DATA_DIR names, or else in ~/tensorflow_datasets.
 
-`~` at the beginning of a path is the home folder, `-` is standard input, and spaces around a path do not count. A path
-that holds a comma, " + ", or spaces at its ends stands in double quotes, and a double quote within them is written
-twice: `files:"a, b.en","a, b.de"`. In a shell the whole name then stands in single quotes.
+`~` at the beginning of a path is the home folder, `-` is standard input, and spaces around a path are ignored. Put a
+path that contains a comma or " + ", or that has spaces at its ends, in double quotes, and write a double quote inside
+them twice: `files:"a, b.en","a, b.de"`. In a shell, then put the whole name in single quotes.
 """
 
 import dataclasses
@@ -34,19 +34,19 @@ from flax_transformer.data.lines import read_columns, read_lines
 from flax_transformer.data.locale_phrases import locale_phrases
 from flax_transformer.files import check_inputs, expand, same_file, shown
 
-# Quotes around a path: behind the colon or a comma, and before a comma, " + " or the end.
+# A quoted path: it comes after the colon or a comma, and before a comma, " + " or the end.
 _QUOTED = re.compile(r'(?:(?<=[:,])|^)\s*"(?:[^"]|"")+"(?=\s*(?:,|$)| +\+ )')
-FINGERPRINT_CHUNK = 10_000  # sentences hashed at once: one by one takes longer, all at once takes their room again
+FINGERPRINT_CHUNK = 10_000  # sentences hashed at once: one by one is slower, all at once takes as much memory again
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelText:
-    """Sentence pairs, as written; pair i is `source[i]`, `target[i]`, `repeats[i]`.
+    """Unprocessed sentence pairs; pair i is `source[i]`, `target[i]`, `repeats[i]`.
 
     Attributes:
         source: sentences of the source language.
         target: their translations.
-        repeats: how many times an epoch each pair appears.
+        repeats: how many times each pair appears in an epoch.
     """
 
     source: list[str]
@@ -54,35 +54,35 @@ class ParallelText:
     repeats: list[int]
 
     def __post_init__(self):
-        """Raises ValueError unless the three lists are equally long."""
+        """Raises ValueError unless the three lists have the same length."""
         lengths = len(self.source), len(self.target), len(self.repeats)
         if len(set(lengths)) != 1:
-            raise ValueError(f"source, target and repeats have {lengths} entries: give one of each per pair")
+            raise ValueError(f"source, target and repeats have {lengths} entries: give one of each for each pair")
 
     def __len__(self) -> int:
         """The number of pairs, each counted once."""
         return len(self.source)
 
     def fingerprint(self) -> str:
-        """A hexadecimal SHA-256 of all sentences and repeats, to notice that another corpus was packed."""
-        # The number of pairs tells how long the lists of numbers are, and these where each sentence ends: no two
-        # corpora give the same bytes, whatever characters they hold.
+        """A hexadecimal SHA-256 of all sentences and repeats, by which a changed corpus is noticed."""
+        # The number of pairs determines how long the lists of numbers are, and these determine where each sentence
+        # ends. So no two corpora give the same bytes, whatever characters they contain.
         digest = hashlib.sha256(len(self).to_bytes(8, "little"))
         for numbers in (self.repeats, map(len, self.source), map(len, self.target)):
             digest.update(np.fromiter(numbers, "<i8", len(self)).tobytes())
         for side in (self.source, self.target):
             for start in range(0, len(side), FINGERPRINT_CHUNK):
-                # Half a surrogate pair, which no text should hold, is no reason to stop either.
+                # A lone surrogate, which no text should contain, must not raise an error here.
                 digest.update("".join(side[start : start + FINGERPRINT_CHUNK]).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
 
 def load_corpus(spec: str) -> ParallelText:
-    """Reads every source that `spec` names (see the top of this file) into memory, one after the other.
+    """Reads all sources that `spec` names (see the top of this file) into memory, in order.
 
     Raises:
-        ValueError: an unknown kind or option, a file or set that is missing or damaged, or one without pairs; the
-            message names the file and the line.
+        ValueError: a kind or option is unknown, or a file or set is missing, damaged or without pairs; the message
+            names the file and the line.
     """
     check_inputs([(f"a file of corpus {spec!r}", path) for path in corpus_files(spec)])
     whole = ParallelText([], [], [])
@@ -109,7 +109,7 @@ def _sources(spec: str) -> Iterator[tuple[int, str]]:
         weighted = re.fullmatch(r"(\d+)\*(.*)", part.strip(), re.DOTALL)
         weight, name = (int(weighted[1]), weighted[2]) if weighted else (1, part.strip())
         if weight < 1:
-            raise ValueError(f"corpus {part!r} has weight {weight}: give 1 or more, or leave the source out")
+            raise ValueError(f"corpus {part!r} has weight {weight}: give at least 1, or leave the source out")
         yield weight, name
 
 
@@ -137,17 +137,17 @@ def _load_pairs(name: str) -> tuple[list[str], list[str]]:
     loaders = {"files": _load_files, "tsv": _load_tsv, "tfds": _load_tfds, "locale_phrases": _load_locale_phrases}
     kind, _, rest = name.partition(":")
     if kind not in loaders:
-        raise ValueError(f"corpus {name!r} is of no known kind: {_choose(kind, loaders)}, e.g. files:SOURCE,TARGET")
+        raise ValueError(f"corpus {name!r} is of an unknown kind: {_choose(kind, loaders)}, e.g. files:SOURCE,TARGET")
     source, target = loaders[kind](rest)
     if not source:
-        raise ValueError(f"corpus {name!r} holds no sentence pairs: check its path or split")
+        raise ValueError(f"corpus {name!r} has no sentence pairs: check its path or split")
     return source, target
 
 
 def _load_files(rest: str) -> tuple[list[str], list[str]]:
     paths = _split_paths(rest)
     if len(paths) != 2:
-        quotes = "; a path that holds a comma stands in double quotes" if len(paths) > 2 else ""
+        quotes = "; put a path that contains a comma in double quotes" if len(paths) > 2 else ""
         raise ValueError(
             f"corpus 'files:{rest}' names {len(paths)} file{'s' * (len(paths) != 1)}: write files:SOURCE,TARGET{quotes}"
         )
@@ -184,7 +184,7 @@ def _load_locale_phrases(rest: str) -> tuple[list[str], list[str]]:
 
 def _load_tfds(rest: str) -> tuple[list[str], list[str]]:
     names, options = _split_options(f"tfds:{rest}", ("source", "target", "data_dir"))
-    named = re.fullmatch(r"tfds:([^:]+(?::[\d.*]+)?):(.+)", names)  # a name may end with a version, a split has slices
+    named = re.fullmatch(r"tfds:([^:]+(?::[\d.*]+)?):(.+)", names)  # names may have versions, splits may have slices
     if not named:
         raise ValueError(f"corpus 'tfds:{rest}': write tfds:NAME:SPLIT, e.g. tfds:wmt14_translate/de-en:train")
     name, split = named.groups()
@@ -195,7 +195,7 @@ def _load_tfds(rest: str) -> tuple[list[str], list[str]]:
     features = list(builder.info.features)
     if source == target or not {source, target} <= set(features):
         raise ValueError(
-            f"tfds:{name} has no text pair source={source}, target={target}: name two different ones of "
+            f"tfds:{name} has no text pair source={source}, target={target}: choose two different ones of "
             f"{', '.join(features)}, as in tfds:{name}:{split}?source=...&target=..."
         )
 
@@ -217,16 +217,16 @@ def _text(name: str, key: str, example: dict[str, Any]) -> str:
 
 
 def _tfds_builder(name: str, data_dir: str | None) -> Any:
-    import tensorflow_datasets as tfds  # Heavy, and of use to this one kind of source.
-    import tensorflow_datasets.translate  # Without TensorFlow, TFDS gives up registering before it comes to these.
+    import tensorflow_datasets as tfds  # Slow to import, and only this kind of source needs it.
+    import tensorflow_datasets.translate  # Without TensorFlow, TFDS does not register these itself.
 
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.partition("/")[0], known, n=1)
-        mend = f"did you mean {near[0]!r}?" if near else "import the module that defines it, or set TFDS_DATA_DIR"
-        raise ValueError(f"TFDS has no set {name!r}: {mend}") from error
+        remedy = f"did you mean {near[0]!r}?" if near else "import the module that defines it, or set TFDS_DATA_DIR"
+        raise ValueError(f"TFDS has no set {name!r}: {remedy}") from error
     except (ValueError, AssertionError) as error:
         known = tfds.builder_cls(re.split("[/:]", name)[0])
         names = [f"{known.name}/{configuration}" for configuration in known.builder_configs] or [known.name]
@@ -236,12 +236,12 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
 
 
 def _prepare(name: str, builder: Any) -> None:
-    """Sees to it that the set is on disk, in the format that is read without TensorFlow, or raises ValueError."""
+    """Puts the set on disk in a format that can be read without TensorFlow; raises ValueError if that fails."""
     if not builder.data_path.exists():
         try:
             _check_network(builder.url_infos or ())
             builder.download_and_prepare(file_format="array_record")
-        except Exception as error:  # Preparing runs each set's own code; whatever fails in it, the mend is the same.
+        except Exception as error:  # Preparing runs each set's own code; whatever fails in it, the remedy is the same.
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"tfds:{name} is not in {builder.data_dir} and cannot be prepared here ({reason}): load it once on a "
@@ -250,7 +250,7 @@ def _prepare(name: str, builder: Any) -> None:
     if builder.info.file_format.value != "array_record":
         raise ValueError(
             f"tfds:{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, which only TensorFlow "
-            "reads: name another folder with data_dir=, and it is prepared there as array_record"
+            "reads: give another folder with data_dir=, and it will be prepared there as array_record"
         )
 
 
@@ -263,7 +263,7 @@ def _check_network(urls: Iterable[str]) -> None:
             urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=5).close()
             return
         except urllib.error.HTTPError:
-            return  # It answered, if not kindly.
+            return  # An error from the server is an answer too.
         except OSError as error:
             failure = error
     if failure:
@@ -271,7 +271,7 @@ def _check_network(urls: Iterable[str]) -> None:
 
 
 def _split_options(name: str, known: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """Parts `NAME?key=value&key=value` into the name and a mapping of options."""
+    """Splits `NAME?key=value&key=value` into the name and a mapping of options."""
     name, _, query = name.partition("?")
     options = {}
     for pair in filter(None, query.split("&")):

@@ -1,7 +1,7 @@
-"""Takes the name of a text file and leaves its lines, one by one: the only place where this library reads sentences.
+"""Reads the lines of text files; all sentences that this library reads from files come through here.
 
-A line ends with a line feed, or carriage return and line feed, and with nothing else: `str.splitlines` would also split
-at U+2028, form feeds and the like, which stand inside sentences, and so shift each later line against its translation.
+A line ends only with a line feed, or a carriage return and a line feed. `str.splitlines` would also split at U+2028,
+form feeds and the like, which occur inside sentences, and every later line would then face the wrong translation.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from etils import epath
 
 from flax_transformer.files import STANDARD, expand, shown
 
-# How files begin that are often given in place of text, what they are, and what unpacks them.
+# The first bytes of files that are often given instead of text, what they are, and the command that unpacks them.
 _COMPRESSED = (
     (rb"\x1f\x8b", "gzip", "zcat"),
     (rb"\xfd7zXZ\x00", "xz", "xzcat"),
@@ -23,7 +23,7 @@ _COMPRESSED = (
     (rb"\x04\x22\x4d\x18", "lz4", "lz4cat"),
 )
 _ARCHIVES = ((b"PK\x03\x04", "a zip archive, as .docx and .xlsx files are"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"))
-# UTF-32 first: its mark begins with that of UTF-16.
+# UTF-32 comes first because its byte order mark begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -36,7 +36,7 @@ def read_lines(path: str) -> Iterator[str]:
     """The lines of a UTF-8 file, without their ends and without a byte order mark; "-" is standard input.
 
     Raises:
-        ValueError: it cannot be read, or is not UTF-8; names the line.
+        ValueError: the file cannot be read or is not UTF-8; names the line.
     """
     if path == STANDARD:
         if sys.stdin is None:
@@ -48,7 +48,7 @@ def read_lines(path: str) -> Iterator[str]:
 
 
 def read_columns(path: str) -> Iterator[tuple[str, str]]:
-    """The first two columns of each line, parted by tabs; raises ValueError at a line that has no tab."""
+    """The first two columns, separated by tabs, of each line; raises ValueError at a line without a tab."""
     for number, line in enumerate(read_lines(path), start=1):
         columns = line.split("\t")
         if len(columns) < 2:
@@ -62,7 +62,7 @@ def read_columns(path: str) -> Iterator[tuple[str, str]]:
 def _open(path: str) -> BinaryIO:
     try:
         return epath.Path(expand(path)).open("rb")
-    except (OSError, ValueError) as error:  # a name with a null character is no OSError
+    except (OSError, ValueError) as error:  # a name with a null character raises ValueError
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {shown(path)} ({reason}): check the path") from error
 
@@ -80,23 +80,20 @@ def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
 
 
 def _check_first(line: bytes, path: str) -> None:
-    """Raises ValueError where the beginning of a file shows that it is no UTF-8 text with lines."""
+    """Raises ValueError if the beginning of a file shows that it is not UTF-8 text with lines."""
     name = shown(path)
     for magic, kind, command in _COMPRESSED:
         if re.match(magic, line):
             raise ValueError(f"{name} is compressed ({kind}): unpack it first, or name <({command} FILE) in its place")
     for beginning, kind in _ARCHIVES:
         if line.startswith(beginning):
-            raise ValueError(f"{name} is {kind}, not text: give a UTF-8 text file with a sentence a line")
+            raise ValueError(f"{name} is {kind}, not text: give a UTF-8 text file with one sentence per line")
     encoding = next((encoding for mark, encoding in _MARKS.items() if line.startswith(mark)), None)
     body = line.removesuffix(b"\n")
     if encoding is None and len(body) > 1 and any(body):
-        # Of Latin letters without a byte order mark each second byte is 0.
+        # In UTF-16 without a byte order mark, every second byte of Latin letters is 0.
         encoding = "UTF-16LE" if not any(body[1::2]) else "UTF-16BE" if not any(body[::2]) else None
     if encoding:
         raise ValueError(f"{name} is {encoding}, not UTF-8: convert it with iconv -f {encoding} -t UTF-8")
     if not line.endswith(b"\n") and b"\r" in line.rstrip(b"\r"):
-        raise ValueError(
-            f"{name} is one line without a line feed: its lines end with carriage returns alone; convert them with "
-            "tr '\\r' '\\n'"
-        )
+        raise ValueError(f"{name} is text whose lines end with carriage returns only: convert it with tr '\\r' '\\n'")

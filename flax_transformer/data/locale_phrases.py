@@ -1,19 +1,19 @@
-"""Two CLDR locales and a seed arrive; parallel phrases of the two languages leave: a corpus that needs no download.
+"""Generates parallel phrases of two languages from Unicode's locale data (CLDR): a corpus that needs no download.
 
-Babel writes one and the same date, time, quantity, price, place or language in both locales, so `ಮಾರ್ಚ್ 7, 2024`
-faces `March 7, 2024`. A phrase is one such part, or several, joined by the locale's own list pattern
-(`ಭಾರತ ಮತ್ತು ಫ್ರಾನ್ಸ್`) or led by a place or a language (`ಭಾರತ: 5 ಗಂಟೆಗಳು`). Every word is CLDR's; none is written here.
+Babel writes the same date, time, quantity, price, place or language in both locales, so `ಮಾರ್ಚ್ 7, 2024` is paired with
+`March 7, 2024`. A phrase is one such part, or several that are joined by the locale's own list pattern (`ಭಾರತ ಮತ್ತು
+ಫ್ರಾನ್ಸ್`) or preceded by a place or a language (`ಭಾರತ: 5 ಗಂಟೆಗಳು`). All words come from CLDR, none from this file.
 
-Words used below: an *atom* is a name to be learnt (a month, a unit, a currency, a place, a language); a *kind* is a
-way of writing an atom, mostly with numbers around it; a *part* is one atom written once.
+Terms used below: an *atom* is a name to be learned (a month, a unit, a currency, a place, a language); a *kind* is a
+way of writing an atom, usually with numbers; a *part* is one atom written once.
 
-What a learner may rely on:
-- One source text has one target text. Where CLDR writes two atoms alike in the source and apart in the target, the
-  later one is left out (`ಮಾರ್ಚ್` is both March and its abbreviation; English says `March` or `Mar`).
-- A pair belongs to a split only if the checksums of both its texts say so; other pairs belong to none. No source and
-  no target text therefore occurs in two splits, whatever the seeds. A name alone is always training data.
-- The training split opens with every atom of every kind by itself (about 750 pairs of Kannada and English), so no
-  held-out phrase has a name that was never trained on.
+Guarantees:
+- Each source text has exactly one target text. If CLDR writes two atoms the same way in the source but not in the
+  target, the later one is left out (`ಮಾರ್ಚ್` is both March and its abbreviation; English has `March` and `Mar`).
+- A pair belongs to a split only if the checksums of both its texts select that split; other pairs are not used. So no
+  source or target text occurs in two splits, whatever the seeds. A name alone is always training data.
+- The training split begins with every atom of every kind by itself (about 750 pairs for Kannada and English), so every
+  name in a held-out phrase also occurs in training.
 """
 
 import calendar
@@ -33,9 +33,9 @@ from babel.numbers import format_currency, format_percent
 from babel.units import format_unit
 
 YEARS = (1950, 2049)
-JOINTS = (": ", ", ")  # between a leading name and what follows
-LONGEST = 40  # characters for each of `parts`, so that a phrase stays short enough for a small model
-PATIENCE = 5_000  # candidates without a new pair before the corpus counts as exhausted
+JOINTS = (": ", ", ")  # between a leading name and the text after it
+LONGEST = 40  # characters for each of `parts`, so that phrases are short enough for a small model
+PATIENCE = 5_000  # the corpus is exhausted when this many candidates in a row give no new pair
 
 UNITS = tuple(
     "duration-second duration-minute duration-hour duration-day duration-week duration-month duration-year "
@@ -51,10 +51,10 @@ CURRENCIES = tuple(
     "HUF ILS AED SAR EGP KES NGN PKR BDT LKR NPR".split()
 )
 STEPS = ("second", "minute", "hour", "day", "week", "month", "year")
-NOT_PLACES = {"QO", "XA", "XB", "ZZ"}  # CLDR's own: outlying Oceania, two pseudo-locales, the unknown region
+NOT_PLACES = {"QO", "XA", "XB", "ZZ"}  # CLDR's special codes: outlying Oceania, two pseudo-locales, the unknown region
 ENGLISH = Locale("en")
 PLACES = tuple(sorted(code for code in ENGLISH.territories if code not in NOT_PLACES))
-# Official in a country; in India also in a state, for Kannada is one of those.
+# Languages that are official in a country, and in India also in a state, as Kannada is.
 LANGUAGES = tuple(
     sorted({code for place in PLACES for code in get_official_languages(place, place == "IN", de_facto=True)})
 )
@@ -62,9 +62,9 @@ LANGUAGES = tuple(
 
 @dataclass(frozen=True)
 class Kind:
-    """A way of writing an atom: `draw` puts numbers to it, `write` gives the text of the result in a locale.
+    """A way of writing an atom: `draw` adds random numbers to it, and `write` writes the result in a locale.
 
-    A kind without numbers (`draw` is None) is a name. `weight` is its share among the names or among the others.
+    A kind without numbers (`draw` is None) is a name. `weight` is its share among the names, or among the other kinds.
     """
 
     label: str
@@ -140,7 +140,7 @@ def _write_moment(locale, moment):
 
 def _write_relative(locale, step_and_time):
     step, delta = step_and_time
-    # An endless threshold keeps Babel to this step: without it, 14 days become 2 weeks in some rounding.
+    # An infinite threshold keeps Babel from changing the unit; otherwise rounding could turn 14 days into 2 weeks.
     return format_timedelta(delta, step, threshold=float("inf"), add_direction=True, locale=locale)
 
 
@@ -154,7 +154,7 @@ def _write_quantity(locale, quantity, length="long"):
     unit, amount = quantity
     text = format_unit(amount, unit, length=length, locale=locale)
     if unit in text:
-        raise LookupError(f"{locale} has no word for {unit}")  # Babel's last resort: `5 length-yard`
+        raise LookupError(f"{locale} has no word for {unit}")  # Babel has fallen back to `5 length-yard`
     return text
 
 
@@ -176,9 +176,9 @@ def _write_percentage(locale, share):
 
 MONTHS, HOURS = tuple(range(1, 13)), tuple(range(24))
 
-# Half of the phrases of up to two parts are one value; of the rest, half are a name leading a value, 35 % hold two
-# names and 15 % two values. With these weights most phrases are systematic, yet 60,000 pairs hold every place,
-# language, currency and unit 50 times or more. Where two kinds write alike, the upper one stays.
+# Half of the phrases of up to two parts are one value; of the rest, half are a name followed by a value, 35 % are two
+# names and 15 % two values. With these weights most phrases are systematic, yet 60,000 pairs contain every place,
+# language, currency and unit at least 50 times. If two kinds write the same text, the first in this list is used.
 NAMES = (
     Kind("place", 70, PLACES, lambda locale, code: locale.territories[code]),
     Kind("language", 30, LANGUAGES, lambda locale, code: locale.languages[code]),
@@ -213,12 +213,14 @@ VALUES = (
 def locale_phrases(
     source_locale: str, target_locale: str, split: str, *, pairs: int, parts: int = 2, seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Returns `pairs` distinct sentence pairs of two CLDR locales as (source texts, target texts).
+    """Returns `pairs` different sentence pairs of two CLDR locales as (source texts, target texts).
 
-    Locales are named as CLDR does: `"kn"`, `"en"`, `"pt_BR"`. `split` is `"train"`, `"valid"` or `"test"`; no text of
-    one occurs in another, whatever the seeds and numbers of pairs. `parts` is the largest number of dates, amounts and
-    names in a phrase: 1 for single ones, 3 for longer sentences. Fewer pairs of the same seed are a prefix of more.
-    Raises ValueError for an unknown locale or split, and when there are fewer distinct pairs than asked for.
+    Locales have CLDR's names: `"kn"`, `"en"`, `"pt_BR"`. `split` is `"train"`, `"valid"` or `"test"`; no text of one
+    split occurs in another, whatever the seeds and numbers of pairs. `parts` is the maximum number of dates, amounts
+    and names in a phrase: 1 for single ones, 3 for longer sentences. With the same seed, a smaller number of pairs
+    gives the first of those that a larger number gives.
+
+    Raises ValueError for an unknown locale or split, and if there are fewer different pairs than asked for.
     """
     if split not in ("train", "valid", "test"):
         raise ValueError(f"split is {split!r}: use 'train', 'valid' or 'test'")
@@ -258,40 +260,40 @@ def _locale(name: str) -> Locale:
         return Locale.parse(name)
     except (UnknownLocaleError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{name!r} is no CLDR locale: use a name such as 'kn', 'en' or 'pt_BR'; "
+            f"{name!r} is not a CLDR locale: use a name such as 'kn', 'en' or 'pt_BR'; "
             "babel.localedata.locale_identifiers() lists them all"
         ) from error
 
 
 def _text(phrase: Callable[[Locale], str], locale: Locale) -> str:
-    # CLDR's thin and no-break spaces differ from locale to locale and would be lost in a vocabulary's normalisation.
+    # CLDR's thin and no-break spaces vary between locales, and a vocabulary's normalisation would remove them.
     return " ".join(phrase(locale).split())
 
 
 def _split_of(text: str) -> str:
     bucket = (
         zlib.crc32(text.encode()) % 20
-    )  # both texts must agree, so 49 % of all pairs are train, 2 % valid, 2 % test
+    )  # both texts must select the split, so 49 % of all pairs are train, 2 % valid, 2 % test
     return "train" if bucket < 14 else "valid" if bucket < 17 else "test"
 
 
 class _Lowest(random.Random):
-    """Draws the lowest of everything: a count of 1, hence the singular."""
+    """Always draws the lowest number, e.g. a count of 1, which gives the singular."""
 
     def random(self):
         return 0.0
 
 
 def _unambiguous(source: Locale, target: Locale) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
-    """Keeps the atoms that both locales can write and that the source writes unlike every atom before them."""
+    """Keeps the atoms that both locales can write and that the source writes differently from all earlier atoms."""
     meanings: dict[str, str] = {}
 
     def speaks(kind, atom):
-        # The same seeds for all atoms give them the same numbers, so texts are equal just when the wording is.
+        # All atoms use the same seeds and so the same numbers: texts are equal if and only if their words are.
         trials = [kind.part(rng, atom) for rng in (_Lowest(), *map(random.Random, range(3)))]
         try:
             texts = {_text(part, source): _text(part, target) for part in trials}
-        except (LookupError, ValueError, NotImplementedError):  # one locale or Babel has no such name or pattern
+        except (LookupError, ValueError, NotImplementedError):  # Babel or one of the locales lacks this name or pattern
             return False
         if any(meanings.get(text, meaning) != meaning for text, meaning in texts.items()):
             return False
@@ -304,7 +306,7 @@ def _unambiguous(source: Locale, target: Locale) -> tuple[tuple[Kind, ...], tupl
 
     names, values = keep(NAMES), keep(VALUES)
     if not names or not values:
-        raise ValueError(f"CLDR has too little of {source}-{target} for a corpus: choose other locales")
+        raise ValueError(f"CLDR has too few names of {source}-{target} for a corpus: choose other locales")
     return names, values
 
 
@@ -321,7 +323,7 @@ def _opening(rng, names, values, source, target) -> Iterator[tuple[str, str]]:
 
 
 def _draw_phrase(rng, names, values, lists, parts) -> Callable[[Locale], str]:
-    """One to `parts` parts: a value, a list of one kind, a name that leads values, or a language (place)."""
+    """Draws one to `parts` parts: a value, a list of one kind, a name followed by values, or a language (place)."""
     count = rng.randint(1, parts)
     if count == 1:
         return _draw_list(rng, values, lists, 1)
@@ -337,7 +339,7 @@ def _draw_phrase(rng, names, values, lists, parts) -> Callable[[Locale], str]:
 
 
 def _draw_list(rng, kinds, lists, count):
-    # One kind in a list, so that its commas are not mistaken for those inside a date or a duration.
+    # A list has only one kind, so that its commas are not confused with those inside dates and durations.
     (kind,) = rng.choices(kinds, [kind.weight for kind in kinds])
     items = [kind.part(rng, atom) for atom in rng.sample(kind.atoms, min(count, len(kind.atoms)))]
     if len(items) == 1:

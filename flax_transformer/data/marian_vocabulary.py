@@ -124,7 +124,7 @@ class MarianVocabulary(Vocabulary):
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """See `Vocabulary.decode`."""
         texts = (self._processor.decode_pieces(self.pieces(self._text_ids(row))) for row in ids)
-        # SentencePiece leaves the "▁" of a piece that only the other side's model knows.
+        # SentencePiece does not replace the "▁" of a piece that only the other side's model has.
         return [text.replace("▁", " ").strip() for text in texts]
 
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:

@@ -28,7 +28,7 @@ from flax_transformer.text.spelling import is_blank
 from flax_transformer.tokens import Tokens
 
 OPEN_ROWS = 256
-TOKENISED_AT_ONCE = 100_000  # sentences; lists of ids take about ten times the memory of the final arrays
+TOKENISED_AT_ONCE = 100_000  # sentences; lists of ids take about ten times as much memory as the final arrays
 CACHE_VERSION = 2  # raise it whenever the cached arrays, or the way they are made, change
 
 
@@ -326,8 +326,8 @@ class PackedCorpus:
         return Batch(lay_out(self.source, config.source_slots), lay_out(self.target, config.target_slots))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches from `start` up to, but without, `stop`, prepared in the background."""
-        # More than one thread would only wait for one another.
+        """Batches from `start` up to but not including `stop`, prepared in the background."""
+        # More threads would only wait for one another.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         return iter(grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options))
 
@@ -338,7 +338,7 @@ class PackedCorpus:
 
 
 def _cache_key(text: ParallelText, vocabularies: VocabularyPair, config: DataConfig, max_length: int) -> str:
-    """A hash of everything that decides tokens and packing; the number of rows or of hosts is none of it."""
+    """A hash of everything that determines tokens and packing; the numbers of rows and hosts do not."""
     decisive = (
         CACHE_VERSION,
         text.fingerprint(),

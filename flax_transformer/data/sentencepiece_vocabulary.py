@@ -146,9 +146,9 @@ class Vocabulary:
 
 def read_pieces(model: bytes) -> sentencepiece.SentencePieceProcessor:
     """Reads a serialised SentencePiece model; raises ValueError if the bytes are not one."""
-    if not model:  # SentencePiece takes no bytes for "load later" and fails only when it is used.
+    if not model:  # SentencePiece accepts an empty model, and fails only when it is used.
         raise ValueError("the SentencePiece model has 0 bytes: the file is empty, train the vocabulary again")
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise ValueError(f"these {len(model)} bytes are no SentencePiece model: {error}") from error
+        raise ValueError(f"these {len(model)} bytes are not a SentencePiece model: {error}") from error

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece model on sentences, so that every character of the text that can have a piece gets one."""
+"""Trains a SentencePiece model in which every character of the text that can have a piece gets one."""
 
 import io
 import re
@@ -12,31 +12,31 @@ import sentencepiece
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import training_text
 
-# In text SentencePiece takes the names of its special pieces for these pieces, and drops them.
+# SentencePiece mistakes the names of its special pieces in text for these pieces, and drops them.
 _SPECIAL = re.compile(r"<(?=(?:s|/s|unk|pad)>)")
-# It drops every sentence that holds this character, which it uses for itself.
+# SentencePiece uses this character internally and drops every sentence that contains it.
 _RESERVED = "▅"
-# It writes this character for a space, and so reads it as one.
+# SentencePiece represents a space by this character, so it reads this character as a space.
 _SPACE = "▁"
 # These cannot have a piece.
 _IMPOSSIBLE = {"\0", _SPACE}
 
 
 def train_pieces(sentences: Sequence[str], config: VocabularyConfig, special_ids: tuple[int, int, int, int]) -> bytes:
-    """The serialised SentencePiece model; arguments and errors as in `Vocabulary.train`.
+    """Trains and serialises a SentencePiece model; see `Vocabulary.train`, also for the errors.
 
     Args:
         sentences: the text.
         config: size and kind.
-        special_ids: of padding, beginning, end and unknown.
+        special_ids: the ids of padding, beginning of sentence, end of sentence and unknown.
     """
     text = [training_text(sentence) for sentence in sentences]
     sample = _sample(text, config)
     if not any(sentence.strip() for sentence in sample):
-        raise ValueError(f"{len(sample)} sentences without text cannot train a vocabulary: check the corpus")
+        raise ValueError(f"all {len(sample)} sentences are blank, so there is no text to train on: check the corpus")
     model = _train(sample, config, special_ids, required="")
     lost = _characters(text) - _characters_known(model)
-    # A sample may lack rare characters of the whole text.
+    # The sample may lack rare characters of the whole text.
     if config.character_coverage == 1 and (required := lost - _IMPOSSIBLE):
         model = _train(sample, config, special_ids, required="".join(sorted(required)))
         lost = _characters(text) - _characters_known(model)
@@ -50,24 +50,24 @@ def _train(sentences: Sequence[str], config: VocabularyConfig, special_ids: tupl
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            # Divided, the name of a special piece is text, and its characters are counted as often as they occur.
+            # With a space in it, the name of a special piece is ordinary text, and its characters are still counted.
             sentence_iterator=(_SPECIAL.sub("< ", sentence).replace(_RESERVED, stand_in) for sentence in sentences),
             model_writer=model,
             model_type=config.model_type,
-            # A character model at its limit drops rare characters in silence: leave room, and check below.
+            # A character model silently drops rare characters at its limit, so the limit is high, and checked below.
             vocab_size=1 << 21 if config.model_type == "char" else config.size,
             split_digits=config.split_digits,
             character_coverage=config.character_coverage,
             required_chars=required.replace(_RESERVED, stand_in) or None,
-            # No NFKC: what is decoded is compared with references as they were written, and NFKC would turn an
-            # ellipsis into three dots and full-width digits into narrow ones; SentencePiece's variant of it also
-            # takes the zero-width non-joiner, which Kannada and Persian spell with, for a space. Only runs of
-            # spaces are joined: no tokeniser that scores a translation sees them.
+            # No NFKC: decoded text is compared with references as they were written, and NFKC would turn an ellipsis
+            # into three dots and full-width digits into narrow ones. SentencePiece's variant of it also replaces the
+            # zero-width non-joiner, which the spelling of Kannada and Persian needs, by a space. Only runs of spaces
+            # are joined, which no tokeniser that scores translations distinguishes.
             normalization_rule_name="identity",
             remove_extra_whitespaces=True,
-            # Longer lines are dropped in silence, and the default is 4192 bytes.
+            # Longer lines are silently dropped, and the default is 4192 bytes.
             max_sentence_length=1 << 30,
-            # The bytes of the model depend on the number of threads, whatever the number of cores.
+            # The bytes of the model depend on the number of threads (not of cores), so it is fixed.
             num_threads=8,
             pad_id=pad_id,
             bos_id=bos_id,
@@ -84,16 +84,16 @@ def _train(sentences: Sequence[str], config: VocabularyConfig, special_ids: tupl
 
 
 def _stand_in(texts: Iterable[str]) -> str:
-    """A private-use character that stands in none of the texts."""
+    """A private-use character that does not occur in any of the texts."""
     used = _characters(texts)
     return next(character for character in map(chr, range(0xE000, 0xF900)) if character not in used)
 
 
 def _with_reserved(model: bytes, stand_in: str) -> bytes:
-    """The model with the reserved character in place of the one that stood in for it."""
+    """Replaces the stand-in by the reserved character in the model."""
     if stand_in == _RESERVED:
         return model
-    from sentencepiece import sentencepiece_model_pb2  # loads protobuf, which this rare case alone needs
+    from sentencepiece import sentencepiece_model_pb2  # loads protobuf, which only this rare case needs
 
     read = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at run time
     for piece in read.pieces:
@@ -108,7 +108,7 @@ def _pieces(model: bytes) -> list[str]:
 
 
 def _characters_known(model: bytes) -> set[str]:
-    """The characters that the model can write: those that are pieces, and the space."""
+    """The characters that the model can write: the pieces of one character, and the space."""
     return {piece for piece in _pieces(model) if len(piece) == 1} | {" "}
 
 
@@ -124,7 +124,7 @@ def _sample(sentences: Sequence[str], config: VocabularyConfig) -> Sequence[str]
 
 
 def _warn_of_lost(lost: set[str], sentences: Sequence[str], config: VocabularyConfig) -> None:
-    """Tells how many characters of the text have no piece, which ones, and in how many sentences they stand."""
+    """Warns how many characters of the text have no piece, which they are, and in how many sentences they occur."""
     if not lost:
         return
     count = sum(not lost.isdisjoint(sentence) for sentence in sentences)
@@ -133,16 +133,16 @@ def _warn_of_lost(lost: set[str], sentences: Sequence[str], config: VocabularyCo
     coverage = config.character_coverage
     what_to_do = f"; raise vocabulary.character_coverage, which is {coverage}, to keep more" if coverage < 1 else ""
     warnings.warn(
-        f"the vocabulary has no piece for {len(lost):,} of the characters of the training text ({named}), which stand "
-        f"in {count:,} of {len(sentences):,} sentences: translations cannot hold them{what_to_do}",
+        f"the vocabulary has no piece for {len(lost):,} of the characters of the training text ({named}), which occur "
+        f"in {count:,} of {len(sentences):,} sentences, so translations cannot contain them{what_to_do}",
         stacklevel=4,
     )
 
 
 def _explain(error: str, config: VocabularyConfig) -> str:
-    """SentencePiece's complaint, in terms of the key to set."""
+    """Translates SentencePiece's error into terms of the setting to change."""
     if largest := re.search(r"too high .*<= (\d+)", error):
-        return f"vocabulary.size is {config.size}, this text allows at most {largest[1]}: lower vocabulary.size"
+        return f"vocabulary.size is {config.size}, but this text allows at most {largest[1]}: lower vocabulary.size"
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return _too_small(int(smallest[1]), config)
     return f"SentencePiece cannot train with {config}: {error}"
@@ -150,6 +150,6 @@ def _explain(error: str, config: VocabularyConfig) -> str:
 
 def _too_small(smallest: int, config: VocabularyConfig) -> str:
     return (
-        f"vocabulary.size is {config.size}, the characters of this text alone need {smallest}: "
+        f"vocabulary.size is {config.size}, but the characters of this text alone need {smallest}: "
         "raise vocabulary.size, or lower vocabulary.character_coverage"
     )

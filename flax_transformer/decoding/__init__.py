@@ -1,1 +1,1 @@
-"""From a trained model to text."""
+"""Everything between a trained model and translated text: search, batching and the translator."""

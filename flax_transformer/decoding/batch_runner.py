@@ -36,8 +36,8 @@ class Output(NamedTuple):
     """One output.
 
     Attributes:
-        ids: its tokens, the end of sentence included.
-        log_probs: the log-probability of each, in nats.
+        ids: its tokens, including the end of sentence.
+        log_probs: the log-probability of each token, in nats.
     """
 
     ids: Int[np.ndarray, "T"]
@@ -48,9 +48,9 @@ class Engine:
     """One model, or an ensemble, on one device or several.
 
     Attributes:
-        configs: of each model; attention is computed where the devices are, whatever training asked for.
-        models: the parameters of each, on every device.
-        batch_tokens: source tokens in a batch, padding included.
+        configs: the config of each model, with an implementation of attention that these devices can run.
+        models: the parameters of each model, copied to every device.
+        batch_tokens: source tokens in a batch, including padding.
         mesh: the devices.
     """
 
@@ -62,8 +62,9 @@ class Engine:
         batch_tokens: int,
         devices: Sequence[jax.Device],
     ):
-        """Puts the parameters on every device."""
-        # A search's steps ask with few queries, which cuDNN is not for, and its devices need not be the default ones.
+        """Copies the parameters to every device."""
+        # "cudnn" would fail in the steps of a search, which have too few queries for it, and "auto" decides by the
+        # default device, which may not be one of these.
         attention = "auto" if devices[0].platform == get_default_device().platform else "xla"
         self.configs = tuple(
             config
@@ -77,7 +78,7 @@ class Engine:
 
     @property
     def longest(self) -> int:
-        """The longest source in tokens that all models know from training."""
+        """The maximum length of a source, in tokens, for which all models were trained."""
         return min(config.max_length for config in self.configs)
 
     def search(
@@ -89,20 +90,21 @@ class Engine:
         rngs: Key[Array, "sources"] | None,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Output]]:
-        """The outputs of each source, in order: the best first, or samples as they were drawn.
+        """Returns the outputs of each source, in order: the best first, or samples in the order they were drawn.
 
-        Most outputs are about as long as their sources, so a bucket's program has room for little more, and the last
-        few that go on are not waited for. These few are searched again in the next bucket.
+        Most outputs are about as long as their sources. So the program of a bucket has room for only slightly longer
+        ones, and does not wait for the last few sentences of a batch to end. These are searched again in the next
+        bucket.
 
         Args:
-            sources: with their ends of sentence.
-            settings: what is searched.
-            prefixes: what each output begins with, without an end of sentence.
-            rngs: a random key for each source; sampling needs them.
-            after_batch: called after each batch; what it raises ends the search.
+            sources: the ids of each source, including the end of sentence.
+            settings: the settings of the search.
+            prefixes: the ids with which each output must begin, without an end of sentence; may be empty.
+            rngs: a random key for each source, which only sampling needs.
+            after_batch: called after each batch; an exception from it ends the search.
 
         Raises:
-            ValueError: a source does not fit learned positions, or a prefix its output.
+            ValueError: a source has more tokens than there are learned positions, or a prefix fills its whole output.
         """
         outputs: list[list[Output]] = [[] for _ in sources]
         waiting: dict[int, list[int]] = defaultdict(list)
@@ -132,14 +134,14 @@ class Engine:
         rngs: Key[Array, "sources"] | None,
         may_wait: Bool[np.ndarray, "sentences"],
     ) -> tuple[list[list[Output]], Bool[np.ndarray, "B"]]:
-        """The outputs of each row, and whether its search is not over."""
+        """The outputs of each row, and whether its search is still unfinished."""
         limits = np.ones(shape.rows, np.int32)  # rows without a sentence end at once
         limits[: len(shape.numbers)] = [self._limit(settings, len(sources[number])) for number in shape.numbers]
         begun = [prefixes[number] for number in shape.numbers]
         for ids, limit in zip(begun, limits, strict=False):
             if len(ids) >= limit:
                 raise ValueError(
-                    f"a prefix has {len(ids)} tokens, its output may have {limit} with the end of sentence: "
+                    f"a prefix has {len(ids)} tokens, but its output may have only {limit} with the end of sentence: "
                     "shorten it, or raise max_length or extra_length"
                 )
         indices = np.zeros(shape.rows, np.int32)
@@ -169,7 +171,7 @@ class Engine:
     def stream(
         self, source: Ids, settings: BeamSearch | Sampling, *, rngs: Key[Array, "sources"] | None
     ) -> Iterator[list[int]]:
-        """The ids of one hypothesis so far, each time that there is one more; arguments as in `search`."""
+        """Yields all ids of one hypothesis so far after each new one; arguments as in `search`."""
         width = self._width(len(source))
         padded = self._pad([source], 1, width)
         limits = np.array([self._limit(settings, len(source))], np.int32)
@@ -187,23 +189,23 @@ class Engine:
             yield tokens[:step].tolist()
 
     def score(self, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[Output]:
-        """The given targets with the log-probability of each of their tokens; ValueError as in `search`."""
+        """Returns the given targets with the log-probability of each token; raises ValueError as `search` does."""
         log_probs = self._targets(score_targets, sources, targets)
         return [Output(np.array(ids, np.int32), row[: len(ids)]) for ids, row in zip(targets, log_probs, strict=True)]
 
     def align(self, sources: Sequence[Ids], targets: Sequence[Ids], layer: int) -> list[Float[np.ndarray, "T S"]]:
-        """For each pair how much each target token gathered from each source token; ValueError as in `search`."""
+        """Returns each pair's attention from target to source tokens; raises ValueError as `search` does."""
         weights = self._targets(align_targets, sources, targets, layer=layer)
         sizes = [(len(target), len(source)) for source, target in zip(sources, targets, strict=True)]
         return [matrix[:rows, :columns] for matrix, (rows, columns) in zip(weights, sizes, strict=True)]
 
     def compile(self, settings: BeamSearch | Sampling, *, longest: int, sentences: int | None) -> None:
-        """Compiles ahead what `search` needs for sources of up to `longest` tokens; arguments as in `Translator`."""
+        """Compiles what `search` needs for sources of up to `longest` tokens; arguments as in `Translator.compile`."""
         room = longest if self._room is None else min(longest, self._room)
         for width in sorted({self._width(length) for length in range(1, room + 1)}):
             full = full_rows((width,), self.batch_tokens, self.mesh.size)
             rows = full if sentences is None else rows_for(sentences, full, self.mesh.size)
-            # Outputs that end at once: compiling is nearly all that it costs.
+            # With a limit of one token the search ends at once, so nearly all the time is compiling.
             source, limits = self._pad([], rows, width), np.ones(rows, np.int32)
             rngs = jax.random.split(jax.random.key(0), rows) if isinstance(settings, Sampling) else None
             found = self._search(source, limits, settings, prefix=None, rngs=rngs, may_wait=limits == 1)
@@ -253,24 +255,24 @@ class Engine:
 
     @property
     def _room(self) -> int | None:
-        """The positions that there are, where they are learned."""
+        """The number of learned positions; `None` if no model has learned positions."""
         learned = [config.max_length for config in self.configs if config.positions == "learned"]
         return min(learned) if learned else None
 
     def _width(self, length: int) -> int:
-        """What a sentence of so many tokens is padded to; ValueError where it does not fit learned positions."""
+        """The padded length of a sentence of `length` tokens; raises ValueError if it exceeds the learned positions."""
         if self._room is None:
             return bucket(length)
         check_length(length, self._room)
         return min(bucket(length), self._room)
 
     def _limit(self, settings: SearchSettings, source_length: int) -> int:
-        """The longest output in tokens for a source of so many."""
+        """The maximum length of an output, in tokens, for a source of `source_length` tokens."""
         limits = [settings.limit(source_length), *(config.max_output for config in self.configs if config.max_output)]
         return min(limits if self._room is None else [*limits, self._room])
 
     def _completed(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
-        """The settings under which no output holds padding or a second start."""
+        """The same settings, but with the ids banned that no output may contain, such as padding and the start."""
         eos_id, never = self.configs[0].eos_id, self.configs[0].never_chosen
         return settings.replace(banned=tuple(sorted({*settings.banned, *never} - {eos_id})))
 

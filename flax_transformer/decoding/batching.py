@@ -1,6 +1,6 @@
-"""Takes the lengths of many sentences and leaves batches of a few shapes, so that few programs are compiled.
+"""Groups sentences by length into batches of a few shapes, so that only a few programs have to be compiled.
 
-Lengths are rounded up to powers of two, the buckets; sentences of one bucket share batches.
+Lengths are rounded up to powers of two, and the sentences with the same rounded length, a bucket, share batches.
 """
 
 from collections import defaultdict
@@ -15,9 +15,9 @@ class Shape(NamedTuple):
     """The sentences of one batch, and its size.
 
     Attributes:
-        numbers: which sentences; at most `rows`.
-        rows: of the batch.
-        widths: what its sides are padded to, in tokens: the source, and the target where there is one.
+        numbers: the numbers of the sentences, at most `rows` of them.
+        rows: number of rows of the batch.
+        widths: the padded length, in tokens, of the source, and of the target if there is one.
     """
 
     numbers: tuple[int, ...]
@@ -26,17 +26,17 @@ class Shape(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """The length that a sentence of so many tokens is padded to."""
+    """The length to which a sentence of `length` tokens is padded."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 def full_rows(widths: Sequence[int], batch_tokens: int, devices: int) -> int:
-    """The rows of a full batch: a multiple of `devices`, at least one for each."""
+    """The number of rows of a full batch: a multiple of `devices`, with at least one row for each."""
     return max(1, batch_tokens // (max(widths) * devices)) * devices
 
 
 def rows_for(sentences: int, full: int, devices: int) -> int:
-    """The rows of a batch of a few sentences: `full`, or a quarter of it, or a quarter of that and so on."""
+    """The number of rows of a batch of a few sentences: `full`, a quarter of it, a quarter of that, and so on."""
     rows = full
     while rows > devices and -(-rows // RUNG) >= sentences:
         rows = -(-rows // (RUNG * devices)) * devices
@@ -44,12 +44,12 @@ def rows_for(sentences: int, full: int, devices: int) -> int:
 
 
 def shape_batches(lengths: Sequence[tuple[int, ...]], batch_tokens: int, devices: int = 1) -> Iterator[Shape]:
-    """Divides sentences into batches, of one shape for each bucket, the longest first.
+    """Divides sentences into batches, each of which has the shape of its bucket; the longest sentences come first.
 
     Args:
-        lengths: of each sentence, in tokens: of its source, and of its target where there is one.
-        batch_tokens: tokens in a batch, padding included; the longer side counts.
-        devices: that a batch is divided among.
+        lengths: the tokens of each sentence's source, and of its target if there is one.
+        batch_tokens: tokens in a batch, including padding, on the longer side.
+        devices: the number of devices among which a batch is divided.
     """
     buckets = defaultdict(list)
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True):
@@ -59,7 +59,7 @@ def shape_batches(lengths: Sequence[tuple[int, ...]], batch_tokens: int, devices
 
 
 def bucket_shapes(numbers: Sequence[int], widths: tuple[int, ...], batch_tokens: int, devices: int) -> Iterator[Shape]:
-    """Divides the sentences of one bucket into batches of one shape; arguments as above."""
+    """Divides the sentences of one bucket into batches of its shape; arguments as in `Shape` and `shape_batches`."""
     rows = rows_for(len(numbers), full_rows(widths, batch_tokens, devices), devices)
     for start in range(0, len(numbers), rows):
         yield Shape(tuple(numbers[start : start + rows]), rows, widths)

@@ -38,22 +38,22 @@ def search_translations(
     may_wait: Bool[Array, "B"] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Hypotheses, Bool[Array, "B"]]:
-    """Encodes a batch and searches its translations, in one compiled program.
+    """Encodes a batch and searches for its translations, in one compiled program.
 
     Args:
         models: the parameters of each model.
         source: token ids, padded.
-        limits: each sentence's longest output in tokens.
-        configs: of each model.
-        settings: what is searched.
-        max_length: the room for an output, L.
+        limits: the maximum length of each sentence's output, in tokens.
+        configs: the config of each model.
+        settings: the settings of the search.
+        max_length: the number of tokens for which there is room, L; may be less than some of the limits.
         prefix: tokens that each output begins with, padded.
         rngs: one random key for each sentence, for sampling.
-        may_wait: which sentences may be left unfinished when few go on.
+        may_wait: the sentences that may be left unfinished when only a few of the batch are not done.
         mesh: the devices that share the sentences, each searching its own; `None` for one device.
 
     Returns:
-        The hypotheses, and which sentences' are not final: those that waited, and those that need more room.
+        The hypotheses, and which sentences are unfinished, because they waited or because they need more room.
     """
 
     def run(models, source, limits, prefix, rngs, may_wait):
@@ -104,7 +104,7 @@ def score_targets(
     configs: Configs,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T"]:
-    """The log-probability of each token of given targets, 0 for padding: forced decoding, in one parallel pass."""
+    """The log-probability of each token of given targets, 0 for padding, from one parallel pass (forced decoding)."""
 
     def run(models, source, target):
         logits = [
@@ -128,9 +128,9 @@ def align_targets(
     layer: int,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T S"]:
-    """How much each target token, when it was predicted, gathered from each source token in one decoder layer.
+    """How much one decoder layer, when it predicts each target token, attends to each source token.
 
-    Heads and models are averaged.
+    The weights are averaged over heads and models.
     """
 
     def run(models, source, target):
@@ -145,7 +145,7 @@ def align_targets(
 
 
 def _divided(run: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """The same function with the batch divided among devices; the first argument is on each of them."""
+    """The same function with the batch divided among devices; each of them has the whole first argument."""
     if mesh is None:
         return run
 
@@ -203,13 +203,13 @@ def _search(
         prefix=prefix,
         rngs=rngs,
         may_wait=may_wait,
-        # No key or value is moved: each state remembers whose beginning a hypothesis goes on from.
+        # No keys or values are copied: each state records which hypotheses wrote the past of each hypothesis.
         follow=lambda states, parents: tuple(state.follow(parents) for state in states),
     )
 
 
 def _sayable(config: TransformerConfig, logits: jax.Array) -> jax.Array:
-    """The logits, -inf for what the model never says."""
+    """The logits, with -inf for tokens that the model never generates."""
     return logits.at[..., jnp.array(config.banned_ids)].set(-jnp.inf) if config.banned_ids else logits
 
 

@@ -1,4 +1,4 @@
-"""Takes the logits of the next token and leaves which tokens may come, and which one comes: the best, or one drawn.
+"""Decides which tokens a search may choose next, and chooses the best ones or draws one at random.
 
 Glossary: B sentences, N hypotheses of each, L longest output in tokens, P longest prefix, V vocabulary.
 """
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from flax_transformer.decoding.settings import Sampling, SearchSettings
 
-GROUP = 64  # tokens, or a little fewer
+GROUP = 64  # maximum number of tokens in one group of `best_tokens`
 
 
 def allowed_tokens(
@@ -23,17 +23,17 @@ def allowed_tokens(
     eos_id: int,
     pad_id: int,
 ) -> Bool[Array, "B #N V"]:
-    """Which tokens may come next; the limit goes before the prefix, and the prefix before what settings forbid.
+    """Which tokens may come next; the length limit overrides the prefix, and the prefix overrides the settings.
 
     Args:
-        tokens: of each hypothesis so far.
-        step: number of them.
-        limits: each sentence's longest output in tokens; the last one can only be the end of sentence.
-        prefix: what each output begins with, padded; `None` for no such wish.
-        settings: what is banned, and the shortest output.
-        vocab_size: V.
+        tokens: the tokens of each hypothesis so far.
+        step: their number.
+        limits: the maximum length of each sentence's output, in tokens; the last one can only be the end of sentence.
+        prefix: the tokens with which each output must begin, padded; `None` for no prefixes.
+        settings: banned tokens and sequences, and the minimum length.
+        vocab_size: the number of token ids, V.
         eos_id: the token that ends a sentence.
-        pad_id: what stands behind a shorter prefix.
+        pad_id: the token that pads shorter prefixes.
     """
     ids = jnp.arange(vocab_size)
     is_end = ids == eos_id
@@ -45,7 +45,7 @@ def allowed_tokens(
     if settings.min_length > 1:
         allowed &= ~(is_end & (step + 1 < settings.min_length))
     if settings.banned or settings.no_repeat_ngram or settings.min_length > 1:
-        # Where they leave nothing, the sentence ends.
+        # If no token is left, the sentence ends.
         allowed |= is_end & ~jnp.any(allowed, axis=-1, keepdims=True)
     if prefix is not None:
         wished = jnp.take(prefix, step, axis=1, mode="fill", fill_value=pad_id)[:, None, None]
@@ -54,9 +54,9 @@ def allowed_tokens(
 
 
 def _repeating(tokens: Int[Array, "B N L"], step: Int[Array, ""], size: int, vocab_size: int) -> Bool[Array, "B N V"]:
-    """The tokens that would make the last `size` ones a sequence that was there before."""
+    """The tokens that would complete a sequence of `size` tokens that occurred before."""
     batch, hypotheses, length = tokens.shape
-    # The token at each place i repeats if the `size` - 1 before it are the last ones.
+    # The token at position i would repeat if the `size` - 1 tokens before it equal the last ones.
     repeats = (jnp.arange(length) >= size - 1) & (jnp.arange(length) < step)
     for back in range(1, size):
         last = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(step - back, 0), axis=2)
@@ -66,12 +66,13 @@ def _repeating(tokens: Int[Array, "B N L"], step: Int[Array, ""], size: int, voc
 
 
 def best_tokens(scores: Float[Array, "*B N V"], count: int) -> tuple[Float[Array, "*B C"], Int[Array, "*B C"]]:
-    """The `count` highest of all N * V scores, and where they are in that row of N * V.
+    """The `count` highest of a sentence's N * V scores, and their indices in that row of N * V.
 
-    Only the `count` groups of tokens with the highest maxima can hold them: a maximum is much cheaper than sorting.
+    They must be in the `count` groups of tokens with the highest maxima, and finding a maximum is much cheaper than
+    sorting.
     """
     *batch, hypotheses, vocab_size = scores.shape
-    # Padding would copy all scores; most vocabularies can do without.
+    # Padding would copy all scores, so find a group size that divides the vocabulary; most have one.
     size = next((size for size in range(GROUP, GROUP // 2, -1) if vocab_size % size == 0), GROUP)
     if padding := -vocab_size % size:
         scores = jnp.pad(scores, [(0, 0)] * (len(batch) + 1) + [(0, padding)], constant_values=-jnp.inf)
@@ -81,20 +82,20 @@ def best_tokens(scores: Float[Array, "*B N V"], count: int) -> tuple[Float[Array
     candidates = jnp.take_along_axis(groups, best[..., None], axis=-2)
     values, index = jax.lax.top_k(candidates.reshape(*batch, -1), count)
     group = jnp.take_along_axis(best, index // size, axis=-1)
-    column = jnp.minimum(group % per_row * size + index % size, vocab_size - 1)  # padding, where all else is -inf
+    column = jnp.minimum(group % per_row * size + index % size, vocab_size - 1)  # may be padding if all others are -inf
     return values, group // per_row * vocab_size + column
 
 
 def draw_tokens(
     logits: Float[Array, "B N V"], rngs: Key[Array, "B"], step: Int[Array, ""], settings: Sampling
 ) -> Int[Array, "B N"]:
-    """One token for each hypothesis, drawn from the softmax of its logits.
+    """Draws one token for each hypothesis from the softmax of its logits.
 
     Args:
-        logits: -inf where a token may not come.
-        rngs: one key for each sentence, so that neighbours do not change what is drawn, [B].
-        step: drawn tokens so far.
-        settings: temperature, and which of the most probable tokens can be drawn.
+        logits: the logits of each token, -inf for tokens that may not come.
+        rngs: one key for each sentence, so that the other sentences of the batch do not change what is drawn.
+        step: the number of tokens drawn so far.
+        settings: the temperature, and how many of the most probable tokens can be drawn.
     """
     logits = logits / settings.temperature
     if settings.top_k and settings.top_k < logits.shape[-1]:

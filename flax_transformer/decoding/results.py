@@ -11,9 +11,9 @@ class Translation:
     """One translation of a sentence.
 
     Attributes:
-        text: what it says.
-        tokens: its pieces, the end of sentence included, of each part where the sentence was split; "▁" is a space.
-        ids: the same as token ids.
+        text: the translation as text.
+        tokens: its pieces, including the end of sentence (of each part, if the sentence was split); "▁" is a space.
+        ids: the ids of these tokens.
         token_log_probs: the log-probability of each token, in nats.
         log_prob: their sum.
         score: that sum divided by the length penalty.
@@ -29,12 +29,12 @@ class Translation:
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """What each target token looked at; `plots.plot_attention` draws it.
+    """How much each target token attends to each source token; `plots.plot_attention` draws it.
 
     Attributes:
-        source_tokens: pieces of the source, S of them.
-        target_tokens: pieces of the target, T of them.
-        weights: cross-attention, heads averaged; row t is that of the query which predicted target token t.
+        source_tokens: the S pieces of the source.
+        target_tokens: the T pieces of the target.
+        weights: cross-attention, averaged over heads; row t belongs to the query that predicts target token t.
     """
 
     source_tokens: tuple[str, ...]

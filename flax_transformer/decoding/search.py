@@ -1,9 +1,9 @@
-"""Takes a function that gives the next token's logits and leaves token sequences: beam search, greedy search, sampling.
+"""Beam search, greedy search and sampling, over any function that computes the logits of the next token.
 
-It knows no Transformer: `step_fn(state, tokens) -> (state, logits)` is all it asks for, and the state may be any
-pytree. The whole search is one `while_loop`, so nothing leaves the device until the end.
+The search does not depend on the model: it only needs `step_fn(state, tokens) -> (state, logits)`, with any pytree as
+state. It is a single `while_loop`, so nothing leaves the device until the end.
 Glossary: B sentences, N hypotheses of each, C candidates, L longest output in tokens, P longest prefix, V vocabulary,
-R returned of each sentence.
+R outputs returned for each sentence.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from flax_transformer.decoding.next_token import allowed_tokens, best_tokens, draw_tokens
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 
-FEW = 16  # A sixteenth of a batch is few.
+FEW = 16  # a batch does not wait for its last 1 / FEW of unfinished sentences
 
 
 class Hypotheses(flax.struct.PyTreeNode):
     """Finished outputs: the best first, or samples in the order they were drawn.
 
     Attributes:
-        tokens: ids without the start token, up to and with the end of sentence, then padding.
-        lengths: number of tokens, the end of sentence included.
-        token_log_probs: the log-probability of each token, in nats, 0 for padding. It is the model's own: what
-            constraints or a temperature took from other tokens is not given to it.
+        tokens: ids without the start token, up to and including the end of sentence, then padding.
+        lengths: number of tokens, including the end of sentence.
+        token_log_probs: the model's log-probability of each token, in nats, 0 for padding. Neither the temperature nor
+            the probability of tokens that were not allowed changes it.
         log_probs: their sum.
         scores: that sum divided by the length penalty.
     """
@@ -41,13 +41,13 @@ class Hypotheses(flax.struct.PyTreeNode):
 
 
 class Progress(flax.struct.PyTreeNode):
-    """What travels through the loop.
+    """The state of the loop.
 
     Attributes:
         step: number of tokens chosen for each live hypothesis.
-        state: that of `step_fn`.
-        live: hypotheses that go on. Greedy and sampled ones stay here when they have ended.
-        ended: those of a beam that have ended, the best first; empty places have score -inf.
+        state: the state of `step_fn`.
+        live: hypotheses that have not ended; those of greedy search and sampling stay here when they end.
+        ended: hypotheses of a beam that have ended, the best first; empty places have score -inf.
     """
 
     step: Int[Array, ""]
@@ -57,31 +57,33 @@ class Progress(flax.struct.PyTreeNode):
 
 
 def follow_rows(state: PyTree, parents: Int[Array, "B N"]) -> PyTree:
-    """Gives each hypothesis its parent's row of every leaf [B * N, ...]; a scalar belongs to all of them."""
+    """Gives each hypothesis its parent's row in every leaf [B * N, ...]; scalars are shared by all."""
     rows = (jnp.arange(parents.shape[0])[:, None] * parents.shape[1] + parents).reshape(-1)
     return jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim else leaf, state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """One search: `search.result(search.run(state))` is what it finds, in one `while_loop`.
+    """A search; `search.result(search.run(state))` runs it in one `while_loop` and returns the outputs.
 
-    `start` and `extend` are its steps, for those who want to see each.
+    `start` and `extend` run it step by step.
 
     Attributes:
-        step_fn: from the state and the last tokens [B * N] to the next state and logits [B * N, V].
-        limits: each sentence's longest output in tokens, the end of sentence included; at the limit it is forced.
-        settings: what is searched, and how; N is `settings.hypotheses`.
-        max_length: the room for an output, L: the largest limit, or less where `open` is heeded.
+        step_fn: takes the state and the last tokens [B * N], and returns the next state and logits [B * N, V].
+        limits: the maximum length of each sentence's output, in tokens including the end of sentence, which is forced
+            there.
+        settings: the settings of the search; N is `settings.hypotheses`.
+        max_length: the number of tokens for which there is room, L: the largest limit, or less if the caller searches
+            the sentences that `open` reports again.
         start_id: the token before the first.
         eos_id: the token that ends a sentence.
-        pad_id: what stands after it.
-        prefix: tokens that each output begins with, padded; they count in lengths and scores.
-        rngs: one random key for each sentence, [B]; sampling needs them.
-        may_wait: which sentences may be left open as soon as few of the batch are, so that they do not keep all others
-            waiting; none if not given. `open` tells which were left.
-        follow: from the state and for each hypothesis the parent [B, N] that it goes on from, to the state in which
-            it does.
+        pad_id: the token that follows the end of sentence.
+        prefix: tokens with which each output must begin, padded; they count in lengths and scores.
+        rngs: one random key for each sentence, which only sampling needs.
+        may_wait: the sentences that may be left unfinished when only a few of the batch are not done, so that the
+            others need not wait for them; none if not given. `open` returns which were left.
+        follow: takes the state and the parent [B, N] of each hypothesis, and returns the state in which each hypothesis
+            continues its parent.
     """
 
     step_fn: Callable[[Any, jax.Array], tuple[Any, jax.Array]]
@@ -97,20 +99,20 @@ class Search:
     follow: Callable[[Any, jax.Array], Any] = follow_rows
 
     def __post_init__(self):
-        """Raises ValueError where sampling has no random keys."""
+        """Raises ValueError if sampling has no random keys."""
         if isinstance(self.settings, Sampling) and self.rngs is None:
-            raise ValueError("sampling draws with random keys: give rngs, one for each sentence")
+            raise ValueError("sampling needs random keys: give rngs, one for each sentence")
 
     @property
     def _beam(self) -> BeamSearch | None:
-        """The settings of hypotheses that compete; a beam of one has nothing to compare and is greedy search."""
+        """The settings of a beam of two or more; `None` for sampling, and for a beam of one, which is greedy search."""
         return self.settings if isinstance(self.settings, BeamSearch) and self.settings.beam_size > 1 else None
 
     def run(self, state: PyTree) -> Progress:
-        """Searches until no next step can change the result, there is no more room, or all that are open may wait.
+        """Searches until no further step can change the result, the room is full, or all unfinished sentences may wait.
 
         Args:
-            state: before the first step, of N hypotheses for each sentence, one after the other.
+            state: the state before the first step, with the N hypotheses of each sentence one after the other.
         """
         return jax.lax.while_loop(self.unfinished, self.extend, self.start(state))
 
@@ -124,13 +126,13 @@ class Search:
             log_probs=jnp.full(shape, -jnp.inf, jnp.float32),
             scores=jnp.full(shape, -jnp.inf, jnp.float32),
         )
-        # The hypotheses of a beam begin alike: only the first counts, or the beam would hold N copies of it.
+        # All hypotheses of a beam start the same, so only the first one counts; otherwise the beam would hold N copies.
         beginnings = shape[1] if self._beam is None else 1
         live = nothing.replace(log_probs=nothing.log_probs.at[:, :beginnings].set(0.0))
         return Progress(step=jnp.zeros((), jnp.int32), state=state, live=live, ended=nothing)
 
     def unfinished(self, progress: Progress) -> Bool[Array, ""]:
-        """Whether a next step is worth it."""
+        """Whether to make another step."""
         is_open = self.open(progress)
         if self.may_wait is not None:
             is_open &= ~self.may_wait | (jnp.sum(is_open) > len(is_open) // FEW)
@@ -141,26 +143,27 @@ class Search:
         return self._extend_each(progress) if self._beam is None else self._extend_beam(progress, self._beam)
 
     def result(self, progress: Progress) -> Hypotheses:
-        """What has been found: `settings.num_return` of each sentence; where there are fewer, the rest score -inf."""
+        """The outputs, `settings.num_return` for each sentence; if fewer were found, the others have score -inf."""
         if self._beam is not None:
             return jax.tree.map(lambda leaf: leaf[:, : self.settings.num_return], progress.ended)
         live = progress.live
         return live.replace(scores=live.log_probs / self.settings.penalty(live.lengths))
 
     def open(self, progress: Progress) -> Bool[Array, "B"]:
-        """Which sentences a next step can change; after `run` those that waited or need more room."""
+        """Which sentences a further step can change; after `run` these are the ones that waited or need more room."""
         if self._beam is None:
             return jnp.any(progress.live.lengths == 0, axis=1)
         best = jnp.max(progress.live.log_probs, axis=1)
         if self._beam.stopping == "first":
             return (best > -jnp.inf) & (progress.ended.scores[:, -1] == -jnp.inf)
-        # Log-probabilities only fall, so a live hypothesis is bounded by its own under the kindest penalty to come.
+        # Log-probabilities only fall, so a live hypothesis cannot score better than it would now under the most
+        # favourable penalty that is still possible.
         now, at_limit = self.settings.penalty(progress.step + 1), self.settings.penalty(self.limits)
         bound = best / jnp.maximum(now, at_limit)
         return (best > -jnp.inf) & (bound > progress.ended.scores[:, self.settings.num_return - 1])
 
     def _next(self, progress: Progress) -> tuple[PyTree, Float[Array, "B N V"], Float[Array, "B N"]]:
-        """The next state; logits, -inf for tokens that may not come; and what turns them into log-probabilities."""
+        """The next state; logits, -inf for tokens that may not come; and the term that makes them log-probabilities."""
         tokens = progress.live.tokens
         last = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(progress.step - 1, 0), axis=2, keepdims=False)
         last = jnp.where(progress.step == 0, self.start_id, last)
@@ -179,7 +182,7 @@ class Search:
         return state, jnp.where(allowed, logits, -jnp.inf), -jax.nn.logsumexp(logits, axis=-1)
 
     def _extend_each(self, progress: Progress) -> Progress:
-        """Every hypothesis goes on by itself: greedy search and sampling."""
+        """Extends every hypothesis independently, as greedy search and sampling do."""
         step, live = progress.step, progress.live
         state, logits, normalizer = self._next(progress)
         if isinstance(self.settings, Sampling):
@@ -199,7 +202,7 @@ class Search:
         return progress.replace(step=step + 1, state=state, live=live)
 
     def _extend_beam(self, progress: Progress, settings: BeamSearch) -> Progress:
-        """The best continuations go on, whichever hypothesis they continue."""
+        """Keeps the best continuations of all hypotheses together."""
         size, live = settings.beam_size, progress.live
         state, logits, normalizer = self._next(progress)
         totals = logits + (live.log_probs + normalizer)[..., None]
@@ -207,7 +210,7 @@ class Search:
         if settings.stopping == "first":
             candidates, where = best_tokens(totals, 2 * size)
             is_end = where % vocab_size == self.eos_id
-            # An end that is not among the best is lost, and a sentence that has its hypotheses takes no more.
+            # A hypothesis that ends outside the `size` best is dropped, and a finished sentence accepts no more.
             counts = is_end & (jnp.arange(2 * size) < size) & self.open(progress)[:, None]
             ends, ending = jnp.where(counts, candidates, -jnp.inf), where // vocab_size
             going_on, index = jax.lax.top_k(jnp.where(is_end, -jnp.inf, candidates), size)
@@ -226,10 +229,10 @@ class Search:
     def _append(
         self, progress: Progress, parents: Int[Array, "B C"], tokens: Int[Array, "B C"], log_probs: Float[Array, "B C"]
     ) -> Hypotheses:
-        """Live hypotheses with one more token each, and so with these log-probabilities."""
+        """Appends a token to each parent; `log_probs` are those of the new hypotheses."""
         step = progress.step
         before = _take(progress.live, parents)
-        # Of what is impossible nothing will be read; infinite differences would be NaN.
+        # Impossible hypotheses get -inf, because the difference of two infinities would be NaN.
         last = jnp.where(log_probs > -jnp.inf, log_probs - before.log_probs, -jnp.inf)
         return Hypotheses(
             tokens=before.tokens.at[:, :, step].set(tokens),

@@ -1,4 +1,4 @@
-"""Takes sentences and leaves their translations: trained models, their vocabulary and a search, put together."""
+"""`Translator`, which translates, scores and aligns sentences with trained models and their vocabulary."""
 
 import textwrap
 import warnings
@@ -22,7 +22,7 @@ from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
 GREEDY = BeamSearch(beam_size=1)
-# Texts of type str, in anything that has an order; `_as_list` checks each and names the place of another value.
+# An ordered iterable of str; `_as_list` checks each item, and its error names the position of one of another type.
 Texts = Iterable[Any]
 
 
@@ -30,7 +30,7 @@ class Translator:
     """Translates sentences with a model, or with an ensemble that averages the probabilities of several models.
 
     Attributes:
-        vocabularies: of both sides.
+        vocabularies: the vocabularies of both sides.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class Translator:
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """Copies the parameters to the devices; compiling waits for the first sentences.
+        """Copies the parameters to the devices; nothing is compiled until the first sentences come.
 
         Args:
             models: one model, or several with the same vocabularies.
-            batch_tokens: source tokens in a batch, padding included.
-            devices: the devices that share each batch; all of this process if not given.
+            batch_tokens: source tokens in a batch, including padding.
+            devices: the devices that share each batch; all devices of this process if not given.
 
         Raises:
             ValueError: there is no model, or their vocabularies differ.
@@ -86,18 +86,19 @@ class Translator:
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Translator":
-        """Loads the model of a work directory; for an ensemble give the constructor several `TrainedModel.load(path)`.
+        """Loads the model of a work directory; for an ensemble pass several `TrainedModel.load(path)` to `Translator`.
 
         Args:
             path: the work directory.
-            step: "chosen" ("averaged" where the config's `training.weights` is that and there is an average, else
-                "best"), "best" (the newest where none was scored), "latest", "averaged" or the number of a checkpoint.
-                Where `training.weights` is "ema", a checkpoint's moving average is loaded.
+            step: "chosen" ("averaged" if the config's `training.weights` is "averaged" and there is an average, else
+                "best"), "best" (the newest if none was scored), "latest", "averaged" or the number of a checkpoint. If
+                `training.weights` is "ema", the checkpoint's moving average is loaded.
             batch_tokens: as in the constructor.
             devices: as in the constructor.
 
         Raises:
-            ValueError: it is no work directory, has no such checkpoint, or another vocabulary than the model's.
+            ValueError: the folder is not a work directory, has no such checkpoint, or has another vocabulary than the
+                model.
         """
         return cls(TrainedModel.load(path, step=step), batch_tokens=batch_tokens, devices=devices)
 
@@ -110,7 +111,7 @@ class Translator:
         seed: int = 0,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[str]:
-        """The best translation of each sentence, or the first sample, in order; arguments as in `hypotheses`."""
+        """Returns each sentence's best translation, or first sample, in order; arguments as in `hypotheses`."""
         found = self.hypotheses(sentences, search, prefixes=prefixes, seed=seed, after_batch=after_batch)
         return [translations[0].text for translations in found]
 
@@ -123,29 +124,29 @@ class Translator:
         seed: int = 0,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
-        """Translations of each sentence, in order: the best first, or samples as they were drawn.
+        """Returns the translations of each sentence, in order: the best first, or samples in the order they were drawn.
 
-        A sentence in which there is nothing to read has one empty translation. One that is longer than the model's
-        `max_length` is split at sentence ends, and the translations of its parts are joined, with a warning. Sentences
-        that the vocabulary can hardly read, in another script for example, are translated, with an `UnreadableWarning`.
+        A blank sentence has one empty translation. A sentence that is longer than the model's `max_length` is split at
+        sentence ends, and the translations of its parts are joined, with a warning. Sentences that the vocabulary can
+        hardly read, for example because they are in another script, are translated with an `UnreadableWarning`.
 
         Args:
-            sentences: of the source language, in any iterable that has an order.
-            search: how translations are searched, and how many are returned.
-            prefixes: what each translation begins with, as it is written there; an empty one is no wish.
-            seed: for sampling: equal seeds draw equal translations, whatever the batches.
-            after_batch: called after each batch of sentences; what it raises ends the search.
+            sentences: sentences of the source language, in any ordered iterable.
+            search: how to search for translations, and how many to return.
+            prefixes: the text with which each translation must begin; an empty one means any.
+            seed: the seed of sampling; equal seeds draw equal translations, however the sentences are batched.
+            after_batch: called after each batch of sentences; an exception from it ends the search.
 
         Raises:
-            ValueError: `sentences` is one string, has no order or holds something that is no text, or prefixes are too
-                many, too few or too long.
+            ValueError: `sentences` is a single string, is not ordered or contains something other than a str, or
+                prefixes are too many, too few or too long.
         """
         sentences = _as_list("sentences", sentences)
         prefixes = [""] * len(sentences) if prefixes is None else _as_list("prefixes", prefixes)
         if len(prefixes) != len(sentences):
             raise ValueError(f"there are {len(prefixes)} prefixes for {len(sentences)} sentences: give one for each")
         all_parts = self._split(sentences)
-        # Where each part comes from: the number of its sentence, and its own in there.
+        # Where each part comes from: the number of its sentence, and its number within the sentence.
         places = [(number, part) for number, parts in enumerate(all_parts) for part in range(len(parts))]
         begun = self.vocabularies.target.encode(["" if part else prefixes[number] for number, part in places])
         found = self._engine.search(
@@ -162,26 +163,27 @@ class Translator:
         ]
 
     def score(self, sources: Texts, targets: Texts, search: SearchSettings = BEAM) -> list[Translation]:
-        """How probable given translations are: forced decoding, with the numbers that `hypotheses` gives its own.
+        """Scores given translations by forced decoding; `hypotheses` gives its own translations the same scores.
 
         Args:
-            sources: sentences.
-            targets: a translation of each. A text is divided into tokens by the vocabulary; a `Translation` has them.
-            search: its length penalty makes the scores.
+            sources: sentences of the source language.
+            targets: a translation of each. The vocabulary tokenises a str; a `Translation` already has token ids.
+            search: supplies the length penalty of the scores.
 
         Raises:
-            ValueError: there are not as many of the one as of the other, or one does not fit learned positions.
+            ValueError: the numbers of sources and targets differ, or one has more tokens than there are learned
+                positions.
         """
         outputs = self._engine.score(*self._encode_pairs(sources, targets))
         return [self._translation([output], search) for output in outputs]
 
     def align(self, sources: Texts, targets: Texts, *, layer: int = -1) -> list[Alignment]:
-        """Which source tokens each token of given translations looked at.
+        """Returns how much each token of given translations attends to each source token.
 
         Args:
-            sources: sentences.
+            sources: sentences of the source language.
             targets: a translation of each, as in `score`.
-            layer: of the decoder; -1 is the last.
+            layer: the decoder layer; -1 is the last.
 
         Raises:
             ValueError: as in `score`, or there is no such layer.
@@ -202,35 +204,35 @@ class Translator:
         ]
 
     def stream(self, sentence: str, search: BeamSearch | Sampling = GREEDY, *, seed: int = 0) -> Iterator[str]:
-        """The translation of one sentence, piece by piece as its tokens are chosen.
+        """Yields the translation of one sentence piece by piece, as its tokens are chosen.
 
         Args:
-            sentence: of the source language.
+            sentence: a sentence of the source language.
             search: greedy search, or sampling of one translation.
-            seed: for sampling.
+            seed: the seed of sampling.
 
         Raises:
-            ValueError: the search compares hypotheses, so that nothing is certain before its end.
+            ValueError: the search has several hypotheses, so no token is certain before its end.
         """
         if search.hypotheses > 1:
-            raise ValueError(f"a stream follows one hypothesis, not {search.hypotheses}: search with a beam of 1")
+            raise ValueError(f"streaming works with one hypothesis, not {search.hypotheses}: search with a beam of 1")
         (sentence,) = _as_list("sentence", [sentence])
         return self._stream(sentence, search, seed)
 
     def compile(self, search: BeamSearch | Sampling = BEAM, *, longest: int = 64, sentences: int | None = None) -> None:
-        """Compiles ahead what translating will need; with a persistent compilation cache, for later processes too.
+        """Compiles in advance what translating will need; a persistent compilation cache keeps it for later processes.
 
-        Outputs much longer than their sources may still compile a program when they come.
+        An output that is much longer than its source may still require a program to be compiled.
 
         Args:
-            search: as it will be given to `translate`.
-            longest: sources of up to so many tokens.
-            sentences: how many of each length will come in one call; enough to fill batches if not given.
+            search: the search that `translate` will be called with.
+            longest: the maximum length of a source, in tokens.
+            sentences: how many sentences of each length one call will have; enough to fill batches if not given.
         """
         self._engine.compile(search, longest=longest, sentences=sentences)
 
     def _split(self, sentences: Sequence[str]) -> list[list[list[int]]]:
-        """The ids of each sentence, in parts where it is too long; an empty one has none."""
+        """The ids of each sentence, in several parts if it is too long; a blank sentence has no part."""
         longest = self._engine.longest
         vocabulary = self.vocabularies.source
         encode = vocabulary.encode
@@ -243,7 +245,7 @@ class Translator:
             tokens = sum(map(len, split[number]))
             if tokens > longest:
                 language = languages[number]
-                # What names the language is one token, of each part.
+                # The token that names the language goes before each part.
                 room = longest - 1 if language else longest
                 parts = split_sentence(texts[number], lambda text: len(encode([text])[0]), room)
                 split[number] = encode([language + part for part in parts])
@@ -255,16 +257,16 @@ class Translator:
         return split
 
     def _join(self, parts: Sequence[Sequence[Output]], search: SearchSettings, prefix: str) -> list[Translation]:
-        """Translations of a sentence, from those of its parts: the best of each together, then the next."""
+        """Joins the translations of a sentence's parts: the best ones of all parts, then the second best, and so on."""
         ranks = zip(*parts, strict=False)
         return [self._translation(outputs, search, prefix) for outputs in ranks] or [Translation()]
 
     def _texts(self, outputs: Sequence[Output], prefix: str) -> list[str]:
-        """What the parts of a translation say; the first begins with the prefix as it was written."""
+        """The text of each part of a translation; the first begins with the prefix exactly as it was given."""
         target = self.vocabularies.target
         texts = target.decode(output.ids for output in outputs)
         if texts and prefix.strip():
-            # Decoded, it has the vocabulary's spelling, and the mark of the unknown token for characters it lacks.
+            # The decoded prefix has the vocabulary's spelling, and the unknown token for characters that it lacks.
             (begun,) = target.decode([target.encode([prefix])[0][:-1]])
             if begun and texts[0].startswith(begun):
                 texts[0] = prefix.strip() + texts[0].removeprefix(begun)
@@ -304,7 +306,7 @@ class Translator:
 
 
 def _random_keys(search: SearchSettings, seed: int, places: Sequence[tuple[int, int]]) -> Key[Array, "B"] | None:
-    """A key for each pair of numbers, made of them and the seed alone: neighbours do not change what is drawn."""
+    """A key for each part, which depends only on its two numbers and the seed, not on the other sentences."""
     if not isinstance(search, Sampling):
         return None
     seed = check_value("seed", seed, int, SEED_OF_SAMPLES)
@@ -314,12 +316,12 @@ def _random_keys(search: SearchSettings, seed: int, places: Sequence[tuple[int, 
 
 
 def _as_list(name: str, value: object, also: type = str) -> list[Any]:
-    """The texts of any iterable that has an order, as a list; raises ValueError naming the place of what is no text.
+    """Returns the items of an ordered iterable of str as a list; raises ValueError that names one of another type.
 
     Args:
-        name: of the argument.
-        value: what was given; an iterator is read to its end.
-        also: what may stand in it besides texts.
+        name: the name of the argument.
+        value: the value of the argument; an iterator is read to its end.
+        also: another type that items may have.
     """
     kind = type(value).__name__
     if isinstance(value, str | bytes | Translation):
@@ -327,10 +329,10 @@ def _as_list(name: str, value: object, also: type = str) -> list[Any]:
     if hasattr(value, "readline"):
         raise ValueError(f"{name} is an open file: give its lines without their ends, as in file.read().split('\\n')")
     if isinstance(value, Set | Mapping) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) != 1:
-        raise ValueError(f"{name} is a {kind}, which is no sequence of texts: give a list, in the order that is wanted")
+        raise ValueError(f"{name} is a {kind}, which is not an ordered sequence of texts: give a list")
     texts = list(value)
     for number, text in enumerate(texts):
         if not isinstance(text, str | also):
             found = textwrap.shorten(repr(text), 60, placeholder=" …")
-            raise ValueError(f"{name}[{number}] is {found}, of type {type(text).__name__}: give text, of type str")
+            raise ValueError(f"{name}[{number}] is {found}, of type {type(text).__name__}: give a str")
     return texts

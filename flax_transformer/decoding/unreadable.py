@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.text.spelling import is_blank
 
-# With this share of unknown characters a sentence is called hardly readable: another script or language, not a name.
+# A sentence with at least this share of unknown characters is hardly readable: it is probably in another script or
+# language, and does not just have an unusual name.
 HARDLY_READABLE = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """What a vocabulary cannot read of a sentence.
+    """The characters of a sentence that a vocabulary cannot read.
 
     Attributes:
-        characters: the characters that it has no piece for, in their order, each as often as it occurs.
+        characters: the characters that have no piece, in their order, each as often as it occurs.
         share: their share of the sentence's visible characters, from 0 to 1.
     """
 
@@ -27,35 +28,35 @@ class Unreadable:
 
     @classmethod
     def of(cls, sentence: str, vocabulary: Vocabulary) -> "Unreadable":
-        """Looks a sentence's characters up."""
+        """Looks up the characters of a sentence."""
         characters = vocabulary.unknown_characters(sentence)
         if not characters:
             return cls("", 0.0)
-        # The unknown ones are counted in composed form, so all are.
+        # Unknown characters are counted in composed form, so the visible ones must be too.
         visible = sum(not is_blank(character) for character in unicodedata.normalize("NFC", sentence))
         return cls(characters, len(characters) / visible)
 
 
 class UnreadableWarning(UserWarning):
-    """Sentences hold so many characters without a piece that their translations mean little."""
+    """Warns that so many characters of some sentences have no piece that their translations mean little."""
 
 
 class UnreadableSentences:
     """Counts the sentences that are hardly readable, so that a whole file gets one warning.
 
     Attributes:
-        count: how many there were.
-        total: how many sentences were looked at.
+        count: how many sentences were hardly readable.
+        total: how many sentences were examined.
         example: the first of them.
     """
 
     def __init__(self, vocabulary: Vocabulary):
-        """Has seen none yet; `vocabulary` is that of the source."""
+        """Starts with no sentences; `vocabulary` is that of the source."""
         self._vocabulary = vocabulary
         self.count, self.total, self.example = 0, 0, ""
 
     def add(self, sentences: Sequence[str]) -> list[Unreadable]:
-        """What is unreadable of each of these sentences, which are counted."""
+        """Counts these sentences, and returns what is unreadable in each."""
         found = [Unreadable.of(sentence, self._vocabulary) for sentence in sentences]
         for sentence, unreadable in zip(sentences, found, strict=True):
             self.total += 1
@@ -65,7 +66,7 @@ class UnreadableSentences:
         return found
 
     def warn(self, *, stacklevel: int = 1) -> None:
-        """Warns of the sentences counted so far, if there are any; at stack level 1 in the name of the caller."""
+        """Warns of the hardly readable sentences so far, if there are any; stack level 1 is the caller."""
         if self.count:
             warnings.warn(
                 f"{self.count:,} of {self.total:,} sentences consist to a third or more of characters that the "
@@ -77,7 +78,7 @@ class UnreadableSentences:
 
     @contextlib.contextmanager
     def warning_once(self) -> Iterator[None]:
-        """Inside, translating does not warn; at the end one warning counts all the sentences that were added."""
+        """Suppresses warnings inside the `with` block; at its end one warning counts all sentences that were added."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UnreadableWarning)

@@ -1,1 +1,1 @@
-"""Takes models of other libraries and leaves ours, and goes the way back."""
+"""Imports models from other libraries, and exports models to them."""

@@ -170,7 +170,7 @@ def _readme(model: TrainedModel, name: str, quantization: str) -> str:
     return (
         f"# {name}\n\nA Transformer of {config.num_encoder_layers}+{config.num_decoder_layers} layers for CTranslate2 "
         f"(`pip install ctranslate2 sentencepiece`), weights {'float32' if quantization == 'none' else quantization}. "
-        f"It knows sentences of up to {config.max_length} tokens. To be run beside this folder:\n\n"
+        f"It is made for sentences of up to {config.max_length} tokens. Run this in the folder above:\n\n"
         f"```python\n{example}```\n\n"
         "CTranslate2 adds the end of a sentence itself; its `length_penalty` divides by length ^ penalty.\n"
         + (

@@ -20,9 +20,9 @@ def check_new_folder(path: epath.PathLike) -> epath.Path:
     workdir = WorkDirectory(path)
     place = workdir.path
     if os.path.islink(place):
-        raise ValueError(f"{path} is a symbolic link, which a folder cannot take the place of: name another folder")
+        raise ValueError(f"{path} is a symbolic link, which a folder cannot replace: give another folder")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"{path} exists and is not empty: name another folder, or remove that one")
+        raise ValueError(f"{path} exists and is not empty: give another folder, or remove that one")
     if owner := work_directory_of(str(place)):
         raise ValueError(f"{path} belongs to the work directory {owner}: name another folder")
     workdir.check_place()

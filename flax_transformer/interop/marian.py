@@ -42,7 +42,7 @@ def read_marian(folder: epath.PathLike) -> TrainedModel:
     """
     folder = epath.Path(folder).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: download the model first, all of its files")
+        raise ValueError(f"{folder} is not a folder: download all files of the model first")
     fields = _read_json(folder / "config.json")
     generation = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     for name, file in ((folder / "config.json", fields), (folder / "generation_config.json", generation)):
@@ -67,7 +67,7 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged (no mapping of fields): download it again")
+        raise ValueError(f"{file} is damaged (it has no fields): download it again")
     return content
 
 
@@ -84,7 +84,7 @@ def _check_vocabularies(folder: epath.Path, config: TransformerConfig, vocabular
         vocabulary: Vocabulary = getattr(vocabularies, side)
         if vocabulary.size != size:
             raise ValueError(
-                f"the {side} vocabulary has {vocabulary.size} pieces, config.json says {size}: "
+                f"the {side} vocabulary has {vocabulary.size} pieces, but config.json says {size}: "
                 f"{_explain_size(folder, vocabulary, size)}"
             )
         for name, found, wanted in (
@@ -93,12 +93,12 @@ def _check_vocabularies(folder: epath.Path, config: TransformerConfig, vocabular
         ):
             if found != wanted:
                 raise ValueError(
-                    f"config.json: {name} is {wanted}, the {side} vocabulary has {found}: download both again"
+                    f"config.json: {name} is {wanted}, but in the {side} vocabulary it is {found}: download both again"
                 )
     outside = [number for number in (config.start_id, *config.banned_ids) if number >= config.target_vocab_size]
     if outside:
         raise ValueError(
-            f"config.json: decoder_start_token_id or bad_words_ids names {outside[0]}, the vocabulary ends at "
+            f"config.json: decoder_start_token_id or bad_words_ids is {outside[0]}, but the vocabulary ends at "
             f"{config.target_vocab_size - 1}: download both again"
         )
 
@@ -121,7 +121,7 @@ def _explain_size(folder: epath.Path, vocabulary: Vocabulary, size: int) -> str:
             "name. If tokens were added, or the size was rounded up, take it back in transformers with "
             f"model.resize_token_embeddings({vocabulary.size}) and save the model; if not, download all files again"
         )
-    return "a file is of another model, or was cut off: download all files again"
+    return "a file belongs to another model, or is not complete: download all files again"
 
 
 def from_marian(folder: epath.PathLike, workdir: epath.PathLike) -> TrainedModel:
@@ -140,7 +140,7 @@ def to_marian(model: TrainedModel, folder: epath.PathLike) -> None:
         folder: where to write it; must be empty or not exist.
 
     Raises:
-        ValueError: Marian has no such model; names the option that does not fit.
+        ValueError: Marian does not support the model; names the option.
     """
     import safetensors.numpy
 

@@ -1,7 +1,8 @@
-"""Takes the fields of a Marian model's configuration and leaves our config, and goes the way back.
+"""Converts the fields of a Marian model's configuration to our config, and back.
 
-A field is read, or has one value that can be converted, or changes no translation; any other is an error, since it may
-ask for what ours does not compute. What is in no file has the default of transformers.
+Each field is either read, or must have the one value that can be converted, or has no effect on translations. Any other
+field is an error, since it may ask for something that our model does not compute. A field that is missing has its
+default in transformers.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from etils import epath
 from flax_transformer.config import TransformerConfig
 
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "swish", "silu": "swish"}
-# What a Marian model of transformers always has; another value would ask for something that it does not compute.
+# Fields that can be converted only with the value given here; any other value asks for something that our model does
+# not compute.
 FIXED = {
     "model_type": "marian",
     "is_encoder_decoder": True,
@@ -24,7 +26,7 @@ FIXED = {
     "force_bos_token_to_be_generated": False,
     "chunk_size_feed_forward": 0,
     "quantization_config": None,
-    # Of how translations are searched.
+    # Settings of the search.
     "forced_bos_token_id": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
@@ -69,7 +71,8 @@ READ = {
     "tie_word_embeddings",
     "vocab_size",
 }
-# What changes no translation, or is chosen anew for each: searches have settings of their own here.
+# Fields that have no effect on the model, or that set defaults of the search, for which this library has its own
+# settings.
 WITHOUT_EFFECT = {
     "_attn_implementation_autoset",
     "_from_model_config",
@@ -117,21 +120,21 @@ DEFAULT_MAX_LENGTH = 512
 
 
 def check_fields(file: epath.Path, fields: Mapping[str, Any]) -> None:
-    """Raises ValueError for a field that ours cannot express, or that nobody knows."""
+    """Raises ValueError for a field that cannot be converted or is unknown."""
     for name, value in fields.items():
         if name in FIXED:
             if value not in (None, [], {}) and value != FIXED[name]:
                 raise ValueError(
-                    f"{file}: {name} is {value!r}, only {FIXED[name]!r} can be converted: choose another model"
+                    f"{file}: {name} is {value!r}, but only {FIXED[name]!r} can be converted: choose another model"
                 )
         elif name not in READ | WITHOUT_EFFECT and value not in (None, False, [], {}):
             raise ValueError(
-                f"{file}: {name} is {value!r}, which is not known here: remove that line if it changes no translation"
+                f"{file}: {name} is {value!r}, an unknown field: remove that line if it does not affect translations"
             )
 
 
 def join_fields(fields: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `config.json`, and those of `generation_config.json`, which wins where it says how to search."""
+    """Merges the fields of `config.json` and `generation_config.json`; the latter overrides settings of the search."""
     for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
         both = [file[name] for file in (fields, generation) if file.get(name) is not None]
         if len(both) == 2 and both[0] != both[1]:
@@ -142,49 +145,49 @@ def join_fields(fields: Mapping[str, Any], generation: Mapping[str, Any]) -> dic
 
 
 def read_flag(fields: Mapping[str, Any], name: str, *, default: bool) -> bool:
-    """A field that is true or false; ValueError for anything else."""
+    """Reads a field that is true or false; raises ValueError for anything else."""
     value = default if fields.get(name) is None else fields[name]
     if type(value) is not bool:
-        raise ValueError(f"config.json: {name} is {value!r}, true or false is needed: download the file again")
+        raise ValueError(f"config.json: {name} is {value!r}, but must be true or false: download the file again")
     return value
 
 
 def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
-    """Our config, but for what only the tensors tell.
+    """Makes our config, except for the fields that only the tensors determine.
 
     Args:
-        fields: of `config.json`, and of `generation_config.json` where there is one.
+        fields: the fields of `config.json`, merged with those of `generation_config.json` if there is one.
 
     Raises:
-        ValueError: a field's value cannot be expressed; names both.
+        ValueError: a field's value cannot be converted; names the field and the value.
     """
 
     def whole(name: str, default: int | None = None) -> int:
         value = default if fields.get(name) is None else fields[name]
         if type(value) is not int or value < 0:
-            raise ValueError(f"config.json: {name} is {value!r}, a whole number is needed: download the file again")
+            raise ValueError(f"config.json: {name} is {value!r}, but must be a whole number: download the file again")
         return value
 
     def both(part: str) -> int:
         first, second = whole(f"encoder_{part}"), whole(f"decoder_{part}")
         if first != second:
             raise ValueError(
-                f"config.json: encoder_{part} is {first} and decoder_{part} {second}: only equal ones can be converted"
+                f"config.json: encoder_{part} is {first} and decoder_{part} is {second}, but they must be equal"
             )
         return first
 
     activation = fields.get("activation_function", "gelu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
-            f"config.json: activation_function is {activation!r}, only {', '.join(ACTIVATIONS)} can be converted"
+            f"config.json: activation_function is {activation!r}, but only {', '.join(ACTIVATIONS)} can be converted"
         )
-    # Theirs counts the start too.
+    # The limit of transformers includes the start token.
     longest = [whole("max_length", 1) - 1, whole("max_new_tokens", 0)]
     eos_id = whole("eos_token_id")
     if fields.get("forced_eos_token_id") not in (None, eos_id):
         raise ValueError(
-            f"config.json: forced_eos_token_id is {fields['forced_eos_token_id']!r}, only eos_token_id = {eos_id} can "
-            "be converted"
+            f"config.json: forced_eos_token_id is {fields['forced_eos_token_id']!r}, but only eos_token_id = {eos_id} "
+            "can be converted"
         )
     try:
         return TransformerConfig(
@@ -203,20 +206,21 @@ def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
             max_length=whole("max_position_embeddings", DEFAULT_MAX_LENGTH),
             max_output=min(filter(None, longest), default=0),
             scale_embeddings=read_flag(fields, "scale_embedding", default=False),
-            tie_embeddings="none",  # until the tensors are compared
+            tie_embeddings="none",  # set when the tensors are compared
             pad_id=whole("pad_token_id"),
             start_id=whole("decoder_start_token_id", whole("pad_token_id")),
             eos_id=eos_id,
             banned_ids=_banned(fields, renormalize=read_flag(fields, "renormalize_logits", default=False)),
         )
-    except TypeError as error:  # a text where a number belongs
+    except TypeError as error:  # a string instead of a number
         raise ValueError(f"config.json is damaged ({error}): download it again") from error
 
 
 def _banned(fields: Mapping[str, Any], *, renormalize: bool) -> tuple[int, ...]:
-    """The tokens that are never said; of longer sequences we know nothing.
+    """The tokens that are never generated; raises ValueError for sequences of several tokens, which cannot be banned.
 
-    Every search bans padding and start. Only `renormalize_logits` takes their probability from them too.
+    Padding and start alone are left out, because every search bans them anyway, unless `renormalize_logits` gives their
+    probability to the other tokens.
     """
     bad_words = fields.get("bad_words_ids") or []
 
@@ -224,29 +228,29 @@ def _banned(fields: Mapping[str, Any], *, renormalize: bool) -> tuple[int, ...]:
         return isinstance(word, list) and len(word) == 1 and type(word[0]) is int and word[0] >= 0
 
     if not isinstance(bad_words, list) or not all(map(is_token, bad_words)):
-        raise ValueError(f"config.json: bad_words_ids is {bad_words!r}, only single tokens can be banned here")
+        raise ValueError(f"config.json: bad_words_ids is {bad_words!r}, but only single tokens can be banned")
     banned = {word[0] for word in bad_words}
     always = {fields["pad_token_id"], fields.get("decoder_start_token_id", fields["pad_token_id"])}
     return tuple(sorted(banned)) if renormalize or not banned <= always else ()
 
 
 def check_expressible(config: TransformerConfig) -> None:
-    """Raises ValueError for what Marian cannot express."""
+    """Raises ValueError for an option of the model that Marian does not have."""
     for name, wanted in (("norm", "post"), ("norm_epsilon", 1e-5)):
         if getattr(config, name) != wanted:
             raise ValueError(
-                f"model.{name} is {getattr(config, name)!r}, Marian has {wanted!r}: train with that, or "
+                f"model.{name} is {getattr(config, name)!r}, but Marian needs {wanted!r}: train with that, or "
                 "convert to-ctranslate2 or to-stablehlo"
             )
     if config.positions == "learned":
         raise ValueError(
-            "model.positions is 'learned', Marian has sinusoidal ones: train with those, or convert "
+            "model.positions is 'learned', but Marian needs sinusoidal ones: train with those, or convert "
             "to-ctranslate2 or to-stablehlo"
         )
 
 
 def write_fields(config: TransformerConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of `config.json`, but for what only the tensors tell, and those of `generation_config.json`."""
+    """The fields of `config.json`, except those that only the tensors determine, and of `generation_config.json`."""
     searching = {
         "bad_words_ids": [[number] for number in config.never_chosen],
         "decoder_start_token_id": config.start_id,

@@ -1,7 +1,7 @@
-"""Takes the named tensors of a Marian model, as transformers stores them, and leaves our parameters, and goes back.
+"""Converts the named tensors of a Marian model, as transformers stores them, to our parameters, and back.
 
-Marian's linear maps are stored [out, in], ours [in, out]; norms and embeddings are the same arrays. A matrix that
-several parts share is stored once by both, if not always by the same rule: what is equal is shared here.
+Marian's linear maps are stored [out, in], ours [in, out]; norms and embeddings are the same arrays. Both formats store
+a shared matrix once, but not by the same rules; here matrices are shared if they are equal.
 
 Glossary: D d_model, V a vocabulary's size.
 """
@@ -21,13 +21,13 @@ Tensors = Mapping[str, np.ndarray]
 
 SHARED, SOURCE, TARGET = "model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"
 OUTPUT, OUTPUT_BIAS = "lm_head.weight", "final_logits_bias"
-# Worked out from the configuration; older files hold them all the same.
+# Sinusoidal positions follow from the configuration, but older files contain them too.
 POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
 ATTENTION_PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
 
 def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
-    """The path of each parameter in a layer, and the name of its tensor in Marian."""
+    """The path of each parameter of all layers, and the name of its tensor in Marian."""
     for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
         attentions = {"self_attention": "self_attn"} | (
             {} if stack == "encoder" else {"cross_attention": "encoder_attn"}
@@ -47,7 +47,7 @@ def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
 
 
 def embeddings(config: TransformerConfig, params: PyTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The source's, the target's and the output's matrix, each [V, D]."""
+    """The matrices of source, target and output, each [V, D]."""
     if config.tie_embeddings == "three_way":
         shared = np.asarray(params["shared_embedding"]["embedding"])
         return shared, shared, shared
@@ -58,16 +58,16 @@ def embeddings(config: TransformerConfig, params: PyTree) -> tuple[np.ndarray, n
 def from_tensors(
     config: TransformerConfig, tensors: Tensors, *, shared: bool, tied: bool
 ) -> tuple[TransformerConfig, PyTree]:
-    """A model from Marian's tensors.
+    """Makes our parameters from Marian's tensors.
 
     Args:
-        config: the model's, but for which of its embeddings are tied.
-        tensors: by Marian's names, float32.
-        shared: whether source and target are said to share their embeddings.
-        tied: whether the output is said to be tied to them.
+        config: the model's config, in which it is still open which embeddings are tied.
+        tensors: float32 arrays by Marian's names.
+        shared: whether source and target share their embeddings according to the configuration.
+        tied: whether the output is tied to them according to the configuration.
 
     Returns:
-        The config with that filled in, and the parameters.
+        The complete config, and the parameters.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of another shape than the config asks for.
@@ -75,7 +75,9 @@ def from_tensors(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in POSITIONS}
     layers = config.num_encoder_layers + config.num_decoder_layers
     if layers > len(tensors):
-        raise ValueError(f"config.json asks for {layers} layers, of {len(tensors)} tensors: download both files again")
+        raise ValueError(
+            f"config.json has {layers} layers, but there are only {len(tensors)} tensors: download both files again"
+        )
     source, target, output = _matrices(tensors, shared=shared, tied=tied)
     same = np.array_equal(target, output)
     tie = "three_way" if same and np.array_equal(source, target) else "decoder" if same else "none"
@@ -94,7 +96,7 @@ def from_tensors(
         if name in tensors:
             found[path] = tensors[name].T
     if unknown := tensors.keys() - {SHARED, *named.values()}:
-        raise ValueError(f"the tensor {min(unknown)} belongs to no Marian model that is known here")
+        raise ValueError(f"the tensor {min(unknown)} is unknown, and no part of a Marian model")
     _check_size(config.source_vocab_size, source, SOURCE)
     _check_size(config.target_vocab_size, target, TARGET)
     config = dataclasses.replace(config, tie_embeddings=tie, output_bias=OUTPUT_BIAS in tensors)
@@ -103,15 +105,15 @@ def from_tensors(
             raise ValueError(f"the tensor {named[path]} is missing: the file is not complete, download it again")
         if found[path].shape != leaf.shape:
             raise ValueError(
-                f"the tensor {named[path]} does not fit config.json: its parameters are {list(found[path].shape)}, "
-                f"{list(leaf.shape)} are asked for: download both files again"
+                f"the tensor {named[path]} does not fit config.json: its shape is {list(found[path].shape)}, but must "
+                f"be {list(leaf.shape)}: download both files again"
             )
     return config, unflatten_dict({path: np.ascontiguousarray(leaf) for path, leaf in found.items()}, sep="/")
 
 
 def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The source's, the target's and the output's matrix; what is missing is another one by the configuration."""
-    # Of what is the same, a file may hold any name alone.
+    """The matrices of source, target and output; the configuration says which other one replaces a missing one."""
+    # A file may contain a shared matrix under any one of its names.
     targets = [TARGET, *([SHARED, SOURCE] if shared else []), *([OUTPUT] if tied else [])]
     sources = [SOURCE, *([SHARED, TARGET] if shared else []), *([OUTPUT] if shared and tied else [])]
     outputs = [OUTPUT, *(targets if tied else [])]
@@ -134,7 +136,7 @@ def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray
 def _check_size(size: int, matrix: np.ndarray, name: str) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != size:
         raise ValueError(
-            f"the embeddings {name} are {list(matrix.shape)}, config.json has a vocabulary of {size}: "
+            f"the embeddings {name} are {list(matrix.shape)}, but config.json has a vocabulary of {size}: "
             "download both files again"
         )
 
@@ -145,7 +147,7 @@ def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.
     shared, tied = np.array_equal(source, target), np.array_equal(target, output)
     tensors = {SHARED: source} if shared else {SOURCE: source, TARGET: target}
     if not tied:
-        # Where the output is not tied, transformers ties nothing, whatever is said of the embeddings.
+        # If the output is not tied, transformers shares nothing, whatever the field for the embeddings says.
         tensors |= {SOURCE: source, TARGET: target, OUTPUT: output}
     flat = flatten_dict(params, sep="/")
     tensors[OUTPUT_BIAS] = np.asarray(flat.get("output_bias", np.zeros(config.target_vocab_size, np.float32)))[None]
@@ -155,10 +157,11 @@ def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.
 
 
 def concatenate_waves(config: TransformerConfig, params: PyTree) -> tuple[TransformerConfig, PyTree]:
-    """The same function of its inputs with the sines of positions in the first half, the cosines in the second.
+    """Reorders features so that the model computes the same with the sines of its positions before all the cosines.
 
-    The paper's positions hold them by turns. Every vector of d_model features is reordered alike, so whatever reads one
-    reads its rows in the new order, whatever writes one writes its columns so: only rounding can differ.
+    In the paper's positions, sines and cosines alternate. All vectors of d_model features are reordered in the same
+    way: kernels that read such vectors get their rows in the new order, and kernels that write them their columns. Only
+    rounding can differ.
     """
     if config.positions != "sinusoidal":
         return config, params

@@ -1,7 +1,7 @@
-"""Takes a model of ours and leaves its encoder and its decoding step as StableHLO, which runs without this library.
+"""Exports a model's encoder and decoding step as StableHLO programs, which run without this library.
 
-The programs are `jax.export`'s, for CPU, CUDA and TPU, for any number of sentences and any lengths; the parameters lie
-beside them. `translate.py` comes along and shows how they are called.
+`jax.export` makes the programs, for CPU, CUDA and TPU, and for any number of sentences and any lengths. The parameters
+are in a file of their own, and `translate.py` shows how to call the programs.
 
 Glossary: B sentences, S source, L longest target, V vocabulary.
 """
@@ -28,16 +28,17 @@ ENCODE, DECODE_STEP, PARAMS, IDS = "encode.stablehlo", "decode_step.stablehlo", 
 
 
 def export_programs(model: TrainedModel) -> tuple[export.Exported, export.Exported]:
-    """The two programs.
+    """Makes the two programs.
 
     Returns:
         `encode(params, source, room)`: the decoding state, a list of arrays, for source token ids [B, S] padded with
-        `pad_id`, with room for as many target tokens as `room`, whatever is in it, is long.
-        `decode_step(params, state, tokens)`: the next state, and the logits [B, V] that follow the tokens last chosen,
-        [B]; the first time `start_id`.
-        Parameters are arrays by their path, e.g. "encoder/layers_0/self_attention/query/kernel".
+        `pad_id`. It has room for as many target tokens as the array `room` is long; its values do not matter.
+        `decode_step(params, state, tokens)`: the next state, and the logits [B, V] that follow the last chosen tokens
+        [B], which are `start_id` in the first step.
+
+        `params` is a dict of arrays by path, e.g. "encoder/layers_0/self_attention/query/kernel".
     """
-    # One program for all platforms: what is fused on one of them is not.
+    # One program serves all platforms, so it cannot use a fused kernel of one of them.
     config = dataclasses.replace(model.config, attention_implementation="xla", remat=False)
     transformer = Transformer(config)
     learned = config.positions == "learned"
@@ -76,13 +77,13 @@ def to_stablehlo(model: TrainedModel, folder: epath.PathLike) -> None:
     """Writes a folder with the programs, the parameters, the vocabulary and an example.
 
     Args:
-        model: ours.
-        folder: a new one.
+        model: the model to export.
+        folder: where to write it; must be empty or not exist.
 
     Raises:
-        ValueError: something is there already, or flatbuffers is not installed.
+        ValueError: the folder cannot be made, or flatbuffers is not installed.
     """
-    if importlib.util.find_spec("flatbuffers") is None:  # jax.export asks for it, and jax does not bring it
+    if importlib.util.find_spec("flatbuffers") is None:  # jax.export needs it, but jax does not install it
         raise ValueError("flatbuffers is not installed: pip install 'flax_transformer[interop]'")
     config, vocabularies = model.config, model.vocabularies
     with new_folder(folder) as draft:

@@ -1,4 +1,4 @@
-"""Translates with the programs beside it, greedily. It needs no more than `pip install jax flatbuffers sentencepiece`.
+"""Translates greedily with the programs in its folder. It only needs `pip install jax flatbuffers sentencepiece`.
 
 python translate.py "A dog runs." "Two men talk."
 """
@@ -23,7 +23,7 @@ number = {piece: index for index, piece in enumerate(ids["source"])}
 
 
 def spell(text):
-    """Pieces; a token such as >>fra<< in front names the language that a multilingual model is to say."""
+    """Splits text into pieces; a token such as >>fra<< in front names the target language of a multilingual model."""
     language, end, rest = text.partition("<<")
     known = end and language + end in number
     return [language + end, *source.encode(rest, out_type=str)] if known else source.encode(text, out_type=str)

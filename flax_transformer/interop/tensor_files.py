@@ -1,4 +1,4 @@
-"""Takes a folder as it was downloaded and leaves its tensors, having run none of what a hostile file may hold."""
+"""Reads the tensors of a downloaded model without running any code that a malicious file may contain."""
 
 import json
 
@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-# safetensors' own reader for numpy knows no bfloat16.
+# The NumPy reader of safetensors does not support bfloat16.
 TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 SAFETENSORS, SHARDS, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 
 def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
-    """The tensors of `model.safetensors`, of its shards, or of `pytorch_model.bin`, as float32.
+    """Reads the tensors of `model.safetensors`, of its shards, or of `pytorch_model.bin`, as float32.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, it holds something else, or a library is missing.
+        ValueError: there is no such file, it cannot be read, it contains something else, or a library is missing.
     """
     if (folder / SAFETENSORS).exists():
         tensors = _read_safetensors(folder / SAFETENSORS)
@@ -26,7 +26,7 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
     elif (folder / TORCH).exists():
         tensors = _read_torch(folder / TORCH)
     else:
-        raise ValueError(f"{folder} holds no weights, neither {SAFETENSORS} nor {TORCH}: download one of them")
+        raise ValueError(f"{folder} has no weights, neither {SAFETENSORS} nor {TORCH}: download one of them")
     return {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
 
 
@@ -42,8 +42,8 @@ def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
     for name, tensor in stored.items():
         if tensor["dtype"] not in TYPES:
             raise ValueError(
-                f"{file.name}: the tensor {name} holds {tensor['dtype']}, not floating-point numbers that are known "
-                f"here ({', '.join(TYPES)}): quantised weights cannot be converted, take the original ones"
+                f"{file.name}: the tensor {name} has type {tensor['dtype']}, but must have one of {', '.join(TYPES)}: "
+                "quantised weights cannot be converted, take the original ones"
             )
     return {
         name: np.frombuffer(tensor["data"], TYPES[tensor["dtype"]]).reshape(tensor["shape"])
@@ -52,14 +52,14 @@ def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _shards(file: epath.Path) -> list[str]:
-    """The names of the files that a list of shards names, none of them outside the folder."""
+    """The file names in a list of shards; raises ValueError if one is outside the folder."""
     try:
         names = sorted(set(json.loads(file.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, error) from error
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise ValueError(f"{file} names {name!r}, which is no file beside it: do not trust this folder")
+            raise ValueError(f"{file} names {name!r}, which is not a file in the same folder: do not trust this folder")
         if not (file.parent / name).exists():
             raise ValueError(f"{file.parent} lacks {name}, which {file.name} names: download it too")
     return names
@@ -73,20 +73,20 @@ def _read_torch(file: epath.Path) -> dict[str, np.ndarray]:
             f"{file.name} needs PyTorch, which is not installed: pip install torch, or download {SAFETENSORS}"
         ) from error
     try:
-        # What is pickled besides tensors is refused, not run.
+        # `weights_only` refuses everything pickled that is not a tensor, and does not run it.
         with file.open("rb") as stream:
             loaded = dict(torch.load(stream, map_location="cpu", weights_only=True))
         kinds = {name: tensor.is_floating_point() for name, tensor in loaded.items()}
-    except Exception as error:  # Of what is damaged, or no tensors, torch raises many kinds.
+    except Exception as error:  # For damaged files, or other objects than tensors, torch raises many kinds of errors.
         raise ValueError(
-            f"{file} is damaged, or holds more than tensors ({type(error).__name__}): download it again, and if that "
-            "does not help, do not trust it"
+            f"{file} is damaged, or contains more than tensors ({type(error).__name__}): download it again, and if "
+            "that does not help, do not trust it"
         ) from error
     if not all(kinds.values()):
         name = min(name for name, is_floating in kinds.items() if not is_floating)
         raise ValueError(
-            f"{file.name}: the tensor {name} holds {loaded[name].dtype}, not floating-point numbers: quantised weights "
-            "cannot be converted, take the original ones"
+            f"{file.name}: the tensor {name} has type {loaded[name].dtype}, which is not floating point: quantised "
+            "weights cannot be converted, take the original ones"
         )
     return {name: tensor.float().numpy() for name, tensor in loaded.items()}
 

@@ -70,8 +70,8 @@ class Profile:
             jax.profiler.stop_trace()
         except (RuntimeError, OSError) as error:  # jax raises its own RuntimeError if it cannot write a file.
             warnings.warn(
-                f"the {steps} could not be written to {self._folder}, training goes on without it: make room on "
-                f"the disk, and choose steps that are still to come: {' '.join(str(error).split())}",
+                f"the {steps} could not be written to {self._folder}, training continues without it: free some space "
+                f"on the disk, and choose steps that are still to come: {' '.join(str(error).split())}",
                 stacklevel=1,
             )
             return None

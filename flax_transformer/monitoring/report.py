@@ -78,7 +78,7 @@ class Report:
         if "memory_bytes" in metrics:
             parts.append(f"{metrics['memory_bytes'] / 1e9:.1f} GB")
         if metrics["skipped"]:
-            parts.append(f"{metrics['skipped']:,} updates left out")
+            parts.append(f"{metrics['skipped']:,} updates skipped")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._record("train", step, metrics)
 

@@ -199,7 +199,7 @@ class Interruption:
             for number in self._signals_received():
                 self._signal = self._signal or number
                 if number in INSISTING and self._insisted:
-                    what = "stopped at once, since it came twice; the same command goes on from the last checkpoint"
+                    what = "stopped at once, since it came twice; the same command continues from the last checkpoint"
                     self._end_program(number, what)
                 self._insisted = self._insisted or number in INSISTING
             if self._stop_at is None:

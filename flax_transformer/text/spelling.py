@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import regex
 
-# All that ends a line for some reader: Python's `str.splitlines`, editors, and Unicode Standard Annex 14.
+# Everything that may end a line: for Python's `str.splitlines`, in editors, and in Unicode Standard Annex 14.
 _LINE_END = regex.compile(r"\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 # Characters that have neither a shape nor a width: joiners, marks of direction, soft hyphens, byte order marks,
 # variation selectors (the Unicode property Default_Ignorable_Code_Point), control characters, anchors of annotations.
@@ -22,7 +22,7 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 def is_blank(text: str) -> bool:
-    """Whether a reader sees nothing: the text is empty, or all white space and invisible characters."""
+    """Whether a text shows nothing: it is empty, or consists of white space and invisible characters."""
     return all(_is_space(character) or _INVISIBLE.match(character) for character in text)
 
 
@@ -44,7 +44,7 @@ def comparable(text: str) -> str:
 def training_text(text: str) -> str:
     """The text as a vocabulary is trained on it: `comparable`, tabs as spaces, and no byte order marks.
 
-    Half a surrogate pair, which is no character, becomes a question mark.
+    A lone surrogate, which is not a character, becomes a question mark.
 
     White space of other kinds, such as no-break spaces, and other invisible characters, such as the joiners of Kannada
     and Persian, stay: translations should be able to write them.
@@ -59,31 +59,31 @@ class Spelling:
         """Remembers the vocabulary.
 
         Args:
-            knows: whether the vocabulary has a piece for a character.
-            pieces: those that it has.
+            knows: returns whether the vocabulary has a piece for a character.
+            pieces: the pieces of the vocabulary.
         """
         self._knows = knows
-        # In how many pieces each character stands.
+        # The number of pieces in which each character occurs.
         uses = collections.Counter(character for piece in pieces for character in set(piece))
-        # A vocabulary that was trained on text that was not composed may know characters which composing replaces, such
-        # as U+0958 or the ohm sign. It keeps reading them, unless it knows the replacement as well: the letter K stays
-        # one, also where the text held a few Kelvin signs.
+        # A vocabulary that was trained on uncomposed text may have characters that composing replaces, such as U+0958
+        # or the ohm sign. They are kept, unless the vocabulary has the replacement in at least as many pieces: the
+        # letter K stays K even if the training text had a few Kelvin signs.
         self._restored = {
             composed: character
             for character in sorted(uses)
             if (composed := unicodedata.normalize("NFC", character)) != character
             and any(uses[part] < uses[character] for part in composed)
         }
-        # What each character met so far becomes, and those that the vocabulary can write.
+        # Caches: what each character becomes, and which characters the vocabulary can write.
         self._replacements: dict[int, str] = {}
         self._known: set[str] = set()
 
     def spell(self, text: str) -> str:
         """The text in the vocabulary's own spelling.
 
-        Canonically equivalent texts become one. White space around the text goes. White space that the vocabulary has
-        no piece for becomes a space, and invisible characters that it has no piece for are left out; those that it
-        knows, the joiners that a language spells with for example, stay.
+        Canonically equivalent texts become the same text. White space around the text is removed. Other white space
+        becomes a space if it has no piece, and invisible characters without a piece are removed; those with a piece
+        stay, such as the joiners that some languages need.
         """
         text = unicodedata.normalize("NFC", text).strip()
         for composed, character in self._restored.items():
@@ -113,7 +113,7 @@ class Spelling:
             return " "
         if _INVISIBLE.match(character):
             return ""
-        # Trained on decomposed text, a vocabulary knows the parts: all of them apart, or the last marks alone.
+        # A vocabulary that was trained on decomposed text has pieces for the parts: for all, or for the last marks.
         parts = unicodedata.normalize("NFD", character)
         for apart in range(1, len(parts)):
             spelled = unicodedata.normalize("NFC", parts[:-apart]) + parts[-apart:]

@@ -1,8 +1,8 @@
-"""Takes whether a gradient in float16 was finite and leaves the factor for the next loss (Micikevicius et al., 2018).
+"""Adapts the factor by which the loss is multiplied in float16, the loss scale (Micikevicius et al., 2018).
 
-float16 has nothing between 0 and 6e-8, where many gradients lie. So the loss is multiplied by a large factor before the
-backward pass, and the gradient divided by it after. A factor that is too large gives infinities: that update is left
-out and the factor halved; after many finite ones in a row it is doubled.
+float16 has no numbers between 0 and 6e-8, where many gradients are. So the loss is multiplied by a large factor before
+the backward pass, and the gradient is divided by it afterwards. If the factor is too large, the gradient is not finite:
+that update is skipped and the factor halved. After many finite gradients in a row it is doubled.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ GROWTH_INTERVAL = 2000
 
 
 class LossScale(NamedTuple):
-    """The factor, part of the training state.
+    """The loss scale, a part of the training state.
 
     Attributes:
-        factor: what the mean loss is multiplied by, a power of 2, at least 1.
-        finite_steps: gradients in a row that were finite since the factor last changed.
+        factor: multiplies the mean loss; a power of 2, at least 1.
+        finite_steps: number of finite gradients in a row since the factor last changed.
     """
 
     factor: Float[Array, ""]
@@ -31,7 +31,7 @@ class LossScale(NamedTuple):
         return cls(factor=jnp.float32(FIRST), finite_steps=jnp.int32(0))
 
     def adjust(self, finite: Bool[Array, ""]) -> "LossScale":
-        """The factor after a gradient that was finite, or was not."""
+        """The loss scale after a gradient that was or was not finite."""
         grows = finite & (self.finite_steps + 1 >= GROWTH_INTERVAL)
         factor = jnp.where(finite, jnp.where(grows, 2 * self.factor, self.factor), self.factor / 2)
         finite_steps = jnp.where(finite & ~grows, self.finite_steps + 1, 0)

@@ -1,6 +1,6 @@
-"""Takes the training settings and leaves a learning-rate schedule and an optimizer, both optax's (section 5.3).
+"""Builds the learning-rate schedule, the optimizer and the set of frozen parameters from the training settings.
 
-It also knows which parameters are frozen, and no optimizer moves.
+The schedule and the optimizer are optax's (section 5.3).
 """
 
 import functools
@@ -17,10 +17,10 @@ def learning_rate_schedule(config: TrainingConfig, d_model: int) -> optax.Schedu
 
     "paper" is d_model^-0.5 * min(n^-0.5, n * warmup_steps^-1.5) of equation 3 times `learning_rate`, where n counts
     from 1; "inverse_sqrt" has the same shape and `learning_rate` as its peak; "cosine" and "linear" fall to 0 at the
-    last step; "constant" stays.
+    last step; "constant" stays at `learning_rate`.
 
     Args:
-        config: names the schedule, the peak, the warm-up and the number of steps.
+        config: the training settings: schedule, peak, warm-up and number of steps.
         d_model: the model's width, which scales the paper's schedule.
     """
     warmup = max(config.warmup_steps, 1)
@@ -56,16 +56,16 @@ def make_optimizer(config: TrainingConfig, d_model: int) -> optax.GradientTransf
     optimizer = optax.chain(*transforms, optax.scale_by_learning_rate(learning_rate_schedule(config, d_model)))
     if not config.freeze:
         return optimizer
-    # What is frozen has no moments, and counts for no norm.
+    # Frozen parameters have no moments and are not part of the global norm.
     parts = {True: optax.set_to_zero(), False: optimizer}
     return optax.partition(parts, functools.partial(frozen, config.freeze))
 
 
 def frozen(freeze: str, params: PyTree) -> PyTree:
-    """For each parameter whether it keeps its value.
+    """Returns, for each parameter, whether it is frozen.
 
     Args:
-        freeze: as in `TrainingConfig`; embeddings are frozen with an output that is tied to them.
+        freeze: as in `TrainingConfig`; "embeddings" includes an output that is tied to them.
         params: the model's parameters.
     """
     parts = freeze.split(",")

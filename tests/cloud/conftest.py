@@ -1,4 +1,5 @@
-"""Gives cloud/tpu_vm.sh a fake gcloud: its machines are folders, where it copies files and runs commands."""
+"""Gives cloud/tpu_vm.sh a fake gcloud, whose machines are folders to which it copies files and where it runs
+commands."""
 
 import contextlib
 import json
@@ -26,8 +27,8 @@ OPTIONS = {
 BEGIN = ["scp", "tar", "install", "run"]
 TRAIN = ["train.py", "--distributed", "--config=configs/some.py:small", "--workdir=gs://bucket/runs/first"]
 
-# It writes each call down, fails where `failing` says so, and tells one state after another, the last one for good, and
-# NOT_FOUND until `create` comes.
+# It records each call, fails if `failing` says so, and reports one state after another, the last one forever, and
+# NOT_FOUND until `create` is called.
 GCLOUD = """#!{python} -IS
 import contextlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -75,8 +76,8 @@ elif verb in ("scp", "ssh"):
     sys.exit(max(process.wait() for process in remote))
 """
 
-# What curl gets: an installer of a uv that makes a Python that pretends to train, as `trainings` tells, line by line.
-# A machine that is `offline` gets it the second time.
+# What curl downloads: an installer of a fake uv, whose fake Python pretends to train as the lines of `trainings` say.
+# On a machine that is `offline` only the second installation works.
 CURL = """#!/bin/bash
 ! rm ~/offline 2>/dev/null || exit 6
 cat <<'END'
@@ -96,7 +97,7 @@ while :; do sleep 0.02; done
 
 
 class Cloud:
-    """A small repository that holds the script, and two machines."""
+    """A small repository with the script, and two machines."""
 
     def __init__(self, home):
         self.home, self.repository = home, home / "repository"
@@ -121,7 +122,7 @@ class Cloud:
         (self.home / "failing").write_text(json.dumps(failing or {}))
 
     def __call__(self, *arguments, path=f"{{home}}/bin:{os.environ['PATH']}", status=0, **options):
-        """What the script prints; `status` is how it ends."""
+        """Runs the script and returns what it prints; `status` is the expected exit status."""
         environment = {"PATH": path.format(home=self.home), "POLL": "0.01"} | OPTIONS | options
         command = ["bash", self.repository / "cloud/tpu_vm.sh", *arguments]
         ended = subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=60)
@@ -158,13 +159,13 @@ def cloud(tmp_path):
 
 
 def does(command):
-    """What a command does: its verb, or what it has a worker do."""
+    """The action of a command: its verb, or what it makes a worker do."""
     remote = re.search(r"--command=.*?(?:worker\.sh (install|run|follow|look|stop)|(tar))", "\n".join(command))
     return (remote[1] or remote[2]) if remote else command[4]
 
 
 def changes(commands):
-    """What commands do, without those that only look."""
+    """The actions of commands, without those that only check the state."""
     return [verb for verb in map(does, commands) if verb not in ("describe", "look")]
 
 

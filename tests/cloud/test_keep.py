@@ -10,7 +10,7 @@ from tests.cloud.conftest import BEGIN, TRAIN, changes, does, soon
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machines of Cloud TPU are Linux, with /proc")
 
 
-def test_keep_goes_on_after_a_pre_emption_with_the_code_that_it_began_with(cloud):
+def test_keep_continues_after_a_pre_emption_with_the_code_that_was_packed_first(cloud):
     states = "ACTIVE ACTIVE ACTIVE SUSPENDING SUSPENDED WAITING_FOR_RESOURCES ACTIVE"
     cloud.plays(states, "endless 0", failing={"describe": [1, 1], "ssh": [255, 255]})
     cloud("copy", "--data=data", status=255)
@@ -27,7 +27,7 @@ def test_keep_goes_on_after_a_pre_emption_with_the_code_that_it_began_with(cloud
     assert "my-tpu is SUSPENDED" in told and "costs money until you delete it" in told
 
 
-def test_keep_deletes_the_machines_at_the_end_if_it_is_asked_to(cloud):
+def test_keep_deletes_the_machines_at_the_end_on_request(cloud):
     cloud.plays(trainings="0")
     cloud("keep", "--delete-when-done")
     assert changes(cloud.calls) == [*BEGIN, "delete"]
@@ -39,17 +39,17 @@ def test_keep_ends_with_the_status_of_a_training_that_ended_by_itself(cloud):
     assert changes(cloud.calls) == BEGIN
 
 
-def test_keep_starts_a_training_again_that_a_signal_ended_three_times_at_most(cloud):
+def test_keep_restarts_a_training_that_a_signal_ended_at_most_three_times(cloud):
     cloud.plays(trainings="137 134 137 139")
     cloud("keep", status=139, PATIENCE="1")
     assert changes(cloud.calls) == [*BEGIN, *3 * ["stop", "run"]]
 
 
-def test_keep_starts_the_training_when_a_machine_was_started_anew(cloud):
+def test_keep_starts_the_training_after_a_reboot(cloud):
     cloud.plays(trainings="0")
     for verb in ("copy", "install"):
         cloud(verb)
-    with subprocess.Popen(["sleep", "60"]) as other:  # it has the number now
+    with subprocess.Popen(["sleep", "60"]) as other:  # it has this process id now
         for worker in range(2):
             (cloud.home / f"machines/{worker}/my-tpu/train.pid").write_text(str(other.pid))
         cloud("keep", PATIENCE="1")
@@ -57,28 +57,28 @@ def test_keep_starts_the_training_when_a_machine_was_started_anew(cloud):
     assert changes(cloud.calls[3:]) == ["stop", "run"]
 
 
-def test_keep_gives_up_when_gcloud_fails_for_long(cloud):
+def test_keep_gives_up_after_repeated_failures_of_gcloud(cloud):
     cloud.plays(failing={"describe": 4 * [7]})
     assert "3 attempts in a row failed" in cloud("keep", status=7, PATIENCE="3")
     assert [does(command) for command in cloud.calls] == 4 * ["describe"]
 
 
 @pytest.mark.parametrize("states", ["NOT_FOUND ACTIVE", "DELETING DELETING NOT_FOUND ACTIVE"])
-def test_keep_finds_its_way_when_the_one_before_ended_behind_delete(states, cloud):
+def test_keep_continues_if_an_earlier_keep_ended_after_delete(states, cloud):
     cloud.plays(f"SUSPENDED SUSPENDED {states}", "0", failing={"create": [8, 8]})
     assert "2 attempts in a row failed" in cloud("keep", status=8, PATIENCE="2")
     assert "my-tpu does not exist: creating it" in cloud("keep")
     assert changes(cloud.calls) == ["delete", *3 * ["create"], *BEGIN]
 
 
-def test_keep_creates_no_machines_when_somebody_deletes_them_meanwhile(cloud):
+def test_keep_creates_no_machines_if_somebody_has_deleted_them(cloud):
     cloud.plays("ACTIVE ACTIVE DELETING NOT_FOUND ACTIVE")
     assert "NOT_FOUND" in cloud("keep", status=1)
     assert changes(cloud.calls) == BEGIN
 
 
 @pytest.mark.parametrize(("lacking", "does_again"), [("", BEGIN), (".venv", BEGIN), ("train.pid", ["run"])])
-def test_keep_helps_the_worker_that_is_least_far(lacking, does_again, cloud):
+def test_keep_helps_the_worker_that_is_furthest_behind(lacking, does_again, cloud):
     cloud.plays(trainings="0 0")
     for verb in ("copy", "install", "run"):
         cloud(verb)
@@ -90,7 +90,7 @@ def test_keep_helps_the_worker_that_is_least_far(lacking, does_again, cloud):
     assert changes(cloud.calls[4:]) == does_again and len(cloud.trained(1)) == 2
 
 
-def test_keep_installs_again_when_one_worker_could_not(cloud):
+def test_keep_installs_again_if_one_worker_failed(cloud):
     cloud.plays(trainings="0")
     (cloud.home / "machines/1/offline").touch()
     cloud("keep")
@@ -98,7 +98,7 @@ def test_keep_installs_again_when_one_worker_could_not(cloud):
     assert len(cloud.trained(0)) == len(cloud.trained(1)) == 1
 
 
-def test_keep_starts_the_training_again_when_one_worker_is_killed(cloud):
+def test_keep_restarts_the_training_if_one_worker_is_killed(cloud):
     cloud.plays(trainings="endless 0")
     for verb in ("copy", "install", "run"):
         cloud(verb)
@@ -109,7 +109,7 @@ def test_keep_starts_the_training_again_when_one_worker_is_killed(cloud):
     assert cloud.log(0).startswith("a checkpoint\n")
 
 
-def test_keep_ends_with_the_mistake_of_one_worker_which_ended_the_others(cloud):
+def test_keep_ends_with_the_error_of_the_worker_that_ended_the_others(cloud):
     for verb in ("copy", "install"):
         cloud(verb)
     for worker, ended in enumerate(["134", "1"]):

@@ -26,7 +26,7 @@ def test_a_dry_run_prints_commands_for_these_machines_and_runs_none(verb, cloud)
     assert cloud.calls == [] and not (cloud.repository / "build").exists()
 
 
-def test_machines_are_spot_unless_it_is_said(cloud):
+def test_machines_are_spot_by_default(cloud):
     spot, on_demand = (cloud.dry("create", *flags)[0] for flags in ([], ["--on-demand", "--create-flag=--reserved"]))
     assert "--spot" in spot and "--reserved" not in spot
     assert "--spot" not in on_demand and "--reserved" in on_demand
@@ -41,13 +41,13 @@ def test_machines_are_spot_unless_it_is_said(cloud):
         ("v6e-16", "v2-alpha-tpuv6e"),
     ],
 )
-def test_the_runtime_version_is_that_of_the_generation(accelerator, runtime, cloud):
+def test_the_runtime_version_suits_the_generation(accelerator, runtime, cloud):
     assert f"--runtime-version={runtime}" in cloud.dry("create", ACCELERATOR_TYPE=accelerator)[0]
     other = cloud.dry("create", f"--accelerator-type={accelerator}", "--runtime-version=other")[0]
     assert {f"--accelerator-type={accelerator}", "--runtime-version=other"} <= set(other)
 
 
-def test_resume_does_all_in_order_with_the_commands_of_the_single_verbs(cloud):
+def test_resume_runs_the_commands_of_the_single_verbs_in_order(cloud):
     more = ["--", "--config.training.steps=10"]
     resumed = cloud.dry("resume", *more)
     assert [does(command) for command in resumed] == ["delete", "create", "describe", *BEGIN]
@@ -77,13 +77,13 @@ def test_resume_does_all_in_order_with_the_commands_of_the_single_verbs(cloud):
         (["keep"], {"CONFIG": ""}, "CONFIG is missing: give --config="),
     ],
 )
-def test_a_mistake_is_one_line_that_says_what_to_do(arguments, options, said, cloud):
+def test_a_mistake_is_one_line_with_a_remedy(arguments, options, said, cloud):
     (line,) = cloud(*arguments, status=2, **options).splitlines()
     assert said in line
     assert cloud.calls == []
 
 
-def test_without_gcloud_only_a_dry_run_does_something(cloud):
+def test_without_gcloud_only_a_dry_run_works(cloud):
     tools = cloud.home / "tools"
     tools.mkdir()
     for tool in ("bash", "dirname", "git", "tr"):
@@ -93,7 +93,7 @@ def test_without_gcloud_only_a_dry_run_does_something(cloud):
     assert cloud.dry("keep", path=str(tools)) == cloud.dry("keep")
 
 
-def test_each_worker_trains_with_the_arguments_as_they_were_written(cloud):
+def test_each_worker_trains_with_exactly_the_given_arguments(cloud):
     awkward = ["--config.data.train=files:a b.en,it's.de + 3*tsv:x", '--note=$HOME `id` "*" \\ ; & ಕನ್ನಡ', ""]
     for verb in ("copy", "install", "run"):
         cloud(verb, "--", *awkward)
@@ -103,7 +103,7 @@ def test_each_worker_trains_with_the_arguments_as_they_were_written(cloud):
     assert "already running" in cloud("run", status=1)
 
 
-def test_what_git_knows_is_copied_and_the_text_that_is_named(cloud):
+def test_copy_includes_tracked_files_and_the_given_data(cloud):
     def copied():
         folder = cloud.home / "machines/1/my-tpu"
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -114,7 +114,7 @@ def test_what_git_knows_is_copied_and_the_text_that_is_named(cloud):
     assert "data/text.en" in copied() and "notes" not in copied()
 
 
-def test_a_training_there_notes_the_revision_that_was_copied(cloud, monkeypatch):
+def test_a_training_on_the_workers_records_the_copied_revision(cloud, monkeypatch):
     there = cloud.home / "machines/1/my-tpu/flax_transformer/monitoring/provenance.py"
     monkeypatch.setattr(provenance, "__file__", str(there))
     command = ["git", "-C", cloud.repository, "rev-parse", "--short=12", "HEAD"]
@@ -134,7 +134,7 @@ def test_code_without_a_commit_is_copied_too(cloud, monkeypatch):
     assert provenance.provenance()["revision"] is None
 
 
-def test_create_waits_until_the_machines_are_there(cloud):
+def test_create_waits_until_the_machines_are_ready(cloud):
     cloud.plays("WAITING_FOR_RESOURCES PROVISIONING PROVISIONING ACTIVE SUSPENDED")
     told = cloud("create").splitlines()
     assert [line.split()[-1] for line in told] == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
@@ -146,17 +146,17 @@ def test_create_waits_until_the_machines_are_there(cloud):
 @pytest.mark.parametrize(
     ("verb", "fails"), [("create", "create"), ("create", "describe"), ("copy", "scp"), ("run", "ssh")]
 )
-def test_a_gcloud_that_fails_ends_the_script_with_its_status(verb, fails, cloud):
+def test_a_failure_of_gcloud_ends_the_script_with_its_status(verb, fails, cloud):
     cloud.plays(failing={fails: [7]})
     cloud(verb, status=7)
     assert cloud.calls[-1][4] == fails
 
 
-def test_stop_waits_for_the_checkpoint_and_status_tells_of_each_worker(cloud):
+def test_stop_waits_for_the_checkpoint_and_status_shows_each_worker(cloud):
     for verb in ("copy", "install", "run"):
         cloud(verb)
     soon(lambda: cloud.trained(0) and cloud.trained(1))
-    # What a connection that ends may send.
+    # The signal that the end of a connection may send.
     os.kill(int((cloud.home / "machines/0/my-tpu/train.pid").read_text()), signal.SIGHUP)
     assert {"0: running", "1: running"} <= set(cloud("status").splitlines())
     cloud("stop")

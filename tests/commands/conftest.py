@@ -31,7 +31,7 @@ def sentence(number, length):
 
 
 def random_params(config, seed):
-    """Matrices large enough that the model is sure of itself, and that its outputs differ from source to source."""
+    """Matrices large enough that the model is confident, and that its outputs differ between sources."""
     tokens, rng = jnp.ones((1, 2), jnp.int32), np.random.default_rng(seed)
     shapes = jax.eval_shape(partial(Transformer(config).init, deterministic=True), jax.random.key(0), tokens, tokens)
 
@@ -57,13 +57,13 @@ def workdir(tmp_path_factory):
         num_encoder_layers=1,
         num_decoder_layers=1,
         max_length=40,
-        tie_embeddings="none",  # or whatever was said last would be said again
+        tie_embeddings="none",  # otherwise the model would repeat its last token
     )
     workdir = WorkDirectory(tmp_path_factory.mktemp("work") / "run")
     workdir.write_config({"model": dataclasses.asdict(config), "training": {"best_metric": "bleu"}})
     workdir.write_vocabularies(vocabularies)
     with workdir.open_checkpoints(best_metric="bleu") as checkpoints:
-        # Seeds whose models say something else to each sentence of `source`.
+        # Seeds whose models translate each sentence of `source` differently.
         for step, seed, bleu in ((1, 54, 9.0), (2, 6, 8.0), (3, 31, 7.0)):
             checkpoints.save(step, {"params": random_params(config, seed)}, {})
             checkpoints.record_scores(step, {"bleu": bleu})
@@ -95,7 +95,7 @@ def lines_of_source():
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """Runs a command line and leaves its standard output; standard input is `given`."""
+    """Runs a command line and returns its standard output; standard input is `given`."""
 
     def run(*arguments, given=""):
         data = given if isinstance(given, bytes) else given.encode()
@@ -108,12 +108,12 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture
 def fail(run, capsys):
-    """Runs a command line that must fail, and leaves what standard error says: one line, without a traceback."""
+    """Runs a command line that must fail, and returns its standard error: one line, without a traceback."""
 
     def fail(*arguments, given=""):
         with pytest.raises(SystemExit) as stopped:
             run(*arguments, given=given)
-        # What `sys.exit` is given as text, Python writes to standard error with exit status 1.
+        # Python writes the text that `sys.exit` is given to standard error, and exits with status 1.
         code = stopped.value.code
         written = capsys.readouterr()
         assert code, "exit status 0"
@@ -127,7 +127,7 @@ def fail(run, capsys):
 
 @pytest.fixture
 def unloaded(monkeypatch):
-    """Makes loading a model a failure of the test: what is wrong must be found before."""
+    """Makes the test fail if a model is loaded, because mistakes must be found before that."""
 
     def load(*arguments, **options):
         raise AssertionError("the model was loaded before the mistake was found")

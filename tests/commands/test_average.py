@@ -22,21 +22,21 @@ def test_the_newest_are_averaged_and_the_printed_command_uses_them(run, broken, 
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), averaged.params, mean)
 
 
-def test_one_is_its_own_average(run, broken, source):
+def test_the_average_of_one_checkpoint_is_that_checkpoint(run, broken, source):
     assert "step 1" in run("average", "--workdir", broken, "--best=1")  # the best by BLEU
     best = run("translate", "--workdir", broken, "--input", source)
     assert run("translate", "--workdir", broken, "--input", source, "--checkpoint=averaged") == best
 
 
 @pytest.mark.parametrize("which", ["--last", "--best"])
-def test_more_than_there_are_is_an_error_that_says_how_many_there_are(fail, broken, which):
+def test_averaging_more_checkpoints_than_exist_is_an_error_with_their_number(fail, broken, which):
     assert re.search(r"3 .*checkpoints", fail("average", "--workdir", broken, f"{which}=4"))
 
 
-def test_a_folder_that_is_none_is_told(fail, tmp_path):
+def test_a_missing_folder_is_an_error(fail, tmp_path):
     assert "is not a work directory" in fail("average", "--workdir", tmp_path, "--last=2")
 
 
-def test_what_was_not_averaged_yet_names_the_verb(fail, broken):
+def test_a_missing_average_is_an_error_that_names_the_verb(fail, broken):
     said = fail("translate", "--workdir", broken, "--checkpoint=averaged", given="the cat\n")
     assert "flax-transformer average" in said

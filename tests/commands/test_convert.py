@@ -34,7 +34,7 @@ def test_a_checkpoint_can_be_chosen(run, workdir, tmp_path):
     assert contents[0] == (tmp_path / "chosen" / "model.safetensors").read_bytes() != contents[1]
 
 
-def test_the_other_ways_leave_what_their_readers_want(run, workdir, tmp_path):
+def test_the_other_conversions_write_what_their_readers_need(run, workdir, tmp_path):
     assert "README.md" in run("convert", "to-ctranslate2", workdir, tmp_path / "ct2", "--quantization=int8")
     assert "weights int8" in (tmp_path / "ct2" / "README.md").read_text()
     assert "translate.py" in run("convert", "to-stablehlo", workdir, tmp_path / "hlo")
@@ -50,20 +50,20 @@ def test_the_other_ways_leave_what_their_readers_want(run, workdir, tmp_path):
         (("to-marian", "a", "b", "--quantization=int8"), "--quantization applies to to-ctranslate2"),
         (("from-marian", "a", "b", "--checkpoint=best"), "--checkpoint applies to work directories"),
         (("to-marian", "nowhere", "b"), "nowhere is not a work directory"),
-        (("from-marian", "nowhere", "b"), "nowhere is no folder"),
+        (("from-marian", "nowhere", "b"), "nowhere is not a folder"),
     ],
 )
-def test_a_mistake_is_one_line(fail, arguments, match):
+def test_a_mistake_is_an_error_of_one_line(fail, arguments, match):
     assert match in fail("convert", *arguments)
 
 
-def test_what_marian_cannot_express_is_told(fail, broken, tmp_path):
+def test_an_option_that_marian_lacks_is_an_error(fail, broken, tmp_path):
     change_config(broken, norm_epsilon=1e-6)
     assert "model.norm_epsilon is 1e-06" in fail("convert", "to-marian", broken, tmp_path / "marian")
     assert not (tmp_path / "marian").exists()
 
 
-def test_a_folder_that_is_there_stays(fail, workdir, tmp_path):
+def test_an_existing_folder_is_not_changed(fail, workdir, tmp_path):
     (tmp_path / "mine").write_text("mine")
     for way in ("to-marian", "to-ctranslate2", "to-stablehlo"):
         assert "exists and is not empty" in fail("convert", way, workdir, tmp_path)

@@ -23,7 +23,7 @@ def translations(translator):
 
 @pytest.fixture
 def files(tmp_path, translations):
-    """Sources, and references of which two in three are what the model says: it is good, but not perfect."""
+    """Sources, and references two in three of which are the model's translations, so that it is good, not perfect."""
     source, reference = tmp_path / "source.txt", tmp_path / "reference.txt"
     source.write_text("".join(f"{sentence(number)}\n" for number in range(23)), encoding="utf-8")
     lines = [line if number % 3 else f"{line} the cat ." for number, line in enumerate(translations)]
@@ -35,7 +35,7 @@ def evaluate(run, workdir, files, *options):
     return run("evaluate", "--workdir", workdir, "--source", files[0], "--reference", files[1], *options)
 
 
-def test_scores_and_signatures_are_those_of_the_sacrebleu_command(run, workdir, files, tmp_path, translations):
+def test_scores_and_signatures_equal_those_of_the_sacrebleu_command(run, workdir, files, tmp_path, translations):
     written = tmp_path / "translations.txt"
     report = json.loads(evaluate(run, workdir, files, "--output=json", "--translations", written))
     assert written.read_text(encoding="utf-8").splitlines() == translations
@@ -51,9 +51,7 @@ def test_scores_and_signatures_are_those_of_the_sacrebleu_command(run, workdir, 
     assert report["sentences_per_second"] == pytest.approx(23 / report["seconds"])
 
 
-def test_the_tokeniser_is_that_of_training_or_that_of_the_script_unless_one_is_given(
-    run, workdir, broken, files, tmp_path, monkeypatch
-):
+def test_the_default_tokeniser_is_that_of_training_or_of_the_script(run, workdir, broken, files, tmp_path, monkeypatch):
     def tokeniser(folder, files, *options):
         report = json.loads(evaluate(run, folder, files, "--output=json", *options))
         return re.search("tok:([^|]+)", report["signatures"]["bleu"])[1]
@@ -65,7 +63,7 @@ def test_the_tokeniser_is_that_of_training_or_that_of_the_script_unless_one_is_g
     WorkDirectory(broken).write_config(config | {"training": config["training"] | {"tokenize": "char"}})
     assert tokeniser(broken, files) == tokeniser(broken, (files[0], chinese)) == "char"
     assert tokeniser(broken, files, "--tokenize=intl") == "intl"
-    # Both are scored by one tokeniser, and neither training's is the other's.
+    # Both are scored with one tokeniser, although their trainings used different ones.
     assert tokeniser(broken, files, "--compare", broken) == "char"
     assert tokeniser(broken, files, "--tokenize=13a", "--compare", broken) == "13a"
     warned = []
@@ -83,7 +81,7 @@ def test_text_shows_the_same_numbers(run, workdir, files):
     assert f"{report['length_ratio']:.3f}" in said and workdir in said
 
 
-def test_a_corpus_has_both_sides(run, workdir, files):
+def test_a_corpus_gives_both_sides(run, workdir, files):
     both = json.loads(evaluate(run, workdir, files, "--output=json"))
     corpus = f"files:{files[0]},{files[1]}"
     report = json.loads(run("evaluate", "--workdir", workdir, "--corpus", corpus, "--output=json"))
@@ -91,12 +89,12 @@ def test_a_corpus_has_both_sides(run, workdir, files):
     assert {key: report[key] for key in report.keys() - timing} == {key: both[key] for key in both.keys() - timing}
 
 
-def test_the_options_of_the_search_count(run, workdir, files):
+def test_the_options_of_the_search_are_used(run, workdir, files):
     short = json.loads(evaluate(run, workdir, files, "--output=json", "--max_length=3"))
     assert short["length_ratio"] < json.loads(evaluate(run, workdir, files, "--output=json"))["length_ratio"]
 
 
-def test_a_better_model_is_told_from_a_worse_one(run, workdir, files):
+def test_a_better_model_is_significantly_better(run, workdir, files):
     compare = ("--compare", workdir, "--compare_checkpoint=2")
     report = json.loads(evaluate(run, workdir, files, "--output=json", *compare))
     assert report["bleu"] > report["compare"]["bleu"] and report["ter"] < report["compare"]["ter"]
@@ -125,20 +123,20 @@ def test_a_model_is_not_better_than_itself(run, workdir, files):
         (["--source={source}", "--reference={reference}", "--corpus=tsv:x"], r"one test set"),
         (["--source={source}", "--reference={short}"], r"has 23 lines, .* has 2 lines: line i of"),
         (["--source={empty}", "--reference={empty}"], r"is empty: give a test set that has sentences"),
-        (["--corpus=tsw:x"], r"is of no known kind: did you mean 'tsv'"),
+        (["--corpus=tsw:x"], r"unknown kind: did you mean 'tsv'"),
         (["--corpus=tsv:{short}"], r"short:1: there is no tab"),
         (["--corpus=tsv:{source}/none"], r"cannot read .*check the path"),
         (["--output=scores.txt"], r"--output: invalid choice: 'scores.txt'"),
         (["--tokenize=14a"], r"--tokenize: invalid choice: '14a'"),
-        (["--source={source}", "--reference={reference}", "--translations=none/x"], r"there is no folder none: make"),
-        (["--source={source}", "--reference={reference}", "--translations={reference}"], r"is read as well"),
-        (["--corpus=files:{source}, {reference}", "--translations={reference}"], r"--corpus names .* is read as well"),
+        (["--source={source}", "--reference={reference}", "--translations=none/x"], r"there is no folder none"),
+        (["--source={source}", "--reference={reference}", "--translations={reference}"], r"--reference reads"),
+        (["--corpus=files:{source}, {reference}", "--translations={reference}"], r"--corpus reads"),
         (["--corpus=tsv:{source}", "--translations={workdir}/joint.model"], r"belongs to the work directory"),
         (["--source=-", "--reference=-"], r"only one of them; .*--corpus=tsv:-"),
         (["--compare_checkpoint=2"], r"--compare_checkpoint needs --compare"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_the_model_loads(
+def test_a_mistake_is_an_error_of_one_line_before_the_model_loads(
     fail, unloaded, workdir, files, tmp_path, options, message
 ):
     names = {
@@ -154,7 +152,7 @@ def test_a_mistake_is_told_in_one_line_before_the_model_loads(
     assert re.search(message, said), said
 
 
-def test_both_models_load_before_one_translates(fail, workdir, files, monkeypatch, tmp_path):
+def test_both_models_load_before_either_translates(fail, workdir, files, monkeypatch, tmp_path):
     monkeypatch.setattr("flax_transformer.decoding.translator.Translator.translate", None)
     files = ("--source", files[0], "--reference", files[1])
     said = fail("evaluate", "--workdir", workdir, *files, "--compare", tmp_path)

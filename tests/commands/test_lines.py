@@ -35,7 +35,7 @@ def test_a_byte_order_mark_counts_only_at_the_beginning(write):
     assert [*read_lines(write("text", "\ufeffone\n\ufefftwo\n"))] == ["one", "\ufefftwo"]
 
 
-def test_what_is_not_utf_8_names_its_line_and_byte(write):
+def test_text_that_is_not_utf_8_is_an_error_that_names_line_and_byte(write):
     with pytest.raises(ValueError, match=r"text:3: byte 2 of the line, 0xff, is not UTF-8: convert it"):
         count_lines(write("text", b"a\nb\nc\xff\n"))
 
@@ -51,7 +51,7 @@ def test_pairs_are_lines_of_the_same_number(write):
     assert count_lines(long, long) == 3
 
 
-def test_columns_are_parted_by_tabs(write):
+def test_columns_are_separated_by_tabs(write):
     assert [*read_columns(write("table", "a\tb\n\tb\tc\n"))] == [("a", "b"), ("", "b")]
     with pytest.raises(ValueError, match=r"table:2: there is no tab: write the source, a tab, and the target"):
         [*read_columns(write("table", "a\tb\nc d\n"))]
@@ -68,7 +68,7 @@ def test_a_pipe_is_read_once(tmp_path):
     writer.join()
 
 
-def test_chunks_hold_every_item_once_and_what_came_before_an_error():
+def test_chunks_have_every_item_once_including_those_before_an_error():
     assert [*in_chunks(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [*in_chunks([], 3)] == []
 
@@ -82,14 +82,14 @@ def test_chunks_hold_every_item_once_and_what_came_before_an_error():
     assert seen == [[0, 1, 2], [3, 4]]
 
 
-def test_an_output_replaces_what_was_there(tmp_path, write):
+def test_an_output_replaces_the_existing_file(tmp_path, write):
     path = write("out", "a long line\n")
     with open_output(path) as file:
         file.write(b"short\n")
     assert (tmp_path / "out").read_bytes() == b"short\n"
 
 
-def test_json_is_one_line_that_every_reader_takes():
+def test_json_is_one_line_that_every_parser_accepts():
     fields = {"text": 'ಕನ್ನಡ\u2028 "a"\n', "scores": (-0.123456789, float("-inf")), "number": 3}
     line = json_line(fields)
     assert "\n" not in line and "ಕನ್ನಡ" in line
@@ -102,7 +102,7 @@ def test_json_is_one_line_that_every_reader_takes():
     ({"stderr", "stdout"}, "-", False),
     (set(), "out.txt", False),
 ])  # fmt: skip
-def test_progress_is_shown_to_a_person_whose_terminal_is_free(monkeypatch, terminals, beside, shown):
+def test_progress_is_shown_on_a_terminal_that_does_not_show_the_output(monkeypatch, terminals, beside, shown):
     for name in ("stderr", "stdout"):
         monkeypatch.setattr(getattr(sys, name), "isatty", lambda name=name: name in terminals, raising=False)
     with progress_bar(3, beside=beside) as bar:

@@ -55,25 +55,25 @@ def test_a_verb_that_fails_has_an_exit_status_and_no_traceback(tmp_path):
         (["score", "--workdir=x", "x.de", "y.de"], r"unexpected argument x.de"),
     ],
 )
-def test_a_command_line_that_makes_no_sense_is_told_in_one_line(fail, unloaded, arguments, message):
+def test_a_wrong_command_line_is_an_error_of_one_line(fail, unloaded, arguments, message):
     assert re.search(message, fail(*arguments))
 
 
-def test_ctrl_c_stops_without_a_word(monkeypatch, run, capsys):
+def test_ctrl_c_stops_silently(monkeypatch, run, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flax_transformer.commands.average.run", interrupt)
     with pytest.raises(SystemExit) as stopped:
         run("average", "--workdir=x", "--last=2")
-    assert stopped.value.code == 128 + 2  # SIGINT, as a shell tells it
+    assert stopped.value.code == 128 + 2  # SIGINT, as a shell reports it
     assert capsys.readouterr().err == ""
 
 
 PLAN = ["--config=quickstart", "--topology=cpu:1"]
 
 
-def test_too_little_memory_names_what_to_do_about_it(monkeypatch, fail):
+def test_too_little_memory_is_an_error_with_a_remedy(monkeypatch, fail):
     def allocate(options):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 34359738368 bytes.")
 
@@ -127,7 +127,7 @@ def change_vocabulary_size(folder):
     config.write_text(re.sub(r'_vocab_size": \d+', '_vocab_size": 999', config.read_text()))
 
 
-# Where one read fails, Orbax closes its event loop under those that are still under way.
+# If one read fails, Orbax closes its event loop while others are still in progress.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -135,7 +135,7 @@ def change_vocabulary_size(folder):
         (damage_config, "config.json is damaged"),
         (drop_model_section, "config.json is damaged"),
         (drop_vocabulary, "holds no vocabulary"),
-        (damage_vocabulary, "no SentencePiece model"),
+        (damage_vocabulary, "not a SentencePiece model"),
         (drop_parameters, "broken is damaged .*: copy it again, or choose another --checkpoint"),
         (cut_parameters, "broken is damaged .*: copy it again, or choose another --checkpoint"),
         (damage_metadata, "broken is damaged .*: copy it again, or choose another --checkpoint"),
@@ -144,7 +144,7 @@ def change_vocabulary_size(folder):
         (change_vocabulary_size, "does not fit config.json"),
     ],
 )
-def test_a_damaged_work_directory_is_told_in_one_line(fail, broken, damage, message):
+def test_a_damaged_work_directory_is_an_error_of_one_line(fail, broken, damage, message):
     damage(broken)
     said = fail("translate", "--workdir", broken, given="the cat\n")
     assert re.search(message, said) and len(said) < 600

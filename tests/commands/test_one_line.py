@@ -1,4 +1,4 @@
-"""What a command writes has one line for one sentence, and marks the sentences that the model could hardly read."""
+"""The output of a command has one line per sentence, and marks sentences that the model could hardly read."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def writes_line_ends(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["text", "tsv"])
-def test_a_translation_is_one_line_whatever_it_holds(run, workdir, writes_line_ends, form):
+def test_a_translation_is_one_line_whatever_it_contains(run, workdir, writes_line_ends, form):
     said = run("translate", "--workdir", workdir, f"--format={form}", given="the cat\n" * len(ENDS))
     lines = said.removesuffix("\n").split("\n")
     assert len(lines) == len(said.splitlines()) == len(ENDS)
@@ -53,7 +53,7 @@ def test_unreadable_sentences_are_marked_in_jsonl_and_counted_in_one_warning_for
     source = tmp_path / "source.txt"
     source.write_text("the cat\n日本語\nthe old ☃\n日本\nup\n", encoding="utf-8")
     options = ["--workdir", workdir, "--format=jsonl", "--buffer_lines=2", "--input", source]
-    # In a process of its own: the checks of shapes put frames of theirs between a warning and its line.
+    # In its own process, because the shape checks of tests add stack frames between a warning and its line.
     said = subprocess.run([sys.executable, "-m", "flax_transformer", "translate", *options], cwd=ROOT, **CAPTURED)
     marks = [
         (line.get("unknown_characters"), line.get("unknown_share"))

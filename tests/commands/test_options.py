@@ -23,7 +23,7 @@ def parse(*arguments):
     return search_settings(parser.parse_args(arguments))
 
 
-def test_what_is_not_given_is_the_librarys_default():
+def test_options_default_to_those_of_the_library():
     assert parse() == BeamSearch()
     assert parse("--sample") == Sampling()
 
@@ -42,7 +42,7 @@ def test_every_setting_can_be_given():
 
 
 @pytest.mark.parametrize("option", ["--beam_size=1", "--stopping=first"])
-def test_an_option_of_the_search_that_is_not_made_is_an_error(option):
+def test_an_option_of_the_other_kind_of_search_is_an_error(option):
     with pytest.raises(ValueError, match=f"{option.partition('=')[0]} applies to beam search only"):
         parse("--sample", option)
 
@@ -61,14 +61,14 @@ def test_checkpoints_and_work_directories_pair_up():
         pair_checkpoints(["a", "b", "c"], [1, 2])
 
 
-def test_without_a_checkpoint_it_is_the_one_that_training_chose():
+def test_by_default_the_checkpoint_is_the_one_that_training_chose():
     parser = argparse.ArgumentParser()
     add_model_options(parser)
     assert parser.parse_args(["--workdir=a"]).checkpoint == ["chosen"]
     assert parser.parse_args(["--workdir=a", "--checkpoint", "best", "3"]).checkpoint == ["best", 3]
 
 
-def test_values_that_make_no_sense_name_those_that_do():
+def test_values_that_make_no_sense_are_errors_that_name_valid_ones():
     names = ["chosen", "best", "latest", "averaged"]
     assert [checkpoint(text) for text in [*names, "120"]] == [*names, 120]
     message = "'-1': choose chosen, best, latest, averaged or the number of a step"
@@ -80,27 +80,27 @@ def test_values_that_make_no_sense_name_those_that_do():
             positive(text)
 
 
-def test_whatever_reading_raises_names_the_work_directory_and_the_mend():
+def test_any_error_in_reading_names_the_work_directory_and_a_remedy():
     for failure in (KeyError("model"), RuntimeError("cannot parse"), ValueError("NOT_FOUND: " + 999 * "d ")):
         with pytest.raises(ValueError, match=f"runs/a is damaged .{type(failure).__name__}: .*: copy it again"):
             with explain_damage("runs/a"):
                 raise failure
 
 
-def test_this_librarys_own_errors_keep_their_words():
+def test_errors_of_this_library_keep_their_text():
     with pytest.raises(ValueError, match="^runs/a: beam_size is 0: it must be at least 1$"):
         with explain_damage("runs/a"):
             BeamSearch(beam_size=0)
 
 
-def test_a_whole_number_may_be_written_as_one_with_an_exponent():
+def test_a_whole_number_may_be_written_with_an_exponent():
     assert [whole(text) for text in ("7", "-2", "1e3", "2.0")] == [7, -2, 1000, 2]
     for text in ("1.5", "1e-3", "many", "", "nan", "inf", "1e400"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}': give a whole number"):
             whole(text)
 
 
-def test_a_seed_is_what_jax_takes_of_one():
+def test_a_seed_has_at_most_the_32_bits_that_jax_uses():
     assert seed("0") == 0 and seed(str(2**32 - 1)) == 2**32 - 1
     for text in ("-1", str(2**32), str(2**63), str(2**64), "1.5", "x"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}': give a whole number, at least 0 and at most"):
@@ -119,13 +119,13 @@ def test_a_seed_is_what_jax_takes_of_one():
         ("--alpha=nan", "--alpha is nan: it must be a number, at least -5 and at most 5"),
     ],
 )
-def test_a_number_that_no_search_can_be_made_with_is_an_error_that_names_the_option(option, message):
+def test_a_number_that_the_search_does_not_allow_is_an_error_that_names_the_option(option, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         parse(option)
 
 
 @pytest.mark.parametrize("temperature", ["inf", "nan", "0", "-1", "1e-300", "1e300"])
-def test_no_temperature_makes_logits_that_are_no_numbers(temperature):
+def test_no_allowed_temperature_makes_logits_nan(temperature):
     with pytest.raises(ValueError, match=r"^--temperature is .*: it must be "):
         parse("--sample", f"--temperature={temperature}")
 
@@ -133,7 +133,7 @@ def test_no_temperature_makes_logits_that_are_no_numbers(temperature):
 @pytest.mark.parametrize(
     "error", [MemoryError(), jax.errors.JaxRuntimeError("INTERNAL: no GPU"), RuntimeError("RESOURCE_EXHAUSTED: 8 GB")]
 )
-def test_a_device_that_fails_is_not_taken_for_a_damaged_folder(error):
+def test_a_device_failure_is_not_reported_as_a_damaged_folder(error):
     with pytest.raises(type(error)) as raised, explain_damage("runs/a"):
         raise error
     assert raised.value is error

@@ -1,4 +1,4 @@
-"""`plan` shows what a training step takes, and reports a mistake in one line."""
+"""`plan` shows the memory and time of a training step, and reports a mistake in one line."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ def plan(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_a_plan_tells_memory_collectives_and_verdict():
+def test_a_plan_shows_memory_collectives_and_verdict():
     small = ["model.d_model=16", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "data.rows=10"]
     done = plan("--topology=cpu:4", "--parallel=data=2,fsdp=2", *(f"--config.{change}" for change in small))
     assert done.returncode == 0, done.stderr
@@ -24,7 +24,7 @@ def test_a_plan_tells_memory_collectives_and_verdict():
     assert lines[-1].endswith("device memory is unknown, so whether it fits cannot be checked")
 
 
-def test_a_model_that_has_a_vocabulary_keeps_it():
+def test_a_known_vocabulary_size_is_kept():
     small = ["model.d_model=16", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "data.rows=2"]
     counts = []
     for sizes in (["vocabulary.size=500"], ["model.source_vocab_size=90", "model.target_vocab_size=90"]):
@@ -44,6 +44,6 @@ def test_a_model_that_has_a_vocabulary_keeps_it():
         (["--topology=cpu:2", "--config.data.rows=many"], "data.rows is 'many'"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message):
+def test_a_mistake_is_an_error_of_one_line(arguments, message):
     done = plan(*arguments)
     assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def unprepared(monkeypatch):
-    """Whatever the libraries are prepared for is undone when the test ends."""
+    """Undoes all preparations of libraries when the test ends."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, verbosity = [logger.level for logger in loggers], absl.logging.get_verbosity()
@@ -26,7 +26,7 @@ def unprepared(monkeypatch):
         logger.setLevel(level)
 
 
-def test_compiled_programs_are_kept_where_the_user_keeps_caches(unprepared, monkeypatch, tmp_path):
+def test_compiled_programs_are_cached_in_the_user_s_cache_folder(unprepared, monkeypatch, tmp_path):
     names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     for name in names:
         monkeypatch.setenv(name, "")  # so that it is put back
@@ -40,7 +40,7 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(unprepared, monk
 
     assert folder() == str(tmp_path / "caches" / "flax-transformer" / "jax")
     assert os.environ[names[1]] == "0"
-    monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # relative: no such thing
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # relative, so it is ignored
     assert folder() == str(tmp_path / ".cache" / "flax-transformer" / "jax")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert folder() == str(tmp_path / ".cache" / "flax-transformer" / "jax")
@@ -49,14 +49,14 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(unprepared, monk
 
 
 def raised_in(file):
-    """What Python hands on of an error that nobody could catch, raised by code in a file."""
+    """What Python passes to its hook for an uncatchable error that code in a file raises."""
     try:
         exec(compile("raise OSError(28, 'No space left on device')", file, "exec"), {})
     except OSError as error:
         return type("Unraisable", (), {"exc_traceback": error.__traceback__})
 
 
-def test_the_storage_is_quiet_and_others_are_not(unprepared, monkeypatch, capsys):
+def test_storage_libraries_are_silenced_and_others_are_not(unprepared, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", shown.append)
     prepare_libraries()
@@ -65,7 +65,7 @@ def test_the_storage_is_quiet_and_others_are_not(unprepared, monkeypatch, capsys
     assert [raised.exc_traceback.tb_next.tb_frame.f_code.co_filename for raised in shown] == ["/lib/mine.py"]
     for name in ("absl", "asyncio"):
         assert not logging.getLogger(name).isEnabledFor(logging.ERROR)
-    # jax's notes, of backends that are not there, are shown by absl, where absl starts the program.
+    # If absl starts the program, it shows jax's notes on missing backends.
     assert absl.logging.get_verbosity() == absl.logging.ERROR
 
 
@@ -101,7 +101,7 @@ def printing(path, redirections, *arguments, **environment):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_is_empty_and_its_number_is_given_to_no_file(closed, unbuffered, tmp_path):
+def test_a_closed_stream_is_empty_and_no_file_gets_its_number(closed, unbuffered, tmp_path):
     ended = printing(tmp_path / "file", closed, PYTHONUNBUFFERED=unbuffered)
     assert ended.returncode == 0
     assert (tmp_path / "file").read_text() == f"True {' >&-' not in f' {closed}'} ''"
@@ -120,14 +120,14 @@ def test_output_that_cannot_be_written_is_an_error_unless_the_program_has_more_t
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii:strict", "utf-8"])
-def test_what_an_encoding_lacks_is_escaped(encoding, tmp_path):
+def test_characters_that_an_encoding_lacks_are_escaped(encoding, tmp_path):
     ended = printing(tmp_path / "file", "", PYTHONIOENCODING=encoding)
     first = "\u0c85" if encoding == "utf-8" else "\\u0c85"
     assert ended.returncode == 0 and ended.stdout.decode().startswith(first + "\\udc80xxx")
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("INTERNAL: driver mismatch"), ImportError("jaxlib")])
-def test_whatever_keeps_jax_from_starting_is_told_with_what_to_set(error, monkeypatch):
+def test_if_jax_does_not_start_the_error_says_why_and_what_to_set(error, monkeypatch):
     def fail():
         raise error
 
@@ -138,7 +138,7 @@ def test_whatever_keeps_jax_from_starting_is_told_with_what_to_set(error, monkey
         start_devices()
 
 
-def test_too_little_memory_and_a_device_that_fails_are_told_from_other_errors():
+def test_memory_and_device_errors_are_distinguished_from_other_errors():
     mine = [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 8 GB"), jax.errors.JaxRuntimeError("INTERNAL: no GPU")]
     others = [ValueError("RESOURCE_EXHAUSTED: quota of the bucket"), RuntimeError("a bug"), OSError(28, "full")]
     assert [is_device_error(error) for error in (*mine, *others)] == [True] * 3 + [False] * 3

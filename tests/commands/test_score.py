@@ -25,7 +25,7 @@ def test_each_pair_has_the_translators_numbers(run, workdir, pairs, translator):
         assert [float(row[1]), float(row[3])] == pytest.approx([one.log_prob, one.score], abs=1e-4)
 
 
-def test_tab_separated_pairs_on_standard_input_make_the_same(run, workdir, pairs):
+def test_tab_separated_pairs_on_standard_input_give_the_same_scores(run, workdir, pairs):
     files, sources = pairs
     table = "".join(f"{source}\t{target}\n" for source, target in zip(sources, TARGETS, strict=True))
     assert run("score", "--workdir", workdir, given=table) == run("score", "--workdir", workdir, *files)
@@ -44,7 +44,7 @@ def test_the_summary_adds_up(workdir, pairs, capsys, run):
     assert float(said[3]) == pytest.approx(math.exp(-log_prob / tokens), rel=1e-3)
 
 
-def test_jsonl_has_each_tokens_share(run, workdir, pairs):
+def test_jsonl_has_the_log_probability_of_each_token(run, workdir, pairs):
     files, sources = pairs
     for line, source in zip(
         run("score", "--workdir", workdir, *files, "--format=jsonl").splitlines(), sources, strict=True
@@ -54,15 +54,16 @@ def test_jsonl_has_each_tokens_share(run, workdir, pairs):
         assert one["log_prob"] == pytest.approx(sum(one["token_log_probs"]), abs=1e-4)
 
 
-def test_the_length_penalty_makes_the_score(run, workdir, pairs):
+def test_the_length_penalty_determines_the_score(run, workdir, pairs):
     files, _ = pairs
     said = run("score", "--workdir", workdir, *files, "--length_penalty=length", "--alpha=1")
     for log_prob, tokens, score in (map(float, line.split("\t")[1:]) for line in said.splitlines()):
         assert score == pytest.approx(log_prob / tokens, abs=1e-4)
 
 
-def test_what_translate_found_scores_the_same(run, workdir, tmp_path, translator):
-    # Short ones, since a text can be spelled in other pieces than those that a search chose, and is another one then.
+def test_translations_of_translate_get_the_same_scores(run, workdir, tmp_path, translator):
+    # Short ones, since the vocabulary may split a text into other pieces than the search chose, which gives another
+    # score.
     sentences = ["the cat", "up", "a dog sat on it", "mouse"]
     found = translator.hypotheses(sentences, BeamSearch(num_return=4, max_length=3))
     pairs = [(sentence, one) for sentence, several in zip(sentences, found, strict=True) for one in several]
@@ -82,12 +83,12 @@ def test_what_translate_found_scores_the_same(run, workdir, tmp_path, translator
         (["--target={source}"], "", r"--source and --target belong together"),
         (["--source={source}", "--target={short}"], "", r"has 7 lines, .* has 1 lines: line i of"),
         (["--source={source}", "--target=none"], "", r"cannot read none .*check the path"),
-        (["--source={source}", "--target={source}", "--output={source}"], "", r"is read as well"),
+        (["--source={source}", "--target={source}", "--output={source}"], "", r"--source reads"),
         (["--source=-", "--target=-"], "", r"only one of them; .*leave both out and write pairs to standard input"),
         (["--alpha=x"], "", r"--alpha: invalid float value"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_the_model_loads(
+def test_a_mistake_is_an_error_of_one_line_before_the_model_loads(
     fail, unloaded, workdir, source, tmp_path, options, given, message
 ):
     (tmp_path / "short").write_text("one\n")
@@ -95,6 +96,6 @@ def test_a_mistake_is_told_in_one_line_before_the_model_loads(
     assert re.search(message, fail("score", "--workdir", workdir, *options, given=given))
 
 
-def test_a_line_without_a_tab_and_no_line_at_all_are_told(fail, workdir):
+def test_a_line_without_a_tab_and_an_empty_input_are_errors(fail, workdir):
     assert "standard input:2: there is no tab" in fail("score", "--workdir", workdir, given="a\tb\nc\n")
     assert "there are no pairs" in fail("score", "--workdir", workdir)

@@ -24,20 +24,20 @@ def expected(translator, lines):
     return translator.hypotheses(lines, BeamSearch(beam_size=3, num_return=2))
 
 
-def test_each_line_of_a_file_has_its_translation_and_an_empty_one_stays(run, workdir, source, translator, lines):
+def test_each_line_of_a_file_has_its_translation_and_empty_lines_stay_empty(run, workdir, source, translator, lines):
     said = run("translate", "--workdir", workdir, "--input", source).split("\n")
     assert said == [*translator.translate(lines), ""]
     assert len(set(said)) == len(set(lines)) and said[lines.index("")] == ""
 
 
-def test_standard_input_and_an_output_file_make_the_same(run, workdir, source, tmp_path):
+def test_standard_input_and_an_output_file_give_the_same_translations(run, workdir, source, tmp_path):
     said = run("translate", "--workdir", workdir, "--input", source)
     output = tmp_path / "out.txt"
     assert run("translate", "--workdir", workdir, "--output", output, given=source.read_text(encoding="utf-8")) == ""
     assert output.read_bytes() == said.encode()
 
 
-def test_a_byte_order_mark_carriage_returns_and_a_missing_last_line_feed_are_no_text(run, workdir, source):
+def test_a_byte_order_mark_carriage_returns_and_the_last_line_feed_are_not_text(run, workdir, source):
     data = b"\xef\xbb\xbf" + source.read_bytes().replace(b"\n", b"\r\n").removesuffix(b"\r\n")
     said = run("translate", "--workdir", workdir, "--input", source)
     assert run("translate", "--workdir", workdir, given=data) == said
@@ -61,7 +61,7 @@ def test_tsv_has_a_row_for_each_rank(run, workdir, source, expected):
     np.testing.assert_allclose([float(score) for _, _, score, _ in rows], scores, atol=1e-4)
 
 
-def test_jsonl_holds_what_a_hypothesis_is_made_of(run, workdir, source, lines, expected):
+def test_jsonl_has_all_fields_of_a_hypothesis(run, workdir, source, lines, expected):
     said = run("translate", "--workdir", workdir, "--input", source, "--beam_size=3", "--nbest=2", "--format=jsonl")
     objects = [json.loads(line) for line in said.splitlines()]
     assert [each["line"] for each in objects] == [*range(1, len(lines) + 1)]
@@ -73,7 +73,7 @@ def test_jsonl_holds_what_a_hypothesis_is_made_of(run, workdir, source, lines, e
             assert one["log_prob"] == pytest.approx(sum(one["token_log_probs"]), abs=1e-4)
 
 
-def test_each_target_token_shares_its_attention_among_the_source_tokens(run, workdir, source):
+def test_the_attention_of_each_target_token_sums_to_one(run, workdir, source):
     said = run("translate", "--workdir", workdir, "--input", source, "--format=jsonl", "--alignment")
     for each in map(json.loads, said.splitlines()):
         (one,) = each["hypotheses"]
@@ -130,12 +130,12 @@ def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, 
         (["--input={folder}/none.txt"], r"none.txt .*check the path"),
         (["--input={folder}"], r"cannot read .*check the path"),
         (["--input={latin}"], r"latin.txt:2: byte 3 of the line, 0xe9, is not UTF-8: convert"),
-        (["--output={folder}/none/out.txt"], r"there is no folder .*none: make it"),
+        (["--output={folder}/none/out.txt"], r"there is no folder .*none"),
         (["--output={folder}"], r"a folder: name a file"),
-        (["--output={source}"], r"is read as well: name another"),
+        (["--output={source}"], r"--input reads"),
         (["--output="], r"--output: the name is empty"),
         (["--workdir="], r"--workdir: the name is empty"),
-        (["--output={folder}/hard.txt"], r"is read as well: name another"),
+        (["--output={folder}/hard.txt"], r"--input reads"),
         (["--output={workdir}/config.json"], r"belongs to the work directory"),
         (["--input=-", "--prefixes=-"], r"standard input can be only one of them"),
         (["--prefixes={latin}"], r"latin.txt:2: byte 3"),
@@ -159,7 +159,7 @@ def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, 
         (["--buffer_lines=0"], r"--buffer_lines: '0': give a whole number above 0"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_the_model_loads(
+def test_a_mistake_is_an_error_of_one_line_before_the_model_loads(
     fail, unloaded, workdir, source, tmp_path, options, message
 ):
     (tmp_path / "latin.txt").write_bytes("the\ncaf\xe9 1\n".encode("latin-1").replace(b"caf", b"ca"))
@@ -176,10 +176,10 @@ def test_a_mistake_is_told_in_one_line_before_the_model_loads(
     said = fail("translate", "--workdir", workdir, "--input", source, *options)
     assert said.startswith("flax-transformer translate: ")
     assert re.search(message, said), said
-    assert source.read_text(encoding="utf-8")  # also where it was named as the output
+    assert source.read_text(encoding="utf-8")  # also if it was given as the output
 
 
-def test_a_layer_that_is_not_there_is_told_before_anything_is_translated(fail, workdir, monkeypatch):
+def test_a_layer_that_does_not_exist_is_an_error_before_anything_is_translated(fail, workdir, monkeypatch):
     monkeypatch.setattr(Translator, "hypotheses", None)
     said = fail("translate", "--workdir", workdir, "--format=jsonl", "--alignment=1", given="the cat\n")
     assert re.search(r"layer is 1, the decoder has 1: choose", said)
@@ -199,7 +199,7 @@ def test_a_prompt_answers_each_sentence_until_the_input_ends(run, workdir, trans
     assert said.endswith("\n")
 
 
-def test_a_prompt_shows_pieces_as_they_are_chosen_where_nothing_is_compared(run, workdir, translator, monkeypatch):
+def test_a_prompt_streams_pieces_if_the_search_has_one_hypothesis(run, workdir, translator, monkeypatch):
     streamed = []
     stream = Translator.stream
 
@@ -229,12 +229,12 @@ def test_ctrl_c_leaves_the_prompt_without_an_error(run, workdir, monkeypatch):
 
 
 def start(workdir, source):
-    """The program in a process of its own."""
+    """The program in its own process."""
     command = [sys.executable, "-m", "flax_transformer", "translate", "--workdir", workdir, "--input", str(source)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_sentence_that_is_too_long_is_a_warning_of_one_line_and_the_rest_goes_on(workdir, source, translator):
+def test_a_sentence_that_is_too_long_gives_a_warning_of_one_line(workdir, source, translator):
     source.write_text("the cat sat. " * 30 + "\nthe cat\n")
     said, warned = start(workdir, source).communicate()
     long, short = said.splitlines()
@@ -242,8 +242,8 @@ def test_a_sentence_that_is_too_long_is_a_warning_of_one_line_and_the_rest_goes_
     assert re.fullmatch(r"flax-transformer translate: warning: .* is longer than model.max_length = 40: .*\n", warned)
 
 
-def test_a_reader_that_has_enough_ends_it_without_a_word(workdir, source):
+def test_a_reader_that_closes_the_pipe_ends_the_program_silently(workdir, source):
     with start(workdir, source) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == 128 + 13  # SIGPIPE, as a shell tells it
+    assert process.returncode == 128 + 13  # SIGPIPE, as a shell reports it

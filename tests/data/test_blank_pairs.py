@@ -1,4 +1,4 @@
-"""Pairs of which a side is blank are left out of training and counted."""
+"""Pairs with a blank side are left out of training and counted."""
 
 import numpy as np
 import pytest

@@ -38,7 +38,7 @@ print(arrays["tokens"].sum(), flush=True)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where the cache is to be; not there yet."""
+    """The folder of the cache, which does not exist yet."""
     return epath.Path(tmp_path) / "work" / "cache"
 
 
@@ -62,7 +62,7 @@ def test_arrays_are_made_once_and_then_read(folder):
     check(cached_arrays(folder, "train", KEY, never))
 
 
-def test_another_key_or_name_is_made_anew_and_only_the_name_s_own_old_file_goes(folder):
+def test_another_key_replaces_only_the_file_of_the_same_name(folder):
     others = {"tokens": np.array([5])}
     for name, key in (("train", KEY), ("train-small", KEY), ("valid", OTHER_KEY)):
         check(cached_arrays(folder, name, key, lambda: ARRAYS))
@@ -74,13 +74,13 @@ def test_another_key_or_name_is_made_anew_and_only_the_name_s_own_old_file_goes(
     check(cached_arrays(folder, "valid", OTHER_KEY, never))
 
 
-def test_a_key_that_is_no_hash_is_refused(folder):
+def test_a_key_that_is_not_a_hash_is_refused(folder):
     for key in ("", "0123", "../../0123456789abcdef", "0123456789ABCDEF"):
         with pytest.raises(AssertionError, match="hexadecimal hash"):
             cached_arrays(folder, "train", key, never)
 
 
-def test_threads_that_make_it_at_once_all_have_the_arrays_and_one_file_is_left(folder, monkeypatch, recwarn):
+def test_threads_that_build_at_the_same_time_all_get_the_arrays_and_leave_one_file(folder, monkeypatch, recwarn):
     all_build, all_have_drafts = threading.Barrier(5, timeout=60), threading.Barrier(5, timeout=60)
     replace, results = type(folder).replace, []
 
@@ -107,7 +107,7 @@ def test_threads_that_make_it_at_once_all_have_the_arrays_and_one_file_is_left(f
     check(cached_arrays(folder, "train", KEY, never))
 
 
-def test_processes_that_make_it_at_once_both_have_the_arrays_and_one_file_is_left(folder):
+def test_processes_that_build_at_the_same_time_both_get_the_arrays_and_leave_one_file(folder):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
         subprocess.Popen(
@@ -158,7 +158,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_made_again_without_a_word(folder, damage):
+def test_a_damaged_file_is_silently_built_again(folder, damage):
     cached_arrays(folder, "train", KEY, lambda: ARRAYS)
     whole = (folder / FILE).read_bytes()
     DAMAGES[damage](folder / FILE)
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning_of_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("the bucket\n is gone")])
-def test_a_disk_that_fills_up_while_it_is_written_is_left_as_it_was(folder, monkeypatch, error):
+def test_a_disk_that_fills_up_during_a_write_is_left_unchanged(folder, monkeypatch, error):
     cached_arrays(folder, "train", OTHER_KEY, lambda: ARRAYS)
     before, write_all = names(folder), type(folder).write_bytes
 
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_while_it_is_written_is_left_as_it_was(folder, monk
     assert names(folder) == before
 
 
-def test_an_interruption_while_it_is_written_passes_and_leaves_nothing(folder, monkeypatch):
+def test_an_interruption_during_a_write_is_raised_and_leaves_nothing(folder, monkeypatch):
     def interrupt(draft, target):
         assert draft.read_bytes() and not target.exists()
         raise KeyboardInterrupt
@@ -210,7 +210,7 @@ def test_an_interruption_while_it_is_written_passes_and_leaves_nothing(folder, m
     assert names(folder) == []
 
 
-def test_drafts_of_the_dead_go_and_those_of_the_living_stay(folder):
+def test_drafts_of_dead_processes_are_removed_and_others_are_kept(folder):
     folder.mkdir(parents=True)
     ages = {
         f"train-{KEY[:16]}.npz.{'a' * 32}.tmp": ABANDONED_AFTER + 60,
@@ -228,7 +228,7 @@ def test_drafts_of_the_dead_go_and_those_of_the_living_stay(folder):
     cached_arrays(folder, "train", KEY, never)
 
 
-def test_a_mistake_in_the_making_passes_and_leaves_nothing(folder):
+def test_an_error_in_build_is_raised_and_leaves_nothing(folder):
     def build():
         raise ValueError("no pair fits")
 

@@ -42,7 +42,7 @@ def test_only_a_line_feed_ends_a_line(write, strange):
 
 
 @pytest.mark.parametrize("content", ["one\ntwo", "one\ntwo\n", "one\r\ntwo\r\n", "\ufeffone\ntwo\n", "one\r\ntwo"])
-def test_ways_to_end_a_line_and_a_byte_order_mark_make_no_difference(write, content):
+def test_line_ends_and_a_byte_order_mark_make_no_difference(write, content):
     source, target = write("a", content), write("b", "x\ny")
     assert load_corpus(f"files:{source},{target}").source == ["one", "two"]
 
@@ -66,7 +66,7 @@ def test_sources_are_joined_and_weighted(write):
 
 
 @pytest.mark.parametrize("name", ["a, b", "a + b", " a ", 'say "a"', "a,b + 2*tsv:c", "~", "[a]*?", "a\nb"])
-def test_a_path_in_quotes_holds_what_it_likes(write, name):
+def test_a_path_in_quotes_may_contain_any_character(write, name):
     quoted = '"{}"'.format(write(name, "one\ttwo\n").replace('"', '""'))
     assert load_corpus(f"tsv:{quoted} + 2*files:{quoted}, {write('other', 'three')}") == ParallelText(
         ["one", "one\ttwo"], ["two", "three"], [1, 2]
@@ -74,7 +74,7 @@ def test_a_path_in_quotes_holds_what_it_likes(write, name):
     assert len(corpus_files(f"2*files:{quoted},x + tsv:{quoted}")) == 3
 
 
-def test_spaces_around_a_path_do_not_count_and_a_tilde_is_home(write, tmp_path, monkeypatch):
+def test_spaces_around_a_path_are_ignored_and_a_tilde_is_the_home_folder(write, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write("a", "1\n")
     write("b", "2\n")
@@ -101,7 +101,7 @@ def test_locale_phrases_are_called_with_the_options():
         ("a.kn,a.en", "choose one of files, tsv, tfds, locale_phrases"),
         ("", "choose one of"),
         ("files:a", "names 1 file: write files:SOURCE,TARGET"),
-        ("files:a,b,c", "names 3 files.*a path that holds a comma stands in double quotes"),
+        ("files:a,b,c", "names 3 files.*a comma in double quotes"),
         ("files:none, b", r"cannot read none \(No such"),
         ("files:/dev/stdin,-", "standard input can be only one of them"),
         ("0*files:a,b", "weight 0"),
@@ -139,7 +139,7 @@ def test_a_row_with_one_column_names_its_line(write):
 
 def test_an_empty_source_is_named_even_beside_a_full_one(write):
     full, empty = write("full.tsv", "a\tb\n"), write("empty.tsv", "")
-    with pytest.raises(ValueError, match=f"'tsv:{re.escape(empty)}' holds no sentence pairs"):
+    with pytest.raises(ValueError, match=f"'tsv:{re.escape(empty)}' has no sentence pairs"):
         load_corpus(f"tsv:{full} + tsv:{empty}")
 
 
@@ -150,11 +150,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_lists_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="one of each per pair"):
+    with pytest.raises(ValueError, match="source, target and repeats have .* entries"):
         ParallelText(["a"], ["b", "c"], [1])
 
 
-def test_a_fingerprint_tells_texts_apart_wherever_a_word_or_a_break_moves():
+def test_fingerprints_differ_if_any_word_or_line_break_moves():
     moved = [
         (["one two", "three"], ["x", "y z"], [1, 1]),
         (["one", "two three"], ["x", "y z"], [1, 1]),
@@ -180,7 +180,7 @@ def test_a_fingerprint_tells_texts_apart_wherever_a_word_or_a_break_moves():
     assert prints == [ParallelText(*lists).fingerprint() for lists in moved]
 
 
-def test_a_fingerprint_reads_each_character_of_a_long_text_even_one_that_is_none():
+def test_fingerprints_cover_every_character_of_a_long_text_even_invalid_ones():
     count = 2 * FINGERPRINT_CHUNK + 7
     prints = set()
     for place in (0, FINGERPRINT_CHUNK - 1, FINGERPRINT_CHUNK, count - 1, None):
@@ -254,11 +254,11 @@ def test_a_tfds_set_is_prepared_on_first_use(tfds, tmp_path):
         ("tfds:wmt14_translate/de-ne:train?", "de-ne: there is no such configuration.*wmt14_translate/de-en"),
         ("tfds:small_pairs:9.0.0:train?", "no such configuration or version: write small_pairs, "),
         ("tfds:small_pairs:nope?", "nope.*train.*test"),
-        ("tfds:small_pairs:train?source=hi&", "source=hi, target=en: name two different ones of en, kn"),
-        ("tfds:small_pairs:train?source=en&", "source=en, target=en: name two different ones"),
+        ("tfds:small_pairs:train?source=hi&", "source=hi, target=en: .* en, kn"),
+        ("tfds:small_pairs:train?source=en&", "source=en, target=en: "),
     ],
 )
-def test_a_wrong_tfds_name_is_mended(tfds_folder, spec, message):
+def test_a_wrong_tfds_name_suggests_the_nearest(tfds_folder, spec, message):
     with pytest.raises(ValueError, match=message):
         load_corpus(f"{spec}data_dir={tfds_folder}")
 
@@ -277,7 +277,7 @@ def test_a_set_that_cannot_be_downloaded_says_so_at_once(tfds, tmp_path, monkeyp
     assert "wmt14_translate/de-en" in message and str(tmp_path) in message and "\n" not in message
 
 
-def test_a_server_that_refuses_the_question_is_a_network(tfds, tmp_path, monkeypatch):
+def test_a_server_that_answers_with_an_error_counts_as_a_network(tfds, tmp_path, monkeypatch):
     def refuse(request, **options):
         raise urllib.error.HTTPError(request.full_url, 405, "method not allowed", {}, None)
 
@@ -290,7 +290,7 @@ def test_a_server_that_refuses_the_question_is_a_network(tfds, tmp_path, monkeyp
         load_corpus(f"tfds:wmt14_translate/de-en:train?data_dir={tmp_path}")
 
 
-def test_a_connection_lost_while_preparing_is_one_line(tfds, tmp_path):
+def test_a_connection_lost_while_preparing_is_an_error_of_one_line(tfds, tmp_path):
     with pytest.raises(ValueError, match="broken_pairs.*the cable is cut.*TFDS_DATA_DIR") as caught:
         load_corpus(f"tfds:broken_pairs:train?data_dir={tmp_path}")
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Locale pairs and seeds arrive at `locale_phrases`; what its promises say about the pairs that leave is checked."""
+"""Tests the guarantees that `locale_phrases` gives, with several pairs of locales and seeds."""
 
 import functools
 import os
@@ -50,7 +50,7 @@ def test_fewer_pairs_are_a_prefix_of_more(split):
         assert pairs_of(split, fewer) == more[:fewer]
 
 
-def test_the_pairs_are_as_many_as_asked_for_distinct_and_clean():
+def test_the_requested_number_of_pairs_are_different_and_clean():
     sources, targets = corpus("train", 6_000)
     assert len(sources) == len(targets) == 6_000
     assert len(set(zip(sources, targets, strict=True))) == 6_000
@@ -74,28 +74,29 @@ def assert_one_target_for_each_source(*many_pairs):
 
 
 def test_a_source_has_one_target():
-    # Different seeds meet the same sources again: within one call, a source is met once by construction.
+    # Different seeds give the same sources again; within one call each source occurs only once anyway.
     many = [pairs_of("train", 6_000, seed=seed) for seed in (0, 1)]
     assert len({source for pairs in many for source, _ in pairs}) < 12_000, "no source was met twice"
     assert_one_target_for_each_source(*many, pairs_of("test"), pairs_of("valid", seed=1))
 
 
 def test_a_source_has_one_target_where_cldr_abbreviates_differently():
-    # German `März` is long and short, Tamil tells the two apart; `Watt` is a unit's long and short name.
+    # German `März` is both the long and the short name, but in Tamil they differ; `Watt` is the long and short name of
+    # a unit.
     for locales in (("de", "ta"), ("de", "en")):
         assert_one_target_for_each_source(
             *(pairs_of("train", 2_000, seed=seed, locales=locales, parts=1) for seed in (0, 1))
         )
 
 
-def test_held_out_phrases_are_made_of_words_that_are_trained_on():
+def test_held_out_phrases_consist_of_words_that_occur_in_training():
     train = corpus("train", 6_000)
     for held_out in (corpus("test"), corpus("valid", seed=1)):
         for side in (0, 1):
             assert words(held_out[side]) <= words(train[side])
 
 
-def test_training_opens_with_every_name_alone():
+def test_training_data_begins_with_every_name_alone():
     kannada, english = module._locale("kn"), module._locale("en")
     names, values = module._unambiguous(kannada, english)
     atoms = sum(len(kind.atoms) for kind in (*names, *values))
@@ -104,20 +105,20 @@ def test_training_opens_with_every_name_alone():
         assert {(kind.write(kannada, atom), kind.write(english, atom)) for atom in kind.atoms} <= opening
 
 
-def test_names_are_frequent_enough_to_be_learnt():
+def test_names_are_frequent_enough_to_be_learned():
     text = " | ".join(corpus("train", 6_000)[1])
     for name in ("Kannada", "Iceland", "Swiss franc", "liter", "Wednesday", "April", "Nov", "ago"):
         assert len(re.findall(rf"\b{name}", text)) >= 50 / 10
 
 
 def test_the_corpus_is_larger_than_two_hundred_thousand_pairs():
-    # Capture and recapture: two samples of n out of N share n²/N, and more when some pairs are likelier than others,
-    # so n²/shared is a lower bound. Short pairs are left out: they are few and often shared, which hides the others.
+    # Capture and recapture: two samples of n out of N share n²/N, and more if some pairs are more probable than others,
+    # so n²/shared is a lower bound. Short pairs are left out, because they are few and often shared.
     first, second = ({pair for pair in pairs_of("train", 6_000, seed=seed) if len(pair[1]) > 20} for seed in (0, 1))
     assert len(first) * len(second) / max(1, len(first & second)) > 200_000
 
 
-def test_parts_bound_what_a_phrase_holds():
+def test_parts_limits_the_parts_of_a_phrase():
     single, triple = (corpus("test", 100, parts=parts)[1] for parts in (1, 3))
     assert not any(re.search(r" and .* \d{4}| or |: | \(", text) for text in single)
     assert any(re.search(r"^[^,]+, [^,]+, and |^[^:]+: .+ and ", text) for text in triple)
@@ -125,35 +126,35 @@ def test_parts_bound_what_a_phrase_holds():
 
 
 @pytest.mark.parametrize("locales", [("de", "ta"), ("pt_BR", "kn"), ("en", "kn")])
-def test_other_locales(locales):
+def test_other_locales_work(locales):
     train, test = (corpus(split, pairs, locales=locales) for split, pairs in (("train", 1_000), ("test", 50)))
     assert len(set(train[0])) == 1_000 and len(set(test[0])) == 50
     scripts = {"kn": "[\u0c80-\u0cff]", "ta": "[\u0b80-\u0bff]"}
     assert sum(bool(re.search(scripts[locales[1]], text)) for text in train[1]) > 700
 
 
-def test_kannada_faces_english():
-    # What any dictionary says, for all the other tests would pass with two columns of nonsense.
+def test_kannada_is_paired_with_english():
+    # Compares with a dictionary, because all other tests would pass with two columns of nonsense.
     train = dict(pairs_of("train", 6_000))
     assert train["ಭಾರತ"] == "India"
     assert train["ಕನ್ನಡ"] == "Kannada"
 
 
-def test_what_is_wrong_is_named_with_its_mend():
-    with pytest.raises(ValueError, match="'xx' is no CLDR locale.*locale_identifiers"):
+def test_a_wrong_argument_is_an_error_with_a_remedy():
+    with pytest.raises(ValueError, match="'xx' is not a CLDR locale.*locale_identifiers"):
         locale_phrases("xx", "en", "train", pairs=1)
-    with pytest.raises(ValueError, match="'not a locale' is no CLDR locale"):
+    with pytest.raises(ValueError, match="'not a locale' is not a CLDR locale"):
         locale_phrases("kn", "not a locale", "train", pairs=1)
     with pytest.raises(ValueError, match="'dev'.*'train', 'valid' or 'test'"):
         locale_phrases("kn", "en", "dev", pairs=1)
     with pytest.raises(ValueError, match="at least 1 part"):
         locale_phrases("kn", "en", "train", pairs=1, parts=0)
-    with pytest.raises(ValueError, match="too little of io-en"):
+    with pytest.raises(ValueError, match="of io-en"):
         locale_phrases("io", "en", "train", pairs=1)
 
 
 def test_an_exhausted_corpus_says_how_many_pairs_there_are(monkeypatch):
-    # Percentages alone: a thousand sources at most, most of which both checksums give to the training split.
+    # Only percentages: at most a thousand sources, most of which both checksums assign to the training split.
     monkeypatch.setattr(module, "VALUES", module.VALUES[-1:])
     with pytest.raises(ValueError, match=r"about \d+ distinct train pairs of up to 1 parts, not 5000: ask for fewer"):
         locale_phrases("kn", "en", "train", pairs=5_000, parts=1)

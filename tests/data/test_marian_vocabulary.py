@@ -22,7 +22,7 @@ def pieces_of(vocabulary):
 
 
 def test_ids_come_from_the_list_and_not_from_sentencepiece(trained, tmp_path):
-    """Ids in the order of a list of Marian's, its end of sentence first and its padding last."""
+    """Ids in the order of a Marian list, with the end of sentence first and padding last."""
     rest = [piece for piece in pieces_of(trained) if piece not in ("<pad>", "<s>", "</s>", "<unk>")]
     order = ["</s>", "<unk>", *reversed(rest), "<pad>"]
     ids = {piece: number for number, piece in enumerate(order)}
@@ -54,7 +54,7 @@ def test_a_language_token_is_one_token_and_an_unknown_one_an_error(trained):
     assert vocabulary.split_language(">>fra<< the cat") == (">>fra<<", " the cat")
     with pytest.raises(ValueError, match=r'>>deu<< \(">>deu<< the cat"\): begin with one of >>fra<<, >>kan<<'):
         vocabulary.split_language(">>deu<< the cat")
-    # A target, or a sentence of a model without such tokens, is text like any other.
+    # In a target, or with a model without such tokens, this is ordinary text.
     assert len(vocabulary.encode([">>deu<< the cat"])[0]) > len(french)
     without = MarianVocabulary(trained.to_bytes(), {piece: number for number, piece in enumerate(pieces[:-2])})
     assert without.split_language(">>deu<< the cat") == ("", ">>deu<< the cat")
@@ -68,31 +68,31 @@ def test_a_piece_that_only_the_source_has_is_spelled_with_its_space(trained):
 
 
 @pytest.mark.parametrize("ids", [{"<pad>": 0, "</s>": 1, "<unk>": 1}, {"<pad>": 0, "</s>": 2, "<unk>": 3}])
-def test_a_list_that_skips_or_doubles_an_id_is_refused(trained, ids):
+def test_a_list_that_skips_or_repeats_an_id_is_refused(trained, ids):
     with pytest.raises(ValueError, match="give each an id, and no id twice"):
         MarianVocabulary(trained.to_bytes(), ids)
 
 
-def test_a_marian_vocabulary_has_the_pieces_and_ids_of_the_one_that_it_is_made_of(trained):
+def test_a_marian_vocabulary_has_the_pieces_and_ids_of_its_original(trained):
     made = MarianVocabulary.of(trained)
     assert pieces_of(made) == pieces_of(trained) and made.encode(SENTENCES) == trained.encode(SENTENCES)
     reordered = MarianVocabulary(trained.to_bytes(), {piece: n for n, piece in enumerate(reversed(pieces_of(trained)))})
     assert MarianVocabulary.of(reordered).to_bytes() == reordered.to_bytes()
 
 
-def test_a_vocabulary_says_itself_which_id_a_decoder_starts_from(trained):
+def test_a_vocabulary_says_which_id_a_decoder_starts_from(trained):
     assert trained.start_id == trained.bos_id and trained.languages == ()
     assert MarianVocabulary.of(trained).start_id is None
 
 
 @pytest.mark.parametrize("kinds", ["marian, marian", "marian, trained"])
-def test_lists_that_are_equal_are_stored_once_and_others_apart(trained, kinds, tmp_path):
+def test_equal_lists_are_stored_once_and_others_separately(trained, kinds, tmp_path):
     marian = MarianVocabulary.of(trained)
     more = MarianVocabulary(trained.to_bytes(), {piece: n for n, piece in enumerate([*pieces_of(trained), ">>kan<<"])})
     equal = VocabularyPair(marian, marian if kinds == "marian, marian" else trained)
     assert equal.files().keys() == {"source.spm", "target.spm", "vocab.json"}
     assert VocabularyPair(more, equal.target).files().keys() == {*equal.files(), "target_vocab.json"}
-    for pair in (equal, VocabularyPair(more, equal.target)):  # the second leaves no file of the first that it lacks
+    for pair in (equal, VocabularyPair(more, equal.target)):  # the second removes files of the first
         pair.save(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pair.files())
         loaded = VocabularyPair.load(tmp_path)

@@ -20,7 +20,7 @@ EOS = 2
 
 
 def sentences(lengths, first_id):
-    """Sentence n consists of the id `first_id + n`, so that it is known again wherever it turns up."""
+    """Sentence n consists of the id `first_id + n`, so that it can be recognised everywhere."""
     return [[first_id + number] * (length - 1) + [EOS] for number, length in enumerate(lengths)]
 
 
@@ -40,7 +40,7 @@ def rows_of(corpus):
 
 
 def read_back(batch):
-    """The pairs of ids that each row holds, by segment."""
+    """The pairs of ids in each row, by segment."""
     return [
         [
             tuple(tokens[row][segments[row] == number].tolist() for tokens, segments in sides_of(batch))
@@ -62,13 +62,13 @@ def equal(batch, other):
     return all(map(np.array_equal, jax.tree.leaves(batch), jax.tree.leaves(other)))
 
 
-def test_a_batch_holds_the_pairs_that_example_ids_names_in_that_order():
+def test_a_batch_has_the_pairs_of_example_ids_in_that_order():
     corpus = build()
     for step in range(20):
         assert pairs_in(corpus.batch(step)) == [(SOURCE[pair], TARGET[pair]) for pair in corpus.example_ids(step)]
 
 
-def test_sentences_stand_one_after_another_numbered_from_one_and_padding_is_zero():
+def test_the_sentences_of_a_row_are_numbered_from_one_and_padding_is_zero():
     for batch in build().batches(0, 20):
         assert batch.source.ids.shape == (ROWS, SOURCE_SLOTS) and batch.target.ids.shape == (ROWS, TARGET_SLOTS)
         assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves(batch))
@@ -90,7 +90,7 @@ def test_both_sides_of_a_row_have_the_same_segments():
 
 
 @pytest.mark.parametrize("repeats", [[1] * PAIRS, [number % 4 for number in range(PAIRS)]], ids=["once", "0 to 3"])
-def test_an_epoch_has_every_pair_as_often_as_it_repeats(repeats):
+def test_an_epoch_has_every_pair_as_often_as_repeats_says(repeats):
     corpus = build(repeats=repeats)
     epoch_rows = corpus.num_rows
     assert epoch_rows % ROWS  # so that batches run across the epochs' boundaries
@@ -105,7 +105,7 @@ def test_an_epoch_has_every_pair_as_often_as_it_repeats(repeats):
     assert read == +Counter({pair: ROWS * times for pair, times in enumerate(repeats)})
 
 
-def test_each_epoch_has_an_order_of_its_own():
+def test_each_epoch_has_a_different_order():
     corpus = build(rows=1)
     epochs = np.array([corpus.row_ids(step)[0] for step in range(3 * corpus.num_rows)]).reshape(3, -1)
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -118,7 +118,7 @@ def test_a_batch_larger_than_the_corpus_spans_several_epochs():
     assert counts == dict.fromkeys(range(7), 11)
 
 
-def test_a_batch_depends_on_its_step_and_on_nothing_before_it():
+def test_a_batch_depends_only_on_its_step():
     corpus = build()
     forwards = [corpus.batch(step) for step in range(30)]
     assert all(equal(corpus.batch(step), forwards[step]) for step in reversed(range(30)))
@@ -126,14 +126,14 @@ def test_a_batch_depends_on_its_step_and_on_nothing_before_it():
     assert not equal(forwards[0], forwards[1])
 
 
-def test_another_seed_packs_and_orders_in_another_way():
+def test_another_seed_changes_packing_and_order():
     corpus, other = build(), build(seed=1)
     assert not equal(corpus.batch(0), other.batch(0))
     assert set(map(frozenset, rows_of(corpus))) != set(map(frozenset, rows_of(other)))
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 3, 8])
-def test_for_a_number_of_devices_only_empty_rows_are_added(multiple):
+def test_the_number_of_devices_only_adds_empty_rows(multiple):
     plain, filled = build().batch(3), build(multiple=multiple).batch(3)
     height = len(filled.source.ids)
     assert height % multiple == 0 and ROWS <= height < ROWS + multiple
@@ -141,7 +141,7 @@ def test_for_a_number_of_devices_only_empty_rows_are_added(multiple):
     assert not any(leaf[ROWS:].any() for leaf in jax.tree.leaves(filled))
 
 
-def test_a_pair_with_a_side_too_long_is_counted_and_left_out():
+def test_a_pair_with_too_long_a_side_is_counted_and_left_out():
     source = sentences([SOURCE_SLOTS, SOURCE_SLOTS + 1, 5, 5, 5], 100)
     target = sentences([TARGET_SLOTS, 5, TARGET_SLOTS, TARGET_SLOTS + 1, 5], 200)
     corpus = build(source, target)
@@ -152,12 +152,12 @@ def test_a_pair_with_a_side_too_long_is_counted_and_left_out():
 
 
 @pytest.mark.parametrize("pairs", [0, PAIRS])
-def test_a_corpus_of_which_nothing_fits_is_an_error_that_names_the_mend(pairs):
+def test_a_corpus_without_a_pair_that_fits_is_an_error_with_a_remedy(pairs):
     with pytest.raises(ValueError, match=f"none of {pairs} sentence pairs fits into 1 source .*raise .*max_length"):
         build(SOURCE[:pairs], TARGET[:pairs], max_length=1)
 
 
-def test_rows_hold_no_more_than_their_slots_and_each_pair_once():
+def test_rows_are_within_their_slots_and_have_each_pair_once():
     source, target = np.random.default_rng(2).integers(1, 20, (2, 3000))
     row_of_pair = pack(source, target, 20, 22)
     count = row_of_pair.max() + 1
@@ -167,14 +167,14 @@ def test_rows_hold_no_more_than_their_slots_and_each_pair_once():
         assert source[row_of_pair == row].sum() <= 20 and target[row_of_pair == row].sum() <= 22
 
 
-def test_the_pairs_of_a_row_stand_in_the_order_that_the_seed_shuffled_them_into():
+def test_the_pairs_of_a_row_have_the_order_of_the_shuffle():
     sides = [TokenSide.join(sentences(np.random.default_rng(4).integers(1, 20, 3000), 100))] * 2
     packing = Packing.plan(*sides, [1] * 3000, DataConfig(seed=5, source_slots=301, target_slots=307), 20)
     place = np.argsort(np.random.default_rng([5, 0]).permutation(3000))
     assert all((np.diff(place[packing[row]]) > 0).all() for row in range(len(packing)))
 
 
-def test_a_pair_goes_where_there_is_room_on_both_sides():
+def test_a_pair_is_put_into_a_row_with_room_on_both_sides():
     # Pair 2 has room on either side of row 0 but not on both; pair 3 still goes there.
     assert pack(np.array([4, 2, 3, 4]), np.array([2, 5, 4, 1]), 10, 10).tolist() == [0, 0, 1, 0]
 
@@ -188,7 +188,7 @@ def test_lengths_like_multi30k_fill_nine_slots_of_ten():
     assert corpus.fill_rate >= 0.9
 
 
-def test_the_fill_rate_is_what_an_epoch_shows():
+def test_the_fill_rate_equals_that_of_an_epoch():
     corpus = build()
     segments = [leaf for batch in corpus.one_epoch() for _, leaf in sides_of(batch)]
     slots = corpus.num_rows * (SOURCE_SLOTS + TARGET_SLOTS)
@@ -206,7 +206,7 @@ def test_real_multi30k_fills_nine_slots_of_ten():
     assert len(corpus.too_long) < 0.001 * len(text)
 
 
-def test_batches_come_in_order_from_any_step_to_any_other():
+def test_batches_returns_any_range_of_steps_in_order():
     corpus = build(multiple=3)
     for start, stop in ((0, 9), (5, 9), (8, 9), (1000, 1003), (4, 4)):
         batches = list(corpus.batches(start, stop))
@@ -225,7 +225,7 @@ def test_one_epoch_visits_each_row_once_and_fills_up_the_last_batch():
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4])
 @pytest.mark.parametrize("rows", [1, 5, 11])
-def test_what_the_hosts_lay_out_is_together_what_one_host_does(num_hosts, rows):
+def test_the_parts_of_all_hosts_together_equal_the_batch_of_one_host(num_hosts, rows):
     whole = build(rows=rows, multiple=8)
     hosts = [build(rows=rows, multiple=8, host=host, num_hosts=num_hosts) for host in range(num_hosts)]
     height = -(-rows // 8) * 8
@@ -272,7 +272,7 @@ def tokenised(monkeypatch):
     return counts
 
 
-def test_text_arrives_at_the_model_as_its_vocabularies_encode_it(vocabularies):
+def test_batches_have_the_ids_that_the_vocabularies_give(vocabularies):
     corpus = PackedCorpus.from_text(TEXT, vocabularies, DataConfig(rows=3), max_length=64)
     encoded = zip(vocabularies.source.encode(TEXT.source), vocabularies.target.encode(TEXT.target), strict=True)
     found = [pair for batch in corpus.one_epoch() for pair in pairs_in(batch)]
@@ -321,7 +321,7 @@ DECISIVE = {
 
 
 @pytest.mark.parametrize("change", NOT_DECISIVE.values(), ids=NOT_DECISIVE)
-def test_what_does_not_decide_the_packing_is_taken_from_the_cache(vocabularies, tmp_path, tokenised, change):
+def test_settings_that_do_not_affect_packing_keep_the_cache(vocabularies, tmp_path, tokenised, change):
     cache = epath.Path(tmp_path)
     load(vocabularies, cache, **AS_FIRST_MADE)
     tokenised.clear()
@@ -338,7 +338,7 @@ def test_what_does_not_decide_the_packing_is_taken_from_the_cache(vocabularies, 
 
 
 @pytest.mark.parametrize("change", DECISIVE.values(), ids=DECISIVE)
-def test_what_decides_the_packing_makes_it_anew_in_place_of_the_old(vocabularies, tmp_path, tokenised, change):
+def test_settings_that_affect_packing_replace_the_cache(vocabularies, tmp_path, tokenised, change):
     cache = epath.Path(tmp_path)
     load(vocabularies, cache, **AS_FIRST_MADE)
     before = list(cache.iterdir())
@@ -351,7 +351,7 @@ def test_what_decides_the_packing_makes_it_anew_in_place_of_the_old(vocabularies
     assert len(before) == len(after) == 1 and before != after
 
 
-def test_another_vocabulary_on_either_side_makes_the_cache_anew(vocabularies, tmp_path, tokenised):
+def test_another_vocabulary_on_either_side_replaces_the_cache(vocabularies, tmp_path, tokenised):
     cache = epath.Path(tmp_path)
     other = Vocabulary.train([*TEXT.source, *TEXT.target, "xyz"], LETTERS)
     for pair in (
@@ -379,13 +379,13 @@ def test_the_corpora_of_a_training_are_cached_side_by_side(vocabularies, tmp_pat
     assert sorted(path.name.partition("-")[0] for path in cache.iterdir()) == ["train", "valid"]
 
 
-def test_a_corpus_of_which_nothing_fits_leaves_no_cache(vocabularies, tmp_path):
+def test_a_corpus_without_a_pair_that_fits_leaves_no_cache(vocabularies, tmp_path):
     with pytest.raises(ValueError, match="none of 5 sentence pairs fits"):
         load(vocabularies, epath.Path(tmp_path) / "cache", **AS_FIRST_MADE | {"max_length": 1})
     assert not list(tmp_path.iterdir())
 
 
-def test_sentences_joined_end_to_end_come_apart_again():
+def test_joined_sentences_can_be_separated_again():
     side = TokenSide.join([[5, 6, 7], [8], [9, 2]])
     assert side.lengths.tolist() == [3, 1, 2]
     assert [side[number].tolist() for number in range(3)] == [[5, 6, 7], [8], [9, 2]]

@@ -62,12 +62,12 @@ def test_a_sentence_ends_with_eos_and_has_no_other_special_id(pair):
         assert not {pair.target.pad_id, pair.target.bos_id, pair.target.eos_id, pair.target.unk_id} & set(ids[:-1])
 
 
-def test_no_sentences_are_no_rows(pair):
+def test_no_sentences_give_no_rows(pair):
     assert pair.target.encode([]) == [] and pair.target.decode([]) == []
     assert pair.target.decode([[]]) == [""]
 
 
-def test_decode_stops_at_the_first_eos_and_passes_over_padding(pair):
+def test_decode_stops_at_the_first_eos_and_skips_padding(pair):
     vocabulary = pair.target
     *first, eos = vocabulary.encode(["the river"])[0]
     *second, _ = vocabulary.encode(["seven jars"])[0]
@@ -78,7 +78,7 @@ def test_decode_stops_at_the_first_eos_and_passes_over_padding(pair):
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
-def test_special_names_in_text_are_only_text(model_type):
+def test_special_names_in_text_are_ordinary_text(model_type):
     special = ["<s>", "</s>", "<pad>", "<unk>"]
     spoken = [f"a {name} tree{name}" for name in special]
     vocabulary = Vocabulary.train(spoken * 5 + ENGLISH, VocabularyConfig(size=80, model_type=model_type))
@@ -88,7 +88,7 @@ def test_special_names_in_text_are_only_text(model_type):
     assert vocabulary.decode(rows) == spoken
 
 
-def test_an_unseen_character_is_the_unknown_id(pair):
+def test_an_unseen_character_becomes_the_unknown_id(pair):
     assert pair.target.unk_id in pair.target.encode(["the ☃ river"])[0]
 
 
@@ -130,7 +130,7 @@ def test_a_long_line_is_read_too():
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_a_size_beyond_the_text_names_the_largest(model_type):
+def test_too_large_a_size_is_an_error_that_names_the_largest(model_type):
     config = VocabularyConfig(size=50_000, model_type=model_type)
     with pytest.raises(ValueError, match=r"vocabulary\.size is 50000.*lower vocabulary\.size") as caught:
         Vocabulary.train(ENGLISH, config)
@@ -141,7 +141,7 @@ def test_a_size_beyond_the_text_names_the_largest(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
-def test_a_size_below_the_characters_names_the_smallest(model_type):
+def test_too_small_a_size_is_an_error_that_names_the_smallest(model_type):
     config = VocabularyConfig(size=10, model_type=model_type)
     with pytest.raises(ValueError, match=r"vocabulary\.size is 10.*raise vocabulary\.size") as caught:
         Vocabulary.train(ENGLISH, config)
@@ -159,12 +159,12 @@ def test_a_character_model_may_be_smaller_than_its_limit():
 
 
 @pytest.mark.parametrize("sentences", [[], ["", "  "]])
-def test_no_text_is_refused(sentences):
-    with pytest.raises(ValueError, match="without text"):
+def test_training_without_text_is_refused(sentences):
+    with pytest.raises(ValueError, match="sentences are blank"):
         Vocabulary.train(sentences, CONFIG)
 
 
-def test_other_bytes_are_refused():
+def test_bytes_that_are_not_a_model_are_refused():
     for wrong in (b"", b"not a model"):
         with pytest.raises(ValueError, match="SentencePiece model"):
             Vocabulary(wrong)

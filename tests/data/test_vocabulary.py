@@ -1,4 +1,4 @@
-"""Tests that pairs of vocabularies are saved and loaded as they are, whatever their kind."""
+"""Tests that pairs of vocabularies of any kind are saved and loaded without change."""
 
 import re
 
@@ -23,7 +23,7 @@ def test_a_saved_pair_loads_the_same(config, tmp_path):
     assert loaded.fingerprint() == pair.fingerprint()
 
 
-def test_the_last_save_counts_and_leaves_nothing_else(pair, tmp_path):
+def test_saving_again_replaces_all_files(pair, tmp_path):
     separate = VocabularyPair.train(KANNADA, ENGLISH, SEPARATE)
     for saved, names in (
         (pair, ["joint.model"]),

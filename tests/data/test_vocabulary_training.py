@@ -1,4 +1,4 @@
-"""The text of a corpus gets pieces for all of its characters, whatever SentencePiece does with them."""
+"""All characters of a corpus get pieces, even those that SentencePiece treats specially."""
 
 import unicodedata
 import warnings
@@ -14,7 +14,7 @@ PLAIN = [f"the {adjective} {noun} and {other}" for adjective in ADJECTIVES for n
 
 
 def train(text, model_type, **changes):
-    # Little more than the characters: of so little text the unigram model finds no more pieces.
+    # Little more than the characters, because the unigram model finds no more pieces in so little text.
     size = len(set(unicodedata.normalize("NFC", "".join(text)))) + 9
     return Vocabulary.train(text, VocabularyConfig(**{"size": size, "model_type": model_type} | changes))
 
@@ -24,25 +24,25 @@ def train(text, model_type, **changes):
     "text",
     ["the <s>fox</s> ran", "<s>", "</s>fox", "the <unk>", "<pad><pad>", "<<s>>", "the ▅ fox", "▅", "<s>▅</s> <unk>"],
 )
-def test_what_sentencepiece_takes_for_its_own_is_text(text, model_type):
+def test_sentencepiece_s_special_names_are_ordinary_text(text, model_type):
     vocabulary = train([text] * 4 + PLAIN, model_type)
     assert vocabulary.decode(vocabulary.encode([text])) == [text]
 
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_sentences_with_a_reserved_character_are_trained_on(model_type):
-    # SentencePiece would drop these sentences, and with them every letter that stands nowhere else.
+    # SentencePiece would drop these sentences, and with them every letter that occurs nowhere else.
     vocabulary = train(["the ▅ ಕನ್ನಡ"] + PLAIN, model_type)
     assert vocabulary.decode(vocabulary.encode(["ಕನ್ನಡ ▅"])) == ["ಕನ್ನಡ ▅"]
 
 
 @pytest.mark.parametrize("text", ["\ue000 and ▅", "▅ \ue000\ue001"])
-def test_private_characters_beside_a_reserved_one_stay_apart(text):
+def test_private_use_characters_are_not_confused_with_the_reserved_one(text):
     vocabulary = train([text] * 4 + PLAIN, "bpe")
     assert vocabulary.decode(vocabulary.encode([text])) == [text]
 
 
-def test_all_characters_of_the_text_have_a_piece_where_only_a_sample_is_read():
+def test_all_characters_have_a_piece_even_if_training_uses_a_sample():
     text = [f"{PLAIN[number % 6]} {chr(0x4E00 + number)}" for number in range(60)]
     vocabulary = train(text, "bpe", size=110, max_sentences=40)
     assert not any(map(vocabulary.unknown_characters, text))
@@ -51,7 +51,7 @@ def test_all_characters_of_the_text_have_a_piece_where_only_a_sample_is_read():
 @pytest.mark.parametrize(
     ("character", "name"), [("\0", r"U\+0000"), ("▁", r"U\+2581 LOWER ONE EIGHTH BLOCK")], ids=["NUL", "space mark"]
 )
-def test_what_cannot_have_a_piece_is_counted_and_named(character, name):
+def test_characters_that_cannot_have_a_piece_are_counted_and_named(character, name):
     with pytest.warns(UserWarning, match=rf"1 of the characters.*\({name}\).*in 4 of 220 sentences"):
         vocabulary = train([f"the{character}fox"] * 4 + PLAIN, "bpe")
     assert vocabulary.unk_id not in vocabulary.encode([f"the{character}fox"])[0]
@@ -62,7 +62,7 @@ def test_rare_characters_that_the_coverage_leaves_out_are_counted_and_named():
         train([*PLAIN, "ß"], "bpe", character_coverage=0.9995)
 
 
-def test_nothing_is_said_where_nothing_is_lost():
+def test_without_lost_characters_there_is_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train([*PLAIN, "tab\tline\nend\ufeff no-break\xa0space \ud800"], "bpe")

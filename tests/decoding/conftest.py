@@ -24,7 +24,7 @@ WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slo
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Makes a config and random parameters: of V tokens, a seed, and what else the config says."""
+    """Makes a config of V tokens with other settings, and random parameters."""
 
     def make(size, seed=0, **changes):
         config = TransformerConfig(
@@ -36,7 +36,7 @@ def make_model():
                 "d_ff": 24,
                 "num_encoder_layers": 1,
                 "num_decoder_layers": 1,
-                "tie_embeddings": "none",  # or whatever was said last would be said again
+                "tie_embeddings": "none",  # otherwise the model would repeat its last token
                 **changes,
             },
         )
@@ -56,7 +56,7 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def say():
-    """Makes a sentence of so many words; another number makes another one."""
+    """Makes a sentence of some words; each number makes a different one."""
     return lambda number, length: " ".join(np.random.default_rng(number).choice(WORDS, length))
 
 

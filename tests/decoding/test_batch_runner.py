@@ -27,7 +27,7 @@ SOURCES = make_sources(40)
 
 @pytest.fixture(scope="module")
 def make_engine(make_model):
-    """Makes an engine of one model, or of several where seeds are given."""
+    """Makes an engine of one model, or of several if seeds are given."""
 
     def make(*seeds, batch_tokens=64, devices=1, **changes):
         configs, models = zip(*(make_model(V, seed, **changes) for seed in seeds or (290,)), strict=True)
@@ -43,7 +43,7 @@ def engine(make_engine):
 
 @pytest.fixture
 def searched(monkeypatch):
-    """A list of what the compiled search is called with: the source's shape, limits and options."""
+    """Records the arguments of the compiled search: the source's shape, limits and options."""
     calls = []
 
     def watch(models, source, limits, **options):
@@ -65,7 +65,7 @@ def search(engine, sources, settings, prefixes=None, rngs=None):
 
 
 def check_same(found, expected):
-    """Equal tokens, and log-probabilities up to what a batch's shape moves them."""
+    """Equal tokens, and log-probabilities that are equal up to the effect of a batch's shape."""
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert [output.ids.tolist() for output in ours] == [output.ids.tolist() for output in theirs]
@@ -73,7 +73,7 @@ def check_same(found, expected):
             np.testing.assert_allclose(output.log_probs, other.log_probs, rtol=1e-3, atol=1e-4)
 
 
-def test_many_sentences_compile_once_a_bucket_and_get_what_each_gets_alone(engine, searched):
+def test_many_sentences_compile_once_per_bucket_and_get_the_same_outputs_as_alone(engine, searched):
     before = search_translations._cache_size()
     together = search(engine, SOURCES, GREEDY)
     compiled = search_translations._cache_size() - before
@@ -81,11 +81,11 @@ def test_many_sentences_compile_once_a_bucket_and_get_what_each_gets_alone(engin
     assert len(searched) > 2 * len(shapes)
     assert compiled <= len(shapes) == len({bucket(len(source)) for source in SOURCES})
     check_same(together, [search(engine, [source], GREEDY)[0] for source in SOURCES])
-    assert len({tuple(output.ids.tolist()) for (output,) in together}) > 10  # or whatever is mixed up would not show
+    assert len({tuple(output.ids.tolist()) for (output,) in together}) > 10  # otherwise a mix-up would not show
 
 
 @pytest.mark.parametrize("settings", [BEAM, SAMPLING], ids=["beam", "sampling"])
-def test_other_neighbours_and_batches_change_no_result(engine, make_engine, settings):
+def test_other_sentences_and_batches_do_not_change_a_result(engine, make_engine, settings):
     sources = [source for source in SOURCES if len(source) <= 8]
     rngs = keys(len(sources))
     together = search(engine, sources, settings, rngs=rngs)
@@ -96,7 +96,7 @@ def test_other_neighbours_and_batches_change_no_result(engine, make_engine, sett
     check_same(mixed, [together[number] for number in order])
 
 
-def test_every_output_ends_once_and_holds_no_padding_and_no_start(engine):
+def test_every_output_ends_once_without_padding_or_start(engine):
     for settings in (GREEDY, SAMPLING):
         for outputs in search(engine, SOURCES, settings):
             assert len(outputs) == settings.num_return
@@ -114,16 +114,16 @@ def test_a_sentences_limit_follows_its_own_length_and_not_its_buckets(engine):
     assert [len(output.ids) for (output,) in found] == [4, 5, 6, 6]
 
 
-def test_the_last_few_that_go_on_are_not_waited_for_and_finished_all_the_same(engine, make_engine, searched):
+def test_a_batch_does_not_wait_for_its_last_few_sentences_which_are_finished_later(engine, make_engine, searched):
     sources = [source for source in make_sources(200, longest=8) if len(source) <= 8][:60]
     found = search(make_engine(batch_tokens=32 * 8), sources, GREEDY)
-    assert {width for (_, width), _, _ in searched} == {8, 16}  # some have moved on, where no source is so long
+    assert {width for (_, width), _, _ in searched} == {8, 16}  # some moved to a bucket that no source needs
     assert not any(options["may_wait"][: len(sources)].any() for (_, width), _, options in searched if width == 16)
     check_same(found, search(engine, sources, GREEDY))
 
 
-def test_outputs_that_need_more_room_than_their_bucket_has_get_it(engine, searched):
-    """They go on for longer than two buckets; each is what a search with all the room finds."""
+def test_outputs_that_need_more_room_than_their_bucket_get_it(engine, searched):
+    """They are longer than two buckets, and each equals the output of a search with enough room."""
     settings, rngs = Sampling(min_length=24), keys(6)
     sources = [source for source in SOURCES if len(source) <= 16][:6]
     found = search(engine, sources, settings, rngs=rngs)
@@ -148,7 +148,7 @@ def test_outputs_that_need_more_room_than_their_bucket_has_get_it(engine, search
             )
 
 
-def test_outputs_begin_with_their_prefixes_and_go_on_as_if_they_had_chosen_them(engine):
+def test_outputs_begin_with_their_prefixes_and_continue_as_if_these_were_chosen(engine):
     sources = [source for source in SOURCES if len(source) > 4][:6]
     free = search(engine, sources, GREEDY)
     other = 5 if free[1][0].ids[0] != 5 else 6
@@ -156,22 +156,22 @@ def test_outputs_begin_with_their_prefixes_and_go_on_as_if_they_had_chosen_them(
     found = search(engine, sources, GREEDY, prefixes)
     for (output,), prefix in zip(found, prefixes, strict=True):
         assert output.ids[: len(prefix)].tolist() == prefix and len(output.ids) > len(prefix)
-    for number in (0, 4, 5):  # no wish, or the wish for what comes anyway
+    for number in (0, 4, 5):  # no prefix, or the prefix of what is chosen anyway
         check_same([found[number]], [free[number]])
     reverse = search(engine, sources[::-1], GREEDY, prefixes[::-1])
     check_same(found, reverse[::-1])
 
 
-def test_a_prefix_that_leaves_no_room_for_the_end_is_an_error_that_names_the_mend(engine):
+def test_a_prefix_without_room_for_the_end_is_an_error_with_a_remedy(engine):
     fits = search(engine, [[5, EOS]], GREEDY, [[7] * 5])
     assert fits[0][0].ids.tolist() == [7] * 5 + [EOS]
-    message = "a prefix has 6 tokens, its output may have 6 with the end of sentence: shorten it, or raise max_length"
+    message = "a prefix has 6 tokens, but its output may have only 6"
     with pytest.raises(ValueError, match=message):
         search(engine, [[5, EOS]], GREEDY, [[7] * 6])
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-def test_eight_devices_share_each_batch_and_find_what_one_finds(engine, make_engine, searched, settings):
+def test_eight_devices_share_each_batch_and_find_the_same_as_one(engine, make_engine, searched, settings):
     sources = [source for source in SOURCES if len(source) <= 8]
     expected = search(engine, sources, settings)
     searched.clear()
@@ -181,7 +181,7 @@ def test_eight_devices_share_each_batch_and_find_what_one_finds(engine, make_eng
         assert options["mesh"].size == 8
 
 
-def test_targets_of_any_lengths_are_scored_and_aligned_as_alone(make_engine):
+def test_targets_of_any_lengths_are_scored_and_aligned_like_alone(make_engine):
     together, alone = make_engine(devices=8), make_engine()
     short, long = ([source for source in SOURCES if (len(source) <= 8) == shorter] for shorter in (True, False))
     sources, targets = [*long[:2], *short[:3]], [*long[2:4], *short[3:6]]
@@ -194,7 +194,7 @@ def test_targets_of_any_lengths_are_scored_and_aligned_as_alone(make_engine):
         np.testing.assert_allclose(weights, alone.align([source], [target], layer=-1)[0], atol=1e-5)
 
 
-def test_what_was_compiled_ahead_is_not_compiled_again(make_engine):
+def test_programs_compiled_in_advance_are_not_compiled_again(make_engine):
     # An output is at most one and a half times as long as its source: no sentence moves on to another bucket.
     settings, engine = BeamSearch(beam_size=1, extra_length=5), make_engine()
     engine.compile(settings, longest=13, sentences=1)
@@ -209,7 +209,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(make_engine):
     assert search_translations._cache_size() == compiled
 
 
-def test_learned_positions_bound_outputs_and_a_longer_source_is_an_error_that_names_the_mend(make_engine):
+def test_learned_positions_limit_outputs_and_a_longer_source_is_an_error(make_engine):
     engine = make_engine(positions="learned", max_length=6)
     endless = BeamSearch(beam_size=1, min_length=99)
     engine.compile(endless, longest=64, sentences=1)
@@ -218,11 +218,11 @@ def test_learned_positions_bound_outputs_and_a_longer_source_is_an_error_that_na
         ((ids, log_probs),) = search(engine, [[5] * (length - 1) + [EOS]], endless)[0]
         assert len(ids) == 6 and np.isfinite(log_probs).all()
     assert search_translations._cache_size() == compiled
-    with pytest.raises(ValueError, match="has 7 positions, model.max_length is 6: raise it"):
+    with pytest.raises(ValueError, match="has 7 positions, but model.max_length is 6: raise it"):
         search(engine, [[5] * 6 + [EOS]], endless)
 
 
-def test_where_the_next_bucket_is_more_than_there_are_learned_positions_an_output_has_all_of_them(make_engine):
+def test_an_output_can_use_all_learned_positions_if_the_next_bucket_is_larger(make_engine):
     engine = make_engine(positions="learned", max_length=60)
     ((ids, log_probs),) = search(engine, [[5] * 19 + [EOS]], BeamSearch(beam_size=1, min_length=99))[0]
     assert len(ids) == 60 and np.isfinite(log_probs).all()
@@ -237,11 +237,11 @@ def test_a_stream_is_the_search_token_by_token(make_engine, devices):
 
 
 @pytest.mark.parametrize(("trained_with", "used"), [("auto", "auto"), ("cudnn", "auto"), ("xla", "xla")])
-def test_attention_is_computed_where_the_devices_are_whatever_training_insisted_on(trained_with, used, make_engine):
+def test_the_implementation_of_attention_suits_the_devices_whatever_training_used(trained_with, used, make_engine):
     engine = make_engine(attention_implementation=trained_with)
     assert [config.attention_implementation for config in engine.configs] == [used]
 
 
-def test_devices_that_are_not_the_default_ones_are_left_to_xla(make_engine, monkeypatch):
+def test_devices_that_are_not_the_default_ones_use_xla(make_engine, monkeypatch):
     monkeypatch.setattr(engine_module, "get_default_device", lambda: SimpleNamespace(platform="gpu"))
     assert make_engine().configs[0].attention_implementation == "xla"

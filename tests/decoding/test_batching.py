@@ -34,7 +34,7 @@ def test_every_sentence_is_in_one_batch_that_has_room_for_it(sides, devices, bat
         assert 1 <= len(shape.numbers) <= shape.rows
         for number in shape.numbers:
             assert tuple(map(bucket, lengths[number])) == shape.widths
-        # The rows are divided evenly, and each device has one at least, however small the budget.
+        # The rows are divided evenly, and each device has at least one, however small the budget.
         assert shape.rows % devices == 0
         assert shape.rows * max(shape.widths) <= batch_tokens or shape.rows == devices
 
@@ -56,17 +56,17 @@ def test_sides_of_many_lengths_have_one_shape_for_each_pair_of_buckets():
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
-def test_few_sentences_have_few_rows_of_one_of_few_sizes(devices):
+def test_a_few_sentences_get_one_of_a_few_small_numbers_of_rows(devices):
     full = full_rows((8,), 4096, devices)
     sizes = [rows_for(count, full, devices) for count in range(1, full + 1)]
     for count, rows in enumerate(sizes, 1):
         assert count <= rows <= full and rows % devices == 0
-        # Less than a fuller batch of one size less, or nothing could be saved.
+        # The next smaller size would be too small, otherwise nothing would be saved.
         assert rows <= max(devices, RUNG * (count + devices))
     assert sizes == sorted(sizes)
     assert len(set(sizes)) <= 1 + np.ceil(np.log(full) / np.log(RUNG))
     assert sizes[0] == devices and sizes[-1] == full
 
 
-def test_nothing_makes_no_batch():
+def test_no_sentences_make_no_batch():
     assert list(shape_batches([], 4096)) == []

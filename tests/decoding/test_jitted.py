@@ -30,7 +30,7 @@ every_search = pytest.mark.parametrize("settings", [GREEDY, BEAM, SAMPLING], ids
 
 @pytest.fixture(scope="module")
 def model(make_model):
-    return make_model(V, 290)  # One whose outputs end at their limits, and before them.
+    return make_model(V, 290)  # A model whose outputs end both at and before their limits.
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def search(*models, source=SOURCE, limits=LIMITS, settings, max_length=LONGEST, 
 
 
 def log_probs_of(model, target, source=SOURCE):
-    """Log-probabilities [B, T, V] of one pass over whole targets, in which every token is a word like any other."""
+    """Log-probabilities [B, T, V] of one pass over whole targets, in which no token is special."""
     config, params = model
     words = Tokens.from_segments(target, np.ones_like(target))
     return jax.nn.log_softmax(whole_pass(config)({"params": params}, source, words))
@@ -69,12 +69,12 @@ def whole_pass(config):
 
 
 def mean_log_probs(models, target):
-    """Of the mean of the models' probabilities, by hand."""
+    """Log-probabilities of the mean of the models' probabilities, by hand."""
     return np.log(np.mean([np.exp(np.float64(log_probs_of(model, target))) for model in models], axis=0))
 
 
 def check_log_probs(found, models, atol=1e-4):
-    """Each token's log-probability is that of whole passes, and they sum to the outputs'."""
+    """Each token's log-probability equals that of parallel passes, and they sum to those of the outputs."""
     lengths, each = found["lengths"], found["token_log_probs"]
     assert (lengths > 0).all() and (lengths <= LIMITS[:, None]).all()
     for rank in range(lengths.shape[1]):
@@ -102,7 +102,7 @@ def test_greedy_search_equals_a_loop_that_runs_the_whole_model_at_each_step(mode
 
 
 @every_search
-def test_log_probabilities_are_those_of_whole_passes(model, settings):
+def test_log_probabilities_equal_those_of_parallel_passes(model, settings):
     found = search(model, settings=settings)
     check_log_probs(found, [model])
     expected = found["log_probs"] / settings.penalty(found["lengths"])
@@ -111,11 +111,11 @@ def test_log_probabilities_are_those_of_whole_passes(model, settings):
 
 
 @every_search
-def test_an_ensemble_has_the_logarithm_of_the_mean_of_the_probabilities(ensemble, settings):
+def test_an_ensemble_averages_probabilities(ensemble, settings):
     check_log_probs(search(*ensemble, settings=settings), ensemble)
 
 
-def test_an_ensemble_chooses_what_the_mean_of_the_probabilities_chooses(ensemble):
+def test_an_ensemble_chooses_by_the_mean_probability(ensemble):
     found = search(*ensemble, settings=GREEDY)
     tokens = found["tokens"][:, 0]
     log_probs = mean_log_probs(ensemble, tokens)
@@ -127,14 +127,14 @@ def test_an_ensemble_chooses_what_the_mean_of_the_probabilities_chooses(ensemble
         assert not np.array_equal(tokens, search(model, settings=GREEDY)["tokens"][:, 0])
 
 
-def test_an_ensemble_of_a_model_and_itself_is_the_model(model):
+def test_an_ensemble_of_twice_the_same_model_equals_the_model(model):
     twice, once = search(model, model, settings=BEAM), search(model, settings=BEAM)
     assert np.array_equal(twice["tokens"], once["tokens"])
     np.testing.assert_allclose(twice["token_log_probs"], once["token_log_probs"], atol=1e-5)
 
 
 @every_search
-def test_scoring_what_was_found_gives_the_numbers_that_the_search_gave(ensemble, settings):
+def test_scoring_an_output_gives_the_log_probabilities_of_the_search(ensemble, settings):
     configs, params = split(ensemble)
     found = search(*ensemble, settings=settings)
     for rank in range(settings.num_return):
@@ -143,7 +143,7 @@ def test_scoring_what_was_found_gives_the_numbers_that_the_search_gave(ensemble,
 
 
 @pytest.mark.parametrize("settings", [BEAM, SAMPLING], ids=["beam", "sampling"])
-def test_padding_neighbours_and_room_do_not_change_a_sentences_result(model, settings):
+def test_padding_other_sentences_and_room_do_not_change_a_result(model, settings):
     together = search(model, settings=settings)
     assert SOURCE[0].tolist() == [4, 9, 5, 2, 0, 0, 0]
     short = {"source": SOURCE[:1, :4], "limits": LIMITS[:1], "rngs": keys(settings, 1)}
@@ -152,15 +152,15 @@ def test_padding_neighbours_and_room_do_not_change_a_sentences_result(model, set
     np.testing.assert_allclose(alone["scores"][0], together["scores"][0], atol=1e-5)
 
 
-def test_what_is_cut_short_is_told(model):
+def test_sentences_that_need_more_room_are_reported(model):
     whole, cut = search(model, settings=GREEDY), search(model, settings=GREEDY, max_length=3)
     assert not whole["open"].any()
     assert np.array_equal(cut["open"], whole["lengths"][:, 0] > 3) and cut["open"].any()
     assert np.array_equal(cut["tokens"][2, :, :3], whole["tokens"][2, :, :3])
 
 
-def test_few_that_may_wait_are_left_open_and_the_others_are_what_they_are(model):
-    """Two of forty have a high limit, and go on to it."""
+def test_a_few_sentences_that_may_wait_are_left_and_the_others_do_not_change(model):
+    """Two of forty sentences have a high limit and reach it."""
     source, limits = np.random.default_rng(0).integers(3, V, (40, 7)).astype("int32"), np.full(40, 3, "int32")
     limits[[4, 17]] = LONGEST
     options = {"source": source, "limits": limits, "settings": GREEDY.replace(min_length=LONGEST)}
@@ -171,12 +171,12 @@ def test_few_that_may_wait_are_left_open_and_the_others_are_what_they_are(model)
     not_told, one = search(model, **options), search(model, may_wait=np.arange(40) != 4, **options)
     for name in ("tokens", "lengths", "log_probs"):
         assert np.array_equal(cut[name][~cut["open"]], whole[name][~cut["open"]])
-        for finished in (not_told, one):  # one that may not wait is finished, and the other goes on beside it
+        for finished in (not_told, one):  # one that may not wait is finished, and the other continues meanwhile
             assert np.array_equal(finished[name], whole[name])
 
 
 @pytest.mark.parametrize("settings", [BEAM, SAMPLING], ids=["beam", "sampling"])
-def test_devices_that_share_a_batch_find_what_one_finds(model, settings):
+def test_several_devices_find_the_same_as_one(model, settings):
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[: len(SOURCE)]), ("batch",))
     prefix = np.array([[5, 7], [6, PAD], [PAD, PAD]], "int32")
     shared, alone = (search(model, settings=settings, prefix=prefix, mesh=each) for each in (mesh, None))
@@ -186,7 +186,7 @@ def test_devices_that_share_a_batch_find_what_one_finds(model, settings):
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-def test_a_stream_chooses_one_token_after_the_other_as_the_search_does(ensemble, settings):
+def test_a_stream_chooses_the_same_tokens_as_the_search(ensemble, settings):
     configs, params = split(ensemble)
     found = search(*ensemble, settings=settings)
     options = {"configs": configs, "settings": settings, "max_length": LONGEST, "rngs": keys(settings)}
@@ -198,7 +198,7 @@ def test_a_stream_chooses_one_token_after_the_other_as_the_search_does(ensemble,
 
 
 @pytest.mark.parametrize("layer", [0, -1])
-def test_an_alignment_is_the_mean_of_the_models_own_weights_and_their_heads(make_model, layer):
+def test_an_alignment_is_the_mean_over_models_and_heads_of_their_weights(make_model, layer):
     models = [make_model(V, seed, num_decoder_layers=2) for seed in (292, 293)]
     target = np.array([[7, 5, 9, 2, 0], [2, 0, 0, 0, 0], [3, 3, 4, 8, 2]], "int32")
     configs, params = split(models)

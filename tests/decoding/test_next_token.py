@@ -20,12 +20,12 @@ best_jitted = jax.jit(best_tokens, static_argnames="count")
 
 
 def check_best(scores, count):
-    """What is found has the values of a plain sort, and stands where it says."""
+    """The values found equal those of a sort, and the indices point to them."""
     values, where = jax.device_get(best_jitted(jnp.asarray(scores), count=count))
     flat = scores.reshape(*scores.shape[:-2], -1)
     np.testing.assert_array_equal(values, -np.sort(-flat, axis=-1)[..., :count])
     assert where.dtype == np.int32 and (where >= 0).all() and (where < flat.shape[-1]).all()
-    # Where only what is impossible is left, its place means nothing.
+    # If only impossible tokens are left, their indices mean nothing.
     there = np.where(values > -np.inf, np.take_along_axis(flat, where, axis=-1), -np.inf)
     np.testing.assert_array_equal(there, values)
     for row, found in zip(where.reshape(-1, count), values.reshape(-1, count), strict=True):
@@ -33,7 +33,7 @@ def check_best(scores, count):
         assert len(set(places.tolist())) == len(places)
 
 
-# Of one group and of many, multiples of a group's size and primes.
+# One group and many, multiples of the group size and primes.
 @pytest.mark.parametrize(
     ("size", "hypotheses", "count"),
     [
@@ -48,7 +48,7 @@ def check_best(scores, count):
         (1000, 1, 5),
     ],
 )
-def test_the_best_tokens_are_those_of_a_plain_sort(size, hypotheses, count):
+def test_the_best_tokens_equal_those_of_a_sort(size, hypotheses, count):
     check_best(np.random.default_rng(size).normal(size=(7, hypotheses, size)).astype("float32"), count)
 
 
@@ -57,14 +57,14 @@ def test_rows_may_have_any_number_of_dimensions():
 
 
 @pytest.mark.parametrize("count", [GROUP + 7, 2 * 3 * 101])
-def test_more_than_one_group_holds_are_found_too(count):
+def test_more_tokens_than_a_group_has_can_be_found(count):
     scores = np.random.default_rng(0).normal(size=(2, 2, 3 * 101)).astype("float32")
     check_best(scores, count)
-    check_best(np.sort(scores, axis=-1), count)  # all of the best in one place
+    check_best(np.sort(scores, axis=-1), count)  # all of the best in one group
 
 
 @pytest.mark.parametrize(("size", "count"), [(67, 8), (67, 3 * 67), (GROUP, 3 * GROUP)])
-def test_what_is_impossible_comes_last(size, count):
+def test_impossible_tokens_come_last(size, count):
     rng = np.random.default_rng(1)
     for share in (0.5, 0.99, 1.0):
         scores = rng.normal(size=(5, 3, size)).astype("float32")
@@ -73,7 +73,7 @@ def test_what_is_impossible_comes_last(size, count):
         check_best(scores, count)
 
 
-def test_of_equal_scores_each_is_found_once():
+def test_tokens_with_equal_scores_are_found_once_each():
     check_best(np.random.default_rng(2).integers(0, 3, (7, 3, 151)).astype("float32"), 20)
     check_best(np.zeros((7, 3, 151), "float32"), 20)
 
@@ -99,7 +99,7 @@ def names(row):
     return set(np.flatnonzero(row).tolist())
 
 
-def test_without_a_wish_all_may_come_until_the_limit_and_then_the_end_alone():
+def test_without_constraints_all_tokens_are_allowed_until_the_limit_and_then_only_the_end():
     free = BeamSearch()
     for step in range(4):
         found = allowed(np.full((3, 2, step), 5), settings=free, limits=[3, 4, 9])
@@ -108,16 +108,16 @@ def test_without_a_wish_all_may_come_until_the_limit_and_then_the_end_alone():
                 assert names(row) == ({EOS} if step + 1 >= limit else set(range(7)))
 
 
-def test_banned_tokens_may_not_come_and_where_all_are_banned_the_end_may():
+def test_banned_tokens_are_not_allowed_and_if_all_are_banned_the_end_is():
     assert names(allowed([[[3]]], settings=BeamSearch(banned=(1, 5)))[0, 0]) == {0, 2, 3, 4, 6}
     assert names(allowed([[[3]]], settings=BeamSearch(banned=(2,)))[0, 0]) == {0, 1, 3, 4, 5, 6}
     assert names(allowed([[[3]]], settings=BeamSearch(banned=tuple(range(7))))[0, 0]) == {EOS}
     others = tuple(token for token in range(7) if token != EOS)
-    # Too short for an end, and nothing else may come.
+    # Too short for an end, but nothing else is allowed.
     assert names(allowed([[[3]]], settings=BeamSearch(banned=others, min_length=5))[0, 0]) == {EOS}
 
 
-def test_the_end_may_come_when_the_output_is_as_long_as_the_shortest():
+def test_the_end_is_allowed_from_the_minimum_length_on():
     for step in range(6):
         found = allowed(np.full((1, 1, step), 5), settings=BeamSearch(min_length=4), limits=[6])
         # An output counts its end: the end as the fourth token makes it four long.
@@ -126,7 +126,7 @@ def test_the_end_may_come_when_the_output_is_as_long_as_the_shortest():
 
 
 def repeating(tokens, size, vocab_size):
-    """As one would say it: the tokens with which the last ones were there before."""
+    """A direct definition: the tokens that followed earlier occurrences of the last ones."""
     found = set()
     for token in range(vocab_size):
         grown = [*tokens, token]
@@ -138,7 +138,7 @@ def repeating(tokens, size, vocab_size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_no_sequence_of_n_tokens_may_come_twice(size):
+def test_no_sequence_of_n_tokens_may_repeat(size):
     vocab_size = 5
     for step in (0, 1, 2, 3, 8, 20):
         tokens = np.random.default_rng(step).choice([1, 3, 4], (5, 3, step))
@@ -148,13 +148,13 @@ def test_no_sequence_of_n_tokens_may_come_twice(size):
             assert names(found[sentence, hypothesis]) == expected
 
 
-def test_where_every_continuation_would_repeat_the_end_may_come():
+def test_if_every_continuation_would_repeat_the_end_is_allowed():
     tokens = [[[0, 1, 3, 4, 5, 6]]]
     assert names(allowed(tokens, settings=BeamSearch(no_repeat_ngram=1))[0, 0]) == {EOS}
     assert names(allowed(tokens, settings=BeamSearch(no_repeat_ngram=1, min_length=9))[0, 0]) == {EOS}
 
 
-def test_a_prefix_goes_before_what_is_forbidden_and_the_limit_before_the_prefix():
+def test_a_prefix_overrides_bans_and_the_limit_overrides_the_prefix():
     prefix = [[4, 4, 5, PAD], [3, PAD, PAD, PAD], [PAD] * 4, [4, 4, 4, 4]]
     strict = BeamSearch(banned=(4,), no_repeat_ngram=1, min_length=9)
     for step in range(6):
@@ -206,7 +206,7 @@ def expected_probabilities(settings, logits=LOGITS):
     ],
     ids=str,
 )
-def test_tokens_are_drawn_as_often_as_the_softmax_says(wish):
+def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(wish):
     settings = Sampling(**wish)
     logits = np.broadcast_to(LOGITS, (DRAWS // 4, 4, SIZE))  # each sentence has its key, each of its samples draws
     keys = jax.random.split(jax.random.key(4), DRAWS // 4)
@@ -218,7 +218,7 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(wish):
         assert stats.chisquare(counts[possible], DRAWS * expected[possible]).pvalue > 1e-5
 
 
-def test_what_may_not_come_is_not_drawn_and_leaves_its_share_to_the_others():
+def test_tokens_that_are_not_allowed_are_not_drawn_and_the_others_share_their_probability():
     logits = np.where(np.arange(SIZE) % 3 == 0, -np.inf, LOGITS).astype("float32")
     keys = jax.random.split(jax.random.key(5), DRAWS)
     settings = Sampling(top_k=9, top_p=0.9999)
@@ -229,7 +229,7 @@ def test_what_may_not_come_is_not_drawn_and_leaves_its_share_to_the_others():
 
 
 def test_samples_steps_and_sentences_are_independent():
-    """A table of what two of them draw has no pattern: chi-square of independence."""
+    """Chi-square test of independence for the tokens that two of them draw."""
     logits = np.broadcast_to(LOGITS[:5], (DRAWS, 2, 5))
     keys = jax.random.split(jax.random.key(6), DRAWS)
     first, second = (np.asarray(draw_jitted(logits, keys, np.int32(s), settings=Sampling())) for s in (0, 1))
@@ -239,7 +239,7 @@ def test_samples_steps_and_sentences_are_independent():
         assert stats.chi2_contingency(table).pvalue > 1e-5
 
 
-def test_a_sentence_draws_by_its_own_key_whatever_its_neighbours():
+def test_a_sentence_draws_with_its_own_key_whatever_the_others():
     logits = np.random.default_rng(7).normal(size=(6, 3, SIZE)).astype("float32")
     keys = jax.random.split(jax.random.key(8), 6)
     together = np.asarray(draw_jitted(logits, keys, np.int32(1), settings=Sampling()))

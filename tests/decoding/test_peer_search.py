@@ -95,7 +95,7 @@ def in_transformers(model, beam, alpha):
     tokens = found.sequences[:, 1:].reshape(len(SOURCE), beam, -1).tolist()
     if beam > 1:
         return tokens, found.sequences_scores.reshape(len(SOURCE), beam).numpy()
-    log_probs = torch.stack(found.logits, dim=1).log_softmax(-1).numpy()  # its greedy search gives no scores
+    log_probs = torch.stack(found.logits, dim=1).log_softmax(-1).numpy()  # its greedy search returns no scores
     ended = [up_to_end(row[0]) for row in tokens]
     totals = [rows[range(len(row)), row].sum() for rows, row in zip(log_probs, ended, strict=True)]
     return tokens, np.array([[total / len(row) ** alpha] for total, row in zip(totals, ended, strict=True)])
@@ -106,7 +106,7 @@ def in_ctranslate2(model, beam, alpha):
         peers.spell(up_to_end(row) for row in SOURCE.tolist()),
         beam_size=beam,
         num_hypotheses=beam,
-        # Its rule for exactly 0 is another: it searches on until the best continuation of a step is an end.
+        # It has another rule for exactly 0: it continues until the best continuation of a step is an end.
         length_penalty=alpha or 1e-30,
         min_decoding_length=0,
         max_decoding_length=LIMIT,
@@ -150,7 +150,7 @@ def test_all_hypotheses_and_scores_equal_those_of_transformers_and_ctranslate2(t
         model = peers.ctranslate2_model(config, params, str(tmp_path / "model"), threads=1)
         assert_same(found, in_ctranslate2(model, beam, alpha), beam)
         lengths |= {len(up_to_end(row)) for rows in found[0] for row in rows}
-    assert len(lengths) > 5  # or equality would say little
+    assert len(lengths) > 5  # otherwise equality would prove little
 
 
 @pytest.mark.parametrize("beam", [1, 4])

@@ -64,7 +64,7 @@ def outputs():
 
 
 def product(table, sentence, tokens):
-    """Of the tokens' probabilities; at the limit the end is certain."""
+    """Logarithms of the tokens' probabilities; at the limit the end is certain."""
     pairs = itertools.pairwise((START, *tokens))
     return np.prod([table[sentence, place, last, token] for place, (last, token) in enumerate(pairs) if place < L - 1])
 
@@ -76,7 +76,7 @@ def check_frequencies(found, sentence, shares):
     draws = counts.total()
     assert set(counts) <= {tokens for tokens, share in shares.items() if share > 0}
     np.testing.assert_allclose(sum(shares.values()), 1)
-    # The test wants five of each: what is rarer is counted together.
+    # The test needs five of each, so rarer outputs are counted together.
     rare = [tokens for tokens in shares if draws * shares[tokens] < 5]
     groups = [[tokens] for tokens in shares if tokens not in rare]
     if sum(shares[tokens] for tokens in rare):
@@ -86,7 +86,7 @@ def check_frequencies(found, sentence, shares):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_outputs_are_drawn_as_often_as_their_probabilities_say(temperature):
+def test_outputs_are_drawn_with_their_probabilities(temperature):
     found = sample(LOGITS, keys(1), Sampling(num_return=4000, temperature=temperature))
     table = softmax(LOGITS / temperature)
     for sentence in range(B):
@@ -94,7 +94,7 @@ def test_outputs_are_drawn_as_often_as_their_probabilities_say(temperature):
         check_frequencies(found, sentence, shares)
 
 
-def test_of_the_two_best_tokens_each_comes_as_often_as_its_share_of_both_says():
+def test_top_k_draws_two_tokens_with_their_renormalised_probabilities():
     found = sample(LOGITS, keys(2), Sampling(num_return=4000, top_k=2))
     table = softmax(LOGITS)
     table[table < np.sort(table, axis=-1)[..., -2:-1]] = 0
@@ -104,7 +104,7 @@ def test_of_the_two_best_tokens_each_comes_as_often_as_its_share_of_both_says():
 
 
 @pytest.mark.parametrize("wishes", [{}, {"temperature": 0.3}, {"top_k": 1}, {"top_p": 0.5}, {"min_length": 3}])
-def test_log_probabilities_are_the_models_whatever_was_drawn_from(wishes):
+def test_log_probabilities_are_the_models_own_whatever_the_sampling_settings(wishes):
     settings = Sampling(num_return=5, alpha=1.0, length_penalty="length", **wishes)
     found = sample(LOGITS, keys(3), settings)
     table = np.log(softmax(LOGITS))
@@ -119,14 +119,14 @@ def test_log_probabilities_are_the_models_whatever_was_drawn_from(wishes):
         np.testing.assert_allclose(found.scores[sentence, draw], sum(each) / length, atol=1e-5)
 
 
-def test_equal_keys_draw_equal_samples_and_others_draw_others():
+def test_equal_keys_draw_equal_samples_and_different_keys_do_not():
     settings = Sampling(num_return=20)
     first, again, other = (sample(LOGITS, keys(seed), settings).tokens for seed in (4, 4, 5))
     assert np.array_equal(first, again)
     assert (first != other).any(axis=(1, 2)).all()
 
 
-def test_samples_differ_from_each_other_and_depend_on_no_neighbour_and_no_room():
+def test_samples_differ_and_do_not_depend_on_other_sentences_or_room():
     settings, rngs = Sampling(num_return=20), keys(6)
     together = sample(LOGITS, rngs, settings).tokens
     alone = sample(LOGITS[2:], rngs[2:], settings, max_length=7).tokens
@@ -135,6 +135,6 @@ def test_samples_differ_from_each_other_and_depend_on_no_neighbour_and_no_room()
         assert len({tuple(tokens) for tokens in sentence.tolist()}) > 3
 
 
-def test_sampling_without_keys_is_an_error_that_names_the_mend():
+def test_sampling_without_keys_is_an_error_with_a_remedy():
     with pytest.raises(ValueError, match="give rngs, one for each sentence"):
         sample(LOGITS, None, Sampling())

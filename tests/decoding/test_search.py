@@ -33,7 +33,7 @@ class Language:
         self.shifts = rng.normal(size=(longest, vocabulary)).astype("float32")
 
     def log_probs(self, sentence, tokens):
-        """In float64, of each token of the vocabulary after these."""
+        """The log-probability, in float64, of each token of the vocabulary after these."""
         number = 0
         for token in (START, *tokens):
             number = number * self.logits.shape[-1] + token
@@ -44,7 +44,7 @@ class Language:
         return sum(self.log_probs(sentence, tokens[:place])[token] for place, token in enumerate(tokens))
 
     def every_output(self, limit):
-        """Whatever ends with the end of sentence within the limit."""
+        """All sequences that end with the end of sentence within the limit."""
         others = [token for token in range(self.logits.shape[-1]) if token != EOS]
         for length in range(limit):
             for tokens in itertools.product(others, repeat=length):
@@ -73,7 +73,7 @@ search_jitted = jax.jit(search_tables, static_argnames=("settings", "max_length"
 
 
 def search(language, limits, settings=None, *, prefix=None, rngs=None, max_length=L, run=search_jitted, **wishes):
-    """The hypotheses as numpy arrays, and `is_open`; of a beam with these wishes, greedily where no beam is given."""
+    """The hypotheses as NumPy arrays, and `is_open`, of a beam, or of greedy search if no beam is given."""
     if settings is None:
         settings = BeamSearch(beam_size=wishes.pop("beam_size", None) or 1, **wishes)
     arrays = map(jnp.asarray, (language.logits, language.shifts, limits))
@@ -112,7 +112,7 @@ SCORES = {"paper": paper_score, "length": length_score}
         (4, [5, 1, 3, 2, 4, 5, 3], "length", -0.5),
     ],
 )
-def test_a_beam_as_wide_as_the_language_finds_what_trying_everything_finds(vocabulary, limits, penalty, alpha):
+def test_a_beam_as_wide_as_the_language_equals_exhaustive_search(vocabulary, limits, penalty, alpha):
     language = Language(0, vocabulary)
     beam_size = (vocabulary - 1) ** (max(limits) - 1)
     options = {"beam_size": beam_size, "num_return": beam_size, "alpha": alpha, "length_penalty": penalty}
@@ -125,14 +125,14 @@ def test_a_beam_as_wide_as_the_language_finds_what_trying_everything_finds(vocab
         assert outputs(found, sentence)[:count] == best
         np.testing.assert_allclose(found.log_probs[sentence, :count], [log_probs[tokens] for tokens in best], rtol=1e-5)
         np.testing.assert_allclose(found.scores[sentence, :count], [scores[tokens] for tokens in best], rtol=1e-5)
-        # Where the limit leaves fewer outputs than were asked for, the rest are empty.
+        # If the limit allows fewer outputs than requested, the rest are empty.
         assert (found.scores[sentence, count:] == -np.inf).all()
         assert (found.log_probs[sentence, count:] == -np.inf).all()
         assert not found.lengths[sentence, count:].any() and (found.tokens[sentence, count:] == PAD).all()
 
 
 def may_come(tokens, limit, settings, prefix, vocabulary):
-    """As one would say it, one wish after the other; the first that speaks decides."""
+    """A direct definition: the first constraint that applies decides."""
     if len(tokens) == limit - 1:
         return {EOS}
     if len(tokens) < len(prefix):
@@ -169,7 +169,7 @@ def plain_beam_search(language, sentence, limit, settings, prefix=()):
 
 
 def check_against_paper(language, limits, settings, prefixes=((),) * B):
-    """What is found is what is found on paper, with its scores."""
+    """The outputs and their scores equal those of the simple search."""
     longest = max(map(len, prefixes))
     prefix = np.array([[*row, *[PAD] * (longest - len(row))] for row in prefixes], "int32") if longest else None
     found = search(language, limits, settings, prefix=prefix, max_length=max(limits))
@@ -185,7 +185,7 @@ def check_against_paper(language, limits, settings, prefixes=((),) * B):
 @pytest.mark.parametrize(
     "beam_size, num_return, alpha", [(2, 1, 0.6), (3, 1, 0), (3, 1, 0.6), (3, 1, 1), (3, 1, -0.5), (3, 3, 0.6)]
 )
-def test_a_narrow_beam_finds_what_it_finds_on_paper_without_stopping_early(beam_size, num_return, alpha):
+def test_a_narrow_beam_without_early_stopping_equals_the_hand_calculation(beam_size, num_return, alpha):
     settings = BeamSearch(beam_size=beam_size, alpha=alpha, num_return=num_return)
     check_against_paper(Language(1), [5, 2, 5, 4, 5, 3, 5], settings)
 
@@ -194,7 +194,7 @@ def test_a_narrow_beam_finds_what_it_finds_on_paper_without_stopping_early(beam_
     "beam_size, num_return, penalty, alpha",
     [(2, 2, "length", 0), (3, 3, "length", 0.6), (4, 1, "paper", 1)],
 )
-def test_a_search_that_stops_first_finds_what_it_finds_on_paper(beam_size, num_return, penalty, alpha):
+def test_a_search_that_stops_first_equals_the_hand_calculation(beam_size, num_return, penalty, alpha):
     settings = BeamSearch(
         beam_size=beam_size, num_return=num_return, length_penalty=penalty, alpha=alpha, stopping="first"
     )
@@ -203,7 +203,7 @@ def test_a_search_that_stops_first_finds_what_it_finds_on_paper(beam_size, num_r
         found = check_against_paper(Language(seed), [5, 2, 5, 4, 5, 3, 5], settings)
         patient = search(Language(seed), [5, 2, 5, 4, 5, 3, 5], settings.replace(stopping="optimal"))
         others += sum(outputs(found, sentence) != outputs(patient, sentence) for sentence in range(B))
-    assert others > 0  # or the two rules would not have been told apart
+    assert others > 0  # otherwise the two rules would not have been distinguished
 
 
 WISHES = {
@@ -219,12 +219,12 @@ WISHES = {
 
 
 @pytest.mark.parametrize("name", WISHES)
-def test_wishes_are_kept_as_on_paper(name):
+def test_constraints_give_the_results_of_the_hand_calculation(name):
     settings = BeamSearch(beam_size=3, num_return=2, **WISHES[name])
     language = Language(30, vocabulary=4, longest=7)
     language.shifts[:, [EOS, 3]] += [-3, 3]  # longer outputs that repeat themselves
     limits = [7, 2, 7, 4, 6, 1, 7]
-    # None for some, one as long as fits for another; a prefix is kept against the wishes.
+    # Some have none, another one is as long as possible; a prefix overrides the other constraints.
     prefixes = [(3, 3, 3), (1,), (), (3, 1, 3), (), (), (3, 3, 1, 1, 3, 3)]
     check_against_paper(language, limits, settings, prefixes)
     kept, free = (
@@ -235,8 +235,8 @@ def test_wishes_are_kept_as_on_paper(name):
 
 
 @pytest.mark.parametrize("settings", [BeamSearch(beam_size=1), BeamSearch(beam_size=3, num_return=3), Sampling()])
-def test_each_tokens_log_probability_is_the_languages_own_and_they_sum_to_the_outputs(settings):
-    """Wishes and the limit take no probability from a token that comes."""
+def test_token_log_probabilities_are_the_languages_own_and_sum_to_the_outputs(settings):
+    """Constraints and the limit do not change the probability of a chosen token."""
     language = Language(31)
     settings = settings.replace(banned=(1,), min_length=3, no_repeat_ngram=2)
     found = search(language, [5, 4, 5, 3, 5, 2, 1], settings, prefix=[[4]] * 6 + [[PAD]], rngs=keys(0))
@@ -262,11 +262,11 @@ def keys(seed):
         (-1, 0.3, 0.4, 2, np.log(0.4) * (7 / 6)),
     ],
 )
-def test_a_longer_output_that_may_still_come_first_is_waited_for(alpha, end, go_on, length, score):
+def test_search_continues_while_a_longer_output_can_become_the_best(alpha, end, go_on, length, score):
     language = Language(20)
     language.logits[:], language.shifts[:] = 0, 0
     language.logits[:, START] = np.log([0.05, 0.05, end, go_on, 0.2])
-    language.shifts[1:, 3] = 50  # Whatever does not end at once says 3 for sure, until it ends for sure.
+    language.shifts[1:, 3] = 50  # If it does not end at once, it certainly continues with 3.
     language.shifts[max(length, 2) - 1, EOS] = 100
     found = search(language, [5] * B, beam_size=3, alpha=alpha, num_return=1)
     for sentence in range(B):
@@ -275,7 +275,7 @@ def test_a_longer_output_that_may_still_come_first_is_waited_for(alpha, end, go_
 
 
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])
-def test_what_is_returned_ends_once_and_has_the_log_probability_that_the_language_gives_it(options):
+def test_outputs_end_once_and_have_the_languages_log_probability(options):
     language = Language(2)
     found = search(language, [5] * B, **options)
     for sentence in range(B):
@@ -319,7 +319,7 @@ def test_each_sentence_ends_at_its_own_limit(beam_size):
 
 
 @greedy_and_beam
-def test_a_sentences_neighbours_do_not_change_its_result(beam_size):
+def test_the_other_sentences_of_a_batch_do_not_change_a_result(beam_size):
     language, others = Language(12), Language(13)
     language.shifts = others.shifts
     language.logits[[0, 2, 3]] = others.logits[[0, 2, 3]]
@@ -330,7 +330,7 @@ def test_a_sentences_neighbours_do_not_change_its_result(beam_size):
 
 
 @greedy_and_beam
-def test_more_room_than_the_limits_allow_is_only_padding(beam_size):
+def test_room_beyond_the_limits_is_only_padding(beam_size):
     exact, roomy = (search(Language(14), [5] * B, beam_size=beam_size, max_length=room) for room in (L, 11))
     assert np.array_equal(roomy.tokens[..., :L], exact.tokens) and (roomy.tokens[..., L:] == PAD).all()
     for name in ("lengths", "log_probs", "scores"):
@@ -338,7 +338,7 @@ def test_more_room_than_the_limits_allow_is_only_padding(beam_size):
 
 
 @pytest.mark.parametrize("wishes", [{}, {"beam_size": 3, "num_return": 2}, {"beam_size": 3, "stopping": "first"}])
-def test_what_is_closed_when_there_is_no_more_room_is_what_it_would_be_with_more(wishes):
+def test_a_result_that_is_final_when_the_room_is_full_equals_that_with_more_room(wishes):
     open_ones = 0
     for seed in range(40, 43):
         limits = [5, 3, 5, 4, 5, 2, 5]
@@ -354,7 +354,7 @@ def test_what_is_closed_when_there_is_no_more_room_is_what_it_would_be_with_more
 
 
 @greedy_and_beam
-def test_a_search_that_has_its_answers_asks_no_further(beam_size):
+def test_a_finished_search_makes_no_more_steps(beam_size):
     language = Language(15)
     language.logits[:, V**2 : V**3, EOS] += 50  # After two tokens everything ends.
     finite = search(language, [5] * B, beam_size=beam_size)
@@ -365,7 +365,7 @@ def test_a_search_that_has_its_answers_asks_no_further(beam_size):
 
 
 @greedy_and_beam
-def test_under_jit_and_without_it_the_result_is_the_same(beam_size):
+def test_jit_does_not_change_the_result(beam_size):
     limits = [3, 1, 2, 3, 3, 2, 1]
     eager, jitted = (
         search(Language(16), limits, beam_size=beam_size, run=run) for run in (search_tables, search_jitted)
@@ -375,10 +375,10 @@ def test_under_jit_and_without_it_the_result_is_the_same(beam_size):
 
 
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])
-def test_tokens_of_no_probability_are_never_chosen_and_make_no_nan(options):
+def test_tokens_of_zero_probability_are_never_chosen_and_give_no_nan(options):
     language = Language(17)
     language.logits[:, :, [PAD, START]] = -np.inf
-    language.logits[0, :, np.arange(V) != EOS] = -np.inf  # Here nothing is possible but to end.
+    language.logits[0, :, np.arange(V) != EOS] = -np.inf  # Here only the end is possible.
     found = search(language, [5] * B, **options)
     assert not np.isnan(found.scores).any() and not np.isnan(found.log_probs).any()
     for sentence in range(B):
@@ -389,7 +389,7 @@ def test_tokens_of_no_probability_are_never_chosen_and_make_no_nan(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])
-def test_hypotheses_have_the_shapes_and_types_they_name(options):
+def test_hypotheses_have_the_annotated_shapes_and_types(options):
     found, returned = search(Language(19), [5] * B, **options), options.get("num_return", 1)
     assert found.tokens.shape == (B, returned, L)
     assert {leaf.shape for leaf in (found.lengths, found.log_probs, found.scores)} == {(B, returned)}

@@ -28,7 +28,7 @@ def test_a_beam_of_four_under_the_papers_penalty_is_the_default():
     ],
 )
 @both
-def test_what_makes_no_sense_is_an_error_that_names_the_mend(kind, wish, message):
+def test_values_that_make_no_sense_are_errors_with_a_remedy(kind, wish, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         kind(**wish)
     with pytest.raises(ValueError, match=f"^{message}$"):
@@ -40,7 +40,7 @@ def test_what_makes_no_sense_is_an_error_that_names_the_mend(kind, wish, message
     [
         (BeamSearch, {"beam_size": 0}, "beam_size is 0: it must be at least 1"),
         (BeamSearch, {"stopping": "never"}, "stopping is 'never': choose one of optimal, first"),
-        (BeamSearch, {"beam_size": 3, "num_return": 4}, "num_return is 4, beam_size is 3: a beam returns at most .*"),
+        (BeamSearch, {"beam_size": 3, "num_return": 4}, "num_return is 4, but beam_size is 3.*"),
         (Sampling, {"temperature": 0.0}, "temperature is 0.0: it must be above 0; a beam of 1 is the limit at 0"),
         (Sampling, {"temperature": -1.0}, "temperature is -1.0: .*"),
         (Sampling, {"temperature": float("nan")}, "temperature is nan: .*"),
@@ -49,12 +49,12 @@ def test_what_makes_no_sense_is_an_error_that_names_the_mend(kind, wish, message
         (Sampling, {"top_p": 1.5}, "top_p is 1.5: it must be above 0 and at most 1"),
     ],
 )
-def test_so_is_what_makes_none_for_one_kind_of_search(kind, wish, message):
+def test_values_that_make_no_sense_for_one_kind_of_search_are_errors(kind, wish, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         kind(**wish)
 
 
-def test_the_least_and_the_greatest_that_make_sense_are_taken():
+def test_the_smallest_and_largest_allowed_values_are_accepted():
     common = {"num_return": 1, "max_length": 1, "extra_length": 0, "min_length": 0, "no_repeat_ngram": 0, "alpha": 0.0}
     for penalty in LENGTH_PENALTIES:
         for stopping in STOPPING:
@@ -90,7 +90,7 @@ def test_the_limit_follows_the_source_up_to_the_longest(kind, wish, source, limi
     ],
 )
 @both
-def test_the_penalty_is_of_a_number_or_of_each_in_an_array(kind, name, alpha, expected):
+def test_the_penalty_takes_a_number_or_an_array(kind, name, alpha, expected):
     settings = kind(length_penalty=name, alpha=alpha)
     np.testing.assert_allclose([settings.penalty(length) for length in (1, 7, 19)], expected, rtol=1e-6)
     np.testing.assert_allclose(settings.penalty(np.array([1, 7, 19])), expected, rtol=1e-6)
@@ -98,18 +98,18 @@ def test_the_penalty_is_of_a_number_or_of_each_in_an_array(kind, name, alpha, ex
 
 
 @both
-def test_settings_are_static_arguments_equal_where_their_fields_are(kind):
+def test_settings_can_be_static_arguments_and_are_equal_if_their_fields_are(kind):
     from_json = kind(banned=[5, 7], alpha=1.0)
     assert from_json == kind(banned=(5, 7), alpha=1.0) and hash(from_json) == hash(kind(banned=(5, 7), alpha=1.0))
     assert from_json != kind(banned=(5,), alpha=1.0)
     assert from_json.replace(alpha=0.6, banned=()) == kind()
 
 
-def test_hypotheses_are_the_beams_or_those_that_are_drawn():
+def test_the_number_of_hypotheses_is_the_beam_size_or_the_number_of_samples():
     assert BeamSearch(beam_size=5, num_return=2).hypotheses == 5
     assert Sampling(num_return=3).hypotheses == 3
 
 
-def test_settings_load_no_jax():
+def test_settings_do_not_import_jax():
     program = "import sys; import flax_transformer.decoding.settings; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

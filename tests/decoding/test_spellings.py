@@ -1,4 +1,4 @@
-"""A sentence has one translation however it is spelled, and what a vocabulary cannot read or write is said."""
+"""A sentence has one translation however it is spelled, and characters that a vocabulary lacks are reported."""
 
 import unicodedata
 import warnings
@@ -39,13 +39,13 @@ def test_a_sentence_has_one_translation_however_it_is_spelled(translator, respel
 
 
 @pytest.mark.parametrize("blank", [*"\u200b\u200c\ufeff\u2060\xad\u2028\0\u2800", "\u200b \u200b"], ids=ascii)
-def test_a_line_of_nothing_visible_has_an_empty_translation(translator, blank):
+def test_an_invisible_line_has_an_empty_translation(translator, blank):
     for settings in (GREEDY, BEAM, Sampling(extra_length=4)):
         assert translator.hypotheses([blank], settings) == [[Translation()]]
     assert list(translator.stream(blank, GREEDY)) == []
 
 
-def test_a_forced_beginning_is_kept_as_it_was_written_where_the_vocabulary_lacks_characters(translator):
+def test_a_prefix_keeps_characters_that_the_vocabulary_lacks(translator):
     prefixes = ["Ünï 😀", "the ☃", "☃", "☃ cat ", "the cat", ""]
     found = translator.hypotheses([SENTENCE] * len(prefixes), BEAM, prefixes=prefixes)
     for hypotheses, prefix in zip(found, prefixes, strict=True):
@@ -59,13 +59,13 @@ def test_a_forced_beginning_is_kept_as_it_was_written_where_the_vocabulary_lacks
 
 
 @pytest.mark.parametrize("prefix", ["the  cat", "the\xa0cat", "the\u200bcat", "cafe\u0301"])
-def test_a_forced_beginning_keeps_a_spelling_that_is_not_the_vocabulary_s(translator, prefix):
+def test_a_prefix_keeps_its_own_spelling(translator, prefix):
     for settings in (BEAM, Sampling(extra_length=4)):
         (hypotheses,) = translator.hypotheses([SENTENCE], settings, prefixes=[prefix])
         assert all(each.text.startswith(prefix) for each in hypotheses)
 
 
-def test_a_sentence_of_another_script_is_told_once_with_a_count(translator):
+def test_sentences_in_another_script_give_one_warning_with_a_count(translator):
     lines = [SENTENCE, "日本語のテキスト", "ಕನ್ನಡ", "the cat ☃", "日 cat sat on"]
     with pytest.warns(UnreadableWarning, match="^2 of 5 sentences .*日本語のテキスト") as told:
         translator.translate(lines, GREEDY)
@@ -77,13 +77,13 @@ def test_a_sentence_of_another_script_is_told_once_with_a_count(translator):
         translator.translate([SENTENCE, "the cat ☃", "", "\u200b"], GREEDY)
 
 
-def test_what_is_unreadable_is_named_with_its_share(translator):
+def test_unreadable_characters_are_listed_with_their_share(translator):
     counted = UnreadableSentences(translator.vocabularies.source)
     found = [*counted.add(["the\xa0cat ☃", "日本"]), *counted.add(["", "日本 cat sat"])]
     assert [one.characters for one in found] == ["☃", "日本", "", "日本"]
     assert [one.share for one in found] == pytest.approx([1 / 7, 1, 0, 2 / 8])
     assert (counted.count, counted.total, counted.example) == (1, 4, "日本")
-    # Decomposed, the unknown letters are three characters each, and no smaller share.
+    # Decomposed, each unknown letter is three characters, but their share is the same.
     text = "각각 the cat"
     composed, decomposed = counted.add([text, unicodedata.normalize("NFD", text)])
     assert composed == decomposed and composed.share == pytest.approx(2 / 8)

@@ -46,13 +46,13 @@ def short_sighted(make_translator):
     return make_translator(max_length=8)
 
 
-def test_every_line_has_one_line_and_each_its_own(sentences, translations):
+def test_every_line_gets_exactly_its_own_translation(sentences, translations):
     assert len(translations) == len(sentences)
     assert len(set(translations)) == len(set(sentences))
     assert all(translation and "\n" not in translation for translation in translations)
 
 
-def test_a_text_of_many_lengths_compiles_one_program_a_bucket(translator, sentences, first_run):
+def test_sentences_of_many_lengths_compile_one_program_per_bucket(translator, sentences, first_run):
     lengths = {len(ids) for ids in translator.vocabularies.source.encode(sentences)}
     buckets = {max(8, 1 << (length - 1).bit_length()) for length in lengths}
     assert len(lengths) > 2 * len(buckets)
@@ -82,7 +82,7 @@ def test_an_empty_translation_can_be_scored_and_aligned(translator, penalty):
     assert translator.align([""], [Translation()])[0].weights.shape == (0, 1)
 
 
-def test_whatever_stands_in_a_line_it_has_an_answer_and_the_others_have_theirs(translator):
+def test_any_content_of_a_line_gets_a_translation_and_does_not_affect_others(translator):
     odd = [
         "\x00",
         "\x1b[31m cat",
@@ -103,7 +103,7 @@ def test_whatever_stands_in_a_line_it_has_an_answer_and_the_others_have_theirs(t
 
 
 def check_numbers(translation, settings):
-    """Token by token they sum to the whole's, and tokens and text say the same."""
+    """The log-probabilities of tokens sum to that of the output, and tokens and text agree."""
     assert len(translation.token_log_probs) == len(translation.ids) == len(translation.tokens)
     assert translation.tokens[-1] == "</s>" and translation.tokens.count("</s>") == 1
     assert translation.log_prob == pytest.approx(sum(translation.token_log_probs), abs=1e-4)
@@ -134,20 +134,20 @@ def test_scoring_a_translation_gives_the_numbers_it_came_with(translator, make_t
     assert translator.translate(SHORT, settings) == [hypotheses[0].text for hypotheses in found]
 
 
-def test_a_text_is_scored_by_the_tokens_that_the_vocabulary_gives_it(translator):
+def test_a_text_is_scored_with_the_tokens_of_the_vocabulary(translator):
     (scored,) = translator.score(["the cat"], ["a dog"])
     assert list(scored.ids) == translator.vocabularies.target.encode(["a dog"])[0] and scored.text == "a dog"
     # How probable it is depends on the source.
     assert translator.score(["red mouse"], ["a dog"])[0].log_prob != pytest.approx(scored.log_prob, abs=1e-2)
 
 
-def test_an_ensemble_of_a_model_and_itself_translates_as_the_model(translator):
+def test_an_ensemble_of_twice_the_same_model_translates_like_the_model(translator):
     twice = Translator([model_of(translator)] * 2)
     assert twice.translate(SHORT, GREEDY) == translator.translate(SHORT, GREEDY)
     assert twice.config == translator.config
 
 
-def test_an_ensemble_of_none_or_of_other_vocabularies_is_an_error_that_names_the_mend(translator, make_model, say):
+def test_an_ensemble_without_models_or_with_different_vocabularies_is_an_error(translator, make_model, say):
     with pytest.raises(ValueError, match="at least one model"):
         Translator([])
     lines = [say(200 + number, 6) for number in range(40)]
@@ -155,7 +155,7 @@ def test_an_ensemble_of_none_or_of_other_vocabularies_is_an_error_that_names_the
     other = TrainedModel(*make_model(others.source.size), others)
     with pytest.raises(ValueError, match="model 2 has a different vocabulary"):
         Translator([model_of(translator), other])
-    with pytest.raises(ValueError, match="105 source and 105 target pieces, the model 110 and 110"):
+    with pytest.raises(ValueError, match="105 source and 105 target pieces, but the model has 110 and 110"):
         TrainedModel(translator.config, translator.params, others)
 
 
@@ -163,13 +163,13 @@ def model_of(translator):
     return TrainedModel(translator.config, translator.params, translator.vocabularies)
 
 
-def test_samples_depend_on_the_seed_and_on_no_neighbour_and_no_batch(make_translator, translator, short_sighted):
+def test_samples_depend_on_the_seed_and_not_on_other_sentences_or_batches(make_translator, translator, short_sighted):
     found = translator.hypotheses(SHORT, SAMPLING, seed=1)
     assert found == translator.hypotheses(SHORT, SAMPLING, seed=1) != translator.hypotheses(SHORT, SAMPLING, seed=2)
     assert all(first.ids != second.ids for first, second in found[:3])
     assert translator.translate(["the cat"] * 5, SAMPLING) != translator.translate(["the cat"], SAMPLING) * 5
     ids = [[each.ids for each in hypotheses] for hypotheses in found]
-    # Neighbours that are empty, or many parts, take no place and no key; batches are of other sizes.
+    # Empty sentences, and sentences of many parts, do not shift the keys of others; batches have other sizes.
     small = make_translator(batch_tokens=16)
     mixed = small.hypotheses(["", *SHORT[1:3], "a black cat runs on", "up"], SAMPLING, seed=1)
     assert [[each.ids for each in hypotheses] for hypotheses in mixed[1:3]] == ids[1:3]
@@ -188,14 +188,14 @@ def test_translations_begin_with_their_prefixes(translator):
             assert [each.ids for each in hypotheses] == [each.ids for each in others]
 
 
-def test_banned_pieces_stay_away(translator):
+def test_banned_pieces_do_not_occur(translator):
     usual = translator.hypotheses(SHORT, GREEDY)
     banned = {usual[0][0].ids[0], usual[1][0].ids[1]} - {2}
     for (each,) in translator.hypotheses(SHORT, GREEDY.replace(banned=tuple(banned))):
         assert not banned & set(each.ids)
 
 
-def test_a_longer_sentence_than_the_model_knows_is_split_and_told_and_the_others_go_on(short_sighted):
+def test_a_sentence_that_is_too_long_is_split_with_a_warning_and_others_are_not(short_sighted):
     encode = short_sighted.vocabularies.source.encode
     parts = ["the cat sat.", "a dog runs.", "is it red?"]
     assert all(len(ids) <= 8 for ids in encode(parts)) and len(encode([" ".join(parts[:2])])[0]) > 8
@@ -208,7 +208,7 @@ def test_a_longer_sentence_than_the_model_knows_is_split_and_told_and_the_others
     assert found == [up, " ".join(own), red]
 
 
-def test_a_sentence_of_just_the_length_that_the_model_knows_is_not_split(short_sighted):
+def test_a_sentence_of_the_maximum_length_is_not_split(short_sighted):
     encode = short_sighted.vocabularies.source.encode
     exact = next(" ".join(["up"] * count) for count in range(9) if len(encode([" ".join(["up"] * count)])[0]) == 8)
     with warnings.catch_warnings():
@@ -218,7 +218,7 @@ def test_a_sentence_of_just_the_length_that_the_model_knows_is_not_split(short_s
         short_sighted.translate([f"{exact} up"], GREEDY)
 
 
-def test_a_line_of_ten_thousand_words_has_an_answer(make_translator, say):
+def test_a_line_of_ten_thousand_words_gets_a_translation(make_translator, say):
     line, translator = say(7, 10_000), make_translator(max_length=128)
     with pytest.warns(UserWarning, match="is longer than model.max_length = 128: it is translated in"):
         found, other = translator.translate([line, "the cat"], GREEDY.replace(max_length=3))
@@ -226,7 +226,7 @@ def test_a_line_of_ten_thousand_words_has_an_answer(make_translator, say):
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLING.replace(num_return=1)], ids=["greedy", "sampling"])
-def test_the_pieces_of_a_stream_are_the_translation(short_sighted, settings):
+def test_the_pieces_of_a_stream_join_to_the_translation(short_sighted, settings):
     for sentence in ("the cat", "", " "):
         pieces = list(short_sighted.stream(sentence, settings, seed=3))
         assert "".join(pieces) == short_sighted.translate([sentence], settings, seed=3)[0]
@@ -236,9 +236,9 @@ def test_the_pieces_of_a_stream_are_the_translation(short_sighted, settings):
         assert "".join(short_sighted.stream(long, settings)) == short_sighted.translate([long], settings)[0]
 
 
-def test_a_stream_of_a_beam_is_an_error_that_names_the_mend(translator):
+def test_streaming_with_a_beam_is_an_error_with_a_remedy(translator):
     for settings in (BeamSearch(), SAMPLING):
-        with pytest.raises(ValueError, match="a stream follows one hypothesis, not .: search with a beam of 1"):
+        with pytest.raises(ValueError, match="one hypothesis, not .: search with a beam of 1"):
             translator.stream("the cat", settings)
 
 
@@ -256,14 +256,14 @@ def test_an_alignment_names_the_tokens_of_both_sides(translator):
         np.testing.assert_allclose(aligned.weights.sum(-1), 1, atol=1e-5)
 
 
-def test_eight_devices_translate_as_one(make_translator, translator, sentences, translations):
+def test_eight_devices_translate_like_one(make_translator, translator, sentences, translations):
     eight = make_translator(devices=jax.local_devices())
     assert len(jax.local_devices()) == 8
     assert eight.translate(sentences, GREEDY) == translations
     assert eight.translate(SHORT, SAMPLING) == translator.translate(SHORT, SAMPLING)
 
 
-def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
+def test_programs_compiled_in_advance_are_used(translator):
     settings = BeamSearch(beam_size=2, extra_length=4)
     translator.compile(settings, longest=8, sentences=len(SHORT))
     compiled = search_translations._cache_size()
@@ -282,29 +282,29 @@ def test_what_was_compiled_ahead_is_there_when_it_is_needed(translator):
         (lambda each: each.score(["a", "b"], ["a"]), "there are 1 targets for 2 sources: give one for each"),
         (lambda each: each.score("a", ["a"]), "sources is one string: give a list"),
         (lambda each: each.align(["a"], "a"), "targets is one string: give a list"),
-        (lambda each: each.translate(["a", None]), r"sentences\[1\] is None, of type NoneType: give text"),
+        (lambda each: each.translate(["a", None]), r"sentences\[1\] is None, of type NoneType"),
         (lambda each: each.translate([b"x"]), r"sentences\[0\] is b'x', of type bytes"),
         (lambda each: each.translate([math.nan]), r"sentences\[0\] is nan, of type float"),
         (lambda each: each.translate(["a"], prefixes=[None]), r"prefixes\[0\] is None"),
-        (lambda each: each.translate({"a", "b"}), "sentences is a set, which is no sequence"),
-        (lambda each: each.translate({"a": "b"}), "sentences is a dict, which is no sequence"),
+        (lambda each: each.translate({"a", "b"}), "sentences is a set, "),
+        (lambda each: each.translate({"a": "b"}), "sentences is a dict, "),
         (lambda each: each.translate(io.StringIO("a\n")), "sentences is an open file: give its lines without"),
         (lambda each: each.score(["a"], [7]), r"targets\[0\] is 7, of type int"),
         (lambda each: each.align([["a"]], ["a"]), r"sources\[0\] is \['a'\], of type list"),
         (lambda each: each.align(["a"], ["a"], layer=1), "layer is 1, the decoder has 1: choose one from -1 to 0"),
         (
             lambda each: each.translate(["up"], GREEDY, prefixes=["up " * 9]),
-            "a prefix has 9 tokens, its output may have",
+            "a prefix has 9 tokens, but its output",
         ),
     ],
 )
-def test_a_wrong_call_is_an_error_that_names_the_mend(translator, call, message):
+def test_a_wrong_argument_is_an_error_with_a_remedy(translator, call, message):
     with pytest.raises(ValueError, match=message):
         call(translator)
 
 
 @pytest.mark.parametrize("kind", [tuple, iter, np.array, lambda texts: (text for text in texts)])
-def test_texts_come_in_anything_that_has_an_order(translator, sentences, translations, kind):
+def test_texts_may_come_in_any_ordered_iterable(translator, sentences, translations, kind):
     assert translator.translate(kind(sentences), GREEDY) == translations
     assert translator.score(kind(sentences), kind(translations)) == translator.score(sentences, translations)
 
@@ -317,7 +317,7 @@ def test_the_best_checkpoint_is_the_best_by_the_metric_that_training_chose_by(wo
     assert translate("latest") == translate(2) != translations
 
 
-def test_without_a_step_the_weights_are_those_that_training_chose(workdir, make_model, vocabularies, tmp_path):
+def test_by_default_the_weights_are_those_that_training_chose(workdir, make_model, vocabularies, tmp_path):
     def loaded(folder, **options):
         return jax.tree.leaves(Translator.from_workdir(folder, **options).params)
 
@@ -341,7 +341,7 @@ def test_without_a_step_the_weights_are_those_that_training_chose(workdir, make_
     assert same(loaded(folder), newest) and same(loaded(folder, step=3), newest)
 
 
-def test_loading_leaves_a_running_trainings_folder_as_it_is(workdir):
+def test_loading_does_not_change_the_folder_of_a_running_training(workdir):
     under_way = workdir.path / "checkpoints" / "3.orbax-checkpoint-tmp"
     under_way.mkdir()
     Translator.from_workdir(workdir.path)
@@ -357,19 +357,19 @@ def without(workdir, folder, *names):
     return folder
 
 
-def test_a_folder_without_a_config_is_an_error_that_names_the_mend(workdir, tmp_path):
+def test_a_folder_without_a_config_is_an_error_with_a_remedy(workdir, tmp_path):
     with pytest.raises(ValueError, match=r"is not a work directory, config.json is missing: .*--workdir"):
         Translator.from_workdir(without(workdir, tmp_path, "config.json"))
 
 
-def test_a_folder_without_a_checkpoint_is_an_error_and_stays_without(workdir, tmp_path):
+def test_a_folder_without_a_checkpoint_is_an_error_and_is_not_changed(workdir, tmp_path):
     with pytest.raises(ValueError, match=r"^.* holds no checkpoint: train until one is written.*$"):
         Translator.from_workdir(without(workdir, tmp_path, "checkpoints"))
     assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("step", [3, "newest"])
-def test_a_checkpoint_that_is_not_there_is_an_error_that_names_those_that_are(workdir, step):
+def test_a_missing_checkpoint_is_an_error_that_lists_the_existing_ones(workdir, step):
     with pytest.raises(
         ValueError, match=rf"^.* holds no checkpoint {step!r}: choose best, latest, averaged or one of \[1, 2\]$"
     ):

@@ -98,7 +98,7 @@ class SmallTraining:
         return self.wait(self.start(**layout))
 
     def wait(self, started: list[subprocess.Popen], seconds: float = 240) -> list[subprocess.CompletedProcess]:
-        """What each process said, and how it ended."""
+        """The output and exit status of each process."""
         deadline = time.monotonic() + seconds
         ended = []
         try:
@@ -111,7 +111,7 @@ class SmallTraining:
         return ended
 
     def finish(self, **layout) -> list[subprocess.CompletedProcess]:
-        """Runs the command to its end, which must be a good one."""
+        """Runs the command to its end; it must succeed."""
         ended = self.run(**layout)
         assert [process.returncode for process in ended] == [0] * len(ended), "\n".join(
             process.stdout + process.stderr for process in ended
@@ -119,7 +119,7 @@ class SmallTraining:
         return ended
 
     def kill(self, started: list[subprocess.Popen]) -> None:
-        """Ends processes as a machine that loses its power does."""
+        """Kills processes as a power cut would."""
         for process in started:
             process.send_signal(signal.SIGKILL)
         for process in started:
@@ -131,14 +131,14 @@ class SmallTraining:
         return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
 
     def wait_for_step(self, step: int, started: list[subprocess.Popen], seconds: float = 120) -> None:
-        """Waits until a step has been begun."""
+        """Waits until a step has started."""
         deadline = time.monotonic() + seconds
         while step > max((line["step"] for line in self.lines()), default=0):
             assert time.monotonic() < deadline and all(process.poll() is None for process in started)
             time.sleep(0.02)
 
     def lines(self) -> list[dict]:
-        """What was observed, in order; a line that is being written is left out."""
+        """The observed lines, in order, without one that is still being written."""
         text = self.observed.read_text() if self.observed.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
@@ -162,7 +162,7 @@ class SmallTraining:
     def state(self) -> dict:
         """All arrays of the newest checkpoint, by name."""
         leaves = {}
-        # What several processes wrote names devices that this one has not.
+        # What several processes wrote names devices that this process does not have.
         anywhere = ocp.args.StandardRestore(fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
         with ocp.CheckpointManager(self.workdir / "checkpoints") as manager:
             step = manager.latest_step()
@@ -187,7 +187,7 @@ def differences(first: dict, second: dict) -> list[str]:
 
 @pytest.fixture
 def small_training(tmp_path):
-    """Makes small trainings, each in a folder of its own."""
+    """Makes small trainings, each in its own folder."""
 
     def make(name: str = "training", **changes) -> SmallTraining:
         folder = tmp_path / name
@@ -204,7 +204,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def said(process: subprocess.CompletedProcess) -> list[str]:
-    """What a process said on stderr, line by line, but for the progress bar and the notes of jax's C++."""
+    """The lines of a process's stderr, without the progress bar and the notes of jax's C++ code."""
     lines = [line.strip() for line in process.stderr.replace("\r", "\n").splitlines()]
     return [line for line in lines if line and "%|" not in line and not re.match(r"[IWE]\d{4} |WARNING: All log", line)]
 

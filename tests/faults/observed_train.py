@@ -27,7 +27,7 @@ def pairs_of(batch) -> list[str]:
 
 
 def observe() -> None:
-    """Lets the training's batches tell what is in them as they are taken."""
+    """Logs the contents of each batch when training takes it."""
     import jax
 
     from flax_transformer.data.pipeline import PackedCorpus

@@ -17,21 +17,21 @@ pytestmark = pytest.mark.faults
 
 RUNS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("SEED", "0"))
-# A checkpoint after every second step, so that many a kill hits one that is being written.
+# A checkpoint after every second step, so that many kills happen while one is being written.
 OFTEN = {"training__checkpoint_every": 2, "training__steps": 40}
 
 
 def kill_and_restart(training, rng, *, victims=(0,), **layout):
-    """Runs a training, kills it a few times at random moments, lets it end; gives the steps at which it was killed."""
+    """Runs a training to its end, killing it a few times at random; returns the steps at which it was killed."""
     killed_at = []
     for _ in range(rng.randint(1, 3)):
         begun = len(training.lines())
         started = training.start(**layout)
-        # Most often among the steps and the saves, now and then while it starts.
+        # Usually during the steps and saves, sometimes while it starts.
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0.0, 4.0))
         else:
-            # The first step is there when the second one has begun.
+            # The first step is done when the second one starts.
             while len(training.lines()) <= begun + len(started) and started[0].poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0.0, 2.0))
@@ -43,7 +43,7 @@ def kill_and_restart(training, rng, *, victims=(0,), **layout):
 
 
 @pytest.mark.parametrize("kind", ["one device", "eight devices"])
-def test_a_training_that_is_killed_at_random_moments_ends_with_the_bits_of_an_unbroken_one(kind, small_training):
+def test_a_training_that_is_killed_at_random_ends_with_the_bits_of_an_uninterrupted_one(kind, small_training):
     rng, layout = random.Random(f"{SEED} {kind}"), {"devices": {"one device": 1, "eight devices": 8}[kind]}
     unbroken = small_training("unbroken", **OFTEN)
     unbroken.finish(**layout)
@@ -58,7 +58,7 @@ def test_a_training_that_is_killed_at_random_moments_ends_with_the_bits_of_an_un
         print(f"{kind}, run {run}: killed at steps {killed_at}, equal to the bit", flush=True)
 
 
-def test_two_processes_one_of_which_is_killed_end_with_the_bits_of_an_unbroken_pair(small_training):
+def test_two_processes_of_which_one_is_killed_end_with_the_bits_of_an_uninterrupted_pair(small_training):
     rng, layout = random.Random(SEED), {"devices": 2, "processes": 2}
     unbroken = small_training("unbroken", **OFTEN)
     unbroken.finish(**layout)

@@ -13,7 +13,7 @@ def unbroken(tmp_path_factory):
     return training
 
 
-def test_eight_devices_then_two_processes_of_four_then_one_device_see_the_unbroken_sequence(unbroken, small_training):
+def test_eight_devices_then_two_processes_then_one_device_continue_the_same_sequence(unbroken, small_training):
     moved = small_training("moved", training__steps=18, training__checkpoint_every=6)
     for steps, layout in ((6, {"devices": 8}), (12, {"devices": 4, "processes": 2}), (18, {"devices": 1})):
         moved.finish(flags=(f"--config.training.steps={steps}",), **layout)
@@ -23,7 +23,7 @@ def test_eight_devices_then_two_processes_of_four_then_one_device_see_the_unbrok
     assert moved.sentences() == unbroken.sentences()
 
 
-def test_from_one_state_every_layout_makes_the_same_next_step_but_for_rounding(small_training):
+def test_from_one_state_all_layouts_make_the_same_next_step_except_for_rounding(small_training):
     """Without dropout, since under pmap its bits depend on the number of devices."""
     changes = {"model__dropout_rate": 0.0, "training__checkpoint_every": 6}
     losses = {}
@@ -52,7 +52,7 @@ HELD_OUT = (
 )
 
 
-def test_what_two_processes_keep_in_parts_goes_on_anywhere(unbroken, small_training):
+def test_a_state_divided_between_two_processes_continues_on_any_layout(unbroken, small_training):
     # A rate that does not depend on the number of steps.
     changes = {"training__schedule": "inverse_sqrt", "training__checkpoint_every": 6, "model__dropout_rate": 0.0}
     pmapped = small_training("pmapped", training__steps=18, **changes)
@@ -64,7 +64,7 @@ def test_what_two_processes_keep_in_parts_goes_on_anywhere(unbroken, small_train
     assert "jit over a mesh of 2 data x 2 fsdp on 4 cpu devices of 2 processes" in first.stdout
     parts.finish(devices=4, flags=("--config.training.steps=12",))
     (last, _) = parts.finish(devices=2, processes=2, flags=("--config.training.parallelism=fsdp", *HELD_OUT))
-    # The parameters are brought together to translate, and divided again to be scored.
+    # The parameters are gathered for translating, and divided again for scoring.
     for line in ("test corpus, ", "exact match: "):
         (ours,), (theirs,) = (
             [said for said in process.stdout.splitlines() if said.startswith(line)] for process in (last, expected)
@@ -75,11 +75,11 @@ def test_what_two_processes_keep_in_parts_goes_on_anywhere(unbroken, small_train
         np.testing.assert_allclose(parts.losses()[step], loss, rtol=1e-4)
 
 
-def test_two_processes_write_the_bits_that_eight_devices_of_one_do(unbroken, small_training):
+def test_two_processes_write_the_same_bits_as_one_process_with_eight_devices(unbroken, small_training):
     pair = small_training("pair", training__steps=18)
     ended = pair.finish(devices=4, processes=2)
     assert "pmap on 8 cpu devices of 2 processes" in ended[0].stdout
-    # The other process is silent but for the line that it connects.
+    # The other process prints nothing except that it is connecting.
     assert [line for line in ended[1].stdout.splitlines() if "connecting" not in line and "[Gloo]" not in line] == []
     assert pair.sentences() == unbroken.sentences()
     for step, loss in unbroken.losses().items():

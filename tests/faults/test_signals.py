@@ -11,7 +11,7 @@ from tests.faults.conftest import LONG, differences, said
 pytestmark = pytest.mark.faults
 
 PAIR = {"devices": 2, "processes": 2}
-# Translating so many takes a while, since a model that has learned little finds no end.
+# Translating so many takes a while, since a model that has learned little does not end its sentences.
 EVALUATED = LONG | {
     "training__steps": 20,
     "training__checkpoint_every": 10,
@@ -22,8 +22,8 @@ EVALUATED = LONG | {
 
 
 def stopped_behind(ended, training, status, name):
-    """The step that a process stopped behind, which stands in its only line, in the checkpoints and in the metrics."""
-    # A few of the validation phrases hold letters that so small a vocabulary lacks, which is a warning.
+    """The step after which a process stopped, which is in its only line, in the checkpoints and in the metrics."""
+    # Some validation phrases have letters that so small a vocabulary lacks, which gives a warning.
     (line,) = (line for line in said(ended) if ": warning: " not in line)
     step = training.steps()[-1]
     assert line == f"train.py: {name}: stopped after the checkpoint of step {step}; the same command continues there"
@@ -37,7 +37,7 @@ def assert_equal(training, unbroken):
     assert training.sentences() == unbroken.sentences()
 
 
-def test_sigterm_and_ctrl_c_stop_behind_a_checkpoint_from_which_the_same_command_goes_on(unbroken_long, small_training):
+def test_sigterm_and_ctrl_c_stop_after_a_checkpoint_and_the_same_command_continues(unbroken_long, small_training):
     training, steps = small_training(**LONG), [0]
     for number, status, begun in ((signal.SIGTERM, 143, 30), (signal.SIGINT, 130, 60)):
         started = training.start()
@@ -54,7 +54,7 @@ def test_sigterm_and_ctrl_c_stop_behind_a_checkpoint_from_which_the_same_command
     assert_equal(training, unbroken_long)
 
 
-def test_the_notices_of_clusters_and_of_a_closed_terminal_stop_it_as_sigterm_does(unbroken_long, small_training):
+def test_signals_of_schedulers_and_of_a_closed_terminal_stop_training_like_sigterm(unbroken_long, small_training):
     """SIGHUP comes twice, from the terminal and from the shell, and SIGXCPU every second."""
     training = small_training(**LONG)
     for numbers, begun in (([signal.SIGHUP] * 2, 20), ([signal.SIGXCPU] * 3, 40), ([signal.SIGUSR1], 60)):
@@ -69,7 +69,7 @@ def test_the_notices_of_clusters_and_of_a_closed_terminal_stop_it_as_sigterm_doe
 
 
 def wait_until_noticed(process, number):
-    """Waits until a process takes a signal itself, as Linux tells."""
+    """Waits until a process handles a signal itself, according to Linux."""
     while True:
         (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
         if int(caught, 16) >> (number - 1) & 1:
@@ -97,7 +97,7 @@ def test_two_processes_end_before_the_first_step_of_a_training_that_is_resumed(m
     assert training.steps() == [8]
 
 
-def test_sigterm_in_an_evaluation_ends_at_once_and_the_evaluation_is_made_first_thereafter(small_training):
+def test_sigterm_during_an_evaluation_ends_it_and_the_next_run_evaluates_first(small_training):
     unbroken = small_training("unbroken", **EVALUATED)
     unbroken.finish()
     training = small_training(**EVALUATED)
@@ -124,7 +124,7 @@ def scores(training):
     return json.loads((training.workdir / "scores.json").read_text())
 
 
-def test_two_processes_stop_behind_the_same_step_whichever_of_them_is_told(unbroken_long_pair, small_training):
+def test_two_processes_stop_after_the_same_step_whichever_gets_the_signal(unbroken_long_pair, small_training):
     training = small_training(**LONG)
     for number, told, names, begun in (
         (signal.SIGTERM, 1, ("SIGTERM", "SIGTERM"), 30),

@@ -23,7 +23,7 @@ TESTED = {
 }
 
 
-def test_a_training_whose_output_goes_nowhere_trains_and_tests_and_writes_into_no_file_of_its_own(small_training):
+def test_a_training_without_output_trains_and_tests_and_does_not_corrupt_its_files(small_training):
     training = small_training(**TESTED)
     for times, shell in ((1, "<&- >&- 2>&-"), (2, ">/dev/full 2>/dev/full")):
         (ended,) = training.finish(shell=shell)
@@ -42,7 +42,7 @@ def test_samples_that_the_terminal_cannot_show_are_escaped_and_the_scores_are_sh
         assert "exact match: " in ended.stdout.splitlines()[-1]
 
 
-def test_when_its_terminal_is_closed_a_training_stops_after_a_checkpoint_as_its_exit_status_says(small_training):
+def test_when_its_terminal_is_closed_a_training_stops_after_a_checkpoint_with_the_status_of_sighup(small_training):
     training = small_training(**LONG | {"training__steps": 100_000, "training__checkpoint_every": 100_000})
     settings = [f"--config.{name}={value}" for name, value in training._settings.items()]
     command = [sys.executable, str(ROOT / "tests/faults/observed_train.py"), "--config=configs/quickstart.py"]

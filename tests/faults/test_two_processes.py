@@ -15,7 +15,7 @@ PAIR = {"devices": 2, "processes": 2}
 
 
 def start_unlike(training, *flags):
-    """Starts two processes of a training, the second one with flags of its own."""
+    """Starts two processes of a training, the second one with its own options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,7 +27,7 @@ def start_unlike(training, *flags):
 
 
 def ends_of(training, started, seconds=150):
-    """Lets both processes end by themselves; none may end well, and none without a word."""
+    """Waits until both processes end by themselves; both must fail with a message."""
     begin = time.monotonic()
     ended = training.wait(started, seconds)
     print(f"both ended {time.monotonic() - begin:.1f} s after they were started")
@@ -35,10 +35,8 @@ def ends_of(training, started, seconds=150):
     return ended
 
 
-def test_when_a_process_is_killed_the_other_ends_by_itself_and_both_go_on_to_the_bit(
-    unbroken_long_pair, small_training
-):
-    """jax misses process 1 after some 90 seconds, process 0 at once."""
+def test_when_a_process_is_killed_the_other_ends_and_both_continue_to_the_same_bits(unbroken_long_pair, small_training):
+    """jax notices the death of process 1 after about 90 seconds, that of process 0 at once."""
     trainings = {victim: small_training(f"kill {victim}", **LONG) for victim in (1, 0)}
     survivors, killed_at = {}, {}
     for victim, training in trainings.items():
@@ -65,7 +63,7 @@ def test_when_a_process_is_killed_the_other_ends_by_itself_and_both_go_on_to_the
     ],
     ids=["corpus", "workdir"],
 )
-def test_an_error_of_one_process_ends_the_other_one_too_and_both_say_why(flag, reason, small_training, tmp_path):
+def test_an_error_in_one_process_ends_both_and_both_say_why(flag, reason, small_training, tmp_path):
     training = small_training(**LONG)
     started = start_unlike(training, flag.format(other=tmp_path / "other"))
     first, second = ends_of(training, started)
@@ -76,7 +74,7 @@ def test_an_error_of_one_process_ends_the_other_one_too_and_both_say_why(flag, r
     assert line.startswith("train.py: process 1 failed: ") and reason in line
 
 
-def test_other_texts_in_one_process_end_both(small_training):
+def test_different_texts_in_one_process_end_both(small_training):
     training = small_training(**LONG)
     flag = "--config.data.train=locale_phrases:kn:en:train?pairs=601&parts=1"
     for process in ends_of(training, start_unlike(training, flag)):
@@ -112,7 +110,7 @@ SCORED = {
 
 
 def scores_of(training, weights, **layout):
-    """How good the weights of a training that is over are on both held-out corpora, by its last evaluation and test."""
+    """The scores of a finished training on both held-out corpora, from its last evaluation and test."""
     # Without its scores, the last step is evaluated again.
     (training.workdir / "scores.json").unlink(missing_ok=True)
     average = 2 if weights == "averaged" else 0
@@ -122,7 +120,7 @@ def scores_of(training, weights, **layout):
     return [line for line in metrics if line["kind"] in ("valid", "test")][-2:]
 
 
-def test_two_processes_score_checkpoints_as_one_does_whatever_the_weights_and_the_result_translates(small_training):
+def test_two_processes_score_checkpoints_like_one_with_any_weights_and_the_result_translates(small_training):
     one, two = small_training("one", **SCORED), small_training("two", **SCORED)
     losses = set()
     for weights in ("trained", "ema", "averaged"):

@@ -44,7 +44,7 @@ def make_model(vocabularies):
                 "num_encoder_layers": 1,
                 "num_decoder_layers": 2,
                 "max_length": 40,
-                "tie_embeddings": "none",  # or whatever was said last would be said again
+                "tie_embeddings": "none",  # otherwise the model would repeat its last token
                 **changes,
             },
         )

@@ -29,7 +29,7 @@ def load(folder, compute_type="default"):
 
 
 @every_model
-def test_scores_are_ours(make_model, tmp_path, sentences, options):
+def test_scores_equal_those_of_this_library(make_model, tmp_path, sentences, options):
     model = make_model(**options)
     to_ctranslate2(model, tmp_path / "exported")
     source, target = (
@@ -42,9 +42,9 @@ def test_scores_are_ours(make_model, tmp_path, sentences, options):
         np.testing.assert_allclose(found.log_probs, wanted.token_log_probs, atol=1e-4)
 
 
-def test_translations_are_ours(make_model, tmp_path, sentences):
+def test_translations_equal_those_of_this_library(make_model, tmp_path, sentences):
     model = make_model(output_bias=True)
-    model.params["output_bias"][model.config.eos_id] += 6.0  # or outputs go on until they are cut off
+    model.params["output_bias"][model.config.eos_id] += 6.0  # otherwise outputs continue until they are cut off
     to_ctranslate2(model, tmp_path / "exported")
     search = BeamSearch(beam_size=4, length_penalty="length", alpha=1.0, stopping="first", max_length=30)
     ours = Translator(model).hypotheses(sentences, search)
@@ -65,7 +65,7 @@ def test_translations_are_ours(make_model, tmp_path, sentences):
 
 
 @pytest.mark.parametrize("quantization", ["int8", "float16"])
-def test_quantized_weights_are_those_that_ctranslate2_would_make(make_model, tmp_path, sentences, quantization):
+def test_quantized_weights_equal_those_that_ctranslate2_makes(make_model, tmp_path, sentences, quantization):
     model = make_model()
     for name, options in (("whole", {}), ("small", {"quantization": quantization})):
         to_ctranslate2(model, tmp_path / name, **options)
@@ -88,7 +88,7 @@ def test_quantized_weights_are_those_that_ctranslate2_would_make(make_model, tmp
 
 def test_the_readme_s_program_prints_our_translation(make_model, tmp_path, capsys, monkeypatch):
     model = make_model(output_bias=True, positions="learned")
-    model.params["output_bias"][model.config.eos_id] += 6.0  # or outputs go on until they are cut off
+    model.params["output_bias"][model.config.eos_id] += 6.0  # otherwise outputs continue until they are cut off
     to_ctranslate2(model, tmp_path / "exported")
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "exported" / "README.md").read_text(), re.DOTALL)
     assert len(program.strip().splitlines()) <= 7
@@ -97,11 +97,11 @@ def test_the_readme_s_program_prints_our_translation(make_model, tmp_path, capsy
     search = BeamSearch(beam_size=4, length_penalty="length", alpha=1.0, stopping="first", max_length=40)
     translator = Translator(model)
     (ours,) = translator.hypotheses(["A dog runs."], search)
-    # Where learned positions run out, ours ends with an end, and theirs with one more token.
+    # When learned positions run out, our output ends with the end of sentence, and theirs with one more token.
     assert ours[0].text and capsys.readouterr().out.startswith(ours[0].text)
 
 
-def test_a_vocabulary_of_marian_s_keeps_its_ids_and_languages(make_model, vocabularies, tmp_path, sentences):
+def test_a_marian_vocabulary_keeps_its_ids_and_languages(make_model, vocabularies, tmp_path, sentences):
     source = vocabularies.source
     order = [*reversed(source.pieces(range(source.size))), ">>fra<<"]
     vocabulary = MarianVocabulary(source.to_bytes(), {piece: number for number, piece in enumerate(order)})
@@ -120,7 +120,7 @@ def test_a_vocabulary_of_marian_s_keeps_its_ids_and_languages(make_model, vocabu
     assert ">>fra<<" in (tmp_path / "exported" / "README.md").read_text()
 
 
-def test_a_quantization_that_does_not_exist_is_told_and_leaves_nothing(make_model, tmp_path):
+def test_an_unknown_quantization_is_an_error_and_writes_nothing(make_model, tmp_path):
     with pytest.raises(ValueError, match="'int4': choose one of none, int8"):
         to_ctranslate2(make_model(), tmp_path / "exported", quantization="int4")
     assert not list(tmp_path.iterdir())

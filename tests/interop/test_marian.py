@@ -21,12 +21,12 @@ def translate(model, sentences):
 
 
 @pytest.mark.parametrize(("tying", "activation"), list(zip(TYINGS, ["relu", "gelu", "swish"], strict=True)))
-def test_what_is_written_is_read_as_the_same_model(make_model, tmp_path, sentences, tying, activation):
+def test_an_exported_model_imports_as_the_same_model(make_model, tmp_path, sentences, tying, activation):
     model = make_model(tie_embeddings=tying, activation=activation, **MARIAN)
     to_marian(model, tmp_path / "marian")
     found = from_marian(tmp_path / "marian", tmp_path / "work")
     same_tree(found.params, model.params)
-    # Theirs counts the start among the tokens of its limit.
+    # The limit of transformers includes the start token.
     assert dataclasses.replace(found.config, max_output=0) == model.config
     assert found.config.max_output == model.config.max_length - 1
     stored = TrainedModel.load(tmp_path / "work")
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_as_the_same_model(make_model, tmp_path, sentenc
         assert translate(stored, sentences) == translate(model, sentences)
 
 
-def test_waves_by_turns_become_waves_in_halves_and_nothing_else_changes(make_model):
+def test_interleaved_positions_become_concatenated_without_other_changes(make_model):
     for tying in TYINGS:
         model = make_model(tie_embeddings=tying, output_bias=True)
         config, params = concatenate_waves(model.config, model.params)
@@ -58,14 +58,14 @@ def test_waves_by_turns_become_waves_in_halves_and_nothing_else_changes(make_mod
         ({"norm_epsilon": 1e-6}, "model.norm_epsilon is 1e-06"),
     ],
 )
-def test_what_marian_cannot_express_is_named(make_model, tmp_path, changes, match):
+def test_an_option_that_marian_lacks_is_named(make_model, tmp_path, changes, match):
     with pytest.raises(ValueError, match=match):
         to_marian(make_model(**changes), tmp_path / "marian")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_what_is_there_already_stays(make_model, folder, tmp_path, what):
+def test_an_existing_folder_is_not_changed(make_model, folder, tmp_path, what):
     if what == "file":
         (tmp_path / "work").write_text("mine")
     else:
@@ -78,7 +78,7 @@ def test_what_is_there_already_stays(make_model, folder, tmp_path, what):
     assert {path.name for path in tmp_path.iterdir()} == {"downloaded", "work"}
 
 
-def test_an_empty_folder_is_filled(folder, tmp_path):
+def test_an_empty_folder_can_be_the_target(folder, tmp_path):
     (tmp_path / "work").mkdir()
     from_marian(folder, tmp_path / "work")
     assert TrainedModel.load(tmp_path / "work").config.positions == "sinusoidal_concatenated"
@@ -91,19 +91,19 @@ def test_an_empty_folder_is_filled(folder, tmp_path):
         ("config.json", "normalize_embedding", True, "normalize_embedding is True"),
         ("config.json", "model_type", "bart", "model_type is 'bart'"),
         ("config.json", "activation_function", "tanh", "activation_function is 'tanh'"),
-        ("config.json", "decoder_ffn_dim", 32, "encoder_ffn_dim is 24 and decoder_ffn_dim 32"),
+        ("config.json", "decoder_ffn_dim", 32, "encoder_ffn_dim is 24 and decoder_ffn_dim is 32"),
         ("config.json", "rotary_base", 500, "rotary_base is 500"),
         ("config.json", "d_model", "16", "d_model is '16'"),
-        ("config.json", "vocab_size", 99, "source vocabulary has 110 pieces, config.json says 99"),
+        ("config.json", "vocab_size", 99, "source vocabulary has 110 pieces, but config.json says 99"),
         ("config.json", "pad_token_id", 4, "pad_token_id is 4 in config.json and 0 in generation_config.json"),
-        ("generation_config.json", "forced_eos_token_id", 5, "forced_eos_token_id is 5, only eos_token_id = 2"),
+        ("generation_config.json", "forced_eos_token_id", 5, "forced_eos_token_id is 5, but only eos_token_id = 2"),
         ("generation_config.json", "bad_words_ids", [[3, 4]], r"bad_words_ids is \[\[3, 4\]\]"),
-        ("generation_config.json", "bad_words_ids", [[500]], "names 500"),
+        ("generation_config.json", "bad_words_ids", [[500]], "bad_words_ids is 500"),
         ("generation_config.json", "bad_words_ids", [[-1]], r"bad_words_ids is \[\[-1\]\]"),
         ("config.json", "activation_function", ["swish"], r"activation_function is \['swish'\]"),
-        ("config.json", "scale_embedding", "false", "scale_embedding is 'false', true or false is needed"),
-        ("config.json", "tie_word_embeddings", "false", "tie_word_embeddings is 'false', true or false is needed"),
-        ("config.json", "encoder_layers", 10**4, "asks for 10002 layers"),
+        ("config.json", "scale_embedding", "false", "scale_embedding is 'false'"),
+        ("config.json", "tie_word_embeddings", "false", "tie_word_embeddings is 'false'"),
+        ("config.json", "encoder_layers", 10**4, "has 10002 layers"),
         ("generation_config.json", "forced_bos_token_id", 7, "forced_bos_token_id is 7"),
         ("generation_config.json", "repetition_penalty", 1.3, "repetition_penalty is 1.3"),
     ],
@@ -118,7 +118,7 @@ def found_by(path, sentences):
 
 
 def test_limits_and_banned_tokens_of_the_generation_config_are_kept(folder, tmp_path, sentences):
-    edit_tensors(folder, lambda tensors: tensors["final_logits_bias"].__setitem__((0, 2), -6.0))  # no hurry to end
+    edit_tensors(folder, lambda tensors: tensors["final_logits_bias"].__setitem__((0, 2), -6.0))  # an improbable end
     from_marian(folder, tmp_path / "before")
     before = found_by(tmp_path / "before", sentences)
     assert max(len(each.ids) for each in before) > 7
@@ -132,21 +132,21 @@ def test_limits_and_banned_tokens_of_the_generation_config_are_kept(folder, tmp_
     after = from_marian(folder, tmp_path / "banned").config
     assert after.banned_ids == (0, banned)
     assert banned not in {token for each in found_by(tmp_path / "banned", sentences) for token in each.ids}
-    # They go back as they came.
+    # Exporting gives them back unchanged.
     to_marian(TrainedModel.load(tmp_path / "banned"), tmp_path / "again")
     assert set(read_marian(tmp_path / "again").config.banned_ids) == {0, 1, banned}
     assert dataclasses.replace(read_marian(tmp_path / "again").config, banned_ids=after.banned_ids) == after
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_banned_tokens_lose_their_probability_where_that_is_asked_for(folder, tmp_path, renormalize):
+def test_banned_tokens_lose_their_probability_with_renormalize_logits(folder, tmp_path, renormalize):
     edit_tensors(folder, lambda tensors: tensors["final_logits_bias"].__setitem__((0, 0), 4.0))
     change(folder, "generation_config.json", renormalize_logits=renormalize)
     model = from_marian(folder, tmp_path / "work")
     assert model.config.banned_ids == ((0, 1) if renormalize else ())
     translator = Translator.from_workdir(tmp_path / "work")
     ((translation,),) = translator.hypotheses(["the cat"], BeamSearch(beam_size=1))
-    # Whatever a search gives its own, forced decoding gives it too.
+    # Forced decoding gives the same scores as the search.
     (scored,) = translator.score(["the cat"], [translation])
     np.testing.assert_allclose(translation.token_log_probs, scored.token_log_probs, atol=1e-4)
     source, target = (jnp.array([ids]) for ids in (model.vocabularies.source.encode(["the cat"])[0], translation.ids))
@@ -157,7 +157,7 @@ def test_banned_tokens_lose_their_probability_where_that_is_asked_for(folder, tm
     np.testing.assert_allclose(translation.token_log_probs, expected, atol=1e-4)
 
 
-def test_harmless_fields_are_passed_over(folder):
+def test_harmless_fields_are_ignored(folder):
     plain = read_marian(folder)
     change(folder, "config.json", _attn_implementation_autoset=True, pruned_heads={}, suppress_tokens=[])
     change(folder, "generation_config.json", num_beams=6, length_penalty=0.8, early_stopping=True, max_new_tokens=30)
@@ -185,7 +185,7 @@ def test_each_part_of_a_long_sentence_keeps_its_language(make_model, vocabularie
         translator.translate(["the cat", ">>deu<< the cat"], search)
 
 
-def test_ids_that_are_those_of_another_vocabulary_are_told(folder, tmp_path):
+def test_special_ids_that_differ_from_the_vocabulary_are_an_error(folder, tmp_path):
     for file in ("config.json", "generation_config.json"):
         change(folder, file, pad_token_id=4)
     fails(folder, tmp_path, "pad_token_id is 4, the source vocabulary has 0")

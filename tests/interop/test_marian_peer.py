@@ -67,7 +67,7 @@ def make(folder, kind):
     lists = {"vocab.json": list_of_ids(source, target)}
     if kind == "separate vocabularies":
         lists = {"vocab.json": list_of_ids(source), "target_vocab.json": list_of_ids(target)}
-        # An id of padding for each side is more than a configuration can say.
+        # A configuration has only one padding id for both sides.
         assert len({len(ids) for ids in lists.values()}) == 1
         (folder / "tokenizer_config.json").write_text(json.dumps({"separate_vocabs": True}))
     for name, ids in lists.items():
@@ -121,7 +121,7 @@ def padded(rows, pad_id):
     return batch
 
 
-def test_encoder_outputs_and_logits_are_theirs(converted):
+def test_encoder_outputs_and_logits_equal_those_of_transformers(converted):
     kind, theirs, _, path = converted
     ours = TrainedModel.load(path)
     config, module = ours.config, Transformer(ours.config)
@@ -172,7 +172,7 @@ def test_beams_find_the_same_translations_with_the_same_scores(converted):
         zip(found.sequences.tolist(), found.sequences_scores.tolist(), strict=True)
     ):
         ids = sequence[1 : sequence.index(0, 1) + 1]
-        if len(ids) == LIMIT:  # where an end is forced, each has a rule of its own for its probability
+        if len(ids) == LIMIT:  # each library has its own rule for the probability of a forced end
             continue
         compared += 1
         lengths.add(len(ids))
@@ -180,10 +180,10 @@ def test_beams_find_the_same_translations_with_the_same_scores(converted):
         if list(mine[number].ids) != ids:
             assert abs(mine[number].score - score) < 1e-4, (number, mine[number].ids, ids)
             warnings.warn(f"input {number}: a tie, scores {mine[number].score} and {score}", stacklevel=1)
-    assert compared >= 40 and len(lengths) > 3  # or equality would say little
+    assert compared >= 40 and len(lengths) > 3  # otherwise equality would prove little
 
 
-def test_its_tokenizer_has_our_ids_and_our_text(converted):
+def test_the_tokenizer_of_transformers_gives_the_same_ids_and_text(converted):
     kind, _, folder, path = converted
     ours = TrainedModel.load(path).vocabularies
     options = {"separate_vocabs": True, "target_vocab_file": str(folder / "target_vocab.json")}
@@ -196,12 +196,12 @@ def test_its_tokenizer_has_our_ids_and_our_text(converted):
     rows = tokenizer(text_target=targets)["input_ids"]
     assert rows == ours.target.encode(targets)
     assert tokenizer.batch_decode(rows, skip_special_tokens=True) == ours.target.decode(rows)
-    if kind != "separate vocabularies":  # outputs may hold pieces that only the source's model knows
+    if kind != "separate vocabularies":  # outputs may contain pieces that only the source's model has
         rows = ours.source.encode(LINES)
         assert tokenizer.batch_decode(rows, skip_special_tokens=True) == ours.target.decode(rows)
 
 
-def test_a_bin_file_holds_the_same_model(converted, tmp_path):
+def test_a_bin_file_gives_the_same_model(converted, tmp_path):
     _, theirs, folder, path = converted
     shutil.copytree(folder, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(theirs.state_dict(), tmp_path / "bin" / "pytorch_model.bin")  # positions among it, as in older files
@@ -210,7 +210,7 @@ def test_a_bin_file_holds_the_same_model(converted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
 
 
-def test_there_and_back_are_the_same_tensors_bit_for_bit(converted, tmp_path):
+def test_converting_back_gives_the_same_tensors_bit_for_bit(converted, tmp_path):
     _, theirs, _, path = converted
     to_marian(TrainedModel.load(path), tmp_path / "again")
     again = transformers.MarianMTModel.from_pretrained(tmp_path / "again")

@@ -23,7 +23,7 @@ def batch(config, rows, width, seed=0):
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "pre", "positions": "learned", "output_bias": True}], ids=str)
-def test_the_programs_have_our_logits_for_any_batch_and_lengths(make_model, options):
+def test_the_programs_give_the_model_s_logits_for_any_batch_and_lengths(make_model, options):
     model = make_model(**options)
     encode, decode_step = (jax.export.deserialize(program.serialize()) for program in export_programs(model))
     assert set(encode.platforms) == set(PLATFORMS) == {"cpu", "cuda", "tpu"}
@@ -44,9 +44,9 @@ def test_the_programs_have_our_logits_for_any_batch_and_lengths(make_model, opti
 
 
 @pytest.mark.parametrize(("positions", "ends"), [("sinusoidal", 3.0), ("learned", 6.0)])
-def test_the_example_translates_as_we_do_and_without_us(make_model, tmp_path, sentences, positions, ends):
+def test_the_example_translates_the_same_without_this_library(make_model, tmp_path, sentences, positions, ends):
     model = make_model(output_bias=True, positions=positions)
-    model.params["output_bias"][model.config.eos_id] += ends  # or outputs go on until they are cut off
+    model.params["output_bias"][model.config.eos_id] += ends  # otherwise outputs continue until they are cut off
     to_stablehlo(model, tmp_path / "exported")
     example = tmp_path / "exported" / "translate.py"
     assert len([line for line in example.read_text().splitlines() if line]) <= 40
@@ -66,6 +66,6 @@ def test_the_example_translates_as_we_do_and_without_us(make_model, tmp_path, se
     longest = max(map(len, model.vocabularies.source.encode(sentences))) + 50 + 1  # and an end of sentence
     ours = translator.translate(sentences, BeamSearch(beam_size=1, max_length=longest, extra_length=longest))
     theirs = done.stdout.splitlines()
-    # Where learned positions run out, ours ends with an end, and theirs with one more token.
+    # When learned positions run out, our output ends with the end of sentence, and theirs with one more token.
     assert [text[: len(mine)] for text, mine in zip(theirs, ours, strict=True)] == ours
     assert positions == "learned" or theirs == ours

@@ -41,24 +41,24 @@ def test_a_silent_report_writes_and_prints_nothing(tmp_path, capfd):
     assert not workdir.path.exists() and capfd.readouterr() == ("", "")
 
 
-def test_updates_that_were_left_out_are_told_of(tmp_path, capfd):
+def test_skipped_updates_are_shown(tmp_path, capfd):
     for skipped, told in ((0, False), (3, True)):
         with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
             report.training(1, METRICS | {"skipped": skipped})
             report.step_done()
-        assert ("3 updates left out" in capfd.readouterr().err) == told
+        assert ("3 updates skipped" in capfd.readouterr().err) == told
 
 
-def test_the_progress_line_holds_no_nan_where_no_update_was_made(tmp_path, capfd):
+def test_the_progress_line_has_no_nan_if_all_updates_were_skipped(tmp_path, capfd):
     nothing = {name: float("nan") for name in ("loss", "tokens_per_second", "fill_rate")}
     with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
         report.training(1, METRICS | nothing | {"skipped": 7})
         report.step_done()
     said = capfd.readouterr().err
-    assert "nan" not in said and "7 updates left out" in said and "step 100 ms" in said
+    assert "nan" not in said and "7 updates skipped" in said and "step 100 ms" in said
 
 
-def test_the_progress_line_tells_the_speed_and_what_it_could_be(tmp_path, capfd):
+def test_the_progress_line_shows_the_speed_and_the_utilization(tmp_path, capfd):
     with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
         report.training(1, METRICS | {"model_flops_utilization": 0.41, "memory_bytes": 3.14e9})
         report.step_done()
@@ -66,7 +66,7 @@ def test_the_progress_line_tells_the_speed_and_what_it_could_be(tmp_path, capfd)
     assert told in capfd.readouterr().err
 
 
-def test_a_window_without_a_step_that_was_timed_tells_its_loss_and_no_speed(tmp_path, capfd):
+def test_a_window_without_timed_steps_shows_the_loss_but_no_speed(tmp_path, capfd):
     metrics = {name: METRICS[name] for name in ("loss", "fill_rate", "learning_rate", "skipped")}
     with Report(WorkDirectory(tmp_path), first_step=0, steps=1) as report:
         report.training(1, metrics)
@@ -76,7 +76,7 @@ def test_a_window_without_a_step_that_was_timed_tells_its_loss_and_no_speed(tmp_
 
 
 @pytest.mark.parametrize("failure", [None, KeyError("what ended the training")])
-def test_a_terminal_that_is_gone_does_not_hide_what_ended_the_training(failure, tmp_path, monkeypatch):
+def test_a_closed_terminal_does_not_hide_the_error_that_ended_the_training(failure, tmp_path, monkeypatch):
     def refuse(bar):
         raise BrokenPipeError
 
@@ -90,7 +90,7 @@ def test_a_terminal_that_is_gone_does_not_hide_what_ended_the_training(failure, 
     assert b"train/loss" in events.read_bytes()
 
 
-def test_validations_are_rows_under_one_head(tmp_path, capsys):
+def test_validations_are_rows_of_a_table_with_one_header(tmp_path, capsys):
     report_to(tmp_path)
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["step", "time", "loss", "BLEU", "chrF", "exact", "match"]
@@ -98,7 +98,7 @@ def test_validations_are_rows_under_one_head(tmp_path, capsys):
         ["4", "61s", "1.235", "31.4", "55.1", "97.2", "%"],
         ["8", "123s", "1.235", "31.4", "55.1", "97.2", "%"],
     ]
-    assert len({len(row) for row in (head, *rows)}) == 1  # columns stand under their titles
+    assert len({len(row) for row in (head, *rows)}) == 1  # columns are aligned with their titles
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def device(kind):
 
 
 @pytest.mark.parametrize("layers", [(1, 2), (2, 1)])
-def test_the_models_operations_are_those_that_xla_counts(layers):
+def test_model_flops_equal_the_operations_that_xla_counts(layers):
     # Wide and with few words, so that matrix products are nearly all there is.
     config = TransformerConfig(
         source_vocab_size=97,
@@ -40,18 +40,18 @@ def test_the_models_operations_are_those_that_xla_counts(layers):
     assert model_flops(config, 3, 40, 56) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.06)
 
 
-def test_a_device_has_its_part_of_its_chip_and_an_unknown_one_no_peak():
+def test_the_peak_of_a_device_is_its_share_of_the_chip_or_unknown():
     v5e, half = (device(kind) for kind in ("TPU v5 lite", "TPU7x"))
     assert peak_flops(v5e, "bfloat16") == 197e12 and peak_flops(half, "bfloat16") == CHIPS["TPU7x"].flops / 2
     assert peak_flops(v5e, "float32") is None and peak_flops(jax.devices()[0], "bfloat16") is None
 
 
-def test_a_chip_without_bfloat16_has_no_peak_in_it():
+def test_a_chip_without_bfloat16_has_no_peak_for_bfloat16():
     t4 = device("Tesla T4")
     assert peak_flops(t4, "bfloat16") is None and peak_flops(t4, "float16") == 65e12
 
 
-def test_the_work_of_a_step_is_that_of_all_devices():
+def test_the_work_of_a_step_includes_all_devices():
     model = TransformerConfig.tiny(source_vocab_size=50, target_vocab_size=50, dtype="bfloat16")
     experiment = Experiment(model=model, data=DataConfig(rows=6, source_slots=8, target_slots=12))
     work = Work.of(experiment, 8, [device("TPU v4")] * 4)

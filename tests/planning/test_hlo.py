@@ -1,7 +1,7 @@
 from flax_transformer.planning.hlo import Module, read_collectives
 
 
-def test_a_loop_turns_as_often_as_its_condition_says_where_xla_does_not_tell():
+def test_without_an_annotation_the_condition_of_a_loop_gives_its_iterations():
     text = """HloModule step
 %body (p: (s32[])) -> (s32[]) {
   %r = f32[5]{0} all-reduce(%x), channel_id=1, to_apply=%add, backend_config={"estimated_cycles":"10"}

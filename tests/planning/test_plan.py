@@ -39,12 +39,12 @@ def test_pmap_reduces_the_gradient_and_the_sums_of_the_losses_and_nothing_else()
     plan = make_plan(EXPERIMENT, find_devices("cpu:8"), None, changes="")
     assert plan.fits and plan.devices == 8 and plan.rows == 32
     assert plan.gradient_bytes == 4 * planning.count_parameters(EXPERIMENT)
-    # Of the four sums, three or four scalars are still wanted after XLA has looked.
+    # After XLA's optimisations three or four of the four scalar sums are left.
     ((kind, size),) = collectives_of(plan).items()
     assert kind == "all-reduce" and plan.gradient_bytes < size <= plan.gradient_bytes + 4 * 4
 
 
-def test_over_fsdp_the_state_of_a_device_shrinks_with_the_devices_and_parameters_are_gathered():
+def test_fsdp_divides_the_state_among_devices_and_gathers_parameters():
     sizes = {}
     for count in (1, 2, 8):
         plan = make_plan(changed(parallelism="fsdp"), find_devices(f"cpu:{count}"), None, changes="")
@@ -53,7 +53,7 @@ def test_over_fsdp_the_state_of_a_device_shrinks_with_the_devices_and_parameters
     assert sizes[8] < sizes[2] < sizes[1]
 
 
-def test_over_fsdp_kernels_are_gathered_even_where_they_are_larger_than_what_is_multiplied_by_them():
+def test_fsdp_gathers_kernels_even_if_they_are_larger_than_the_activations():
     few = dataclasses.replace(
         changed(parallelism="fsdp"),
         model=dataclasses.replace(MODEL, d_model=64, d_ff=256),
@@ -61,11 +61,11 @@ def test_over_fsdp_kernels_are_gathered_even_where_they_are_larger_than_what_is_
     )
     sizes = collectives_of(make_plan(few, find_devices("cpu:8"), None, changes=""))
     kernels, embedding = 4 * (12 * 64 * 64 + 4 * 64 * 256), 4 * 64 * 64
-    # The embedding is gathered where it is looked up, and again where logits are made of it.
+    # The embedding is gathered for the look-up and again for the logits.
     assert sizes["all-gather"] == kernels + 2 * embedding
 
 
-def test_what_micro_batches_do_in_a_loop_is_counted_as_often_as_it_turns():
+def test_work_inside_a_loop_is_counted_once_per_iteration():
     whole = make_plan(changed(parallelism="fsdp"), find_devices("cpu:2"), None, changes="")
     parts = make_plan(changed(parallelism="fsdp", rows_per_device=4), find_devices("cpu:2"), None, changes="")
     assert whole.micro_batches == 1 and parts.micro_batches == 4 and parts.rows == whole.rows
@@ -76,7 +76,7 @@ def test_what_micro_batches_do_in_a_loop_is_counted_as_often_as_it_turns():
     assert collectives_of(parts)["all-reduce"] > 2 * collectives_of(whole)["all-reduce"]
 
 
-def test_where_there_is_no_room_remedies_are_added_until_there_is():
+def test_remedies_are_added_until_the_step_fits():
     devices = find_devices("cpu:4")
     (whole,) = plans(EXPERIMENT, devices, None)
     assert whole.fits and not whole.changes
@@ -87,7 +87,7 @@ def test_where_there_is_no_room_remedies_are_added_until_there_is():
 
 
 class Refused:
-    """A lowered step that no compiler has room for."""
+    """A lowered step that does not fit into memory when it is compiled."""
 
     def __init__(self, message):
         self.message = "RESOURCE_EXHAUSTED: Ran out of memory " + message
@@ -103,7 +103,7 @@ class Refused:
         ("in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded by 8.75G.", 24.5),
     ],
 )
-def test_the_remedies_come_in_turn_and_one_that_is_there_is_passed_over(monkeypatch, message, needed):
+def test_remedies_are_tried_in_order_without_those_that_are_already_used(monkeypatch, message, needed):
     monkeypatch.setattr(planning, "_lower", lambda *arguments: Refused(message))
     devices = find_devices("cpu:4")
     found = list(plans(EXPERIMENT, devices, None))
@@ -118,13 +118,13 @@ def test_the_remedies_come_in_turn_and_one_that_is_there_is_passed_over(monkeypa
     assert [plan.changes for plan in plans(again, devices, None)] == ["", "model.remat=True"]
 
 
-def test_rows_that_fill_up_the_batch_are_told_apart():
+def test_rows_that_only_fill_up_the_batch_are_reported():
     odd = dataclasses.replace(EXPERIMENT, data=dataclasses.replace(EXPERIMENT.data, rows=29))
     plan = make_plan(odd, find_devices("cpu:8"), None, changes="")
     assert (plan.rows, plan.empty_rows) == (32, 3)
 
 
-def test_a_device_that_is_here_is_asked_for_its_memory_and_of_others_their_maker(monkeypatch):
+def test_memory_comes_from_a_present_device_or_from_the_specification(monkeypatch):
     here, silent, elsewhere = (mock.create_autospec(jax.Device, instance=True) for _ in range(3))
     for device, limit in ((here, 64e9), (silent, None), (elsewhere, 1.0)):
         device.device_kind = "NVIDIA H100 80GB HBM3"
@@ -135,14 +135,14 @@ def test_a_device_that_is_here_is_asked_for_its_memory_and_of_others_their_maker
     assert device_memory(jax.devices("cpu")[0]) is None
 
 
-def test_the_devices_are_those_asked_for():
+def test_find_devices_returns_the_topology_asked_for():
     assert find_devices("here") == jax.devices() and len(find_devices("cpu:3")) == 3
     for topology in ("cpu:9", "cpu:", "cpu:x", "cpu:0"):
         with pytest.raises(ValueError, match="give cpu:N"):
             find_devices(topology)
 
 
-def test_the_tpus_compiler_is_named_where_it_is_missing_and_knows_slices_where_it_is_there():
+def test_a_missing_tpu_compiler_is_named_and_an_installed_one_knows_slices():
     try:
         import libtpu  # noqa: F401
     except ImportError:

@@ -36,7 +36,7 @@ def test_an_environment_names_a_cluster_or_none(environment, expected):
 
 @pytest.mark.parametrize("value", ["two", "-1", "1.5", ""])
 @pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
-def test_a_number_that_is_none_is_an_error_that_names_the_variable(name, value):
+def test_an_invalid_number_is_an_error_that_names_the_variable(name, value):
     with pytest.raises(ValueError, match=f"^{name} is {value!r}: set it to a number$"):
         cluster_of_environment(THREE | {name: value})
 
@@ -53,7 +53,7 @@ def not_connected(monkeypatch):
     ("address", "num_processes", "process_id"),
     [("a:1", None, None), ("a:1", 2, None), ("a:1", None, 0), (None, 2, 0), (None, 2, None), (None, None, 0)],
 )
-def test_a_cluster_that_is_named_in_part_is_an_error_that_tells_what_is_there(
+def test_a_partly_described_cluster_is_an_error_that_lists_what_is_given(
     address, num_processes, process_id, not_connected
 ):
     message = (
@@ -64,7 +64,7 @@ def test_a_cluster_that_is_named_in_part_is_an_error_that_tells_what_is_there(
     assert not not_connected
 
 
-def test_what_is_awaited_is_told_before_it_is_awaited(not_connected, monkeypatch, capsys):
+def test_the_wait_for_other_processes_is_announced(not_connected, monkeypatch, capsys):
     Cluster("a:1", 3, 0).connect(7)
     assert capsys.readouterr().out == "connecting as process 0 of 3 to a:1, for at most 7 s\n"
     Cluster().connect(8)
@@ -85,7 +85,7 @@ def test_one_process_is_the_first_and_waits_for_nobody(capsys):
     assert capsys.readouterr().out == "heard\n\n"
 
 
-# Each process gives values that differ in length and script, waits for the slow one, and speaks.
+# Each process passes values of different lengths and scripts, waits for the slow one, and prints.
 TOGETHER = """
 import json, os, sys, time
 from flax_transformer.processes import hosts
@@ -138,8 +138,8 @@ def start(*command):
     )
 
 
-def test_two_processes_gather_wait_and_speak_as_one(tmp_path):
-    # Pairs: what the one process gives, what the other does.
+def test_two_processes_gather_values_wait_for_each_other_and_print_once(tmp_path):
+    # Pairs of the values of the two processes.
     pairs = [[0, 1], ["short", "a much longer text"], ["ಕನ್ನಡ 😀", ""], [{"a": [1.5, None]}, {}], ["same", "same"]]
     address = free_address()
     processes = [start("-c", TOGETHER, address, number, tmp_path, json.dumps(pairs)) for number in range(2)]
@@ -150,7 +150,7 @@ def test_two_processes_gather_wait_and_speak_as_one(tmp_path):
             process.kill()
     for number, (process, (out, error)) in enumerate(zip(processes, ended, strict=True)):
         assert process.returncode == 0, error
-        # What carries the values between CPUs has a word to say as well.
+        # The library that transfers values between CPUs prints something too.
         connecting, *said, last = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
         assert connecting == f"connecting as process {number} of 2 to {address}, for at most 60 s"
         assert said == ([] if number else ["only the first says this"])
@@ -158,7 +158,7 @@ def test_two_processes_gather_wait_and_speak_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_process_that_ends_with_another_says_so_in_a_line_of_its_own(failing):
+def test_a_process_that_ends_because_of_another_says_so_on_its_own_line(failing):
     address = free_address()
     processes = [start("-c", FAILING, address, number, failing) for number in range(2)]
     try:
@@ -168,14 +168,14 @@ def test_a_process_that_ends_with_another_says_so_in_a_line_of_its_own(failing):
             process.kill()
     assert [process.returncode for process in processes] == [1, 1], errors
     other = f"train.py: process {failing} failed: train.py: the disk is full; this process ends with it"
-    # Where a terminal's line begins anew, the bar is overwritten; it is not drawn again below the reason.
+    # A carriage return overwrites the bar; it is not drawn again below the reason.
     lines = [error.replace("\r", "\n").splitlines() for error in errors]
     assert lines[failing][-1] == "train.py: the disk is full"
     assert lines[1 - failing][-1] == other
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_process_whose_peer_does_not_come_ends_and_has_said_what_it_waited_for(number, tmp_path):
+def test_a_process_whose_peer_does_not_connect_ends_after_saying_what_it_waited_for(number, tmp_path):
     address, began = free_address(), time.monotonic()
     flags = [f"--coordinator={address}", "--num_processes=2", f"--process_id={number}", "--connect_timeout=5"]
     process = start("train.py", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *flags)

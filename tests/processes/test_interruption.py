@@ -16,9 +16,9 @@ from flax_transformer.processes.interruption import OVER, Interrupted, Interrupt
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_first_signal_is_noticed_and_the_second_does_what_it_did_before():
+def test_the_first_signal_is_handled_and_the_second_has_its_default_effect():
     told = []
-    # Not Python's own: a shell lets its background jobs ignore SIGINT.
+    # Not Python's default handler, because shells make background jobs ignore SIGINT.
     ours = signal.signal(signal.SIGINT, lambda number, frame: told.append(number))
     try:
         before = signal.getsignal(signal.SIGINT)
@@ -34,7 +34,7 @@ def test_the_first_signal_is_noticed_and_the_second_does_what_it_did_before():
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
-def test_a_notice_is_taken_as_often_as_it_comes_and_does_not_make_the_next_sigterm_the_second(name):
+def test_repeated_scheduler_signals_do_not_make_the_next_sigterm_a_second_one(name):
     number = signal.Signals[name]
     before = [signal.getsignal(each) for each in (number, signal.SIGTERM)]
     with Interruption() as interruption:
@@ -45,7 +45,7 @@ def test_a_notice_is_taken_as_often_as_it_comes_and_does_not_make_the_next_sigte
     assert [signal.getsignal(each) for each in (number, signal.SIGTERM)] == before
 
 
-def test_a_notice_that_is_ignored_stays_ignored_as_nohup_wants():
+def test_a_signal_that_was_ignored_stays_ignored_as_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interruption() as interruption:
@@ -55,7 +55,7 @@ def test_a_notice_that_is_ignored_stays_ignored_as_nohup_wants():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_thread_that_can_notice_no_signals_trains_all_the_same():
+def test_training_works_in_a_thread_that_cannot_handle_signals():
     noticed = []
 
     def enter():
@@ -68,7 +68,7 @@ def test_a_thread_that_can_notice_no_signals_trains_all_the_same():
     assert noticed == [None]
 
 
-def test_what_may_be_done_again_is_ended_by_a_signal_and_by_nothing_else():
+def test_only_a_signal_stops_repeatable_work():
     with Interruption() as interruption:
         interruption.stop_after_checkpoint(4)
         signal.raise_signal(signal.SIGTERM)
@@ -76,7 +76,7 @@ def test_what_may_be_done_again_is_ended_by_a_signal_and_by_nothing_else():
             interruption.stop_after_checkpoint(5)
 
 
-# A program that is busy outside Python, where no handler of Python's can run, but in the middle part of its life.
+# A program that is busy outside Python, where Python's handlers cannot run, except in the middle part.
 PROGRAM = """
 import hashlib, sys, time
 from flax_transformer.processes.interruption import Interrupted, Interruption
@@ -135,7 +135,7 @@ def program():
 
 @pytest.mark.parametrize(("where", "when"), [("before", "before the first step"), ("after", "after the last step")])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
-def test_a_program_with_nothing_to_save_ends_at_once_whatever_it_computes_and_says_so(program, where, when, number):
+def test_a_program_with_nothing_to_save_ends_at_once_with_a_message(program, where, when, number):
     process = program(where)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
@@ -143,7 +143,7 @@ def test_a_program_with_nothing_to_save_ends_at_once_whatever_it_computes_and_sa
     assert process.returncode == 128 + number
 
 
-def test_a_program_that_has_not_met_the_others_waits_to_tell_them_and_a_second_sigterm_ends_it(program):
+def test_a_program_that_is_still_connecting_waits_for_the_others_unless_a_second_sigterm_comes(program):
     process = program("connecting")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
@@ -153,7 +153,7 @@ def test_a_program_that_has_not_met_the_others_waits_to_tell_them_and_a_second_s
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_program_between_its_steps_is_told_at_the_next_check(program, number):
+def test_a_signal_between_steps_is_returned_by_the_next_check(program, number):
     process = program("step")
     process.send_signal(number)
     assert process.communicate(timeout=60)[1] == ""
@@ -186,7 +186,7 @@ def test_a_second_sigterm_or_ctrl_c_ends_a_program_that_has_something_to_save(pr
 
 
 class Store:
-    """What processes tell each other, here within one."""
+    """A replacement for the communication of processes, within one process."""
 
     def __init__(self, count):
         self.count, self.stop, self.posted = count, threading.Event(), {}
@@ -241,7 +241,7 @@ def test_processes_that_are_steps_apart_stop_after_the_same_step(seed, monkeypat
     assert stopped[0] > max(store.posted.values())
 
 
-def test_what_is_not_asked_to_stop_does_not(monkeypatch):
+def test_without_a_signal_nothing_stops(monkeypatch):
     monkeypatch.setattr("flax_transformer.processes.interruption.LOOK_INTERVAL", 0.005)
     with Interruption() as interruption:
         interruption.meet(FakePeers(Store(2), 0))

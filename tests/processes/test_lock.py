@@ -21,7 +21,7 @@ from tests.fake_scheme import fake_bucket
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
 
-# Enters the lock, says so, and holds it until its input is closed.
+# Takes the lock, says so, and holds it until its input is closed.
 HOLD = """
 import sys
 from etils import epath
@@ -57,7 +57,7 @@ def start():
         process.communicate()
 
 
-def test_a_second_training_is_refused_until_the_first_is_gone_even_by_kill_9(start, tmp_path):
+def test_a_second_training_is_refused_until_the_first_has_ended_even_by_kill_9(start, tmp_path):
     path = tmp_path / "runs" / "first"
     first = start(path)
     assert first.stdout.readline() == "holds\n"
@@ -78,7 +78,7 @@ def test_a_second_training_is_refused_until_the_first_is_gone_even_by_kill_9(sta
     assert json.loads((path / "training.lock").read_text())["process"] == third.pid
 
 
-def test_the_refusal_says_since_when(tmp_path):
+def test_the_refusal_says_when_the_first_training_started(tmp_path):
     path = epath.Path(tmp_path)
     before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     message = rf"process {os.getpid()} on host {HOST} has been training there since (\S+): wait"
@@ -92,7 +92,7 @@ def test_the_refusal_says_since_when(tmp_path):
     assert before <= since <= datetime.datetime.now(datetime.UTC) and since.utcoffset() == datetime.timedelta(0)
 
 
-def test_a_lock_that_was_let_go_names_nobody_and_is_free_again(start, tmp_path):
+def test_a_released_lock_names_nobody_and_can_be_taken_again(start, tmp_path):
     taken = TrainingLock(epath.Path(tmp_path))
     for _ in range(2):
         with taken:
@@ -101,7 +101,7 @@ def test_a_lock_that_was_let_go_names_nobody_and_is_free_again(start, tmp_path):
     assert start(tmp_path).stdout.readline() == "holds\n"
 
 
-def test_an_error_inside_lets_it_go(tmp_path):
+def test_an_error_inside_releases_the_lock(tmp_path):
     path = epath.Path(tmp_path)
     with pytest.raises(KeyError), TrainingLock(path):
         raise KeyError
@@ -110,7 +110,7 @@ def test_an_error_inside_lets_it_go(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"3", b"\xff", b'{"host": "here"}'])
-def test_a_holder_whose_name_cannot_be_read_is_refused_too(text, tmp_path):
+def test_a_lock_without_a_readable_name_is_respected_too(text, tmp_path):
     path = epath.Path(tmp_path)
     with TrainingLock(path):
         (tmp_path / "training.lock").write_bytes(text)
@@ -129,7 +129,7 @@ def test_a_child_that_outlives_the_training_does_not_keep_the_lock(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path):
-    """A work directory in a pretended bucket, where the heartbeat takes the lock's place."""
+    """A work directory in a fake bucket, where the heartbeat replaces the lock."""
     with fake_bucket(tmp_path):
         yield epath.Path("gs://bucket/runs/first")
 
@@ -140,7 +140,7 @@ def beat_of(process, host, seconds_ago):
 
 
 def enter(path):
-    """Enters and leaves, and gives the warnings."""
+    """Takes and releases the lock, and returns the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with TrainingLock(path):
@@ -150,8 +150,8 @@ def enter(path):
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize(("seconds_ago", "shown"), [(-30, "0"), (42, "4[2-9]"), (290, "29[0-9]")])
-def test_a_young_heartbeat_of_another_process_is_a_warning(elsewhere, seconds_ago, shown, bucket):
-    # One number is in use on many hosts, and one host has many processes.
+def test_a_recent_heartbeat_of_another_process_is_a_warning(elsewhere, seconds_ago, shown, bucket):
+    # Different hosts use the same process ids, and one host has many processes.
     process, host = (os.getpid(), "elsewhere") if elsewhere else (os.getpid() + 1, HOST)
     (bucket / "training.heartbeat").write_text(beat_of(process, host, seconds_ago))
     with pytest.warns(
@@ -162,7 +162,7 @@ def test_a_young_heartbeat_of_another_process_is_a_warning(elsewhere, seconds_ag
             pass
 
 
-def test_no_old_or_own_heartbeat_is_a_warning(bucket):
+def test_old_and_own_heartbeats_are_no_warning(bucket):
     assert enter(bucket) == []
     for process, host, seconds_ago in ((1, "elsewhere", 301), (os.getpid(), HOST, 1)):
         (bucket / "training.heartbeat").write_text(beat_of(process, host, seconds_ago))
@@ -178,7 +178,7 @@ def test_no_old_or_own_heartbeat_is_a_warning(bucket):
         '{"host": "elsewhere", "process": 1, "time": "2999-01-01T00:00:00"}',  # no time zone
     ],
 )
-def test_a_damaged_heartbeat_is_passed_over_and_replaced(text, bucket):
+def test_a_damaged_heartbeat_is_ignored_and_replaced(text, bucket):
     (bucket / "training.heartbeat").write_text(text)
     assert enter(bucket) == [] and not (bucket / "training.heartbeat").exists()
 
@@ -190,7 +190,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_a_heartbeat_stays_fresh_while_training_and_goes_with_it(bucket, monkeypatch):
+def test_a_heartbeat_is_renewed_during_training_and_removed_at_its_end(bucket, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT_INTERVAL", 0.05)
     file = bucket / "training.heartbeat"
     taken = TrainingLock(bucket)
@@ -206,14 +206,14 @@ def test_a_heartbeat_stays_fresh_while_training_and_goes_with_it(bucket, monkeyp
         assert not file.exists()
 
 
-def test_another_trainings_heartbeat_is_left_where_it_is(bucket):
+def test_another_trainings_heartbeat_is_not_removed(bucket):
     file = bucket / "training.heartbeat"
     with TrainingLock(bucket):
         file.write_text(beat_of(1, "elsewhere", 3))
     assert json.loads(file.read_text())["host"] == "elsewhere"
 
 
-def test_a_heartbeat_that_cannot_be_written_ends_nothing(bucket, monkeypatch):
+def test_a_heartbeat_that_cannot_be_written_does_not_end_training(bucket, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT_INTERVAL", 0.05)
     failures = []
 
@@ -230,7 +230,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(bucket, monkeypatch):
     assert set(failures) == {"training.heartbeat"}
 
 
-def test_a_share_without_locks_gets_a_heartbeat(tmp_path, monkeypatch):
+def test_a_network_share_without_locks_gets_a_heartbeat(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -241,7 +241,7 @@ def test_a_share_without_locks_gets_a_heartbeat(tmp_path, monkeypatch):
     assert not (path / "training.heartbeat").exists()
 
 
-def test_another_failure_of_the_lock_is_not_taken_for_a_training(tmp_path, monkeypatch):
+def test_another_error_of_the_lock_is_not_reported_as_a_training(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

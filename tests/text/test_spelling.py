@@ -19,7 +19,7 @@ def spelling(known):
     "space",
     ["\t", "\n", "\r", "\x0b", "\x0c", "\x1e", "\x85", "\xa0", "\u1680", "\u2003", "\u2009", "\u2028", "\u202f"],
 )
-def test_white_space_without_a_piece_is_a_space(space):
+def test_white_space_without_a_piece_becomes_a_space(space):
     assert spelling(LATIN).spell(f"a{space}b") == "a b"
     assert spelling(LATIN).spell(f"{space}ab{space}") == "ab"
 
@@ -32,13 +32,13 @@ def test_white_space_with_a_piece_stays_inside_a_sentence(space):
 @pytest.mark.parametrize(
     "invisible", ["\ufeff", "\u200b", "\u2060", "\xad", "\u200e", "\u2066", "\ufe0f", "\u034f", "\0", "\x1b", "\x7f"]
 )
-def test_an_invisible_character_without_a_piece_is_left_out(invisible):
+def test_an_invisible_character_without_a_piece_is_removed(invisible):
     assert spelling(LATIN).spell(f"{invisible}a{invisible}b{invisible}") == "ab"
     assert spelling(LATIN | {invisible}).spell(f"a{invisible}b") == f"a{invisible}b"
 
 
 @pytest.mark.parametrize("joiner", [ZWJ, ZWNJ])
-def test_joiners_that_the_vocabulary_knows_stay(joiner):
+def test_joiners_with_a_piece_are_kept(joiner):
     word = f"ಕ್{joiner}ಷ"
     assert spelling(word).spell(word) == word
     assert spelling(word.replace(joiner, "")).spell(word) == word.replace(joiner, "")
@@ -51,7 +51,7 @@ WORDS = ["été", "ಕೊಂಡು", "ಹೋಯಿತು", "क़लम", "각�
 
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_canonically_equivalent_text_is_spelled_alike_whatever_form_the_vocabulary_has(word, form):
+def test_canonically_equivalent_texts_get_the_same_spelling_with_any_vocabulary(word, form):
     known = unicodedata.normalize(form, word)
     reader = spelling(known)
     spelled = {reader.spell(unicodedata.normalize(other, word)) for other in ("NFC", "NFD")} | {reader.spell(word)}
@@ -60,7 +60,7 @@ def test_canonically_equivalent_text_is_spelled_alike_whatever_form_the_vocabula
     assert not any(reader.unknown(unicodedata.normalize(other, word)) for other in ("NFC", "NFD"))
 
 
-def test_a_vocabulary_of_text_that_was_not_composed_keeps_reading_it():
+def test_a_vocabulary_of_uncomposed_text_can_still_read_it():
     # U+0958 and the ohm sign are not NFC; the vocabulary knows them as they are.
     assert spelling({"\u0958", "\u2126"}).spell("\u0958\u2126") == "\u0958\u2126"
     assert spelling({"\u0958", "\u2126"}).spell("\u0915\u093c\u03a9") == "\u0958\u2126"
@@ -72,31 +72,31 @@ def test_a_sign_in_the_vocabulary_does_not_replace_the_letter_that_it_equals(sig
     for pieces in ([letter, sign], [letter, sign, f"{letter}a", f"b{letter}"]):
         reader = Spelling(set("".join(pieces)).__contains__, pieces)
         assert reader.spell(f"a{letter}b{sign}") == f"a{letter}b{letter}"
-    # Where it is the usual one, it stays.
+    # If it is the usual one, it stays.
     assert Spelling({letter, sign, "a"}.__contains__, [letter, sign, f"{sign}a"]).spell(letter) == sign
 
 
-def test_a_letter_with_two_marks_is_taken_apart_as_far_as_needed():
+def test_a_letter_with_two_marks_is_decomposed_only_as_far_as_needed():
     assert spelling({"ê", "\u0301"}).spell("ế") == "ê\u0301"
 
 
-def test_what_is_known_is_not_changed():
+def test_known_characters_are_not_changed():
     text = "ordinary text with é  and two  spaces"
     assert spelling(LATIN).spell(text) == text
 
 
-def test_unknown_characters_are_named_in_order_and_white_space_is_none():
+def test_unknown_characters_are_listed_in_order_without_white_space():
     assert spelling(LATIN).unknown("日本 is 本\t\ufeff") == "日本本"
     assert spelling({"e", "\u0301"}).unknown("é") == ""
 
 
 @pytest.mark.parametrize("text", ["", " ", "\t\r\n", "\u3000", "\u200b", "\ufeff", "\xad \u2060", ZWNJ, "\0", "\u2800"])
-def test_text_without_anything_to_read_is_blank(text):
+def test_text_without_visible_characters_is_blank(text):
     assert is_blank(text)
 
 
 @pytest.mark.parametrize("text", ["a", " .", "\u0301", "▁", "\ufffd", "\u0600", f"{ZWJ}ಕ"])
-def test_text_with_something_to_read_is_not_blank(text):
+def test_text_with_visible_characters_is_not_blank(text):
     assert not is_blank(text)
 
 

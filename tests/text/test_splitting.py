@@ -45,7 +45,7 @@ def test_every_part_fits_and_no_character_is_lost(text, limit, length):
 
 
 @pytest.mark.parametrize("text", [text_of(2, 300), han_of(2, 300)])
-def test_parts_joined_are_the_text(text, length):
+def test_joining_the_parts_restores_the_text(text, length):
     parts = split_sentence(text, length, 40)
     assert len(parts) > 5 and join_parts(parts) == text
 
@@ -59,7 +59,7 @@ def test_a_text_that_fits_is_one_part():
     ("text", "limit", "parts"),
     [
         ("A b. C d. E f. G h.", 6, ["A b.", "C d.", "E f.", "G h."]),  # a model knows single sentences
-        ("a b. c d. e f. g h.", 6, ["a b. c d.", "e f. g h."]),  # else as full as fits: 4 words and the end
+        ("a b. c d. e f. g h.", 6, ["a b. c d.", "e f. g h."]),  # otherwise as long as possible: 4 words and the end
         ("a b. c d. e f. g h.", 5, ["a b. c d.", "e f. g h."]),
         ("a b. c d. e f. g h.", 4, ["a b.", "c d.", "e f.", "g h."]),
         ("a, b c. d e f.", 5, ["a, b c.", "d e f."]),  # the end of a sentence before a fuller part
@@ -68,11 +68,11 @@ def test_a_text_that_fits_is_one_part():
         ("a b c, d e f g h. i.", 5, ["a b c,", "d e f g", "h. i."]),
     ],
 )
-def test_better_places_to_cut_come_first(text, limit, parts):
+def test_texts_are_cut_at_the_best_places_first(text, limit, parts):
     assert split_sentence(text, words, limit) == parts
 
 
-def test_a_part_takes_all_that_fits(length):
+def test_a_part_is_as_long_as_possible(length):
     """No part could take the first word of the next one where there are only words to cut at."""
     text = " ".join(f"{number}{'xyz' * (number % 5)}" for number in range(500))
     parts = split_sentence(text, length, 60)
@@ -97,18 +97,18 @@ def test_a_part_takes_all_that_fits(length):
         "မင်္ဂလာပါ။ |ဟုတ်။",
     ],
 )
-def test_scripts_end_their_sentences_in_their_own_ways(text):
-    """A bar stands where a cut belongs, in a text that is a little too long."""
+def test_sentences_end_at_the_marks_of_each_script(text):
+    """A bar marks where a text that is a little too long should be cut."""
     whole = text.replace("|", "")
     assert split_sentence(whole, characters, characters(whole) - 1) == [part.strip() for part in text.split("|")]
 
 
-def test_lower_case_after_a_mark_goes_on_with_the_sentence_unless_all_is_lower_case():
+def test_lower_case_after_a_mark_continues_the_sentence_unless_all_is_lower_case():
     assert split_sentence("A b. C e.g. d e", words, 5) == ["A b.", "C e.g. d e"]
     assert split_sentence("a b, c. d, e f", words, 5) == ["a b, c.", "d, e f"]
 
 
-def test_marks_of_clauses_come_before_white_space():
+def test_clauses_are_preferred_to_white_space():
     for text in ("a b, c d e", "a b; c d e", "a b: c d e", "a b – c d e", "a b— c d e", "a b، c d e", "a b؛ c d e"):
         parts = split_sentence(text, words, 5)
         assert parts[1:] == ["c d e"]
@@ -135,7 +135,7 @@ def test_a_limit_below_one_character_is_an_error_that_names_it():
     [text_of(3, 10_000), "word " * 10_000, "a" * 50_000, "a," * 25_000, "a. " * 20_000, "字" * 20_000, "字。" * 20_000],
     ids=lambda text: text[:8],
 )
-def test_long_texts_cost_no_more_than_a_few_encodings_of_them(text):
+def test_splitting_a_long_text_costs_only_a_few_encodings(text):
     measured = []
 
     def length(part):
@@ -159,5 +159,5 @@ def test_long_texts_cost_no_more_than_a_few_encodings_of_them(text):
         ([], ""),
     ],
 )
-def test_translations_are_joined_as_their_script_joins_sentences(parts, text):
+def test_translations_are_joined_with_or_without_spaces_by_script(parts, text):
     assert join_parts(parts) == text

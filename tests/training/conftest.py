@@ -55,5 +55,5 @@ def lines_of(path, kind):
 
 
 def losses_of(path):
-    """The loss of each step; where a step was made twice, both."""
+    """The loss of each step; both losses if a step was made twice."""
     return [(line["step"], line["loss"]) for line in lines_of(path, "train")]

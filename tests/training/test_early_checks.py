@@ -33,7 +33,7 @@ def without_valid(experiment):
         ({"patience": 2, "weights": "trained"}, r"patience is 2, but training.evaluate_every is 0: .*set .*patience=0"),
     ],
 )
-def test_what_the_end_would_lack_is_refused_before_anything_is_made(changes, message, experiment, tmp_path):
+def test_settings_that_cannot_work_at_the_end_are_refused_before_the_start(changes, message, experiment, tmp_path):
     with pytest.raises(ValueError, match=message):
         train_and_evaluate(with_training(experiment, **(AVERAGED | changes)), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
@@ -46,18 +46,18 @@ def test_scores_need_a_validation_corpus(changes, experiment, tmp_path):
         train_and_evaluate(experiment, tmp_path)
 
 
-def test_best_checkpoints_that_nothing_will_choose_are_warned_of(experiment, tmp_path):
+def test_keeping_best_checkpoints_without_evaluations_is_a_warning(experiment, tmp_path):
     experiment = with_training(without_valid(experiment), steps=1, keep_best=4)
     with pytest.warns(UserWarning, match="keep_best is 4, but data.valid is empty"):
         train_and_evaluate(experiment, tmp_path)
 
 
-def test_a_training_that_goes_on_counts_what_is_there_and_never_loses_the_test(experiment, tmp_path, monkeypatch):
+def test_a_continued_training_counts_existing_checkpoints_and_keeps_the_test(experiment, tmp_path, monkeypatch):
     experiment = with_training(experiment, **(AVERAGED | {"weights": "trained"}), checkpoint_every=2, steps=6)
     let_losses_be(monkeypatch, [1.0] * 9)
     train_and_evaluate(experiment, tmp_path / "run")
     averaged = {**AVERAGED, "average_last": 4, "checkpoint_every": 100}
-    # 2, 4 and 6 are there, and the end at 9 is the fourth, which the settings alone would not give.
+    # Checkpoints 2, 4 and 6 exist, and the end at 9 is the fourth, which the settings alone would not give.
     path = shutil.copytree(tmp_path / "run", tmp_path / "enough")
     assert train_and_evaluate(with_training(experiment, steps=9, **averaged), path) is not None
     for step in (2, 4):
@@ -65,13 +65,13 @@ def test_a_training_that_goes_on_counts_what_is_there_and_never_loses_the_test(e
     path = shutil.copytree(tmp_path / "run", tmp_path / "few")
     with pytest.raises(ValueError, match="average_last is 4, but training.steps = 9 leaves 2 checkpoints: lower"):
         train_and_evaluate(with_training(experiment, steps=9, **averaged), path)
-    # The last step was made: what there is is averaged and tested.
+    # The last step was made, so the existing checkpoints are averaged and tested.
     with pytest.warns(UserWarning, match="there are 1 checkpoints, not the 4 whose mean is wanted"):
         assert train_and_evaluate(with_training(experiment, **averaged), tmp_path / "run") is not None
     assert lines_of(tmp_path / "run", "test")[-1]["loss"] == 1.0
 
 
-def test_where_patience_ends_a_training_the_mean_is_of_what_there_is(experiment, tmp_path, monkeypatch):
+def test_after_early_stopping_the_existing_checkpoints_are_averaged(experiment, tmp_path, monkeypatch):
     changes = AVERAGED | {"average_best": 5, "keep_best": 9, "evaluate_every": 1, "patience": 2}
     let_losses_be(monkeypatch, [1.0, 2.0, 3.0, 7.0])
     with pytest.warns(UserWarning, match="there are 3 scored checkpoints, not the 5"):
@@ -83,9 +83,7 @@ def roll_back(path, *steps):
         shutil.rmtree(path / "checkpoints" / str(step))
 
 
-def test_after_a_rollback_removed_steps_are_scored_anew_and_patience_does_not_count_them(
-    experiment, tmp_path, monkeypatch
-):
+def test_after_a_rollback_removed_steps_are_scored_again_and_patience_ignores_them(experiment, tmp_path, monkeypatch):
     changes = {"steps": 4, "evaluate_every": 1, "checkpoint_every": 1, "keep_latest": 9, "patience": 2}
     experiment = with_training(experiment, **changes)
     let_losses_be(monkeypatch, [1.0, 2.0, 3.0, 9.0])  # ends at step 3, then tests
@@ -101,7 +99,7 @@ def test_after_a_rollback_removed_steps_are_scored_anew_and_patience_does_not_co
     assert same(Translator.from_workdir(tmp_path, step="best").params, scored[1])
 
 
-def test_an_average_of_steps_that_are_gone_does_not_translate_while_training_goes_on(experiment, tmp_path, monkeypatch):
+def test_an_average_of_removed_steps_is_not_used_while_training_continues(experiment, tmp_path, monkeypatch):
     changes = {"steps": 3, "checkpoint_every": 1, "average_last": 2}
     experiment = with_training(experiment, **(AVERAGED | changes))
     train_and_evaluate(experiment, tmp_path)
@@ -112,7 +110,7 @@ def test_an_average_of_steps_that_are_gone_does_not_translate_while_training_goe
 
     with monkeypatch.context() as patch:
         patch.setattr("flax_transformer.training.loop._Training._steps", stop)
-        with pytest.warns(UserWarning, match="is of checkpoints after step 1, .* it was moved to .*damaged"):
+        with pytest.warns(UserWarning, match="includes checkpoints after step 1, .* it was moved to .*damaged"):
             with pytest.raises(KeyboardInterrupt):
                 train_and_evaluate(experiment, tmp_path)
     assert (tmp_path / "damaged" / "averaged-1").is_dir()
@@ -124,7 +122,7 @@ def test_an_average_of_steps_that_are_gone_does_not_translate_while_training_goe
     assert not same(Translator.from_workdir(tmp_path, step="chosen").params, first)
 
 
-def test_scores_by_other_settings_do_not_choose_and_the_step_is_scored_again(experiment, tmp_path, monkeypatch):
+def test_scores_with_other_settings_are_ignored_and_the_step_is_scored_again(experiment, tmp_path, monkeypatch):
     changes = {"steps": 2, "evaluate_every": 1, "checkpoint_every": 1, "keep_latest": 9, "best_metric": "exact_match"}
     experiment = with_training(experiment, **changes)
     let_losses_be(monkeypatch, [1.0, 2.0, 9.0])

@@ -23,13 +23,13 @@ from flax_transformer.training.step import eval_step
 REFERENCES = ["The cat sat on the mat.", "A dog ran over the green hill today.", "Three birds sang a short song."]
 
 
-def test_references_score_full_marks():
+def test_references_get_the_maximum_scores():
     scores = score_translations(REFERENCES, REFERENCES, 0.25)
     assert (scores.bleu, scores.chrf, scores.exact_match) == pytest.approx((100, 100, 100))
     assert (scores.loss, scores.sentences) == (0.25, 3)
 
 
-def test_exact_match_counts_to_the_letter():
+def test_exact_match_requires_equal_texts():
     others = [REFERENCES[0].lower(), REFERENCES[1], REFERENCES[2] + " "]
     assert score_translations(others, REFERENCES, 0.0).exact_match == pytest.approx(100 / 3)
 
@@ -103,7 +103,7 @@ def packed(vocabularies, config, **options):
     return PackedCorpus.from_text(TEXT, vocabularies, DATA, max_length=config.max_length, **options)
 
 
-def test_the_loss_is_of_all_tokens_and_the_translations_are_the_translator_s(
+def test_the_loss_covers_all_tokens_and_translations_equal_the_translator_s(
     vocabularies, config, params, eval_on_one, expected_loss
 ):
     corpus = packed(vocabularies, config)
@@ -112,12 +112,10 @@ def test_the_loss_is_of_all_tokens_and_the_translations_are_the_translator_s(
     assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
     translator = Translator(TrainedModel(config, params, vocabularies))
     assert translations == translator.translate(TEXT.source, BeamSearch(beam_size=1))
-    assert scores.sentences == 8  # what is too long for the loss is translated all the same
+    assert scores.sentences == 8  # pairs that are too long for the loss are translated anyway
 
 
-def test_some_sentences_are_translated_where_some_are_asked_for_under_pmap_too(
-    vocabularies, config, params, expected_loss
-):
+def test_evaluate_sentences_limits_the_translations_also_under_pmap(vocabularies, config, params, expected_loss):
     eight = Parallelism("pmap")
     evaluate = eight.compile(functools.partial(eval_step, model=Transformer(config)), donate_state=False)
     corpus = packed(vocabularies, config, multiple=eight.num_devices)
@@ -132,7 +130,7 @@ NAMES = ("source", "reference", "translation")
 
 
 @pytest.mark.parametrize("count", [0, 2, 5])
-def test_samples_stand_one_under_the_other_as_many_as_asked_for(count, capsys):
+def test_as_many_samples_as_requested_are_shown_below_each_other(count, capsys):
     show_samples(["a", "b", "c"], ["A", "B", "C"], ["x", "y", "z"], count)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
     triples = zip("abc", "ABC", "xyz", strict=True)
@@ -148,7 +146,7 @@ def test_samples_stand_one_under_the_other_as_many_as_asked_for(count, capsys):
         ("loss", "loss: 1.235 on 500 sentences, trained in 83 s"),
     ],
 )
-def test_the_last_line_tells_the_score_that_chose_the_checkpoint(metric, last, capsys):
+def test_the_last_line_shows_the_score_that_chose_the_checkpoint(metric, last, capsys):
     show_test("checkpoint 70", SCORES, metric=metric, seconds=83.2)
     *others, closing = capsys.readouterr().out.splitlines()
     assert closing == last

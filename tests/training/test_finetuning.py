@@ -44,7 +44,7 @@ def params_of(path):
 
 
 @pytest.mark.parametrize("parallelism", ["jit", "pmap", "fsdp"])
-def test_it_begins_with_that_model_and_its_vocabulary(finetuning, start, tmp_path, parallelism):
+def test_finetuning_starts_with_the_model_and_its_vocabulary(finetuning, start, tmp_path, parallelism):
     still = with_training(finetuning, learning_rate=0.0, steps=1, parallelism=parallelism, ema_decay=0.9)
     train_and_evaluate(still, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), TrainedModel.load(start).params)
@@ -53,7 +53,7 @@ def test_it_begins_with_that_model_and_its_vocabulary(finetuning, start, tmp_pat
     assert found.fingerprint() == TrainedModel.load(start).vocabularies.fingerprint()
 
 
-def test_its_loss_falls_and_it_exports_again(finetuning, start, tmp_path):
+def test_the_loss_of_finetuning_falls_and_the_model_can_be_exported(finetuning, start, tmp_path):
     train_and_evaluate(finetuning, tmp_path / "run")
     losses = [loss for _, loss in losses_of(tmp_path / "run")]
     assert len(losses) == STEPS and np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
@@ -69,7 +69,7 @@ class Stopped(Exception):
     pass
 
 
-def test_stopped_it_goes_on_to_the_same_bits_and_needs_the_start_no_more(finetuning, start, tmp_path, monkeypatch):
+def test_a_stopped_finetuning_continues_without_the_initial_model(finetuning, start, tmp_path, monkeypatch):
     train_and_evaluate(finetuning, tmp_path / "whole")
     done = iter(range(7))
 
@@ -98,8 +98,8 @@ def test_stopped_it_goes_on_to_the_same_bits_and_needs_the_start_no_more(finetun
         ("embeddings,encoder", {"clip_norm": 1.0}),
     ],
 )
-def test_what_is_frozen_stays_and_all_else_moves(finetuning, start, tmp_path, freeze, others):
-    """Also where the training is begun and goes on."""
+def test_frozen_parameters_stay_and_all_others_change(finetuning, start, tmp_path, freeze, others):
+    """Also when the training is started and continued."""
     frozen = with_training(finetuning, freeze=freeze, weight_decay=0.1, **others)
     for steps in (2, 4):
         train_and_evaluate(with_training(frozen, steps=steps), tmp_path)
@@ -110,12 +110,12 @@ def test_what_is_frozen_stays_and_all_else_moves(finetuning, start, tmp_path, fr
         old = before
         for part in path:
             old = old[part.key]
-        # The gradient of a key's bias is zero but for rounding.
+        # The gradient of a key's bias is zero except for rounding.
         if "key" not in [part.key for part in path]:
             assert np.array_equal(leaf, old) == stays, jax.tree_util.keystr(path)
 
 
-def test_another_start_in_the_same_folder_is_an_error(finetuning, tmp_path):
+def test_another_initial_model_in_the_same_folder_is_an_error(finetuning, tmp_path):
     train_and_evaluate(with_training(finetuning, steps=1), tmp_path)
     with pytest.raises(ValueError, match="was begun with training.start_from = .*: set it back"):
         train_and_evaluate(with_training(finetuning, start_from=""), tmp_path)
@@ -128,11 +128,11 @@ def test_another_start_in_the_same_folder_is_an_error(finetuning, tmp_path):
         ({"norm": "pre"}, "model.norm is 'pre'"),
     ],
 )
-def test_another_model_than_the_start_s_is_an_error(finetuning, tmp_path, change, match):
+def test_a_config_that_differs_from_the_initial_model_is_an_error(finetuning, tmp_path, change, match):
     other = dataclasses.replace(finetuning, model=dataclasses.replace(finetuning.model, **change))
     with pytest.raises(ValueError, match=match):
         train_and_evaluate(other, tmp_path / "run")
-    # Mended, the same command begins.
+    # After the correction the same command works.
     train_and_evaluate(with_training(finetuning, steps=1), tmp_path / "run")
 
 

@@ -59,7 +59,7 @@ def trained(experiment, tmp_path_factory):
 
 @pytest.fixture
 def path(trained, tmp_path):
-    """A copy of it, to be gone on with."""
+    """A copy of it in which a test continues training."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -87,7 +87,7 @@ def files_in(folder):
 
 
 def refused(experiment, path, message):
-    """Training is refused in one line, and the work directory left as it was."""
+    """Training is refused in one line, and does not change the work directory."""
     left = files_in(path)
     with pytest.raises(ValueError, match=message) as caught:
         train_and_evaluate(experiment, path)
@@ -99,7 +99,7 @@ def lines_of(path, kind):
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_an_edited_text_is_refused_until_it_is_put_back_or_accepted(split, experiment, path, edit):
+def test_an_edited_text_is_refused_until_it_is_restored_or_accepted(split, experiment, path, edit):
     fingerprints = WorkDirectory(path).read_fingerprints()
     put_back = edit(split)
     spec = getattr(experiment.data, split)
@@ -122,13 +122,13 @@ def test_an_edited_text_is_refused_until_it_is_put_back_or_accepted(split, exper
     refused(experiment, path, message)
 
 
-def test_both_texts_are_named_where_both_were_edited(experiment, path, edit):
+def test_both_texts_are_named_if_both_were_edited(experiment, path, edit):
     edit("train"), edit("valid")
     refused(experiment, path, r"^data\.train \(.*train\.out\) and data\.valid \(.*valid\.out\) has another text")
 
 
 @pytest.mark.parametrize(("split", "scored"), [("train", {1, 2}), ("valid", {2})])
-def test_scores_are_forgotten_where_the_validation_text_is_another(split, scored, experiment, path, edit):
+def test_scores_are_removed_if_the_validation_text_has_changed(split, scored, experiment, path, edit):
     edit(split)
     # Step 1 is not scored again, since its turn does not come.
     later = change(experiment, "training", steps=2, evaluate_every=2)
@@ -137,14 +137,14 @@ def test_scores_are_forgotten_where_the_validation_text_is_another(split, scored
         assert checkpoints.scores.keys() == scored
 
 
-def test_a_validation_text_that_was_left_out_for_a_while_is_still_known(experiment, path, edit):
+def test_a_validation_text_that_was_not_used_for_a_while_is_still_known(experiment, path, edit):
     without = change(change(experiment, "data", valid=""), "training", steps=2)
     train_and_evaluate(without, path)
     edit("valid")
     refused(change(experiment, "training", steps=2), path, r"^data\.valid \(.*valid\.out\) has another text")
 
 
-def test_an_edited_test_text_is_no_matter(experiment, path, edit):
+def test_an_edited_test_text_is_accepted(experiment, path, edit):
     edit("test")
     assert train_and_evaluate(experiment, path).sentences == 4
     assert [line["sentences"] for line in lines_of(path, "test")] == [3, 4]
@@ -178,18 +178,18 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_training_and_translat
         ("training", "ema_decay", 0.5),
     ],
 )
-def test_a_setting_that_a_training_keeps_is_refused_where_it_is_another(section, name, value, experiment, path):
+def test_a_changed_setting_that_must_stay_the_same_is_refused(section, name, value, experiment, path):
     found = getattr(getattr(experiment, section), name)
     other = change(experiment, section, **{name: value})
     message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, or give another"
     refused(other, path, f"^{re.escape(message)}")
 
 
-def test_how_attention_is_computed_may_change_with_the_machine(experiment, path):
+def test_the_implementation_of_attention_may_change(experiment, path):
     train_and_evaluate(change(experiment, "model", attention_implementation="xla"), path)
 
 
-def test_fingerprints_that_are_damaged_are_an_error_and_without_any_they_are_written(experiment, path):
+def test_damaged_fingerprints_are_an_error_and_missing_ones_are_written(experiment, path):
     file = path / "fingerprints.json"
     written = file.read_bytes()
     for content in (b"", b"{", b"3", b"\xff"):
@@ -201,7 +201,7 @@ def test_fingerprints_that_are_damaged_are_an_error_and_without_any_they_are_wri
 
 
 @pytest.mark.parametrize("name", ["joint.model", "config.json", "cache/text", "not_finite_3.tsv"])
-def test_a_text_where_training_writes_is_refused_before_it_is_read(name, experiment, tmp_path):
+def test_a_corpus_file_that_training_would_overwrite_is_refused_before_it_is_read(name, experiment, tmp_path):
     text = tmp_path / "run" / name
     text.parent.mkdir(parents=True)
     text.write_text("no tab here\n")
@@ -210,16 +210,16 @@ def test_a_text_where_training_writes_is_refused_before_it_is_read(name, experim
     assert text.read_text() == "no tab here\n"
 
 
-def test_a_place_that_cannot_be_written_to_is_told_before_a_text_is_read(experiment, tmp_path):
+def test_an_unwritable_work_directory_is_an_error_before_the_corpus_is_read(experiment, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="the folder .*file/run cannot be made"):
         train_and_evaluate(change(experiment, "data", train="tsv:none"), tmp_path / "file" / "run")
 
 
-def test_a_model_is_not_trained_in_its_own_folder(experiment, path):
+def test_a_converted_model_is_not_trained_in_its_own_folder(experiment, path):
     with pytest.raises(ValueError, match="training.start_from and --workdir are both .*: give another --workdir"):
         train_and_evaluate(change(experiment, "training", start_from=str(path)), path)
 
 
-def test_all_that_training_writes_is_known_to_be_its_own(path):
+def test_every_file_that_training_writes_belongs_to_the_work_directory(path):
     assert {each.name for each in path.iterdir()} <= {*OWN_FILES, *OWN_FOLDERS}

@@ -55,7 +55,7 @@ def whole(request, experiment, tmp_path_factory):
     return experiment, path, train_and_evaluate(experiment, path)
 
 
-def test_a_stopped_training_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch):
+def test_a_stopped_training_continues_to_the_same_bits(whole, tmp_path, monkeypatch):
     experiment, unbroken, scores = whole
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, STOPPED_AT)
@@ -72,7 +72,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(whole, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_training_behind_a_checkpoint_of_the_step_in_hand(whole, tmp_path, monkeypatch, number):
+def test_a_signal_ends_a_training_after_a_checkpoint_of_the_current_step(whole, tmp_path, monkeypatch, number):
     experiment, unbroken, scores = whole
     in_hand, handlers = 7, [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]
     done = iter(range(in_hand - 1))
@@ -90,7 +90,7 @@ def test_a_signal_ends_a_training_behind_a_checkpoint_of_the_step_in_hand(whole,
     assert same_checkpoint(tmp_path, unbroken, STEPS)
 
 
-def test_lines_of_metrics_tell_the_mean_loss_the_rate_and_the_speed(whole):
+def test_lines_of_metrics_have_the_mean_loss_the_rate_and_the_speed(whole):
     experiment, path, _ = whole
     for line in lines_of(path, "train"):
         n, warmup = line["step"], experiment.training.warmup_steps
@@ -101,7 +101,7 @@ def test_lines_of_metrics_tell_the_mean_loss_the_rate_and_the_speed(whole):
         assert "tokens_per_second" not in line if n == 1 else line["tokens_per_second"] > 0
 
 
-def test_a_finished_training_trains_no_more_and_tells_its_scores_again(whole):
+def test_a_finished_training_does_not_train_and_prints_its_scores_again(whole):
     experiment, path, scores = whole
     train, test = lines_of(path, "train"), lines_of(path, "test")
     assert train_and_evaluate(experiment, path) == scores
@@ -112,7 +112,7 @@ def test_a_finished_training_trains_no_more_and_tells_its_scores_again(whole):
 
 @pytest.fixture(scope="module")
 def finished(experiment, tmp_path_factory):
-    """A finished training that other tests go on from, without held-out corpora."""
+    """A finished training that other tests continue, without held-out corpora."""
     experiment = without_held_out(experiment)
     path = tmp_path_factory.mktemp("finished")
     assert train_and_evaluate(experiment, path) is None
@@ -123,7 +123,7 @@ def finished(experiment, tmp_path_factory):
     ("section", "key", "found", "wanted"),
     [("model", "norm", "post", "pre"), ("vocabulary", "size", 50, 40), ("data", "seed", 0, 1)],
 )
-def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_key_and_the_mend(
+def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_setting(
     section, key, found, wanted, finished
 ):
     experiment, path = finished
@@ -136,7 +136,7 @@ def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_key_a
     assert WorkDirectory(path).read_config()[section][key] == found
 
 
-def test_more_steps_go_on_from_the_last(finished, capsys):
+def test_with_more_steps_training_continues_from_the_last(finished, capsys):
     experiment, path = finished
     before = losses_of(path)
     train_and_evaluate(with_training(experiment, steps=STEPS + 3, learning_rate=0.5), path)
@@ -152,7 +152,7 @@ def test_fewer_steps_than_were_made_train_nothing(finished):
     assert losses_of(path) == before
 
 
-def test_windows_are_means_over_their_steps_weighed_by_tokens(finished, tmp_path):
+def test_metrics_are_means_over_steps_weighted_by_tokens(finished, tmp_path):
     fine, path = finished
     train_and_evaluate(with_training(fine, log_every=5), tmp_path)
     single = dict(losses_of(path))
@@ -163,7 +163,7 @@ def test_windows_are_means_over_their_steps_weighed_by_tokens(finished, tmp_path
         assert mean == pytest.approx(np.mean(losses), rel=0.02)  # steps hold nearly equal numbers of tokens
 
 
-def test_the_best_checkpoint_is_the_one_that_is_tested(experiment, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_tested(experiment, tmp_path, monkeypatch):
     scored = []
     losses = [3.0, 1.0, 2.0]  # of the validations at steps 4, 8 and 12; the test is after them
 
@@ -185,13 +185,13 @@ def test_the_best_checkpoint_is_the_one_that_is_tested(experiment, tmp_path, mon
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "8"]
 
 
-def test_a_training_corpus_is_asked_for(tmp_path):
+def test_a_missing_training_corpus_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="data.train is empty: name a corpus, e.g. --config.data.train=files:"):
         train_and_evaluate(Experiment(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_what_stopped_at_a_mistake_can_be_mended_in_the_same_folder(experiment, tmp_path):
+def test_after_a_mistake_is_corrected_training_works_in_the_same_folder(experiment, tmp_path):
     experiment = with_training(without_held_out(experiment), steps=1)
     mistake = dataclasses.replace(
         experiment,

@@ -19,7 +19,7 @@ from tests.training.conftest import EVERY, STEPS, lines_of, losses_of, with_trai
 
 
 def let_losses_be(monkeypatch, values):
-    """Lets the validations have these losses, one after the other; gives the list of parameters that they were of."""
+    """Makes the validations return these losses in order; returns the list of the parameters that were evaluated."""
     scored, left = [], list(values)
 
     def score(evaluation, params, **options):
@@ -55,7 +55,7 @@ class Died(Exception):
     pass
 
 
-def test_a_training_that_dies_while_it_evaluates_has_its_checkpoint_and_evaluates_first_when_it_goes_on(
+def test_a_training_that_dies_during_an_evaluation_has_its_checkpoint_and_evaluates_first_when_continued(
     experiment, tmp_path, monkeypatch
 ):
     experiment = with_training(experiment, evaluate_every=4, checkpoint_every=100)
@@ -75,7 +75,7 @@ def test_a_training_that_dies_while_it_evaluates_has_its_checkpoint_and_evaluate
     assert [line["step"] for line in lines_of(broken, "valid")] == [4, 8, 12]
 
 
-def test_a_signal_during_an_evaluation_ends_it_behind_the_batch_in_hand(experiment, tmp_path, monkeypatch):
+def test_a_signal_during_an_evaluation_stops_it_after_the_current_batch(experiment, tmp_path, monkeypatch):
     experiment = with_training(experiment, evaluate_every=4)
     batches = []
     whole = Evaluation.score
@@ -107,7 +107,7 @@ def test_a_signal_during_an_evaluation_ends_it_behind_the_batch_in_hand(experime
         ([3.0, 5.0, 4.0, 1.0, 1.0, 1.0], 3),
     ],
 )
-def test_patience_ends_a_training_whose_metric_gets_no_better(losses, ended_at, experiment, tmp_path, monkeypatch):
+def test_patience_ends_a_training_whose_metric_does_not_improve(losses, ended_at, experiment, tmp_path, monkeypatch):
     experiment = with_training(experiment, steps=6, evaluate_every=1, patience=2)
     scored = let_losses_be(monkeypatch, [*losses, *[9.0] * 3])
     train_and_evaluate(experiment, tmp_path)
@@ -117,14 +117,12 @@ def test_patience_ends_a_training_whose_metric_gets_no_better(losses, ended_at, 
         best = checkpoints.best_step
     # The test corpus came last, with the best checkpoint.
     assert same(scored[-1], scored[best - 1]) and len(scored) == ended_at + 1
-    # Asked again it trains no further.
+    # The same command does not train any further.
     train_and_evaluate(experiment, tmp_path)
     assert len(scored) == ended_at + 2 and losses_of(tmp_path)[-1][0] == ended_at
 
 
-def test_evaluations_and_translations_use_the_moving_average_where_the_config_names_it(
-    experiment, tmp_path, monkeypatch
-):
+def test_evaluations_and_translations_use_the_moving_average_if_configured(experiment, tmp_path, monkeypatch):
     experiment = with_training(experiment, evaluate_every=6, ema_decay=0.9, weights="ema")
     scored = let_losses_be(monkeypatch, [2.0, 1.0, 7.0])
     train_and_evaluate(experiment, tmp_path)
@@ -139,7 +137,7 @@ def test_evaluations_and_translations_use_the_moving_average_where_the_config_na
     assert not same(trained, last)
 
 
-def test_a_stopped_training_goes_on_to_the_same_moving_average(experiment, tmp_path, monkeypatch):
+def test_a_stopped_training_continues_to_the_same_moving_average(experiment, tmp_path, monkeypatch):
     experiment = with_training(without_held_out(experiment), ema_decay=0.9, weights="ema")
     train_and_evaluate(experiment, tmp_path / "unbroken")
     train_with_a_break(experiment, tmp_path / "broken", monkeypatch, after=8)
@@ -147,7 +145,7 @@ def test_a_stopped_training_goes_on_to_the_same_moving_average(experiment, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["last", "best"])
-def test_a_training_ends_with_the_mean_of_checkpoints_and_tests_it(kind, experiment, tmp_path, monkeypatch):
+def test_a_training_ends_by_averaging_checkpoints_and_testing_the_average(kind, experiment, tmp_path, monkeypatch):
     changes = {"evaluate_every": 3, "checkpoint_every": 3, "keep_latest": 2, "keep_best": 2, "weights": "averaged"}
     experiment = with_training(experiment, **changes, **{f"average_{kind}": 2})
     scored = let_losses_be(monkeypatch, [1.0, 2.0, 3.0, 4.0, 7.0])
@@ -162,7 +160,7 @@ def test_a_training_ends_with_the_mean_of_checkpoints_and_tests_it(kind, experim
 
 
 def explode_from(monkeypatch, first, last):
-    """Lets the gradient of some steps be infinite, by what the batch holds: its first segment's number."""
+    """Makes the gradient of some steps infinite, depending on the batch: on its first segment's number."""
     step = step_module.train_step
 
     def train_step(state, batch, **options):
@@ -175,7 +173,7 @@ def explode_from(monkeypatch, first, last):
     monkeypatch.setattr(step_module, "train_step", train_step)
 
 
-def test_updates_that_are_not_finite_are_left_out_counted_and_told(experiment, tmp_path, monkeypatch):
+def test_updates_that_are_not_finite_are_skipped_counted_and_reported(experiment, tmp_path, monkeypatch):
     experiment = with_training(without_held_out(experiment), max_skipped=4, log_every=2)
     explode_from(monkeypatch, 5, 7)
     train_and_evaluate(experiment, tmp_path)
@@ -183,7 +181,7 @@ def test_updates_that_are_not_finite_are_left_out_counted_and_told(experiment, t
     assert [(line["step"], line["skipped"]) for line in lines] == [(2, 0), (4, 0), (6, 2), (8, 3), (10, 3), (12, 3)]
     # A window without a single update has no mean; the others are means of what was made.
     assert [line["step"] for line in lines if line["loss"] is None] == [6]
-    # The schedule stands still with the parameters.
+    # The schedule does not advance while the parameters stay the same.
     n = 12 - 3
     assert lines[-1]["learning_rate"] == pytest.approx(8**-0.5 * n**-0.5, rel=1e-6)
 
@@ -207,12 +205,12 @@ def test_too_many_updates_in_a_row_that_are_not_finite_end_the_training(experime
         (source, target) == (text.source[int(number) - 1], text.target[int(number) - 1])
         for number, source, target in pairs
     )
-    # With its cause gone, it goes on from the checkpoint that stands.
+    # When the cause is removed, training continues from the last checkpoint.
     train_and_evaluate(experiment, tmp_path)
     assert losses_of(tmp_path)[-1][0] == STEPS
 
 
-def test_the_sentences_that_are_named_are_those_of_the_batch(experiment, tmp_path, monkeypatch):
+def test_the_reported_sentences_are_those_of_the_batch(experiment, tmp_path, monkeypatch):
     """The step's batch, spelled by the vocabulary, holds exactly the sentences of the file."""
     experiment = with_training(without_held_out(experiment), max_skipped=1)
     explode_from(monkeypatch, 6, 6)
@@ -233,7 +231,7 @@ def test_the_sentences_that_are_named_are_those_of_the_batch(experiment, tmp_pat
     assert sorted(spelled) == named
 
 
-def test_accumulation_reaches_the_losses_of_the_whole_batch(experiment, tmp_path, capsys):
+def test_micro_batches_give_the_losses_of_the_whole_batch(experiment, tmp_path, capsys):
     experiment = without_held_out(experiment)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dropout_rate=0.0))
     train_and_evaluate(experiment, tmp_path / "whole")
@@ -244,7 +242,7 @@ def test_accumulation_reaches_the_losses_of_the_whole_batch(experiment, tmp_path
     np.testing.assert_allclose([loss for _, loss in whole], [loss for _, loss in parts], rtol=1e-4)
 
 
-def test_a_stopped_training_in_half_precision_goes_on_to_the_same_bits(experiment, tmp_path, monkeypatch):
+def test_a_stopped_training_in_half_precision_continues_to_the_same_bits(experiment, tmp_path, monkeypatch):
     experiment = without_held_out(experiment)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dtype="float16"))
     train_and_evaluate(experiment, tmp_path / "unbroken")
@@ -253,14 +251,14 @@ def test_a_stopped_training_in_half_precision_goes_on_to_the_same_bits(experimen
     assert same(params_of(tmp_path / "broken", "latest"), params_of(tmp_path / "unbroken", "latest"))
 
 
-def test_how_long_a_save_kept_training_waiting_is_recorded(experiment, tmp_path):
+def test_the_time_for_which_a_save_blocks_training_is_recorded(experiment, tmp_path):
     train_and_evaluate(without_held_out(experiment), tmp_path)
     lines = lines_of(tmp_path, "checkpoint")
     assert [line["step"] for line in lines] == [EVERY, 2 * EVERY, STEPS]
     assert all(0 < line["blocked_seconds"] < 10 for line in lines)
 
 
-def test_the_time_to_the_first_step_is_told(experiment, tmp_path, capsys):
+def test_the_time_to_the_first_step_is_reported(experiment, tmp_path, capsys):
     experiment = without_held_out(experiment)
     train_and_evaluate(with_training(experiment, steps=EVERY), tmp_path)
     assert "step 1 was done " in capsys.readouterr().out
@@ -268,7 +266,7 @@ def test_the_time_to_the_first_step_is_told(experiment, tmp_path, capsys):
     assert f"step {EVERY + 1} was done " in capsys.readouterr().out
 
 
-def test_the_host_runs_ahead_by_no_more_steps_than_the_runtime_bears(experiment, tmp_path, monkeypatch):
+def test_the_host_runs_ahead_of_devices_by_a_limited_number_of_steps(experiment, tmp_path, monkeypatch):
     under_way, most = [], []
     make, check = ParallelStep.__call__, loop._Training._check_finite
 

@@ -19,7 +19,7 @@ def optax_loss(logits, smoothing):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
-def test_the_loss_and_its_gradient_are_optax_s_over_smoothed_labels(smoothing):
+def test_the_loss_and_its_gradient_equal_optax_s_with_smoothed_labels(smoothing):
     def our_loss(logits, smoothing):
         return cross_entropy_sums(logits, TARGET, VALID, smoothing).smoothed
 
@@ -50,7 +50,7 @@ def test_padding_adds_nothing_to_any_sum_nor_to_the_gradient():
     assert not gradient[~VALID].any() and gradient[VALID].any(-1).all()
 
 
-def test_tokens_and_correct_tokens_are_counted_among_the_valid():
+def test_only_valid_tokens_are_counted():
     sums = cross_entropy_sums(LOGITS, TARGET, VALID, 0.1)
     assert sums.tokens == VALID.sum()
     assert sums.correct == (VALID & (LOGITS.argmax(-1) == TARGET)).sum()
@@ -83,7 +83,7 @@ def sums_with(weights, outputs, chunks):
 
 @pytest.mark.parametrize("factor", [1.0, 4.0, -0.5])
 @pytest.mark.parametrize("chunks", [1, T])
-def test_in_chunks_the_sums_and_their_gradients_are_those_of_the_whole(chunks, factor):
+def test_sums_in_chunks_and_their_gradients_equal_those_of_the_whole_batch(chunks, factor):
     def loss(weights, outputs, chunks):
         sums = sums_with(weights, outputs, chunks)
         return factor * sums.smoothed, sums
@@ -98,7 +98,7 @@ def test_in_chunks_the_sums_and_their_gradients_are_those_of_the_whole(chunks, f
         np.testing.assert_allclose(leaf, of_whole, rtol=1e-5, atol=1e-6)
 
 
-def test_in_chunks_no_logits_are_made_twice():
+def test_sums_in_chunks_compute_no_logits_twice():
     def products(chunks):
         gradient = jax.grad(lambda weights, outputs: sums_with(weights, outputs, chunks).smoothed, argnums=(0, 1))
         return str(jax.make_jaxpr(gradient)(WEIGHTS, OUTPUTS)).count("dot_general[")
@@ -106,7 +106,7 @@ def test_in_chunks_no_logits_are_made_twice():
     assert products(T) == products(None) == 3
 
 
-def test_in_chunks_a_gradient_too_small_for_float16_is_kept_by_the_scale():
+def test_in_chunks_the_scale_preserves_gradients_too_small_for_float16():
     def sums_of(outputs, target, valid):
         tiny = 1e-9 * jnp.sum(outputs.astype(jnp.float32))
         return LossSums(smoothed=tiny, cross_entropy=tiny, correct=tiny, tokens=tiny)

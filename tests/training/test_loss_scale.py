@@ -17,7 +17,7 @@ def after(scale, *finite):
     return float(scale.factor), int(scale.finite_steps)
 
 
-def test_an_infinite_gradient_halves_the_factor_and_begins_to_count_anew():
+def test_an_infinite_gradient_halves_the_factor_and_resets_the_count():
     assert after(LossScale.create(), BAD) == (FIRST / 2, 0)
     assert after(LossScale.create(), GOOD, GOOD, BAD, GOOD) == (FIRST / 2, 1)
 

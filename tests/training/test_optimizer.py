@@ -36,7 +36,7 @@ SHAPES = {  # by how many warm-ups, or by what share of the steps after it, have
 
 @pytest.mark.parametrize("warmup", [1, 5, 13])
 @pytest.mark.parametrize("schedule", SHAPES)
-def test_other_schedules_rise_evenly_to_their_peak_and_fall_as_their_name_says(schedule, warmup):
+def test_other_schedules_warm_up_linearly_and_decay_as_their_name_says(schedule, warmup):
     found = rates(schedule=schedule, warmup_steps=warmup, learning_rate=3e-3)
     np.testing.assert_allclose(found[:warmup], 3e-3 * np.arange(1, warmup + 1) / warmup, rtol=1e-6)
     since_peak = np.arange(STEPS - warmup + 1)
@@ -45,12 +45,12 @@ def test_other_schedules_rise_evenly_to_their_peak_and_fall_as_their_name_says(s
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.0), ("linear", 0.0), ("constant", 3e-3)])
-def test_the_last_rate_is_zero_where_the_schedule_ends(schedule, end):
+def test_decaying_schedules_end_at_zero(schedule, end):
     assert rates(schedule=schedule, warmup_steps=5, learning_rate=3e-3)[-1] == pytest.approx(end, abs=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["paper", *SHAPES])
-def test_no_warm_up_starts_at_the_peak(schedule):
+def test_without_warm_up_the_rate_starts_at_the_peak(schedule):
     found = rates(schedule=schedule, warmup_steps=0, learning_rate=3e-3)
     assert found[0] == found.max() > 0
 
@@ -75,7 +75,7 @@ def updated(config, params, *gradients):
     return params, state
 
 
-def test_two_updates_are_adam_s_by_hand_with_the_paper_s_constants():
+def test_two_updates_equal_adam_computed_by_hand_with_the_paper_s_constants():
     beta1, beta2, epsilon, rate = 0.9, 0.98, 1e-9, 0.01
     # The smallest gradients are of epsilon's size, so that another epsilon would show.
     first, second = np.array([0.5, -3.0, 1e-9, 2e-8]), np.array([-0.25, 0.0, 3e-9, -1e-8])
@@ -106,7 +106,7 @@ def test_clipping_bounds_the_gradient_s_global_norm_and_leaves_smaller_ones(scal
     np.testing.assert_allclose(seen["a"][0, 0], gradients["a"][0, 0] * min(norm, 1.5) / norm, rtol=1e-5)
 
 
-def test_weight_decay_shrinks_matrices_alone_and_apart_from_adam_s_averages():
+def test_weight_decay_shrinks_only_matrices_independently_of_adam_s_averages():
     params = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0), "scale": jnp.ones(3)}
     nothing = jax.tree.map(jnp.zeros_like, params)
     found, state = updated(settings(weight_decay=0.1), params, nothing)

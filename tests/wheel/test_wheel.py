@@ -1,4 +1,4 @@
-"""The wheel holds everything that training, translating and planning need."""
+"""The wheel contains everything that training, translating and planning need."""
 
 import os
 import subprocess
