@@ -33,7 +33,7 @@ from benchmarks.training_engines import LEARNING_RATE, InTorch, Ours, Run
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.experiment import Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import Experiment, ParallelismConfig, ScheduleConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.monitoring.utilization import model_flops
 
 ENGINES = ("flax_transformer", "torch", "torch_compiled")
@@ -128,10 +128,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def _experiment(model: TransformerConfig, device: str, loss_chunks: int) -> Experiment:
     training = TrainingConfig(
-        loss_chunks=loss_chunks,
-        schedule="constant",
-        learning_rate=LEARNING_RATE,
-        warmup_steps=1,
+        parallelism=ParallelismConfig(loss_chunks=loss_chunks),
+        schedule=ScheduleConfig(name="constant", learning_rate=LEARNING_RATE, warmup_steps=1),
         rng_impl="rbg" if device == "gpu" else TrainingConfig.rng_impl,
     )
     return Experiment(model=model, training=training)

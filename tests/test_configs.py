@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import Experiment, TrainingConfig
+from flax_transformer.experiment import EvaluationConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainingConfig
 from flax_transformer.workdir import WorkDirectory
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -66,10 +66,7 @@ def test_wmt14_has_the_paper_s_hyperparameters(name, preset, steps, checkpoints)
         data, training = experiment.data, experiment.training
         for slots in (data.source_slots, data.target_slots):  # about 25,000 tokens on each side (section 5.1)
             assert 20_000 < data.rows * slots < 30_000
-        paper = TrainingConfig(
-            steps=steps, schedule="paper", learning_rate=1.0, warmup_steps=4000, beta1=0.9, beta2=0.98, epsilon=1e-9,
-            label_smoothing=0.1, beam_size=4, alpha=0.6,
-        )  # fmt: skip
+        paper = TrainingConfig(steps=steps, schedule=ScheduleConfig(name="paper", learning_rate=1.0, warmup_steps=4000), optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, epsilon=1e-9), label_smoothing=0.1, evaluation=EvaluationConfig(beam_size=4, alpha=0.6),)  # fmt: skip
         for field in ("steps", "schedule", "learning_rate", "warmup_steps", "beta1", "beta2", "epsilon",
                       "label_smoothing", "beam_size", "alpha", "weight_decay", "clip_norm"):  # fmt: skip
             assert getattr(training, field) == getattr(paper, field), field

@@ -5,13 +5,23 @@ import json
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig, scored_by
+from flax_transformer.experiment import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    OptimizerConfig,
+    ParallelismConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    VocabularyConfig,
+    scored_by,
+)
 
 CHANGED = Experiment(
     model=TransformerConfig.tiny(norm="pre", source_vocab_size=300, target_vocab_size=300),
     vocabulary=VocabularyConfig(size=300, model_type="unigram"),
     data=DataConfig(train="files:a.kn,a.en", rows=7),
-    training=TrainingConfig(steps=11, schedule="cosine", learning_rate=1e-3),
+    training=TrainingConfig(steps=11, schedule=ScheduleConfig(name="cosine", learning_rate=1e-3)),
 )
 
 
@@ -95,8 +105,8 @@ def test_a_setting_out_of_range_is_an_error_that_names_it(settings, name, wrong,
 
 def test_chunks_of_the_loss_divide_the_target_slots():
     with pytest.raises(ValueError, match="loss_chunks is 5, which does not divide data.target_slots = 64: set it to"):
-        Experiment(training=TrainingConfig(loss_chunks=5))
-    assert Experiment(training=TrainingConfig(loss_chunks=8)).training.loss_chunks == 8
+        Experiment(training=TrainingConfig(parallelism=ParallelismConfig(loss_chunks=5)))
+    assert Experiment(training=TrainingConfig(parallelism=ParallelismConfig(loss_chunks=8))).training.loss_chunks == 8
 
 
 def test_three_way_tying_needs_a_joint_vocabulary():
@@ -110,6 +120,8 @@ def test_three_way_tying_needs_a_joint_vocabulary():
 def test_what_scores_depend_on_is_what_the_section_tells_of_it():
     assert scored_by({}) == scored_by({"best_metric": "bleu", "tokenize": "auto"}) == {}
     assert scored_by({"weights": "averaged", "alpha": 0.0}) == {"weights": "trained", "alpha": 0.0}
-    training = TrainingConfig(weights="ema", ema_decay=0.9, tokenize="zh")
+    training = TrainingConfig(
+        weights="ema", optimizer=OptimizerConfig(ema_decay=0.9), evaluation=EvaluationConfig(tokenize="zh")
+    )
     found = scored_by(Experiment(training=training).to_mapping()["training"])
     assert found == {"weights": "ema", "tokenize": "zh", "alpha": 0.6, "beam_size": 1, "evaluate_sentences": 0}

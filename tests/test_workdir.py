@@ -11,11 +11,14 @@ import pytest
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.experiment import Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import EvaluationConfig, Experiment, ScheduleConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
-EXPERIMENT = Experiment(model=TransformerConfig.tiny(norm="pre"), training=TrainingConfig(steps=7, learning_rate=1e-3))
+EXPERIMENT = Experiment(
+    model=TransformerConfig.tiny(norm="pre"),
+    training=TrainingConfig(steps=7, schedule=ScheduleConfig(learning_rate=1e-3)),
+)
 
 
 @pytest.fixture
@@ -210,7 +213,9 @@ def test_the_average_is_the_mean_of_the_parameters_chosen(choice, steps, workdir
 
 @pytest.mark.parametrize(("metric", "steps"), [("bleu", [3, 2]), ("chrf", [1, 3]), ("loss", [1, 2])])
 def test_the_best_are_the_best_by_the_metric_that_training_chose_by(metric, steps, workdir):
-    experiment = dataclasses.replace(EXPERIMENT, training=TrainingConfig(best_metric=metric))
+    experiment = dataclasses.replace(
+        EXPERIMENT, training=TrainingConfig(evaluation=EvaluationConfig(best_metric=metric))
+    )
     workdir.write_config(experiment.to_mapping())
     rows = [(1.0, 9.0, 1.0), (2.0, 7.0, 2.0), (3.0, 8.0, 3.0)]
     metrics = {step: dict(zip(("bleu", "chrf", "loss"), row, strict=True)) for step, row in enumerate(rows, 1)}

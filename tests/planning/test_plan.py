@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig
+from flax_transformer.experiment import DataConfig, Experiment, ParallelismConfig, TrainingConfig
 from flax_transformer.monitoring.utilization import CHIPS
 from flax_transformer.planning import plan as planning
 from flax_transformer.planning.plan import Program, TooLarge, device_memory, find_devices, make_plan, plans
@@ -24,7 +24,7 @@ MODEL = TransformerConfig(
 EXPERIMENT = Experiment(
     model=MODEL,
     data=DataConfig(rows=32, source_slots=16, target_slots=24),
-    training=TrainingConfig(parallelism="pmap"),
+    training=TrainingConfig(parallelism=ParallelismConfig(layout="pmap")),
 )
 
 

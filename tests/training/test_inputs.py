@@ -12,7 +12,15 @@ import pytest
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import (
+    CheckpointsConfig,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ParallelismConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 from flax_transformer.files import OWN_FILES, OWN_FOLDERS
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.workdir import WorkDirectory
@@ -42,7 +50,10 @@ def experiment(corpus):
         vocabulary=VocabularyConfig(size=50),
         data=DataConfig(**specs, rows=4, source_slots=12, target_slots=12),
         training=TrainingConfig(
-            steps=1, parallelism="jit", evaluate_every=1, checkpoint_every=1, best_metric="loss", samples=0
+            steps=1,
+            parallelism=ParallelismConfig(layout="jit"),
+            evaluation=EvaluationConfig(every=1, best_metric="loss", samples=0),
+            checkpoints=CheckpointsConfig(every=1),
         ),
     )
 

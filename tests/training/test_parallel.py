@@ -11,7 +11,7 @@ import pytest
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
-from flax_transformer.experiment import DataConfig, TrainingConfig
+from flax_transformer.experiment import DataConfig, ScheduleConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.training.optimizer import make_optimizer
 from flax_transformer.training.parallel import Parallelism
@@ -24,7 +24,7 @@ CONFIG = TransformerConfig(
     num_decoder_layers=1, dropout_rate=0.2, max_length=8,
 )  # fmt: skip
 MODEL = Transformer(CONFIG)
-OPTIMIZER = make_optimizer(TrainingConfig(warmup_steps=2), CONFIG.d_model)
+OPTIMIZER = make_optimizer(TrainingConfig(schedule=ScheduleConfig(warmup_steps=2)), CONFIG.d_model)
 gradients_of = functools.partial(loss_and_gradients, model=MODEL, label_smoothing=0.1)
 step_of = functools.partial(train_step, model=MODEL, optimizer=OPTIMIZER, label_smoothing=0.1)
 

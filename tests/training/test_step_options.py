@@ -12,7 +12,7 @@ import pytest
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.batch import Batch
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
-from flax_transformer.experiment import DataConfig, TrainingConfig
+from flax_transformer.experiment import DataConfig, ScheduleConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.tokens import Tokens
 from flax_transformer.training.loss_scale import FIRST
@@ -26,7 +26,9 @@ CONFIG = TransformerConfig(
     num_decoder_layers=1, dropout_rate=0.0, max_length=8,
 )  # fmt: skip
 MODEL = Transformer(CONFIG)
-OPTIMIZER = make_optimizer(TrainingConfig(schedule="constant", learning_rate=1e-2, warmup_steps=0), CONFIG.d_model)
+OPTIMIZER = make_optimizer(
+    TrainingConfig(schedule=ScheduleConfig(name="constant", learning_rate=1e-2, warmup_steps=0)), CONFIG.d_model
+)
 
 
 @pytest.fixture(scope="module")
