@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--preset", choices=("base", "big", "tiny"), default="base", help="of step (default base)")
     parser.add_argument(
-        "--loss_chunks", type=int, help="training.loss_chunks of this library (default 1 for step, else 8)"
+        "--loss_chunks", type=int, help="training.parallelism.loss_chunks of this library (default 1 for step, else 8)"
     )
     parser.add_argument("--vocabulary_size", type=int, default=8000, help="of step (default 8000)")
     parser.add_argument("--rows", type=int, help="of step (default 32, on a GPU 128)")

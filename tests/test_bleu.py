@@ -79,8 +79,10 @@ def test_the_names_are_sacrebleu_s():
 def test_a_tokeniser_that_cannot_be_had_is_an_error_that_names_the_setting_and_the_mend(monkeypatch):
     install(monkeypatch)
     for name, extra in (("ja-mecab", "ja"), ("ko-mecab", "ko")):
-        with pytest.raises(ValueError, match=rf"^training.tokenize is {name}, .* pip install sacrebleu\[{extra}\], or"):
-            make_bleu(name, "training.tokenize")
+        with pytest.raises(
+            ValueError, match=rf"^training.evaluation.tokenize is {name}, .* pip install sacrebleu\[{extra}\], or"
+        ):
+            make_bleu(name, "training.evaluation.tokenize")
     with pytest.raises(ValueError, match="^x is 'words': choose one of none, "):
         make_bleu("words", "x")
 
@@ -95,14 +97,14 @@ def test_a_tokeniser_that_cannot_be_had_is_an_error_that_names_the_setting_and_t
 def warned(tokenize, references):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_missing_spaces(tokenize, references, "training.tokenize")
+        warn_of_missing_spaces(tokenize, references, "training.evaluation.tokenize")
     return [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize("tokenize", ["13a", "intl", "none"])
 def test_a_tokeniser_by_spaces_is_warned_of_where_there_are_none(tokenize):
     (line,) = warned(tokenize, [TEXTS["Chinese"]] * 5)
-    assert line.startswith(f"training.tokenize is {tokenize}, ") and line.endswith("set it to zh")
+    assert line.startswith(f"training.evaluation.tokenize is {tokenize}, ") and line.endswith("set it to zh")
     (line,) = warned(tokenize, ["ACGTTGCA" * 9, "TTGACA" * 8])  # no script without spaces, and none all the same
     assert line.endswith("set it to char")
     for quiet in (

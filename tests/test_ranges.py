@@ -18,6 +18,11 @@ SETTINGS = {
     VocabularyConfig: "vocabulary.",
     DataConfig: "data.",
     TrainingConfig: "training.",
+    **{
+        field.type: f"training.{field.name}."
+        for field in dataclasses.fields(TrainingConfig)
+        if dataclasses.is_dataclass(field.type)
+    },
     BeamSearch: "",
     Sampling: "",
 }
@@ -82,6 +87,11 @@ def test_what_is_neither_true_nor_false_is_refused_where_one_of_them_belongs(set
 def test_what_is_no_text_is_refused_where_a_text_belongs(settings, name):
     for wrong in (3, None, True, ["a"]):
         refused(settings, name, wrong)
+
+
+def test_what_is_no_section_is_refused_where_one_belongs():
+    for wrong in (3, None, {}, "fsdp"):
+        assert refused(TrainingConfig, "optimizer", wrong).endswith("it must be a section of settings")
 
 
 def test_none_is_refused_but_where_it_means_no_limit():

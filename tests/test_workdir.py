@@ -199,7 +199,7 @@ SCORES = {1: {"loss": 4.0}, 2: {"loss": 1.0}, 3: None, 4: {"loss": 2.0}, 5: {"lo
     [({"last": 1}, [5]), ({"last": 5}, [5, 4, 3, 2, 1]), ({"best": 1}, [2]), ({"best": 3}, [2, 4, 5])],
 )
 def test_the_average_is_the_mean_of_the_parameters_chosen(choice, steps, workdir):
-    workdir.write_config({"training": {"best_metric": "loss"}})
+    workdir.write_config({"training": {"evaluation": {"best_metric": "loss"}}})
     write(workdir, SCORES)
     assert workdir.average_checkpoints(**choice) == steps
     average = workdir.restore_params("averaged", params_of(0))
@@ -253,8 +253,8 @@ def test_there_is_an_average_at_every_moment_while_a_new_one_takes_its_place(wor
     [
         ({}, params_of(2), None),  # a converted model has no such section
         ({"weights": "trained"}, params_of(2), None),
-        ({"weights": "ema", "ema_decay": 0.9}, params_of(102), None),
-        ({"weights": "averaged", "average_last": 2}, params_of(2), "averaged"),
+        ({"weights": "ema", "optimizer": {"ema_decay": 0.9}}, params_of(102), None),
+        ({"weights": "averaged", "checkpoints": {"average_last": 2}}, params_of(2), "averaged"),
     ],
 )
 def test_the_chosen_weights_are_those_that_the_config_names(weights, before, after, workdir):
@@ -262,7 +262,7 @@ def test_the_chosen_weights_are_those_that_the_config_names(weights, before, aft
     write(workdir, {1: {"loss": 4.0}, 2: {"loss": 1.0}, 3: {"loss": 2.0}})
     assert same(workdir.restore_params("chosen", params_of(0)), before)
     assert same(workdir.restore_params("best", params_of(0)), before)
-    assert same(workdir.restore_params(3, params_of(0)), params_of(103 if "ema_decay" in weights else 3))
+    assert same(workdir.restore_params(3, params_of(0)), params_of(103 if "optimizer" in weights else 3))
     workdir.average_checkpoints(last=2)
     chosen = workdir.restore_params("chosen", params_of(0))
     assert is_mean_of([2, 3], chosen) if after == "averaged" else same(chosen, before)
@@ -281,10 +281,13 @@ def test_checkpoints_of_eight_devices_are_averaged_on_one(workdir):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"last": 5}, r"checkpoints holds 3 checkpoints \[1, 2, 3\], not 5: ask for fewer, or .*training.keep_latest"),
+        (
+            {"last": 5},
+            r"checkpoints holds 3 checkpoints \[1, 2, 3\], not 5: ask for fewer, or .*training.checkpoints.keep_latest",
+        ),
         (
             {"best": 3},
-            r"checkpoints holds 2 scored checkpoints \[1, 3\], not 3: ask for fewer, or .*training.keep_best",
+            r"checkpoints holds 2 scored checkpoints \[1, 3\], not 3: ask for fewer, or .*training.*keep_best",
         ),
         ({"last": 0}, "0 of the newest checkpoints: ask for at least 1"),
         ({"best": -1}, "-1 of the best checkpoints: ask for at least 1"),

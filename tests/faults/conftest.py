@@ -32,10 +32,10 @@ SMALL = {
     "model.num_decoder_layers": 1,
     "model.d_ff": 64,
     "training.steps": 30,
-    "training.warmup_steps": 10,
+    "training.schedule.warmup_steps": 10,
     "training.log_every": 1,
-    "training.checkpoint_every": 4,
-    "training.keep_latest": 2,
+    "training.checkpoints.every": 4,
+    "training.checkpoints.keep_latest": 2,
 }
 
 

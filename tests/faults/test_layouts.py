@@ -50,7 +50,7 @@ def test_from_one_state_every_layout_makes_the_same_next_step_but_for_rounding(s
 HELD_OUT = (
     "--config.data.valid=locale_phrases:kn:en:valid?pairs=11&parts=1",
     "--config.data.test=locale_phrases:kn:en:test?pairs=13&parts=1",
-    "--config.training.evaluate_every=18",
+    "--config.training.evaluation.every=18",
 )
 
 
@@ -61,11 +61,13 @@ def test_what_two_processes_keep_in_parts_goes_on_anywhere(unbroken, small_train
     (expected,) = pmapped.finish(devices=4, flags=HELD_OUT)
     parts = small_training("parts", training__steps=18, **changes)
     (first, _) = parts.finish(
-        devices=2, processes=2, flags=("--config.training.steps=6", "--config.training.parallelism=data=2,fsdp=2")
+        devices=2,
+        processes=2,
+        flags=("--config.training.steps=6", "--config.training.parallelism.layout=data=2,fsdp=2"),
     )
     assert "jit over a mesh of 2 data x 2 fsdp on 4 cpu devices of 2 processes" in first.stdout
     parts.finish(devices=4, flags=("--config.training.steps=12",))
-    (last, _) = parts.finish(devices=2, processes=2, flags=("--config.training.parallelism=fsdp", *HELD_OUT))
+    (last, _) = parts.finish(devices=2, processes=2, flags=("--config.training.parallelism.layout=fsdp", *HELD_OUT))
     # The parameters are brought together to translate, and divided again to be scored.
     for line in ("test corpus, ", "exact match: "):
         (ours,), (theirs,) = (

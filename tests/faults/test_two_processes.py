@@ -118,7 +118,7 @@ def scores_of(training, weights, **layout):
     # Without its scores, the last step is evaluated again.
     (training.workdir / "scores.json").unlink(missing_ok=True)
     average = 2 if weights == "averaged" else 0
-    flags = (f"--config.training.weights={weights}", f"--config.training.average_last={average}")
+    flags = (f"--config.training.weights={weights}", f"--config.training.checkpoints.average_last={average}")
     training.finish(flags=flags, **layout)
     metrics = WorkDirectory(training.workdir).read_metrics()
     return [line for line in metrics if line["kind"] in ("valid", "test")][-2:]

@@ -29,7 +29,7 @@ EXPERIMENT = Experiment(
 
 
 def changed(**training):
-    return dataclasses.replace(EXPERIMENT, training=dataclasses.replace(EXPERIMENT.training, **training))
+    return EXPERIMENT.changed({f"training.{name}": value for name, value in training.items()})
 
 
 def collectives_of(plan):
@@ -49,7 +49,7 @@ def test_pmap_reduces_the_gradient_and_the_sums_of_the_losses_and_nothing_else()
 def test_over_fsdp_the_state_of_a_device_shrinks_with_the_devices_and_parameters_are_gathered():
     sizes = {}
     for count in (1, 2, 8):
-        plan = make_plan(changed(parallelism="fsdp"), find_devices(f"cpu:{count}"), None, changes="")
+        plan = make_plan(changed(**{"parallelism.layout": "fsdp"}), find_devices(f"cpu:{count}"), None, changes="")
         sizes[count] = plan.result.arguments
         assert ("all-gather" in collectives_of(plan)) == (count > 1)
     assert sizes[8] < sizes[2] < sizes[1]
@@ -57,7 +57,7 @@ def test_over_fsdp_the_state_of_a_device_shrinks_with_the_devices_and_parameters
 
 def test_over_fsdp_kernels_are_gathered_even_where_they_are_larger_than_what_is_multiplied_by_them():
     few = dataclasses.replace(
-        changed(parallelism="fsdp"),
+        changed(**{"parallelism.layout": "fsdp"}),
         model=dataclasses.replace(MODEL, d_model=64, d_ff=256),
         data=DataConfig(rows=8, source_slots=8, target_slots=8),
     )
@@ -68,8 +68,13 @@ def test_over_fsdp_kernels_are_gathered_even_where_they_are_larger_than_what_is_
 
 
 def test_what_micro_batches_do_in_a_loop_is_counted_as_often_as_it_turns():
-    whole = make_plan(changed(parallelism="fsdp"), find_devices("cpu:2"), None, changes="")
-    parts = make_plan(changed(parallelism="fsdp", rows_per_device=4), find_devices("cpu:2"), None, changes="")
+    whole = make_plan(changed(**{"parallelism.layout": "fsdp"}), find_devices("cpu:2"), None, changes="")
+    parts = make_plan(
+        changed(**{"parallelism.layout": "fsdp", "parallelism.rows_per_device": 4}),
+        find_devices("cpu:2"),
+        None,
+        changes="",
+    )
     assert whole.micro_batches == 1 and parts.micro_batches == 4 and parts.rows == whole.rows
     assert parts.result.temporaries < whole.result.temporaries
     assert parts.result.flops is None
@@ -111,12 +116,12 @@ def test_the_remedies_come_in_turn_and_one_that_is_there_is_passed_over(monkeypa
     found = list(plans(EXPERIMENT, devices, None))
     assert all(plan.result.needed == needed * 2**30 and plan.result.available == 15.75 * 2**30 for plan in found)
     # Eight rows a device: as many parts as the excess asks for, then twice as many, down to one row.
-    first = [f"training.rows_per_device={rows}" for rows in ((4, 2, 1) if needed < 2 * 15.75 else (2, 1))]
-    others = ["training.loss_chunks=8", "model.remat=True", "training.parallelism=fsdp"]
+    first = [f"training.parallelism.rows_per_device={rows}" for rows in ((4, 2, 1) if needed < 2 * 15.75 else (2, 1))]
+    others = ["training.parallelism.loss_chunks=8", "model.remat=True", "training.parallelism.layout=fsdp"]
     changes = [plan.changes for plan in found]
     assert changes[: len(first) + 1] == ["", *first]
     assert changes[len(first) + 1 :] == [", ".join([first[-1], *others[:count]]) for count in (1, 2, 3)]
-    again = changed(rows_per_device=1, loss_chunks=4, parallelism="fsdp")
+    again = changed(**{"parallelism.rows_per_device": 1, "parallelism.loss_chunks": 4, "parallelism.layout": "fsdp"})
     assert [plan.changes for plan in plans(again, devices, None)] == ["", "model.remat=True"]
 
 

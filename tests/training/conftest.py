@@ -50,7 +50,8 @@ def experiment(tmp_path_factory):
 
 
 def with_training(experiment, **changes):
-    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **changes))
+    """The experiment with other settings of training, named within it: `steps`, or `**{"schedule.name": ...}`."""
+    return experiment.changed({f"training.{name}": value for name, value in changes.items()})
 
 
 def without_held_out(experiment):

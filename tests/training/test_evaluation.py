@@ -20,7 +20,7 @@ from flax_transformer.tokens import Tokens
 from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training.evaluation import Evaluation, Scores, score_translations, show_samples, show_test
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import eval_step
+from flax_transformer.training.step import Objective, eval_step
 
 REFERENCES = ["The cat sat on the mat.", "A dog ran over the green hill today.", "Three birds sang a short song."]
 
@@ -81,7 +81,9 @@ def params(config):
 
 @pytest.fixture(scope="module")
 def eval_on_one(config):
-    return Parallelism("jit").compile(functools.partial(eval_step, model=Transformer(config)), donate_state=False)
+    return Parallelism("jit").compile(
+        functools.partial(eval_step, objective=Objective(model=Transformer(config))), donate_state=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,9 @@ def test_some_sentences_are_translated_where_some_are_asked_for_under_pmap_too(
     vocabularies, config, params, expected_loss
 ):
     eight = Parallelism("pmap")
-    evaluate = eight.compile(functools.partial(eval_step, model=Transformer(config)), donate_state=False)
+    evaluate = eight.compile(
+        functools.partial(eval_step, objective=Objective(model=Transformer(config))), donate_state=False
+    )
     corpus = packed(vocabularies, config, multiple=eight.num_devices)
     evaluation = Evaluation(TEXT, corpus, vocabularies, config, SETTINGS, evaluate, sentences=5)
     scores, translations = evaluation.score(eight.place(params))

@@ -1,7 +1,7 @@
 """Takes trainings whose texts, vocabulary or config were changed and leaves a verdict: they are refused."""
 
 import codecs
-import dataclasses
+import operator
 import random
 import re
 import shutil
@@ -59,7 +59,7 @@ def experiment(corpus):
 
 
 def change(experiment, section, **values):
-    return dataclasses.replace(experiment, **{section: dataclasses.replace(getattr(experiment, section), **values)})
+    return experiment.changed({f"{section}.{name}": value for name, value in values.items()})
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_both_texts_are_named_where_both_were_edited(experiment, path, edit):
 def test_scores_are_forgotten_where_the_validation_text_is_another(split, scored, experiment, path, edit):
     edit(split)
     # Step 1 is not scored again, since its turn does not come.
-    later = change(experiment, "training", steps=2, evaluate_every=2)
+    later = change(experiment, "training", steps=2, **{"evaluation.every": 2})
     train_and_evaluate(later, path, accept_changed_corpus=True)
     with WorkDirectory(path).open_checkpoints(read_only=True) as checkpoints:
         assert checkpoints.scores.keys() == scored
@@ -187,12 +187,12 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_training_and_translat
         ("data", "rows", 8),
         ("data", "train", "locale_phrases:kn:en:train?pairs=50&parts=1"),
         ("training", "seed", 1),
-        ("training", "clip_norm", 1.0),
-        ("training", "ema_decay", 0.5),
+        ("training", "optimizer.clip_norm", 1.0),
+        ("training", "optimizer.ema_decay", 0.5),
     ],
 )
 def test_a_setting_that_a_training_keeps_is_refused_where_it_is_another(section, name, value, experiment, path):
-    found = getattr(getattr(experiment, section), name)
+    found = operator.attrgetter(name)(getattr(experiment, section))
     other = change(experiment, section, **{name: value})
     message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, or give another"
     refused(other, path, f"^{re.escape(message)}")

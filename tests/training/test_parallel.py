@@ -1,5 +1,6 @@
 """Takes steps on one device and on eight and leaves a verdict: the same sums, gradients and state, but for rounding."""
 
+import dataclasses
 import functools
 import re
 
@@ -15,7 +16,7 @@ from flax_transformer.experiment import DataConfig, ScheduleConfig, TrainingConf
 from flax_transformer.model import Transformer
 from flax_transformer.training.optimizer import make_optimizer
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import TrainState, batch_sums, loss_and_gradients, train_step
+from flax_transformer.training.step import Objective, TrainState, batch_sums, loss_and_gradients, train_step
 from flax_transformer.workdir import WorkDirectory
 
 DEVICES, V = 8, 31
@@ -25,8 +26,9 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 MODEL = Transformer(CONFIG)
 OPTIMIZER = make_optimizer(TrainingConfig(schedule=ScheduleConfig(warmup_steps=2)), CONFIG.d_model)
-gradients_of = functools.partial(loss_and_gradients, model=MODEL, label_smoothing=0.1)
-step_of = functools.partial(train_step, model=MODEL, optimizer=OPTIMIZER, label_smoothing=0.1)
+OBJECTIVE = Objective(model=MODEL, label_smoothing=0.1)
+gradients_of = functools.partial(loss_and_gradients, objective=OBJECTIVE)
+step_of = functools.partial(train_step, objective=OBJECTIVE, optimizer=OPTIMIZER)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def expected(state, batch):
 )
 def test_eight_devices_give_the_sums_and_the_gradient_of_one(kind, loss_chunks, expected, state, batch):
     eight = Parallelism(kind)
-    compiled = eight.compile(functools.partial(gradients_of, loss_chunks=loss_chunks), donate_state=False)
+    objective = dataclasses.replace(OBJECTIVE, loss_chunks=loss_chunks)
+    compiled = eight.compile(functools.partial(loss_and_gradients, objective=objective), donate_state=False)
     eight_sums, found = jax.device_get(compiled(eight.place(state.params), batch))
     sums, gradients = expected
     assert eight_sums.tokens == sums.tokens == (batch.target.segments > 0).sum()
@@ -200,7 +203,7 @@ def test_each_device_drops_units_of_its_own(step, state, batch):
     share = jax.tree.map(lambda leaf: leaf[:2], batch)
     _, metrics = step(state, jax.tree.map(lambda leaf: np.tile(leaf, (DEVICES, 1)), share))
     step_rng = jax.random.fold_in(state.rng, state.step)
-    loss = jax.jit(functools.partial(batch_sums, model=MODEL, label_smoothing=0.1))
+    loss = jax.jit(functools.partial(batch_sums, objective=OBJECTIVE))
     losses = [
         float(loss(state.params, share, dropout_rng=jax.random.fold_in(step_rng, device)).smoothed)
         for device in range(DEVICES)

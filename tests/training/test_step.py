@@ -13,7 +13,7 @@ from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
 from flax_transformer.experiment import DataConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.training.optimizer import make_optimizer
-from flax_transformer.training.step import TrainState, eval_step, loss_and_gradients, train_step
+from flax_transformer.training.step import Objective, TrainState, eval_step, loss_and_gradients, train_step
 
 ROWS, SOURCE_SLOTS, TARGET_SLOTS, V = 5, 9, 11, 31
 CONFIG = TransformerConfig(
@@ -27,9 +27,10 @@ SETTINGS = TrainingConfig(
 )
 MODEL, OPTIMIZER = Transformer(CONFIG), make_optimizer(SETTINGS, CONFIG.d_model)
 create = jax.jit(functools.partial(TrainState.create, MODEL, OPTIMIZER))
-gradients_of = jax.jit(functools.partial(loss_and_gradients, model=MODEL, label_smoothing=0.1))
-step_of = jax.jit(functools.partial(train_step, model=MODEL, optimizer=OPTIMIZER, label_smoothing=0.1))
-evaluate = jax.jit(functools.partial(eval_step, model=MODEL))
+OBJECTIVE = Objective(model=MODEL, label_smoothing=0.1)
+gradients_of = jax.jit(functools.partial(loss_and_gradients, objective=OBJECTIVE))
+step_of = jax.jit(functools.partial(train_step, objective=OBJECTIVE, optimizer=OPTIMIZER))
+evaluate = jax.jit(functools.partial(eval_step, objective=OBJECTIVE))
 
 
 @pytest.fixture(scope="module")
