@@ -128,7 +128,7 @@ def test_a_setting_out_of_range_is_an_error_that_names_it(settings, name, wrong,
 def test_chunks_of_the_loss_divide_the_target_slots():
     with pytest.raises(ValueError, match="loss_chunks is 5, which does not divide data.target_slots = 64: set it to"):
         Experiment(training=TrainingConfig(parallelism=ParallelismConfig(loss_chunks=5)))
-    assert Experiment(training=TrainingConfig(parallelism=ParallelismConfig(loss_chunks=8))).training.loss_chunks == 8
+    assert CHANGED.changed({"training.parallelism.loss_chunks": 8}).training.parallelism.loss_chunks == 8
 
 
 def test_three_way_tying_needs_a_joint_vocabulary():

@@ -76,14 +76,14 @@ from ml_collections import ConfigDict
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.experiment import (
-        DataConfig,
-        EvaluationConfig,
-        Experiment,
-        ParallelismConfig,
-        ScheduleConfig,
-        TrainingConfig,
-        VocabularyConfig,
-    )
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ParallelismConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 
 
 def get_config(folder):
