@@ -1,6 +1,7 @@
 """Takes trainings whose texts, vocabulary or config were changed and leaves a verdict: they are refused."""
 
 import codecs
+import json
 import operator
 import random
 import re
@@ -13,6 +14,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import (
+    MOVED,
     CheckpointsConfig,
     DataConfig,
     EvaluationConfig,
@@ -196,6 +198,19 @@ def test_a_setting_that_a_training_keeps_is_refused_where_it_is_another(section,
     other = change(experiment, section, **{name: value})
     message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, or give another"
     refused(other, path, f"^{re.escape(message)}")
+
+
+def test_a_training_whose_config_has_old_names_is_held_to_its_settings_and_goes_on(experiment, path):
+    file = path / "config.json"
+    config = json.loads(file.read_bytes())
+    sections = config["training"]
+    old = {name: operator.attrgetter(new)(experiment.training) for name, new in MOVED.items()}
+    flat = {name: value for name, value in sections.items() if not isinstance(value, dict)} | old
+    file.write_text(json.dumps(config | {"training": flat | {"tokenize": "13a"}}))
+    other = change(experiment, "training", **{"optimizer.clip_norm": 1.0})
+    refused(other, path, "was begun with training.optimizer.clip_norm = 0.0, now it is 1.0: set it back")
+    train_and_evaluate(experiment, path)
+    assert json.loads(file.read_bytes()) == config
 
 
 def test_how_attention_is_computed_may_change_with_the_machine(experiment, path):
