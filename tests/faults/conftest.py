@@ -209,7 +209,7 @@ def said(process: subprocess.CompletedProcess) -> list[str]:
 
 
 # Long enough for something to happen between two checkpoints, and yet over in seconds.
-LONG = {"training__steps": 96, "training__checkpoint_every": 24}
+LONG = {"training__steps": 96, "training__checkpoints__every": 24}
 
 
 def _unbroken(folder: Path, **layout) -> SmallTraining:

@@ -16,7 +16,7 @@ def unbroken(tmp_path_factory):
 
 
 def test_eight_devices_then_two_processes_of_four_then_one_device_see_the_unbroken_sequence(unbroken, small_training):
-    moved = small_training("moved", training__steps=18, training__checkpoint_every=6)
+    moved = small_training("moved", training__steps=18, training__checkpoints__every=6)
     for steps, layout in ((6, {"devices": 8}), (12, {"devices": 4, "processes": 2}), (18, {"devices": 1})):
         moved.finish(flags=(f"--config.training.steps={steps}",), **layout)
         assert moved.steps()[-1] == steps
@@ -27,7 +27,7 @@ def test_eight_devices_then_two_processes_of_four_then_one_device_see_the_unbrok
 
 def test_from_one_state_every_layout_makes_the_same_next_step_but_for_rounding(small_training):
     """Without dropout, since under pmap its bits depend on the number of devices."""
-    changes = {"model__dropout_rate": 0.0, "training__checkpoint_every": 6}
+    changes = {"model__dropout_rate": 0.0, "training__checkpoints__every": 6}
     losses = {}
     for name, layout in (
         ("eight", {"devices": 8}),
@@ -56,7 +56,11 @@ HELD_OUT = (
 
 def test_what_two_processes_keep_in_parts_goes_on_anywhere(unbroken, small_training):
     # A rate that does not depend on the number of steps.
-    changes = {"training__schedule": "inverse_sqrt", "training__checkpoint_every": 6, "model__dropout_rate": 0.0}
+    changes = {
+        "training__schedule__name": "inverse_sqrt",
+        "training__checkpoints__every": 6,
+        "model__dropout_rate": 0.0,
+    }
     pmapped = small_training("pmapped", training__steps=18, **changes)
     (expected,) = pmapped.finish(devices=4, flags=HELD_OUT)
     parts = small_training("parts", training__steps=18, **changes)
