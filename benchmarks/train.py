@@ -33,7 +33,7 @@ from benchmarks.training_engines import LEARNING_RATE, InTorch, Ours, Run
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.experiment import Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import Experiment, ParallelismConfig, ScheduleConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.monitoring.utilization import model_flops
 
 ENGINES = ("flax_transformer", "torch", "torch_compiled")
@@ -128,10 +128,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def _experiment(model: TransformerConfig, device: str, loss_chunks: int) -> Experiment:
     training = TrainingConfig(
-        loss_chunks=loss_chunks,
-        schedule="constant",
-        learning_rate=LEARNING_RATE,
-        warmup_steps=1,
+        parallelism=ParallelismConfig(loss_chunks=loss_chunks),
+        schedule=ScheduleConfig(name="constant", learning_rate=LEARNING_RATE, warmup_steps=1),
         rng_impl="rbg" if device == "gpu" else TrainingConfig.rng_impl,
     )
     return Experiment(model=model, training=training)
@@ -154,7 +152,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--preset", choices=("base", "big", "tiny"), default="base", help="of step (default base)")
     parser.add_argument(
-        "--loss_chunks", type=int, help="training.loss_chunks of this library (default 1 for step, else 8)"
+        "--loss_chunks", type=int, help="training.parallelism.loss_chunks of this library (default 1 for step, else 8)"
     )
     parser.add_argument("--vocabulary_size", type=int, default=8000, help="of step (default 8000)")
     parser.add_argument("--rows", type=int, help="of step (default 32, on a GPU 128)")

@@ -14,7 +14,15 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig
+from flax_transformer.experiment import (
+    CheckpointsConfig,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 from flax_transformer.workdir import WorkDirectory
 
 
@@ -29,13 +37,10 @@ def get_config(folder: str = "runs/opus") -> ConfigDict:
             training=TrainingConfig(
                 start_from=folder,
                 steps=2000,
-                schedule="linear",
-                learning_rate=1e-4,
-                warmup_steps=100,
-                clip_norm=1.0,
-                evaluate_every=500,
-                checkpoint_every=250,
-                beam_size=1,
+                schedule=ScheduleConfig(name="linear", learning_rate=1e-4, warmup_steps=100),
+                optimizer=OptimizerConfig(clip_norm=1.0),
+                evaluation=EvaluationConfig(every=500, beam_size=1),
+                checkpoints=CheckpointsConfig(every=250),
             ),
         ).to_mapping()
     )

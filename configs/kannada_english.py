@@ -27,7 +27,14 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ScheduleConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 
 
 def get_config(choice: str = "five_layer") -> ConfigDict:
@@ -54,14 +61,18 @@ def get_config(choice: str = "five_layer") -> ConfigDict:
         model=TransformerConfig.five_layer(dropout_rate=0.3),
         vocabulary=VocabularyConfig(size=8000),
         data=dataclasses.replace(data, rows=64),
-        training=TrainingConfig(steps=30_000, warmup_steps=4000, evaluate_every=1000),
+        training=TrainingConfig(
+            steps=30_000, schedule=ScheduleConfig(warmup_steps=4000), evaluation=EvaluationConfig(every=1000)
+        ),
     )
     small = Experiment(
         model=TransformerConfig.tiny(norm="pre"),
         vocabulary=VocabularyConfig(size=4000),
         data=data,
         training=TrainingConfig(
-            steps=3000, schedule="cosine", learning_rate=2e-3, warmup_steps=400, evaluate_every=1000
+            steps=3000,
+            schedule=ScheduleConfig(name="cosine", learning_rate=2e-3, warmup_steps=400),
+            evaluation=EvaluationConfig(every=1000),
         ),
     )
     experiments = {"five_layer": five_layer, "small": small}

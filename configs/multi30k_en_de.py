@@ -16,7 +16,16 @@ scorings of the validation set among them, on 2 cores of an Intel Xeon (Sapphire
 from ml_collections import ConfigDict
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import (
+    CheckpointsConfig,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ParallelismConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 
 
 def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
@@ -35,13 +44,10 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
             ),
             training=TrainingConfig(
                 steps=5000,
-                schedule="cosine",
-                learning_rate=2e-3,
-                warmup_steps=400,
-                loss_chunks=8,
-                evaluate_every=500,
-                checkpoint_every=250,
-                beam_size=1,
+                schedule=ScheduleConfig(name="cosine", learning_rate=2e-3, warmup_steps=400),
+                parallelism=ParallelismConfig(loss_chunks=8),
+                evaluation=EvaluationConfig(every=500, beam_size=1),
+                checkpoints=CheckpointsConfig(every=250),
             ),
         ).to_mapping()
     )

@@ -10,7 +10,15 @@ included, took 4 minutes. jax 0.10.2, flax 0.12.8, Python 3.11.
 from ml_collections import ConfigDict
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import (
+    CheckpointsConfig,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ScheduleConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 
 
 def get_config() -> ConfigDict:
@@ -31,13 +39,10 @@ def get_config() -> ConfigDict:
             ),
             training=TrainingConfig(
                 steps=1800,
-                schedule="cosine",
-                learning_rate=3e-3,
-                warmup_steps=200,
+                schedule=ScheduleConfig(name="cosine", learning_rate=3e-3, warmup_steps=200),
                 label_smoothing=0.05,
-                evaluate_every=600,
-                checkpoint_every=600,
-                best_metric="exact_match",
+                evaluation=EvaluationConfig(every=600, best_metric="exact_match"),
+                checkpoints=CheckpointsConfig(every=600),
             ),
         ).to_mapping()
     )

@@ -13,7 +13,15 @@ Not run.
 from ml_collections import ConfigDict
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import (
+    CheckpointsConfig,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ScheduleConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 
 CORPUS = "tfds:wmt14_translate/de-en:{split}?source=en&target=de"
 
@@ -35,15 +43,11 @@ def get_config() -> ConfigDict:
             ),
             training=TrainingConfig(
                 steps=100_000,
-                schedule="paper",
-                warmup_steps=4000,
+                schedule=ScheduleConfig(name="paper", warmup_steps=4000),
                 rng_impl="rbg",
-                evaluate_every=5000,
-                checkpoint_every=1000,
-                keep_latest=5,
+                evaluation=EvaluationConfig(every=5000, beam_size=4),
+                checkpoints=CheckpointsConfig(every=1000, keep_latest=5, average_last=5),
                 weights="averaged",
-                average_last=5,
-                beam_size=4,
             ),
         ).to_mapping()
     )

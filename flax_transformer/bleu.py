@@ -57,7 +57,7 @@ def make_bleu(tokenize: str, setting: str) -> BLEU:
 
     Args:
         tokenize: the tokeniser's name.
-        setting: what errors call it, e.g. "training.tokenize".
+        setting: what errors call it, e.g. "training.evaluation.tokenize".
 
     Raises:
         ValueError: the tokeniser needs a package that is not installed, or a model that cannot be downloaded.
@@ -85,7 +85,7 @@ def warn_of_missing_spaces(tokenize: str, references: Sequence[str], setting: st
     Args:
         tokenize: its name.
         references: the reference translations.
-        setting: what the warning calls it, e.g. "training.tokenize".
+        setting: what the warning calls it, e.g. "training.evaluation.tokenize".
     """
     if tokenize not in BY_SPACES:
         return

@@ -146,7 +146,7 @@ class Checkpoints:
             scored = "scored " if kind == "best" else ""
             raise ValueError(
                 f"{self._path} holds {len(steps)} {scored}checkpoints {sorted(steps)}, not {count}: ask for fewer, or "
-                f"let training keep more with training.{setting}"
+                f"let training keep more with training.checkpoints.{setting}"
             )
         return steps[:count]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from flax_transformer.ranges import COUNT, SHARE, SIZE, Range, check, setting
+from flax_transformer.ranges import COUNT, SHARE, SIZE, Range, check, setting, setting_fields
 
 LAYERS = Range(at_least=1, at_most=10_000)
 
@@ -141,16 +141,23 @@ def from_mapping(settings: Callable[..., Settings], mapping: Mapping[str, Any], 
 
     Args:
         settings: the dataclass.
-        mapping: field names to values; fields left out keep their defaults.
+        mapping: field names to values, which may be mappings again; fields left out keep their defaults.
         section: the name of the mapping in errors, e.g. "model".
 
     Raises:
         ValueError: a key is not a field; names the nearest one.
     """
-    names = [field.name for field in dataclasses.fields(cast(Any, settings))]
+    fields = {field.name: field.type for field in dataclasses.fields(cast(Any, settings))}
+    # Also the settings in sections of this section, by the last part of their names.
+    known = {name.rpartition(".")[2]: name for name in [*setting_fields(cast(Any, settings)), *fields]}
     for key in mapping:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            remedy = f"did you mean {section}.{near[0]}?" if near else f"it has {', '.join(names)}"
+        if key not in fields:
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"did you mean {section}.{known[near[0]]}?" if near else f"it has {', '.join(known.values())}"
             raise ValueError(f"{section}.{key} is not a setting: {remedy}")
-    return settings(**mapping)
+
+    def built(name: str, value: Any) -> Any:
+        is_section = dataclasses.is_dataclass(fields[name]) and isinstance(value, Mapping)
+        return from_mapping(cast(Any, fields[name]), value, f"{section}.{name}") if is_section else value
+
+    return settings(**{name: built(name, value) for name, value in mapping.items()})

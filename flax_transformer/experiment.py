@@ -1,10 +1,12 @@
-"""Takes the settings of one experiment, section by section, and leaves one `Experiment` that every other room reads.
+"""The settings of one experiment, `Experiment`, which the rest of the library uses.
 
-An experiment is four sections: `model` (config.py), `vocabulary`, `data` and `training`. A file in `configs/` builds
-one, the command line changes single values of it, and the work directory keeps it as `config.json`.
+An experiment has four sections: `model` (config.py), `vocabulary`, `data` and `training`. A file in `configs/` creates
+one, the command line changes single settings of it, and the work directory stores it in `config.json`.
 """
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -35,13 +37,13 @@ class VocabularyConfig:
     """How the SentencePiece vocabulary is trained on first use.
 
     Attributes:
-        size: number of pieces; of each side when they are not joint.
-        joint: one vocabulary for both languages (section 5.1), or one a side.
+        size: number of pieces; if not joint, of each side.
+        joint: whether both languages share one vocabulary (section 5.1).
         model_type: "bpe" (the paper's for English-German), "unigram" or "char".
         split_digits: whether each digit is a piece of its own, so that numbers are spelled, not memorised.
-        character_coverage: share of the text's characters that get a piece; the rest become the unknown piece.
-        max_sentences: how many sentences training reads; a seeded sample where the text has more.
-        seed: of that sample.
+        character_coverage: share of the text's characters that get a piece; others become the unknown piece.
+        max_sentences: how many sentences training reads; a random sample if there are more.
+        seed: seed of that sample.
     """
 
     size: int = setting(8000, SIZE)
@@ -67,10 +69,10 @@ class DataConfig:
         train: the training corpus.
         valid: the corpus that is translated and scored during training; may be empty.
         test: the corpus that is translated and scored at the end; may be empty.
-        rows: rows in a global batch, whatever the number of devices.
+        rows: number of rows in a global batch, for any number of devices.
         source_slots: tokens in a row on the source side; several sentences are packed into one row.
         target_slots: tokens in a row on the target side.
-        seed: of the packing and of the order of rows.
+        seed: seed of the packing and of the order of rows.
     """
 
     train: str = ""
@@ -87,52 +89,161 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How the parameters are found, and how often a person hears of it.
+class ScheduleConfig:
+    """The learning rate of each update.
 
     Attributes:
-        steps: number of updates.
-        start_from: a work directory whose model training begins with, vocabulary and all; empty for a new one.
-        freeze: the parts that keep what they begin with, "embeddings", "encoder" or "embeddings,encoder"; empty for
-            none.
-        seed: of the parameters and of dropout.
-        rng_impl: random bits for dropout, a name that `jax.random.key` takes; "rbg" is meant for TPUs.
-        schedule: "paper" (section 5.3), "inverse_sqrt", "cosine", "linear" or "constant", all after a linear warm-up.
+        name: "paper" (section 5.3), "inverse_sqrt", "cosine", "linear" or "constant", all after a linear warm-up.
         learning_rate: the peak; with "paper" a factor on the paper's own rate.
         warmup_steps: updates until the peak.
+    """
+
+    name: str = setting("paper", ("paper", "inverse_sqrt", "cosine", "linear", "constant"))
+    learning_rate: float = setting(1.0, Range(at_least=0, within=Range(at_most=1e6)))
+    warmup_steps: int = setting(4000, COUNT)
+
+    def __post_init__(self):
+        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        check(self, "training.schedule")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How a gradient becomes an update, apart from the learning rate.
+
+    Attributes:
         beta1: Adam's decay of the mean (section 5.3).
         beta2: Adam's decay of the squares (section 5.3).
         epsilon: Adam's epsilon (section 5.3).
         weight_decay: decoupled (AdamW), on matrices only; the paper has none.
         clip_norm: the gradient's largest global norm; 0 does not clip.
-        label_smoothing: the probability spread over the vocabulary (section 5.4).
-        parallelism: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone), "pmap", or `jit`
+        ema_decay: of an exponential moving average of the parameters, e.g. 0.999; 0 keeps none.
+    """
+
+    beta1: float = setting(0.9, SHARE)
+    beta2: float = setting(0.98, SHARE)
+    epsilon: float = setting(1e-9, Range(above=0, at_most=1))
+    weight_decay: float = setting(0.0, AT_LEAST_NONE)
+    clip_norm: float = setting(0.0, AT_LEAST_NONE)
+    ema_decay: float = setting(0.0, SHARE)
+
+    def __post_init__(self):
+        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        check(self, "training.optimizer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelismConfig:
+    """How devices share a batch, and in how many parts each processes its share; the result stays the same.
+
+    Attributes:
+        layout: "auto" (`pmap` on several devices, `jit` on one), "jit" (the first device alone), "pmap", or `jit`
             over a mesh: "data" (parameters whole on each device), "fsdp" (each device keeps a part of them), or the
             sizes of both, e.g. "data=2,fsdp=4".
-        rows_per_device: the most rows that a device takes at once; more are taken in micro-batches, whose gradients are
-            summed before they are divided, so that the update is the same. 0 takes all at once.
-        loss_chunks: into how many parts the target slots are divided for the loss, so that the logits of one part at a
-            time are in memory; worth it for a large vocabulary.
-        max_skipped: so many updates in a row may be left out because the loss or the gradient is not finite; then
-            training stops.
-        ema_decay: of an exponential moving average of the parameters, e.g. 0.999; 0 keeps none.
-        weights: which of its parameters a model is evaluated and translates with: "trained", "ema" (of
-            `ema_decay`) or "averaged" (the mean of checkpoints, made when training ends; until then "trained").
-        average_last: with "averaged", the number of newest checkpoints whose mean is taken; this or `average_best`.
-        average_best: with "averaged", the number of best checkpoints whose mean is taken.
-        log_every: updates between two lines of metrics.
-        evaluate_every: updates between two scorings of the validation corpus; 0 never.
-        checkpoint_every: updates between two checkpoints; one is written at each evaluation and at the end too.
-        keep_latest: how many of the newest checkpoints are kept.
-        keep_best: how many of the best checkpoints are kept.
-        patience: training ends early after so many evaluations without a better `best_metric`; 0 never.
-        best_metric: "bleu", "chrf", "exact_match" (more is better) or "loss" (less), on the validation corpus.
-        tokenize: sacrebleu's tokeniser for BLEU, e.g. "13a", "zh", "ja-mecab" or "char"; "auto" chooses it by the
-            script of the references, once, and `config.json` keeps what was chosen.
-        evaluate_sentences: how many validation sentences are translated; 0 is all.
+        rows_per_device: the largest number of rows that a device processes at once. More rows are processed in
+            micro-batches, whose gradients are summed, so that the update is the same. 0 means all at once.
+        loss_chunks: the number of parts into which the target slots are divided for the loss, so that only the logits
+            of one part are in memory; useful with a large vocabulary.
+    """
+
+    layout: str = "auto"
+    rows_per_device: int = setting(0, COUNT)
+    loss_chunks: int = setting(1, SIZE)
+
+    def __post_init__(self):
+        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        check(self, "training.parallelism")
+        if not re.fullmatch(r"auto|jit|pmap|data|fsdp|data=[1-9]\d*|(data=[1-9]\d*,)?fsdp=[1-9]\d*", self.layout):
+            raise ValueError(
+                f"training.parallelism.layout is {self.layout!r}: choose auto, jit, pmap, data, fsdp, or the sizes of "
+                'a mesh such as "data=2,fsdp=4"'
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointsConfig:
+    """When checkpoints are written, which of them are kept, and which are averaged.
+
+    Attributes:
+        every: updates between two checkpoints; one is written at each evaluation and at the end too.
+        keep_latest: how many of the newest are kept.
+        keep_best: how many of the best are kept.
+        average_last: with "averaged" weights, the number of newest checkpoints whose mean is taken; this or
+            `average_best`.
+        average_best: with "averaged" weights, the number of best checkpoints whose mean is taken.
+    """
+
+    every: int = setting(500, AT_LEAST_ONE)
+    keep_latest: int = setting(3, AT_LEAST_ONE)
+    keep_best: int = setting(1, AT_LEAST_ONE)
+    average_last: int = setting(0, AT_LEAST_NONE)
+    average_best: int = setting(0, AT_LEAST_NONE)
+
+    def __post_init__(self):
+        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        check(self, "training.checkpoints")
+        for average, keep in (("average_last", "keep_latest"), ("average_best", "keep_best")):
+            wanted, kept = getattr(self, average), getattr(self, keep)
+            if wanted > kept:
+                raise ValueError(
+                    f"training.checkpoints.{average} is {wanted}, but only {kept} are kept: raise "
+                    f"training.checkpoints.{keep}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When and how held-out corpora are translated and scored.
+
+    Attributes:
+        every: updates between two scorings of the validation corpus; 0 never.
+        sentences: how many validation sentences are translated; 0 is all.
         beam_size: beam of the translations that are scored; 1 is greedy.
         alpha: exponent of the length penalty (section 6.1).
+        tokenize: sacrebleu's tokeniser for BLEU, e.g. "13a", "zh", "ja-mecab" or "char"; "auto" chooses it by the
+            script of the references, once, and `config.json` keeps what was chosen.
+        best_metric: "bleu", "chrf", "exact_match" (more is better) or "loss" (less), on the validation corpus.
+        patience: training ends early after so many evaluations without a better `best_metric`; 0 never.
         samples: how many source, reference and translation triples are shown.
+    """
+
+    every: int = setting(1000, AT_LEAST_NONE)
+    sentences: int = setting(0, AT_LEAST_NONE)
+    beam_size: int = setting(1, BEAM_SIZE)
+    alpha: float = setting(0.6, ALPHA)
+    tokenize: str = setting("auto", TOKENIZERS)
+    best_metric: str = setting("bleu", ("bleu", "chrf", "exact_match", "loss"))
+    patience: int = setting(0, AT_LEAST_NONE)
+    samples: int = setting(5, AT_LEAST_NONE)
+
+    def __post_init__(self):
+        """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
+        check(self, "training.evaluation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained.
+
+    Attributes:
+        steps: number of updates.
+        start_from: the work directory of a model with which training starts, vocabulary included; empty for a new
+            model.
+        freeze: the parts that do not change, "embeddings", "encoder" or "embeddings,encoder"; empty for none.
+        seed: seed of the initial parameters and of dropout.
+        rng_impl: the generator of random bits, by its name in `jax.random.key`; "rbg" is meant for TPUs.
+        label_smoothing: the probability spread over the vocabulary (section 5.4).
+        max_skipped: how many updates in a row may be skipped because the loss or the gradient is not finite before
+            training stops.
+        weights: the parameters with which a model is evaluated and translates: "trained", "ema" (the moving average
+            of `optimizer.ema_decay`) or "averaged" (the mean of checkpoints, made when training ends; until then
+            "trained").
+        log_every: number of updates between two lines of metrics.
+        schedule: the learning rate.
+        optimizer: Adam and what goes with it.
+        parallelism: how devices share a batch.
+        checkpoints: when they are written, and which are kept.
+        evaluation: when and how held-out corpora are scored.
     """
 
     steps: int = setting(100_000, SIZE)
@@ -140,69 +251,94 @@ class TrainingConfig:
     freeze: str = setting("", ("", "embeddings", "encoder", "embeddings,encoder"))
     seed: int = setting(0, SEED)
     rng_impl: str = setting("threefry2x32", ("rbg", "threefry2x32", "unsafe_rbg"))
-    schedule: str = setting("paper", ("paper", "inverse_sqrt", "cosine", "linear", "constant"))
-    learning_rate: float = setting(1.0, Range(at_least=0, within=Range(at_most=1e6)))
-    warmup_steps: int = setting(4000, COUNT)
-    beta1: float = setting(0.9, SHARE)
-    beta2: float = setting(0.98, SHARE)
-    epsilon: float = setting(1e-9, Range(above=0, at_most=1))
-    weight_decay: float = setting(0.0, AT_LEAST_NONE)
-    clip_norm: float = setting(0.0, AT_LEAST_NONE)
     label_smoothing: float = setting(0.1, SHARE)
-    parallelism: str = "auto"
-    rows_per_device: int = setting(0, COUNT)
-    loss_chunks: int = setting(1, SIZE)
     max_skipped: int = setting(20, AT_LEAST_ONE)
-    ema_decay: float = setting(0.0, SHARE)
     weights: str = setting("trained", ("trained", "ema", "averaged"))
-    average_last: int = setting(0, AT_LEAST_NONE)
-    average_best: int = setting(0, AT_LEAST_NONE)
     log_every: int = setting(50, AT_LEAST_ONE)
-    evaluate_every: int = setting(1000, AT_LEAST_NONE)
-    checkpoint_every: int = setting(500, AT_LEAST_ONE)
-    keep_latest: int = setting(3, AT_LEAST_ONE)
-    keep_best: int = setting(1, AT_LEAST_ONE)
-    patience: int = setting(0, AT_LEAST_NONE)
-    best_metric: str = setting("bleu", ("bleu", "chrf", "exact_match", "loss"))
-    tokenize: str = setting("auto", TOKENIZERS)
-    evaluate_sentences: int = setting(0, AT_LEAST_NONE)
-    beam_size: int = setting(1, BEAM_SIZE)
-    alpha: float = setting(0.6, ALPHA)
-    samples: int = setting(5, AT_LEAST_NONE)
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallelism: ParallelismConfig = ParallelismConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __new__(cls, **settings: Any) -> "TrainingConfig":
+        """Makes the object that `__init__` fills; raises ValueError for an old name, with the new one."""
+        for old in MOVED.keys() & settings.keys():
+            if not dataclasses.is_dataclass(settings[old]):
+                section, key = MOVED[old].split(".")
+                kind = next(field.type for field in dataclasses.fields(cls) if field.name == section)
+                raise ValueError(
+                    f"TrainingConfig's {old} is {section}.{key} now: write "
+                    f"TrainingConfig({section}={getattr(kind, '__name__', kind)}({key}={settings[old]!r}))"
+                )
+        return super().__new__(cls)
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
         check(self, "training")
-        if not re.fullmatch(r"auto|jit|pmap|data|fsdp|data=[1-9]\d*|(data=[1-9]\d*,)?fsdp=[1-9]\d*", self.parallelism):
+        if self.weights == "ema" and not self.optimizer.ema_decay:
+            raise ValueError("training.weights is ema, but training.optimizer.ema_decay is 0: set it, e.g. 0.999")
+        last, best = self.checkpoints.average_last, self.checkpoints.average_best
+        if (self.weights == "averaged") != (len([count for count in (last, best) if count]) == 1):
             raise ValueError(
-                f"training.parallelism is {self.parallelism!r}: choose auto, jit, pmap, data, fsdp, or the sizes of a "
-                'mesh such as "data=2,fsdp=4"'
+                f"training.weights is {self.weights}, checkpoints.average_last {last} and checkpoints.average_best "
+                f"{best}: for the mean of checkpoints set weights to averaged and one of the two; else leave both at 0"
             )
-        self._check_weights()
 
-    def _check_weights(self) -> None:
-        if self.weights == "ema" and not self.ema_decay:
-            raise ValueError("training.weights is ema, but training.ema_decay is 0: set it, e.g. 0.999")
-        counts = {"last": self.average_last, "best": self.average_best}
-        if (self.weights == "averaged") != (len([count for count in counts.values() if count]) == 1):
-            raise ValueError(
-                f"training.weights is {self.weights}, average_last {self.average_last} and average_best "
-                f"{self.average_best}: for the mean of checkpoints set weights to averaged and one of the two; "
-                "else leave both at 0"
-            )
-        for kind, kept in (("last", self.keep_latest), ("best", self.keep_best)):
-            if counts[kind] > kept:
-                setting = "keep_latest" if kind == "last" else "keep_best"
-                raise ValueError(
-                    f"training.average_{kind} is {counts[kind]}, but only {kept} are kept: raise training.{setting}"
-                )
+
+# In version 0.1.0 all settings of training were directly in the section "training". Its work directories, command lines
+# and config files use the names on the left.
+MOVED = {
+    "schedule": "schedule.name",
+    "learning_rate": "schedule.learning_rate",
+    "warmup_steps": "schedule.warmup_steps",
+    "beta1": "optimizer.beta1",
+    "beta2": "optimizer.beta2",
+    "epsilon": "optimizer.epsilon",
+    "weight_decay": "optimizer.weight_decay",
+    "clip_norm": "optimizer.clip_norm",
+    "ema_decay": "optimizer.ema_decay",
+    "parallelism": "parallelism.layout",
+    "rows_per_device": "parallelism.rows_per_device",
+    "loss_chunks": "parallelism.loss_chunks",
+    "checkpoint_every": "checkpoints.every",
+    "keep_latest": "checkpoints.keep_latest",
+    "keep_best": "checkpoints.keep_best",
+    "average_last": "checkpoints.average_last",
+    "average_best": "checkpoints.average_best",
+    "evaluate_every": "evaluation.every",
+    "evaluate_sentences": "evaluation.sentences",
+    "beam_size": "evaluation.beam_size",
+    "alpha": "evaluation.alpha",
+    "tokenize": "evaluation.tokenize",
+    "best_metric": "evaluation.best_metric",
+    "patience": "evaluation.patience",
+    "samples": "evaluation.samples",
+}
+
+
+def by_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with old names of settings replaced by new ones; if both are there, the old one counts."""
+    if not isinstance(config.get("training"), Mapping):
+        return dict(config)
+    training = dict(config["training"])
+    # Some old names are those of sections now; what is a mapping is the section.
+    old = {name: training.pop(name) for name in MOVED if name in training and not isinstance(training[name], Mapping)}
+    for name, value in old.items():
+        section, key = MOVED[name].split(".")
+        training[section] = {**training.get(section, {}), key: value}
+    return {**config, "training": training} if old else dict(config)
 
 
 def scored_by(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the validation corpus's scores depend on, of those that a training section holds."""
-    names = ("evaluate_sentences", "beam_size", "alpha", "tokenize")
-    # A tokeniser that was not chosen yet is none that could differ.
-    found = {name: training[name] for name in names if training.get(name, "auto") != "auto"}
+    """The settings in a training section on which the scores of the validation corpus depend.
+
+    `scores.json` stores them under these names, which are older than the sections.
+    """
+    evaluation = training.get("evaluation", {})
+    names = {"evaluate_sentences": "sentences", "beam_size": "beam_size", "alpha": "alpha", "tokenize": "tokenize"}
+    # A tokeniser that has not been chosen yet cannot differ.
+    found = {name: evaluation[key] for name, key in names.items() if evaluation.get(key, "auto") != "auto"}
     # Before their mean is made, checkpoints are scored with the weights that were trained.
     weights = "ema" if training.get("weights") == "ema" else "trained"
     return found | ({"weights": weights} if "weights" in training else {})
@@ -218,10 +354,12 @@ class Experiment:
     training: TrainingConfig = TrainingConfig()
 
     def __post_init__(self):
-        """Checks what no section can check alone; raises ValueError naming the mend."""
-        if self.data.target_slots % self.training.loss_chunks:
+        """Checks settings of different sections against each other; raises ValueError with a remedy."""
+        check(self)
+        loss_chunks = self.training.parallelism.loss_chunks
+        if self.data.target_slots % loss_chunks:
             raise ValueError(
-                f"training.loss_chunks is {self.training.loss_chunks}, which does not divide data.target_slots = "
+                f"training.parallelism.loss_chunks is {loss_chunks}, which does not divide data.target_slots = "
                 f"{self.data.target_slots}: set it to a number that does"
             )
         if self.model.tie_embeddings == "three_way" and not self.vocabulary.joint:
@@ -236,10 +374,18 @@ class Experiment:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Experiment":
-        """The inverse of `to_mapping`; raises ValueError for an unknown key, naming the nearest one."""
+        """The inverse of `to_mapping`, which accepts old names too; raises ValueError for any other unknown key."""
         sections: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         built = {
             name: from_mapping(sections[name], settings, name) if name in sections else settings
-            for name, settings in mapping.items()
+            for name, settings in by_new_names(mapping).items()
         }
         return from_mapping(cls, built, "config")
+
+    def changed(self, settings: Mapping[str, Any]) -> "Experiment":
+        """The experiment with some settings changed, each by its full name, e.g. "training.schedule.warmup_steps"."""
+        mapping = self.to_mapping()
+        for name, value in settings.items():
+            *sections, key = name.split(".")
+            functools.reduce(operator.getitem, sections, mapping)[key] = value
+        return self.from_mapping(mapping)

@@ -85,6 +85,17 @@ def setting(default: Any, allowed: "Range | tuple[str, ...]") -> Any:
     return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
+def setting_fields(settings: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """The field of each setting in a dataclass and in its sections, by its full name, e.g. "training.steps"."""
+    fields: dict[str, dataclasses.Field] = {}
+    for field in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(field.type):
+            fields |= setting_fields(typing.cast(type, field.type), f"{prefix}{field.name}.")
+        else:
+            fields[prefix + field.name] = field
+    return fields
+
+
 def check(settings: Any, section: str = "") -> None:
     """Checks every field of a settings dataclass against its type and its range.
 
@@ -125,7 +136,7 @@ def check_value(name: str, value: Any, kind: Any, allowed: "Range | tuple[str, .
     if found is None:
         kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         limits = f", {allowed}" if allowed else ""
-        raise ValueError(f"{name} is {_shown(value)}: it must be {kinds[kind]}{limits}")
+        raise ValueError(f"{name} is {_shown(value)}: it must be {kinds.get(kind, 'a section of settings')}{limits}")
     if allowed is not None and (broken := allowed.broken_by(found)):
         raise ValueError(f"{name} is {_shown(value)}: it must be {broken}")
     return found
@@ -152,7 +163,9 @@ def _of_kind(value: Any, kind: type) -> Any:
         return float(value) if is_number and math.isfinite(_in_float32(value)) else None
     if kind is bool:
         return bool(value) if isinstance(value, bool) or (is_number and value in (0, 1)) else None
-    return str(value) if isinstance(value, kind) else None
+    if kind is str:
+        return str(value) if isinstance(value, str) else None
+    return value if isinstance(value, kind) else None
 
 
 def _in_float32(value: float) -> float:

@@ -16,7 +16,7 @@ from flax_transformer.atomic_files import write_file
 Scores = Mapping[str, float]
 
 LESS_IS_BETTER = ("loss",)
-# The training settings that each metric depends on.
+# The settings that each metric depends on, by their names in `scores.json`.
 _OF_TRANSLATIONS = ("weights", "evaluate_sentences", "beam_size", "alpha")
 DEPENDS_ON = {
     "loss": ("weights",),
@@ -26,7 +26,7 @@ DEPENDS_ON = {
 }
 # The key beside a step's scores under which these settings are stored.
 FOUND_BY = "found_by"
-# Settings of scores without that key, which are from before `training.tokenize` existed.
+# Settings of scores without that key, which are from before there was a setting `tokenize`.
 BEFORE = {"tokenize": "13a"}
 
 

@@ -19,7 +19,7 @@ from flax_transformer.atomic_files import write_file
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.experiment import scored_by
+from flax_transformer.experiment import by_new_names, scored_by
 from flax_transformer.files import OWN_FILES, OWN_FOLDERS, work_directory_of
 
 
@@ -105,7 +105,7 @@ class WorkDirectory:
         write_file(file, json.dumps(content, indent=2).encode() + b"\n")
 
     def read_config(self) -> dict[str, Any]:
-        """Reads `config.json`; raises ValueError if it is missing or has no sections."""
+        """Reads `config.json`, old names as new ones; raises ValueError if it is missing or has no sections."""
         if not self.exists:
             raise ValueError(
                 f"{self.path} is not a work directory, config.json is missing: give the --workdir of a training"
@@ -116,7 +116,7 @@ class WorkDirectory:
             raise self._damaged(str(error)) from error
         if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
             raise self._damaged("it has no sections")
-        return config
+        return by_new_names(config)
 
     def read_model_config(self) -> TransformerConfig:
         """Reads the model section of `config.json`; raises ValueError if either is missing or invalid."""
@@ -216,8 +216,8 @@ class WorkDirectory:
             keep_latest: how many of the newest to keep; all if not given.
             keep_best: how many of the best to keep as well.
             best_metric: the metric that ranks them.
-            found_by: the current training settings (`TrainingConfig`'s fields, or some of them); scores that were found
-                with other settings are not compared with new ones.
+            found_by: the current settings of evaluation, from `scored_by`; scores that were found with other settings
+                are not compared with new ones.
             read_only: changes nothing in the folder, to which a training may be writing.
         """
         return Checkpoints(
@@ -236,9 +236,9 @@ class WorkDirectory:
         If the config's `training.weights` is "ema", it loads the moving average that the checkpoint holds.
 
         Args:
-            step: "best" by `training.best_metric` (the newest if no checkpoint was scored), "latest", a step number,
-                "averaged" (what `average_checkpoints` wrote last), or "chosen": "averaged" if `training.weights` is
-                "averaged" and there is an average, else "best".
+            step: "best" by `training.evaluation.best_metric` (the newest if no checkpoint was scored), "latest", a step
+                number, "averaged" (what `average_checkpoints` wrote last), or "chosen": "averaged" if
+                `training.weights` is "averaged" and there is an average, else "best".
             shapes: the parameters' shapes and types.
 
         Raises:
@@ -284,7 +284,7 @@ class WorkDirectory:
 
         Args:
             last: how many of the newest checkpoints to average.
-            best: how many of the best by `training.best_metric` to average; give one of the two.
+            best: how many of the best by `training.evaluation.best_metric` to average; give one of the two.
 
         Returns:
             The averaged steps, the newest or the best first.
@@ -309,7 +309,7 @@ class WorkDirectory:
     def _read_checkpoints(self) -> "Checkpoints":
         # A converted model has no training section.
         training = self.read_config().get("training", {})
-        best_metric = training.get("best_metric", "loss")
+        best_metric = training.get("evaluation", {}).get("best_metric", "loss")
         return self.open_checkpoints(best_metric=best_metric, found_by=scored_by(training), read_only=True)
 
     def _open_averages(self, *, read_only: bool) -> "Checkpoints":

@@ -77,8 +77,10 @@ def test_the_names_are_sacrebleu_s():
 def test_an_unavailable_tokeniser_is_an_error_with_the_setting_and_a_remedy(monkeypatch):
     install(monkeypatch)
     for name, extra in (("ja-mecab", "ja"), ("ko-mecab", "ko")):
-        with pytest.raises(ValueError, match=rf"^training.tokenize is {name}, .* pip install sacrebleu\[{extra}\], or"):
-            make_bleu(name, "training.tokenize")
+        with pytest.raises(
+            ValueError, match=rf"^training.evaluation.tokenize is {name}, .* pip install sacrebleu\[{extra}\], or"
+        ):
+            make_bleu(name, "training.evaluation.tokenize")
     with pytest.raises(ValueError, match="^x is 'words': choose one of none, "):
         make_bleu("words", "x")
 
@@ -93,14 +95,14 @@ def test_an_unavailable_tokeniser_is_an_error_with_the_setting_and_a_remedy(monk
 def warned(tokenize, references):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_missing_spaces(tokenize, references, "training.tokenize")
+        warn_of_missing_spaces(tokenize, references, "training.evaluation.tokenize")
     return [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize("tokenize", ["13a", "intl", "none"])
 def test_a_tokeniser_that_needs_spaces_is_a_warning_for_references_without_them(tokenize):
     (line,) = warned(tokenize, [TEXTS["Chinese"]] * 5)
-    assert line.startswith(f"training.tokenize is {tokenize}, ") and line.endswith("set it to zh")
+    assert line.startswith(f"training.evaluation.tokenize is {tokenize}, ") and line.endswith("set it to zh")
     (line,) = warned(tokenize, ["ACGTTGCA" * 9, "TTGACA" * 8])  # a script with spaces, but a text without any
     assert line.endswith("set it to char")
     for quiet in (

@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import operator
 import re
 import runpy
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import Experiment, TrainingConfig
+from flax_transformer.experiment import EvaluationConfig, Experiment, OptimizerConfig, ScheduleConfig, TrainingConfig
 from flax_transformer.workdir import WorkDirectory
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -47,8 +48,8 @@ def test_the_docstring_of_a_config_has_the_command_that_runs_it(file):
 def test_a_config_is_a_complete_experiment(file):
     for experiment in experiments_of(file):
         assert experiment.data.train and experiment.data.valid and experiment.data.test
-        assert experiment.training.warmup_steps < experiment.training.steps
-        assert 0 < experiment.training.evaluate_every <= experiment.training.steps
+        assert experiment.training.schedule.warmup_steps < experiment.training.steps
+        assert 0 < experiment.training.evaluation.every <= experiment.training.steps
         assert experiment.model.max_length >= experiment.data.target_slots  # a sentence may fill its row
 
 
@@ -65,10 +66,13 @@ def test_wmt14_has_the_paper_s_hyperparameters(name, preset, steps, checkpoints)
         for slots in (data.source_slots, data.target_slots):  # about 25,000 tokens on each side (section 5.1)
             assert 20_000 < data.rows * slots < 30_000
         paper = TrainingConfig(
-            steps=steps, schedule="paper", learning_rate=1.0, warmup_steps=4000, beta1=0.9, beta2=0.98, epsilon=1e-9,
-            label_smoothing=0.1, beam_size=4, alpha=0.6,
-        )  # fmt: skip
-        for field in ("steps", "schedule", "learning_rate", "warmup_steps", "beta1", "beta2", "epsilon",
-                      "label_smoothing", "beam_size", "alpha", "weight_decay", "clip_norm"):  # fmt: skip
-            assert getattr(training, field) == getattr(paper, field), field
-        assert training.keep_latest == checkpoints  # those that are averaged (section 6.1)
+            steps=steps,
+            schedule=ScheduleConfig(name="paper", learning_rate=1.0, warmup_steps=4000),
+            optimizer=OptimizerConfig(beta1=0.9, beta2=0.98, epsilon=1e-9),
+            label_smoothing=0.1,
+            evaluation=EvaluationConfig(beam_size=4, alpha=0.6),
+        )
+        assert training.schedule == paper.schedule and training.optimizer == paper.optimizer
+        for field in ("steps", "label_smoothing", "evaluation.beam_size", "evaluation.alpha"):
+            assert operator.attrgetter(field)(training) == operator.attrgetter(field)(paper), field
+        assert training.checkpoints.keep_latest == checkpoints  # those that are averaged (section 6.1)

@@ -16,6 +16,11 @@ SETTINGS = {
     VocabularyConfig: "vocabulary.",
     DataConfig: "data.",
     TrainingConfig: "training.",
+    **{
+        field.type: f"training.{field.name}."
+        for field in dataclasses.fields(TrainingConfig)
+        if dataclasses.is_dataclass(field.type)
+    },
     BeamSearch: "",
     Sampling: "",
 }
@@ -80,6 +85,11 @@ def test_settings_for_booleans_refuse_anything_else(settings, name):
 def test_settings_for_strings_refuse_anything_else(settings, name):
     for wrong in (3, None, True, ["a"]):
         refused(settings, name, wrong)
+
+
+def test_what_is_no_section_is_refused_where_one_belongs():
+    for wrong in (3, None, {}, "fsdp"):
+        assert refused(TrainingConfig, "optimizer", wrong).endswith("it must be a section of settings")
 
 
 def test_none_is_refused_except_where_it_means_no_limit():

@@ -75,7 +75,15 @@ REVERSING = """
 from ml_collections import ConfigDict
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ParallelismConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 
 
 def get_config(folder):
@@ -95,8 +103,9 @@ def get_config(folder):
                 target_slots=12,
             ),
             training=TrainingConfig(
-                steps=600, schedule="cosine", learning_rate=1e-2, warmup_steps=50, label_smoothing=0.0, log_every=100,
-                evaluate_every=600, best_metric="exact_match", parallelism="jit",
+                steps=600, label_smoothing=0.0, log_every=100, parallelism=ParallelismConfig(layout="jit"),
+                schedule=ScheduleConfig(name="cosine", learning_rate=1e-2, warmup_steps=50),
+                evaluation=EvaluationConfig(every=600, best_metric="exact_match"),
             ),
         ).to_mapping()
     )

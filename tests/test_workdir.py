@@ -9,11 +9,14 @@ import pytest
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.experiment import Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import EvaluationConfig, Experiment, ScheduleConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
-EXPERIMENT = Experiment(model=TransformerConfig.tiny(norm="pre"), training=TrainingConfig(steps=7, learning_rate=1e-3))
+EXPERIMENT = Experiment(
+    model=TransformerConfig.tiny(norm="pre"),
+    training=TrainingConfig(steps=7, schedule=ScheduleConfig(learning_rate=1e-3)),
+)
 
 
 @pytest.fixture
@@ -194,7 +197,7 @@ SCORES = {1: {"loss": 4.0}, 2: {"loss": 1.0}, 3: None, 4: {"loss": 2.0}, 5: {"lo
     [({"last": 1}, [5]), ({"last": 5}, [5, 4, 3, 2, 1]), ({"best": 1}, [2]), ({"best": 3}, [2, 4, 5])],
 )
 def test_the_average_is_the_mean_of_the_parameters_chosen(choice, steps, workdir):
-    workdir.write_config({"training": {"best_metric": "loss"}})
+    workdir.write_config({"training": {"evaluation": {"best_metric": "loss"}}})
     write(workdir, SCORES)
     assert workdir.average_checkpoints(**choice) == steps
     average = workdir.restore_params("averaged", params_of(0))
@@ -208,7 +211,9 @@ def test_the_average_is_the_mean_of_the_parameters_chosen(choice, steps, workdir
 
 @pytest.mark.parametrize(("metric", "steps"), [("bleu", [3, 2]), ("chrf", [1, 3]), ("loss", [1, 2])])
 def test_the_best_checkpoints_are_the_best_by_the_metric_of_training(metric, steps, workdir):
-    experiment = dataclasses.replace(EXPERIMENT, training=TrainingConfig(best_metric=metric))
+    experiment = dataclasses.replace(
+        EXPERIMENT, training=TrainingConfig(evaluation=EvaluationConfig(best_metric=metric))
+    )
     workdir.write_config(experiment.to_mapping())
     rows = [(1.0, 9.0, 1.0), (2.0, 7.0, 2.0), (3.0, 8.0, 3.0)]
     metrics = {step: dict(zip(("bleu", "chrf", "loss"), row, strict=True)) for step, row in enumerate(rows, 1)}
@@ -246,8 +251,8 @@ def test_a_new_average_replaces_the_old_one_without_a_gap(workdir):
     [
         ({}, params_of(2), None),  # a converted model has no such section
         ({"weights": "trained"}, params_of(2), None),
-        ({"weights": "ema", "ema_decay": 0.9}, params_of(102), None),
-        ({"weights": "averaged", "average_last": 2}, params_of(2), "averaged"),
+        ({"weights": "ema", "optimizer": {"ema_decay": 0.9}}, params_of(102), None),
+        ({"weights": "averaged", "checkpoints": {"average_last": 2}}, params_of(2), "averaged"),
     ],
 )
 def test_the_chosen_weights_are_those_that_the_config_names(weights, before, after, workdir):
@@ -255,7 +260,7 @@ def test_the_chosen_weights_are_those_that_the_config_names(weights, before, aft
     write(workdir, {1: {"loss": 4.0}, 2: {"loss": 1.0}, 3: {"loss": 2.0}})
     assert same(workdir.restore_params("chosen", params_of(0)), before)
     assert same(workdir.restore_params("best", params_of(0)), before)
-    assert same(workdir.restore_params(3, params_of(0)), params_of(103 if "ema_decay" in weights else 3))
+    assert same(workdir.restore_params(3, params_of(0)), params_of(103 if "optimizer" in weights else 3))
     workdir.average_checkpoints(last=2)
     chosen = workdir.restore_params("chosen", params_of(0))
     assert is_mean_of([2, 3], chosen) if after == "averaged" else same(chosen, before)
@@ -274,10 +279,13 @@ def test_checkpoints_of_eight_devices_can_be_averaged_on_one(workdir):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"last": 5}, r"checkpoints holds 3 checkpoints \[1, 2, 3\], not 5: ask for fewer, or .*training.keep_latest"),
+        (
+            {"last": 5},
+            r"checkpoints holds 3 checkpoints \[1, 2, 3\], not 5: ask for fewer, or .*training.checkpoints.keep_latest",
+        ),
         (
             {"best": 3},
-            r"checkpoints holds 2 scored checkpoints \[1, 3\], not 3: ask for fewer, or .*training.keep_best",
+            r"checkpoints holds 2 scored checkpoints \[1, 3\], not 3: ask for fewer, or .*training.*keep_best",
         ),
         ({"last": 0}, "0 of the newest checkpoints: ask for at least 1"),
         ({"best": -1}, "-1 of the best checkpoints: ask for at least 1"),

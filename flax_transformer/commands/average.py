@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--last", type=positive, metavar="N", help="average the N newest checkpoints; give this or --best"
     )
     which.add_argument(
-        "--best", type=positive, metavar="N", help="average the N best checkpoints by training.best_metric"
+        "--best", type=positive, metavar="N", help="average the N best checkpoints by training.evaluation.best_metric"
     )
 
 

@@ -7,19 +7,19 @@ A config is a Python file whose function `get_config` returns an experiment as a
 import argparse
 import collections.abc
 import contextlib
-import dataclasses
 import difflib
 import re
 import runpy
 import traceback
 import typing
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_transformer.commands.options import BOOLEANS, filled
 from flax_transformer.files import expand
-from flax_transformer.ranges import check_value
+from flax_transformer.ranges import check_value, setting_fields
 
 PACKAGE = Path(__file__).parents[1]
 CHANGE = re.compile(r"--config\.(?P<name>[^=]+)(=(?P<value>.*))?|--noconfig\.(?P<false>[^=]+)", re.DOTALL)
@@ -87,13 +87,17 @@ def read_config(config: str, changes: Sequence[Change]) -> dict[str, Any]:
         ValueError: there is no such config or setting, the config cannot be read, or a changed value is not allowed.
     """
     # numpy loads with it, so not for --help.
-    from flax_transformer.experiment import Experiment
+    from flax_transformer.experiment import MOVED, Experiment
 
     fields = setting_fields(Experiment)
+    moved = {f"training.{old}": f"training.{new}" for old, new in MOVED.items()}
     texts: dict[str, list[str]] = {}
-    for name, text in changes:
+    for written, text in changes:
+        name = moved.get(written, written)
         if name not in fields:
-            raise ValueError(_unknown_setting(name, fields))
+            raise ValueError(_unknown_setting(name, fields, moved))
+        if name != written:
+            warnings.warn(f"--config.{written} is --config.{name} now; the old name goes on working", stacklevel=2)
         texts.setdefault(name, []).append(text)
     settings = _load(config)
     # A field of the config may refer to another one, so they are set where they are, and checked here.
@@ -110,18 +114,7 @@ def read_config(config: str, changes: Sequence[Change]) -> dict[str, Any]:
     return settings.to_dict()
 
 
-def setting_fields(settings: type, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """The field of each setting in the sections of a dataclass, by its full name, e.g. "training.steps"."""
-    fields: dict[str, dataclasses.Field] = {}
-    for field in dataclasses.fields(settings):
-        if dataclasses.is_dataclass(field.type):
-            fields |= setting_fields(typing.cast(type, field.type), f"{prefix}{field.name}.")
-        else:
-            fields[prefix + field.name] = field
-    return fields
-
-
-def _unknown_setting(name: str, known: Collection[str]) -> str:
+def _unknown_setting(name: str, known: Collection[str], moved: Mapping[str, str]) -> str:
     inside = [each for each in known if each.startswith(f"{name}.")]
     if inside:
         return f"--config.{name} is a section, not a setting: set one of {', '.join(inside)}"
@@ -131,9 +124,9 @@ def _unknown_setting(name: str, known: Collection[str]) -> str:
         key, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
         return key, whole
 
-    nearest = max(known, key=likeness)
+    nearest = max([*known, *moved], key=likeness)
     if likeness(nearest)[0] >= 0.6:
-        return f"--config.{name} is not a setting: did you mean --config.{nearest}?"
+        return f"--config.{name} is not a setting: did you mean --config.{moved.get(nearest, nearest)}?"
     sections = sorted({each.partition(".")[0] for each in known})
     return f"--config.{name} is not a setting: settings are in the sections {', '.join(sections)}"
 
@@ -159,6 +152,8 @@ def _load(config: str) -> Any:
     """What the config's `get_config` returns, as a `ConfigDict`."""
     from ml_collections import ConfigDict
 
+    from flax_transformer.experiment import MOVED, by_new_names
+
     name, colon, argument = config.partition(":")
     path = str(_find(name))
     try:
@@ -168,13 +163,22 @@ def _load(config: str) -> Any:
         settings = get_config(argument) if colon else get_config()
         if not isinstance(settings, ConfigDict | dict):
             raise ValueError(f"its get_config returns a {type(settings).__name__}: it must return a ConfigDict")
-        return ConfigDict(settings)
+        return ConfigDict(by_new_names(_with_references(ConfigDict(settings))))
     except ValueError as error:
         raise ValueError(f"--config={config}: {error}") from error
     except Exception as error:  # The file is the user's program: it may raise anything.
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
-        raise ValueError(f"--config={config}: {where}: {type(error).__name__}: {error}") from error
+        moved = [f" (training.{old} is training.{new} now)" for old, new in MOVED.items() if f"'{old}'" in str(error)]
+        raise ValueError(f"--config={config}: {where}: {type(error).__name__}: {error}{''.join(moved)}") from error
+
+
+def _with_references(settings: Any) -> dict[str, Any]:
+    """A `ConfigDict` as nested dictionaries in which fields that refer to others still do."""
+    return {
+        name: _with_references(value) if isinstance(value, type(settings)) else value
+        for name, value in settings.items(preserve_field_references=True)
+    }
 
 
 def _find(name: str) -> Path:

@@ -188,7 +188,7 @@ def _default_tokenizer(options: argparse.Namespace, references: list[str]) -> st
         with explain_damage(workdir):
             config = WorkDirectory(workdir).read_config()
         # A converted model has no training section, and an older training chose none.
-        chosen.add(config.get("training", {}).get("tokenize", "auto"))
+        chosen.add(config.get("training", {}).get("evaluation", {}).get("tokenize", "auto"))
     return chosen.pop() if len(chosen) == 1 and "auto" not in chosen else choose_tokenizer(references)
 
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parallel",
         metavar="KIND",
-        help="replaces training.parallelism of the config: pmap, data, fsdp, data=2,fsdp=4 or jit",
+        help="replaces training.parallelism.layout of the config: pmap, data, fsdp, data=2,fsdp=4 or jit",
     )
 
 
@@ -79,19 +79,17 @@ def run(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace) -> Any:
     """The experiment, with a vocabulary of the size that the config asks for where none is known yet."""
-    import dataclasses
-
     from flax_transformer.experiment import Experiment
 
     experiment = Experiment.from_mapping(read_config(options.config, options.changes))
     model, size = experiment.model, experiment.vocabulary.size
-    model = dataclasses.replace(
-        model, source_vocab_size=model.source_vocab_size or size, target_vocab_size=model.target_vocab_size or size
+    return experiment.changed(
+        {
+            "model.source_vocab_size": model.source_vocab_size or size,
+            "model.target_vocab_size": model.target_vocab_size or size,
+            "training.parallelism.layout": options.parallel or experiment.training.parallelism.layout,
+        }
     )
-    training = experiment.training
-    if options.parallel:
-        training = dataclasses.replace(training, parallelism=options.parallel)
-    return dataclasses.replace(experiment, model=model, training=training)
 
 
 def _show(plan: Any, memory: float | None) -> bool:

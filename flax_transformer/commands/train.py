@@ -31,7 +31,7 @@ On several hosts run the same command on each host: with --distributed where the
 gives the processes their addresses (Cloud TPU, Slurm), otherwise with --coordinator,
 --num_processes and --process_id.
 """
-MEMORY_REMEDY = "lower training.rows_per_device or data.rows"
+MEMORY_REMEDY = "lower training.parallelism.rows_per_device or data.rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -174,39 +174,36 @@ def plans(experiment: Experiment, devices: list[jax.Device], memory: float | Non
 
 def _remedy(name: str, experiment: Experiment, plan: Plan, num_devices: int) -> tuple[Experiment, str] | None:
     """The experiment with a remedy, and the changed setting in words; `None` if the remedy cannot be applied."""
-    training, model = experiment.training, experiment.model
+    parallelism = experiment.training.parallelism
     assert isinstance(plan.result, TooLarge)
+    value: int | str
     share = plan.rows // num_devices
     if name == "micro-batches":
         needed, available = plan.result.needed, plan.result.available
         excess = needed / available if needed and available else 1.0
         rows = max(1, share // (plan.micro_batches * 2 ** max(1, math.ceil(math.log2(excess)))))
-        if rows >= (training.rows_per_device or share):
+        if rows >= (parallelism.rows_per_device or share):
             return None
-        training = dataclasses.replace(training, rows_per_device=rows)
-        change = f"training.rows_per_device={rows}"
+        setting, value = "training.parallelism.rows_per_device", rows
     elif name == "loss chunks":
-        if training.loss_chunks > 1 or experiment.data.target_slots % LOSS_CHUNKS:
+        if parallelism.loss_chunks > 1 or experiment.data.target_slots % LOSS_CHUNKS:
             return None
-        training = dataclasses.replace(training, loss_chunks=LOSS_CHUNKS)
-        change = f"training.loss_chunks={LOSS_CHUNKS}"
+        setting, value = "training.parallelism.loss_chunks", LOSS_CHUNKS
     elif name == "remat":
-        if model.remat:
+        if experiment.model.remat:
             return None
-        model = dataclasses.replace(model, remat=True)
-        change = "model.remat=True"
+        setting, value = "model.remat", True
     else:
-        if num_devices == 1 or "fsdp" in training.parallelism:
+        if num_devices == 1 or "fsdp" in parallelism.layout:
             return None
-        training = dataclasses.replace(training, parallelism="fsdp")
-        change = "training.parallelism=fsdp"
-    return dataclasses.replace(experiment, training=training, model=model), change
+        setting, value = "training.parallelism.layout", "fsdp"
+    return experiment.changed({setting: value}), f"{setting}={value}"
 
 
 def make_plan(experiment: Experiment, devices: list[jax.Device], memory: float | None, *, changes: str) -> Plan:
     """Compiles one step; `changes` describes the experiment, the other arguments are those of `plans`."""
-    config, data = experiment.training, experiment.data
-    parallelism = Parallelism(config.parallelism, devices)
+    config, data = experiment.training.parallelism, experiment.data
+    parallelism = Parallelism(config.layout, devices)
     parts = parallelism.micro_batches(data.rows, config.rows_per_device)
     multiple = parallelism.num_devices * parts
     rows = -(-data.rows // multiple) * multiple

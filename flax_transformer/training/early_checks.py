@@ -24,32 +24,34 @@ def check_ahead(experiment: Experiment, workdir: WorkDirectory) -> None:
     first = max(newest, default=0)
     if first >= config.steps:
         return  # An error would not help now: the checkpoints that exist are averaged and tested.
-    is_scored = bool(experiment.data.valid) and config.evaluate_every > 0
-    every = config.evaluate_every if is_scored else 0
+    checkpoints, evaluation = config.checkpoints, config.evaluation
+    is_scored = bool(experiment.data.valid) and evaluation.every > 0
     if not is_scored:
-        lacking = "training.evaluate_every is 0" if experiment.data.valid else "data.valid is empty"
+        lacking = "training.evaluation.every is 0" if experiment.data.valid else "data.valid is empty"
         remedy = "set it, or " if experiment.data.valid else "name a validation corpus, or "
-        if config.patience:
+        if evaluation.patience:
             raise ValueError(
-                f"training.patience is {config.patience}, but {lacking}: no evaluation could end training early; "
-                f"{remedy}set training.patience=0"
+                f"training.evaluation.patience is {evaluation.patience}, but {lacking}: no evaluation could end "
+                f"training early; {remedy}set training.evaluation.patience=0"
             )
-        if config.average_best > len(best):
+        if checkpoints.average_best > len(best):
             raise ValueError(
-                f"training.average_best is {config.average_best}, but {lacking}: no checkpoint will be scored; {remedy}"
-                f"set training.average_best=0 and training.average_last={config.average_best}"
+                f"training.checkpoints.average_best is {checkpoints.average_best}, but {lacking}: no checkpoint will "
+                f"be scored; {remedy}set training.checkpoints.average_best=0 and "
+                f"training.checkpoints.average_last={checkpoints.average_best}"
             )
-        if config.keep_best > 1 and hosts.is_first():
+        if checkpoints.keep_best > 1 and hosts.is_first():
             warnings.warn(
-                f"training.keep_best is {config.keep_best}, but {lacking}: no checkpoint will be scored, and only the "
-                "newest are kept",
+                f"training.checkpoints.keep_best is {checkpoints.keep_best}, but {lacking}: no checkpoint will be "
+                "scored, and only the newest are kept",
                 stacklevel=2,
             )
-    if config.average_last:
-        intervals = [config.checkpoint_every, config.evaluate_every]
-        _check_count("last", "checkpoint_every", config.average_last, newest, first, config.steps, intervals)
-    elif config.average_best:
-        _check_count("best", "evaluate_every", config.average_best, best, first, config.steps, [every])
+    if checkpoints.average_last:
+        intervals = [checkpoints.every, evaluation.every]
+        _check_count("last", "checkpoints.every", checkpoints.average_last, newest, first, config.steps, intervals)
+    elif checkpoints.average_best:
+        intervals = [evaluation.every if is_scored else 0]
+        _check_count("best", "evaluation.every", checkpoints.average_best, best, first, config.steps, intervals)
 
 
 def _steps_so_far(experiment: Experiment, workdir: WorkDirectory) -> tuple[set[int], set[int]]:
@@ -58,7 +60,7 @@ def _steps_so_far(experiment: Experiment, workdir: WorkDirectory) -> tuple[set[i
         return set(), set()
     config = experiment.training
     with workdir.open_checkpoints(
-        best_metric=config.best_metric, found_by=scored_by(dataclasses.asdict(config)), read_only=True
+        best_metric=config.evaluation.best_metric, found_by=scored_by(dataclasses.asdict(config)), read_only=True
     ) as checkpoints:
         steps = set(checkpoints.all_steps)
         return steps, steps & checkpoints.scores.keys()
@@ -76,15 +78,15 @@ def _check_count(
     if len(planned) >= wanted:
         if hosts.is_first():
             warnings.warn(
-                f"training.average_{kind} is {wanted}, but from step {first} on there will be only "
+                f"training.checkpoints.average_{kind} is {wanted}, but from step {first} on there will be only "
                 f"{len(expected)} {kept}, because earlier ones are missing: the mean of these will be used",
                 stacklevel=3,
             )
         return
     lower = f"lower training.{setting} to {steps // wanted}, or " if steps >= wanted else ""
     raise ValueError(
-        f"training.average_{kind} is {wanted}, but training.steps = {steps} leaves {len(expected)} {kept}: {lower}"
-        f"set training.average_{kind}={max(1, len(expected))}"
+        f"training.checkpoints.average_{kind} is {wanted}, but training.steps = {steps} leaves {len(expected)} {kept}: "
+        f"{lower}set training.checkpoints.average_{kind}={max(1, len(expected))}"
     )
 
 

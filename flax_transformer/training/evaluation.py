@@ -17,7 +17,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.decoding.unreadable import UnreadableSentences, UnreadableWarning
-from flax_transformer.experiment import TrainingConfig
+from flax_transformer.experiment import EvaluationConfig
 from flax_transformer.monitoring.report import TITLES, format_score
 from flax_transformer.positions import check_length
 from flax_transformer.processes import hosts
@@ -56,11 +56,11 @@ def score_translations(
         translations: by a model.
         references: one for each translation.
         loss: copied to the result.
-        tokenize: as in `TrainingConfig`.
+        tokenize: as in `EvaluationConfig`.
     """
     translations, references = list(map(comparable, translations)), list(map(comparable, references))
     tokenize = choose_tokenizer(references) if tokenize == "auto" else tokenize
-    bleu = make_bleu(tokenize, "training.tokenize")
+    bleu = make_bleu(tokenize, "training.evaluation.tokenize")
     bleu_score = bleu.corpus_score(translations, [references]).score
     exact = sum(ours == theirs for ours, theirs in zip(translations, references, strict=True))
     return Scores(
@@ -82,7 +82,7 @@ class Evaluation:
         packed: PackedCorpus,
         vocabularies: VocabularyPair,
         model_config: TransformerConfig,
-        config: TrainingConfig,
+        config: EvaluationConfig,
         eval_step: Callable[[PyTree, Batch], LossSums],
         as_whole: Callable[[PyTree], PyTree] = lambda params: params,
         *,
@@ -161,7 +161,7 @@ def show_test(weights: str, scores: Scores, *, metric: str, seconds: float) -> N
     Args:
         weights: which weights were tested, in words.
         scores: the scores of the test corpus.
-        metric: `training.best_metric`.
+        metric: `training.evaluation.best_metric`.
         seconds: how long training took.
     """
     print(f"\ntest corpus, {weights}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")

@@ -5,6 +5,7 @@ same one that was started there.
 """
 
 import dataclasses
+import operator
 
 from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
 from flax_transformer.data.corpus import ParallelText, corpus_files, load_corpus
@@ -22,7 +23,10 @@ FIXED: dict[str, tuple[str, ...]] = {
     "model": (),
     "vocabulary": (),
     "data": ("train", "rows", "source_slots", "target_slots", "seed"),
-    "training": ("seed", "rng_impl", "clip_norm", "weight_decay", "ema_decay", "start_from", "freeze"),
+    "training": (
+        *("seed", "rng_impl", "start_from", "freeze"),
+        *("optimizer.clip_norm", "optimizer.weight_decay", "optimizer.ema_decay"),
+    ),
 }
 # Settings of how the model is computed, which may differ from machine to machine.
 FREE = ("attention_implementation",)
@@ -110,7 +114,7 @@ def prepare(
     _check_config(experiment, workdir)
     fingerprints = {name: text.fingerprint() for name, text in texts.items() if name != "test"}
     begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
-    micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.rows_per_device)
+    micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.parallelism.rows_per_device)
     packed = {
         name: PackedCorpus.from_text(
             text,
@@ -175,20 +179,20 @@ def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: di
     scored = [texts[name] for name in ("valid", "test") if name in texts]
     if not scored:
         return experiment
-    tokenize = experiment.training.tokenize
+    setting = "training.evaluation.tokenize"
+    tokenize = experiment.training.evaluation.tokenize
     if tokenize == "auto":
-        tokenize = (workdir.read_config() if workdir.exists else {}).get("training", {}).get("tokenize", tokenize)
+        begun = (workdir.read_config() if workdir.exists else {}).get("training", {})
+        tokenize = begun.get("evaluation", {}).get("tokenize", tokenize)
         tokenize = choose_tokenizer(scored[0].target) if tokenize == "auto" else tokenize
         # The choice depends on installed packages, which may differ between hosts.
         tokenize = hosts.gather(tokenize)[0]
         if tokenize != DEFAULT:
-            hosts.say(
-                f"BLEU with sacrebleu's tokeniser {tokenize}, by the script of the references (training.tokenize)"
-            )
-    make_bleu(tokenize, "training.tokenize")
+            hosts.say(f"BLEU with sacrebleu's tokeniser {tokenize}, by the script of the references ({setting})")
+    make_bleu(tokenize, setting)
     if hosts.is_first():
-        warn_of_missing_spaces(tokenize, scored[0].target, "training.tokenize")
-    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, tokenize=tokenize))
+        warn_of_missing_spaces(tokenize, scored[0].target, setting)
+    return experiment.changed({setting: tokenize})
 
 
 def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
@@ -209,10 +213,11 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
     for section, names in FIXED.items():
         found, wanted = getattr(begun, section), getattr(experiment, section)
         for name in names or [field.name for field in dataclasses.fields(wanted) if field.name not in FREE]:
-            if getattr(found, name) != getattr(wanted, name):
+            before, now = operator.attrgetter(name)(found), operator.attrgetter(name)(wanted)
+            if before != now:
                 raise ValueError(
-                    f"{workdir.path} was begun with {section}.{name} = {getattr(found, name)!r}, now it is "
-                    f"{getattr(wanted, name)!r}: set it back, or give another --workdir"
+                    f"{workdir.path} was begun with {section}.{name} = {before!r}, now it is {now!r}: set it back, or "
+                    "give another --workdir"
                 )
 
 

@@ -18,7 +18,6 @@ from jaxtyping import PyTree
 
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.experiment import Experiment, scored_by
-from flax_transformer.model import Transformer
 from flax_transformer.monitoring.profile import Profile
 from flax_transformer.monitoring.provenance import provenance
 from flax_transformer.monitoring.report import TITLES, Report
@@ -32,7 +31,7 @@ from flax_transformer.training.evaluation import Evaluation, Scores, show_sample
 from flax_transformer.training.inputs import Materials, check_paths, load_texts, prepare
 from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import StepMetrics, TrainState, create_state, eval_step, make_train_step
+from flax_transformer.training.step import Objective, StepMetrics, TrainState, create_state, eval_step, make_train_step
 from flax_transformer.training.step_statistics import Clock, Window
 from flax_transformer.workdir import WorkDirectory
 
@@ -71,7 +70,7 @@ def train_and_evaluate(
     watched = Profile(profile, workdir.path / "profile")
     lock = TrainingLock(workdir.path) if hosts.is_first() else contextlib.nullcontext()
     with _explain_full_disk(workdir), lock:
-        parallelism = Parallelism(experiment.training.parallelism)
+        parallelism = Parallelism(experiment.training.parallelism.layout)
         materials = prepare(experiment, texts, workdir, parallelism, accept_changed_corpus=accept_changed_corpus)
         training = _Training(materials, workdir, parallelism, began, watched, interruption)
         training.run()
@@ -122,16 +121,10 @@ class _Training:
         self.began, self.profile, self.interruption = began, profile, interruption
         experiment = materials.experiment
         self.config, self.model_config = experiment.training, experiment.model
-        self.model = Transformer(self.model_config)
         self.schedule = learning_rate_schedule(self.config, self.model_config.d_model)
         step = make_train_step(experiment, materials.micro_batches)
         self.train_step = parallelism.compile(step, donate_state=True)
-        evaluate = functools.partial(
-            eval_step,
-            model=self.model,
-            micro_batches=self.materials.micro_batches,
-            loss_chunks=self.config.loss_chunks,
-        )
+        evaluate = functools.partial(eval_step, objective=Objective.of(experiment, materials.micro_batches))
         compiled = self.parallelism.compile(evaluate, donate_state=False)
         self.evaluations = {
             name: Evaluation(
@@ -139,10 +132,10 @@ class _Training:
                 self.materials.packed[name],
                 self.materials.vocabularies,
                 self.model_config,
-                self.config,
+                self.config.evaluation,
                 compiled,
                 self.parallelism.as_whole,
-                sentences=self.config.evaluate_sentences if name == "valid" else 0,
+                sentences=self.config.evaluation.sentences if name == "valid" else 0,
             )
             for name, text in self.materials.texts.items()
             if name != "train"
@@ -150,9 +143,9 @@ class _Training:
 
     def open_checkpoints(self) -> Checkpoints:
         return self.workdir.open_checkpoints(
-            keep_latest=self.config.keep_latest,
-            keep_best=self.config.keep_best,
-            best_metric=self.config.best_metric,
+            keep_latest=self.config.checkpoints.keep_latest,
+            keep_best=self.config.checkpoints.keep_best,
+            best_metric=self.config.evaluation.best_metric,
             found_by=scored_by(dataclasses.asdict(self.config)),
         )
 
@@ -182,19 +175,20 @@ class _Training:
 
     def _average(self) -> None:
         """Writes the mean of the checkpoints; of fewer than wanted if training ended early or some were lost."""
-        wanted = self.config.average_last or self.config.average_best
+        last = self.config.checkpoints.average_last
+        wanted = last or self.config.checkpoints.average_best
         with self.open_checkpoints() as checkpoints:
             steps = set(checkpoints.all_steps)
-            there = len(steps if self.config.average_last else steps & checkpoints.scores.keys())
+            there = len(steps if last else steps & checkpoints.scores.keys())
         if there < wanted and hosts.is_first():
-            kind = "checkpoints" if self.config.average_last else "scored checkpoints"
+            kind = "checkpoints" if last else "scored checkpoints"
             warnings.warn(
                 f"there are {there} {kind}, not the {wanted} whose mean is wanted: "
                 + (f"the mean of these {there} is used" if there else "the newest checkpoint is used"),
                 stacklevel=2,
             )
         count = min(there, wanted)
-        if self.config.average_last or not count:
+        if last or not count:
             self.workdir.average_checkpoints(last=max(count, 1))
         else:
             self.workdir.average_checkpoints(best=count)
@@ -282,8 +276,8 @@ class _Training:
                 session.report.step_done()
                 record(window.add(step, metrics))
                 signal = session.interruption.check(step)
-                evaluate = self._is_due(step, self.config.evaluate_every)
-                if evaluate or signal or self._is_due(step, self.config.checkpoint_every):
+                evaluate = self._is_due(step, self.config.evaluation.every)
+                if evaluate or signal or self._is_due(step, self.config.checkpoints.every):
                     record(window.settle())
                     with window.paused():
                         self._save(step, state, session)
@@ -314,7 +308,7 @@ class _Training:
 
     def _evaluate(self, step: int, state: TrainState, session: "_Session") -> None:
         """Scores the validation corpus if it is due at this step and the step has no comparable scores yet."""
-        due = "valid" in self.evaluations and self._is_due(step, self.config.evaluate_every)
+        due = "valid" in self.evaluations and self._is_due(step, self.config.evaluation.every)
         if not due or step in session.checkpoints.scores:
             return
         params = state.ema if self.config.weights == "ema" else state.params
@@ -326,10 +320,11 @@ class _Training:
 
     def _ends_early(self, step: int, session: "_Session") -> bool:
         evaluations = session.checkpoints.evaluations_since_best
-        if not self.config.patience or evaluations < self.config.patience or step >= self.config.steps:
+        patience = self.config.evaluation.patience
+        if not patience or evaluations < patience or step >= self.config.steps:
             return False
         session.report.say(
-            f"no better {self.config.best_metric} in {evaluations} evaluations: training ends at step {step}"
+            f"no better {self.config.evaluation.best_metric} in {evaluations} evaluations: training ends at step {step}"
         )
         return True
 
@@ -349,7 +344,8 @@ class _Training:
             f"{int(metrics.skipped_in_a_row)} updates in a row were left out because the loss or the gradient was not "
             f"finite, the last at step {step} (loss {metrics.sums.smoothed / metrics.sums.tokens:.3g}; gradient norms: "
             f"{norms}); the sentence pairs of its batch, numbered within data.train, are in {file}; the last "
-            "checkpoint stands: go on from it with a lower training.learning_rate, or a larger training.max_skipped"
+            "checkpoint stands: go on from it with a lower training.schedule.learning_rate, or a larger "
+            "training.max_skipped"
         )
 
     def test(self) -> Scores | None:
@@ -367,7 +363,7 @@ class _Training:
         scores, translations = evaluation.score(self.parallelism.place(params))
         if hosts.is_first():
             self.workdir.append_metrics({"kind": "test", "step": step} | dataclasses.asdict(scores))
-            show_samples(evaluation.source, evaluation.references, translations, self.config.samples)
+            show_samples(evaluation.source, evaluation.references, translations, self.config.evaluation.samples)
             weights = "the mean of checkpoints" if averaged else f"checkpoint {step}"
-            show_test(weights, scores, metric=self.config.best_metric, seconds=seconds)
+            show_test(weights, scores, metric=self.config.evaluation.best_metric, seconds=seconds)
         return scores

@@ -23,9 +23,8 @@ def learning_rate_schedule(config: TrainingConfig, d_model: int) -> optax.Schedu
         config: the training settings: schedule, peak, warm-up and number of steps.
         d_model: the model's width, which scales the paper's schedule.
     """
-    warmup = max(config.warmup_steps, 1)
-    peak = config.learning_rate
-    if config.schedule == "paper":
+    name, peak, warmup = config.schedule.name, config.schedule.learning_rate, max(config.schedule.warmup_steps, 1)
+    if name == "paper":
         peak *= (d_model * warmup) ** -0.5
     after_warmup = max(config.steps - warmup, 1)
     decay: optax.Schedule = {
@@ -34,7 +33,7 @@ def learning_rate_schedule(config: TrainingConfig, d_model: int) -> optax.Schedu
         "cosine": optax.cosine_decay_schedule(peak, after_warmup),
         "linear": optax.linear_schedule(peak, 0.0, after_warmup),
         "constant": optax.constant_schedule(peak),
-    }[config.schedule]
+    }[name]
     # Update n of the paper counts from 1: the rate at step 0 is peak / warmup, and the peak comes at step warmup - 1.
     rise = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else optax.constant_schedule(peak)
     return optax.join_schedules([rise, decay], [warmup - 1])
@@ -47,12 +46,13 @@ def make_optimizer(config: TrainingConfig, d_model: int) -> optax.GradientTransf
         config: the training settings.
         d_model: the model's width, which scales the paper's schedule.
     """
-    transforms = [optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)]
-    if config.clip_norm:
-        transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay:
+    settings = config.optimizer
+    transforms = [optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon)]
+    if settings.clip_norm:
+        transforms.insert(0, optax.clip_by_global_norm(settings.clip_norm))
+    if settings.weight_decay:
         matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-        transforms.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))
+        transforms.append(optax.add_decayed_weights(settings.weight_decay, mask=matrices))
     optimizer = optax.chain(*transforms, optax.scale_by_learning_rate(learning_rate_schedule(config, d_model)))
     if not config.freeze:
         return optimizer

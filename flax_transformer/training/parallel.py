@@ -64,7 +64,7 @@ class Parallelism:
             kind = "pmap" if len(devices) > 1 else "jit"
         if kind == "jit" and jax.process_count() > 1:
             raise ValueError(
-                f'training.parallelism is "jit", one device of one process, and there are {jax.process_count()} '
+                f'training.parallelism.layout is "jit", one device of one process, and there are {jax.process_count()} '
                 'processes: set it to "pmap" or "auto"'
             )
         self.kind = kind if kind in ("jit", "pmap") else "mesh"
@@ -263,15 +263,15 @@ class ParallelStep:
 
 
 def mesh_shape(kind: str, num_devices: int) -> dict[str, int]:
-    """The sizes of a mesh's axes, from `training.parallelism`; raises ValueError if they do not fit the devices."""
+    """The sizes of a mesh's axes, from `training.parallelism.layout`; raises ValueError if they do not fit."""
     sizes = {"data": 1, "fsdp": 1}
     if kind in sizes:
         return sizes | {kind: num_devices}
     sizes |= {name: int(size) for name, size in re.findall(r"(data|fsdp)=(\d+)", kind)}
     if sizes["data"] * sizes["fsdp"] != num_devices:
         raise ValueError(
-            f"training.parallelism is {kind!r}, {sizes['data'] * sizes['fsdp']} places for {num_devices} devices: "
-            "let the sizes multiply to the number of devices"
+            f"training.parallelism.layout is {kind!r}, {sizes['data'] * sizes['fsdp']} places for {num_devices} "
+            "devices: let the sizes multiply to the number of devices"
         )
     return sizes
 

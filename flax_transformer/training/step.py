@@ -1,5 +1,6 @@
 """The training step and the evaluation step: pure functions of a state, or of parameters, and a batch."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TypeVar
@@ -78,7 +79,7 @@ def create_state(experiment: Experiment, rng: PRNGKeyArray) -> TrainState:
     """The state of an experiment before its first update."""
     model, training = Transformer(experiment.model), experiment.training
     optimizer = make_optimizer(training, experiment.model.d_model)
-    return TrainState.create(model, optimizer, rng, with_ema=training.ema_decay > 0)
+    return TrainState.create(model, optimizer, rng, with_ema=training.optimizer.ema_decay > 0)
 
 
 class StepMetrics(flax.struct.PyTreeNode):
@@ -99,41 +100,69 @@ class StepMetrics(flax.struct.PyTreeNode):
     skipped_in_a_row: Count
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a training minimises, and in how many parts a device computes it.
+
+    Attributes:
+        model: the Transformer.
+        label_smoothing: the probability spread over the vocabulary (section 5.4).
+        freeze: the parts of the model that do not change, as in `TrainingConfig`.
+        micro_batches: number of parts into which a device divides its rows, to process one after the other.
+        loss_chunks: number of parts into which the target slots are divided, so that only the logits of one part are
+            in memory at a time; it divides the number of slots.
+    """
+
+    model: Transformer
+    label_smoothing: float = 0.0
+    freeze: str = ""
+    micro_batches: int = 1
+    loss_chunks: int = 1
+
+    @classmethod
+    def of(cls, experiment: Experiment, micro_batches: int) -> "Objective":
+        """The objective of an experiment; how many micro-batches there are depends on the devices."""
+        training = experiment.training
+        return cls(
+            model=Transformer(experiment.model),
+            label_smoothing=training.label_smoothing,
+            freeze=training.freeze,
+            micro_batches=micro_batches,
+            loss_chunks=training.parallelism.loss_chunks,
+        )
+
+
 def batch_sums(
     params: PyTree,
     batch: Batch,
     *,
-    model: Transformer,
-    label_smoothing: float,
-    dropout_rng: PRNGKeyArray | None,
-    loss_chunks: int = 1,
+    objective: Objective,
+    dropout_rng: PRNGKeyArray | None = None,
     scale: Scalar = 1.0,
 ) -> LossSums:
-    """The summed losses of a batch.
+    """The summed losses of a batch, all rows at once.
 
     Args:
         params: the model's parameters.
         batch: sentence pairs.
-        model: the Transformer.
-        label_smoothing: as in section 5.4.
+        objective: what to compute.
         dropout_rng: random key; `None` drops nothing.
-        loss_chunks: number of parts into which the target slots are divided, so that only the logits of one part are
-            in memory at a time; it divides the number of slots.
         scale: factor by which the caller multiplies the loss before differentiating it; only chunks need it.
     """
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+    model, chunks = objective.model, objective.loss_chunks
     run = functools.partial(model.apply, {"params": params}, deterministic=dropout_rng is None, rngs=rngs)
     memory = run(batch.source, method="encode")
     hidden = run(memory, batch.source, batch.target, method="decode")
 
     def sums_of(hidden: Array, target: Array, valid: Array) -> LossSums:
         logits = model.apply({"params": params}, hidden, method="logits")
-        return cross_entropy_sums(logits, target, valid, label_smoothing)
+        return cross_entropy_sums(logits, target, valid, objective.label_smoothing)
 
     target, valid = jnp.asarray(batch.target.ids), jnp.asarray(batch.target.segments) > 0
-    if loss_chunks == 1:
+    if chunks == 1:
         return sums_of(hidden, target, valid)
-    return sums_in_chunks(sums_of, hidden, target, valid, chunks=loss_chunks, scale=scale)
+    return sums_in_chunks(sums_of, hidden, target, valid, chunks=chunks, scale=scale)
 
 
 def add_up(function: Callable[[Batch, int | Array], Sums], zeros: Sums, batch: Batch, micro_batches: int) -> Sums:
@@ -164,13 +193,9 @@ def loss_and_gradients(
     params: PyTree,
     batch: Batch,
     *,
-    model: Transformer,
-    label_smoothing: float,
+    objective: Objective,
     dropout_rng: PRNGKeyArray | None = None,
     loss_scale: LossScale | None = None,
-    micro_batches: int = 1,
-    loss_chunks: int = 1,
-    freeze: str = "",
     axis_name: str | None = None,
 ) -> tuple[LossSums, PyTree]:
     """The summed losses of the global batch, and the gradient of its mean label-smoothed loss.
@@ -178,16 +203,13 @@ def loss_and_gradients(
     Args:
         params: the model's parameters.
         batch: this device's share of the global batch.
-        model: the Transformer.
-        label_smoothing: as in section 5.4.
+        objective: what to differentiate; the gradient of frozen parameters is zero and is not computed.
         dropout_rng: random key; `None` drops nothing.
         loss_scale: the loss scale of a model in float16.
-        micro_batches: number of parts into which a device divides its rows, to process one after the other.
-        loss_chunks: as in `batch_sums`.
-        freeze: as in `TrainingConfig`; the gradient of these parameters is zero and is not computed.
         axis_name: the axis over which the global batch is divided under `pmap`.
     """
     # The differentiated loss is a sum over tokens; divided by the number of slots it is about as large as a mean.
+    freeze, micro_batches = objective.freeze, objective.micro_batches
     factor = None if loss_scale is None else loss_scale.factor / batch.target.ids.size
 
     def sums_and_gradients(rows: Batch, number: int | Array) -> tuple[LossSums, PyTree]:
@@ -200,15 +222,8 @@ def loss_and_gradients(
                 params = jax.tree.map(
                     lambda leaf, stays: jax.lax.stop_gradient(leaf) if stays else leaf, params, frozen(freeze, params)
                 )
-            sums = batch_sums(
-                params,
-                rows,
-                model=model,
-                label_smoothing=label_smoothing,
-                dropout_rng=rng,
-                loss_chunks=loss_chunks,
-                scale=1.0 if factor is None else factor,
-            )
+            scale = 1.0 if factor is None else factor
+            sums = batch_sums(params, rows, objective=objective, dropout_rng=rng, scale=scale)
             return sums.smoothed if factor is None else factor * sums.smoothed, sums
 
         with gradients_written_out():
@@ -228,13 +243,9 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    model: Transformer,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    label_smoothing: float,
     ema_decay: float = 0.0,
-    micro_batches: int = 1,
-    loss_chunks: int = 1,
-    freeze: str = "",
     axis_name: str | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One update of the parameters, on one device or, under `pmap`, on several.
@@ -244,13 +255,9 @@ def train_step(
     Args:
         state: the state before the update.
         batch: this device's share of the global batch.
-        model: the Transformer.
-        optimizer: from `make_optimizer`.
-        label_smoothing: as in section 5.4.
+        objective: what to minimise.
+        optimizer: from `make_optimizer`; it must not change what the objective freezes.
         ema_decay: decay of the moving average `ema`, if the state has one.
-        micro_batches: as in `loss_and_gradients`.
-        loss_chunks: as in `batch_sums`.
-        freeze: the parameters that do not change, as in `TrainingConfig`; `optimizer` must not change them either.
         axis_name: as in `loss_and_gradients`.
 
     Returns:
@@ -262,13 +269,9 @@ def train_step(
     sums, gradients = loss_and_gradients(
         state.params,
         batch,
-        model=model,
-        label_smoothing=label_smoothing,
+        objective=objective,
         dropout_rng=dropout_rng,
         loss_scale=state.loss_scale,
-        micro_batches=micro_batches,
-        loss_chunks=loss_chunks,
-        freeze=freeze,
         axis_name=axis_name,
     )
     norms = module_norms(gradients)
@@ -307,16 +310,11 @@ def train_step(
 
 def make_train_step(experiment: Experiment, micro_batches: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The `train_step` of an experiment, a function of a state, a batch and the name of an axis."""
-    training = experiment.training
     return functools.partial(
         train_step,
-        model=Transformer(experiment.model),
-        optimizer=make_optimizer(training, experiment.model.d_model),
-        label_smoothing=training.label_smoothing,
-        ema_decay=training.ema_decay,
-        micro_batches=micro_batches,
-        loss_chunks=training.loss_chunks,
-        freeze=training.freeze,
+        objective=Objective.of(experiment, micro_batches),
+        optimizer=make_optimizer(experiment.training, experiment.model.d_model),
+        ema_decay=experiment.training.optimizer.ema_decay,
     )
 
 
@@ -328,19 +326,12 @@ def module_norms(gradients: PyTree) -> dict[str, Scalar]:
     return {name: optax.tree.norm(leaves) for name, leaves in modules.items()}
 
 
-def eval_step(
-    params: PyTree,
-    batch: Batch,
-    *,
-    model: Transformer,
-    micro_batches: int = 1,
-    loss_chunks: int = 1,
-    axis_name: str | None = None,
-) -> LossSums:
+def eval_step(params: PyTree, batch: Batch, *, objective: Objective, axis_name: str | None = None) -> LossSums:
     """The summed losses of a batch, without dropout and without label smoothing."""
+    unsmoothed = dataclasses.replace(objective, label_smoothing=0.0)
 
     def sums_of(rows: Batch, number: int | Array) -> LossSums:
-        return batch_sums(params, rows, model=model, label_smoothing=0.0, dropout_rng=None, loss_chunks=loss_chunks)
+        return batch_sums(params, rows, objective=unsmoothed)
 
-    sums = add_up(sums_of, LossSums.zeros(), batch, micro_batches)
+    sums = add_up(sums_of, LossSums.zeros(), batch, objective.micro_batches)
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)

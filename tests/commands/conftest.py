@@ -60,7 +60,7 @@ def workdir(tmp_path_factory):
         tie_embeddings="none",  # otherwise the model would repeat its last token
     )
     workdir = WorkDirectory(tmp_path_factory.mktemp("work") / "run")
-    workdir.write_config({"model": dataclasses.asdict(config), "training": {"best_metric": "bleu"}})
+    workdir.write_config({"model": dataclasses.asdict(config), "training": {"evaluation": {"best_metric": "bleu"}}})
     workdir.write_vocabularies(vocabularies)
     with workdir.open_checkpoints(best_metric="bleu") as checkpoints:
         # Seeds whose models translate each sentence of `source` differently.

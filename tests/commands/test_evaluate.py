@@ -60,8 +60,11 @@ def test_the_default_tokeniser_is_that_of_training_or_of_the_script(run, workdir
     chinese.write_text("我们明天去北京看朋友\n" * 23, encoding="utf-8")
     assert tokeniser(workdir, files) == "13a" and tokeniser(workdir, (files[0], chinese)) == "zh"
     config = WorkDirectory(broken).read_config()
-    WorkDirectory(broken).write_config(config | {"training": config["training"] | {"tokenize": "char"}})
-    assert tokeniser(broken, files) == tokeniser(broken, (files[0], chinese)) == "char"
+    # The second one as config.json was before the section had sections.
+    for chosen in ({"evaluation": {"tokenize": "char"}}, {"tokenize": "char"}):
+        WorkDirectory(broken).write_config(config | {"training": chosen})
+        assert tokeniser(broken, files) == "char"
+    assert tokeniser(broken, (files[0], chinese)) == "char"
     assert tokeniser(broken, files, "--tokenize=intl") == "intl"
     # Both are scored with one tokeniser, although their trainings used different ones.
     assert tokeniser(broken, files, "--compare", broken) == "char"

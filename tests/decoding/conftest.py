@@ -95,7 +95,7 @@ def workdir(tmp_path_factory, make_model, vocabularies):
     """Two checkpoints: step 1 has the better BLEU, step 2 the better loss, and BLEU is what training chose by."""
     workdir = WorkDirectory(tmp_path_factory.mktemp("work") / "run")
     config, _ = make_model(vocabularies.source.size)
-    workdir.write_config({"model": dataclasses.asdict(config), "training": {"best_metric": "bleu"}})
+    workdir.write_config({"model": dataclasses.asdict(config), "training": {"evaluation": {"best_metric": "bleu"}}})
     workdir.write_vocabularies(vocabularies)
     with workdir.open_checkpoints() as checkpoints:
         for step, metrics in ((1, {"bleu": 9.0, "loss": 3.0}), (2, {"bleu": 8.0, "loss": 2.0})):

@@ -328,13 +328,13 @@ def test_by_default_the_weights_are_those_that_training_chose(workdir, make_mode
     assert same(loaded(workdir.path), best)  # a config that names none
     folder = shutil.copytree(workdir.path, tmp_path / "run")
     copy = WorkDirectory(folder)
-    copy.write_config(copy.read_config() | {"training": {"best_metric": "bleu", "weights": "averaged"}})
+    copy.write_config(copy.read_config() | {"training": {"evaluation": {"best_metric": "bleu"}, "weights": "averaged"}})
     assert same(loaded(folder), best)
     copy.average_checkpoints(last=2)
     assert same(loaded(folder), jax.tree.map(lambda one, other: (one + other) / 2, best, newest))
     assert same(loaded(folder, step="best"), best) and same(loaded(folder, step="latest"), newest)
 
-    copy.write_config(copy.read_config() | {"training": {"best_metric": "bleu", "weights": "ema"}})
+    copy.write_config(copy.read_config() | {"training": {"evaluation": {"best_metric": "bleu"}, "weights": "ema"}})
     with copy.open_checkpoints(best_metric="bleu") as checkpoints:
         checkpoints.save(3, {"params": best, "ema": newest}, {})
         checkpoints.record_scores(3, {"bleu": 99.0})

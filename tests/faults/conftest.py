@@ -33,10 +33,10 @@ SMALL = {
     "model.num_decoder_layers": 1,
     "model.d_ff": 64,
     "training.steps": 30,
-    "training.warmup_steps": 10,
+    "training.schedule.warmup_steps": 10,
     "training.log_every": 1,
-    "training.checkpoint_every": 4,
-    "training.keep_latest": 2,
+    "training.checkpoints.every": 4,
+    "training.checkpoints.keep_latest": 2,
 }
 
 
@@ -210,7 +210,7 @@ def said(process: subprocess.CompletedProcess) -> list[str]:
 
 
 # Long enough for something to happen between two checkpoints, and yet over in seconds.
-LONG = {"training__steps": 96, "training__checkpoint_every": 24}
+LONG = {"training__steps": 96, "training__checkpoints__every": 24}
 
 
 def _unbroken(folder: Path, **layout) -> SmallTraining:

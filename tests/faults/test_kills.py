@@ -18,7 +18,7 @@ pytestmark = pytest.mark.faults
 RUNS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("SEED", "0"))
 # A checkpoint after every second step, so that many kills happen while one is being written.
-OFTEN = {"training__checkpoint_every": 2, "training__steps": 40}
+OFTEN = {"training__checkpoints__every": 2, "training__steps": 40}
 
 
 def kill_and_restart(training, rng, *, victims=(0,), **layout):

@@ -14,7 +14,7 @@ def unbroken(tmp_path_factory):
 
 
 def test_eight_devices_then_two_processes_then_one_device_continue_the_same_sequence(unbroken, small_training):
-    moved = small_training("moved", training__steps=18, training__checkpoint_every=6)
+    moved = small_training("moved", training__steps=18, training__checkpoints__every=6)
     for steps, layout in ((6, {"devices": 8}), (12, {"devices": 4, "processes": 2}), (18, {"devices": 1})):
         moved.finish(flags=(f"--config.training.steps={steps}",), **layout)
         assert moved.steps()[-1] == steps
@@ -25,7 +25,7 @@ def test_eight_devices_then_two_processes_then_one_device_continue_the_same_sequ
 
 def test_from_one_state_all_layouts_make_the_same_next_step_except_for_rounding(small_training):
     """Without dropout, since under pmap its bits depend on the number of devices."""
-    changes = {"model__dropout_rate": 0.0, "training__checkpoint_every": 6}
+    changes = {"model__dropout_rate": 0.0, "training__checkpoints__every": 6}
     losses = {}
     for name, layout in (
         ("eight", {"devices": 8}),
@@ -48,22 +48,28 @@ def test_from_one_state_all_layouts_make_the_same_next_step_except_for_rounding(
 HELD_OUT = (
     "--config.data.valid=locale_phrases:kn:en:valid?pairs=11&parts=1",
     "--config.data.test=locale_phrases:kn:en:test?pairs=13&parts=1",
-    "--config.training.evaluate_every=18",
+    "--config.training.evaluation.every=18",
 )
 
 
 def test_a_state_divided_between_two_processes_continues_on_any_layout(unbroken, small_training):
     # A rate that does not depend on the number of steps.
-    changes = {"training__schedule": "inverse_sqrt", "training__checkpoint_every": 6, "model__dropout_rate": 0.0}
+    changes = {
+        "training__schedule__name": "inverse_sqrt",
+        "training__checkpoints__every": 6,
+        "model__dropout_rate": 0.0,
+    }
     pmapped = small_training("pmapped", training__steps=18, **changes)
     (expected,) = pmapped.finish(devices=4, flags=HELD_OUT)
     parts = small_training("parts", training__steps=18, **changes)
     (first, _) = parts.finish(
-        devices=2, processes=2, flags=("--config.training.steps=6", "--config.training.parallelism=data=2,fsdp=2")
+        devices=2,
+        processes=2,
+        flags=("--config.training.steps=6", "--config.training.parallelism.layout=data=2,fsdp=2"),
     )
     assert "jit over a mesh of 2 data x 2 fsdp on 4 cpu devices of 2 processes" in first.stdout
     parts.finish(devices=4, flags=("--config.training.steps=12",))
-    (last, _) = parts.finish(devices=2, processes=2, flags=("--config.training.parallelism=fsdp", *HELD_OUT))
+    (last, _) = parts.finish(devices=2, processes=2, flags=("--config.training.parallelism.layout=fsdp", *HELD_OUT))
     # The parameters are gathered for translating, and divided again for scoring.
     for line in ("test corpus, ", "exact match: "):
         (ours,), (theirs,) = (

@@ -14,9 +14,9 @@ PAIR = {"devices": 2, "processes": 2}
 # Translating so many takes a while, since a model that has learned little does not end its sentences.
 EVALUATED = LONG | {
     "training__steps": 20,
-    "training__checkpoint_every": 10,
-    "training__evaluate_every": 10,
-    "training__evaluate_sentences": 0,
+    "training__checkpoints__every": 10,
+    "training__evaluation__every": 10,
+    "training__evaluation__sentences": 0,
     "data__valid": "locale_phrases:kn:en:valid?pairs=1200&parts=1",
 }
 

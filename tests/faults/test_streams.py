@@ -17,8 +17,8 @@ pytestmark = pytest.mark.faults
 
 TESTED = {
     "training__steps": 6,
-    "training__checkpoint_every": 3,
-    "training__evaluate_sentences": 0,
+    "training__checkpoints__every": 3,
+    "training__evaluation__sentences": 0,
     "data__test": "locale_phrases:kn:en:test?pairs=11&parts=1",
 }
 
@@ -43,7 +43,7 @@ def test_samples_that_the_terminal_cannot_show_are_escaped_and_the_scores_are_sh
 
 
 def test_when_its_terminal_is_closed_a_training_stops_after_a_checkpoint_with_the_status_of_sighup(small_training):
-    training = small_training(**LONG | {"training__steps": 100_000, "training__checkpoint_every": 100_000})
+    training = small_training(**LONG | {"training__steps": 100_000, "training__checkpoints__every": 100_000})
     settings = [f"--config.{name}={value}" for name, value in training._settings.items()]
     command = [sys.executable, str(ROOT / "tests/faults/observed_train.py"), "--config=configs/quickstart.py"]
     command += [f"--workdir={training.workdir}", *settings]

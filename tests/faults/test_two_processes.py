@@ -99,10 +99,10 @@ def test_a_second_training_in_a_work_directory_is_refused_also_with_two_processe
 
 SCORED = {
     "training__steps": 10,
-    "training__checkpoint_every": 5,
-    "training__evaluate_every": 10,
-    "training__ema_decay": 0.9,
-    "training__evaluate_sentences": 0,
+    "training__checkpoints__every": 5,
+    "training__evaluation__every": 10,
+    "training__optimizer__ema_decay": 0.9,
+    "training__evaluation__sentences": 0,
     "model__dropout_rate": 0.0,
     "data__valid": "locale_phrases:kn:en:valid?pairs=31&parts=1",
     "data__test": "locale_phrases:kn:en:test?pairs=37&parts=1",
@@ -114,7 +114,7 @@ def scores_of(training, weights, **layout):
     # Without its scores, the last step is evaluated again.
     (training.workdir / "scores.json").unlink(missing_ok=True)
     average = 2 if weights == "averaged" else 0
-    flags = (f"--config.training.weights={weights}", f"--config.training.average_last={average}")
+    flags = (f"--config.training.weights={weights}", f"--config.training.checkpoints.average_last={average}")
     training.finish(flags=flags, **layout)
     metrics = WorkDirectory(training.workdir).read_metrics()
     return [line for line in metrics if line["kind"] in ("valid", "test")][-2:]

@@ -11,7 +11,7 @@ from flax_transformer.experiment import DataConfig, Experiment
 from flax_transformer.model import Transformer
 from flax_transformer.monitoring.utilization import CHIPS, Work, model_flops, peak_flops
 from flax_transformer.tokens import Tokens
-from flax_transformer.training.step import batch_sums
+from flax_transformer.training.step import Objective, batch_sums
 
 
 def device(kind):
@@ -35,7 +35,7 @@ def test_model_flops_equal_the_operations_that_xla_counts(layers):
     batch = Batch(Tokens(source, source, source), Tokens(target, target, target))
     model = Transformer(config)
     params = model.init(jax.random.key(0), source, target, deterministic=True)["params"]
-    sums = functools.partial(batch_sums, model=model, label_smoothing=0.1, dropout_rng=None)
+    sums = functools.partial(batch_sums, objective=Objective(model=model, label_smoothing=0.1))
     compiled = jax.jit(jax.grad(lambda params: sums(params, batch).smoothed)).lower(params).compile()
     assert model_flops(config, 3, 40, 56) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.06)
 

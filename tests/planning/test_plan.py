@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig
+from flax_transformer.experiment import DataConfig, Experiment, ParallelismConfig, TrainingConfig
 from flax_transformer.monitoring.utilization import CHIPS
 from flax_transformer.planning import plan as planning
 from flax_transformer.planning.plan import Program, TooLarge, device_memory, find_devices, make_plan, plans
@@ -22,12 +22,12 @@ MODEL = TransformerConfig(
 EXPERIMENT = Experiment(
     model=MODEL,
     data=DataConfig(rows=32, source_slots=16, target_slots=24),
-    training=TrainingConfig(parallelism="pmap"),
+    training=TrainingConfig(parallelism=ParallelismConfig(layout="pmap")),
 )
 
 
 def changed(**training):
-    return dataclasses.replace(EXPERIMENT, training=dataclasses.replace(EXPERIMENT.training, **training))
+    return EXPERIMENT.changed({f"training.{name}": value for name, value in training.items()})
 
 
 def collectives_of(plan):
@@ -47,7 +47,7 @@ def test_pmap_reduces_the_gradient_and_the_sums_of_the_losses_and_nothing_else()
 def test_fsdp_divides_the_state_among_devices_and_gathers_parameters():
     sizes = {}
     for count in (1, 2, 8):
-        plan = make_plan(changed(parallelism="fsdp"), find_devices(f"cpu:{count}"), None, changes="")
+        plan = make_plan(changed(**{"parallelism.layout": "fsdp"}), find_devices(f"cpu:{count}"), None, changes="")
         sizes[count] = plan.result.arguments
         assert ("all-gather" in collectives_of(plan)) == (count > 1)
     assert sizes[8] < sizes[2] < sizes[1]
@@ -55,7 +55,7 @@ def test_fsdp_divides_the_state_among_devices_and_gathers_parameters():
 
 def test_fsdp_gathers_kernels_even_if_they_are_larger_than_the_activations():
     few = dataclasses.replace(
-        changed(parallelism="fsdp"),
+        changed(**{"parallelism.layout": "fsdp"}),
         model=dataclasses.replace(MODEL, d_model=64, d_ff=256),
         data=DataConfig(rows=8, source_slots=8, target_slots=8),
     )
@@ -66,8 +66,13 @@ def test_fsdp_gathers_kernels_even_if_they_are_larger_than_the_activations():
 
 
 def test_work_inside_a_loop_is_counted_once_per_iteration():
-    whole = make_plan(changed(parallelism="fsdp"), find_devices("cpu:2"), None, changes="")
-    parts = make_plan(changed(parallelism="fsdp", rows_per_device=4), find_devices("cpu:2"), None, changes="")
+    whole = make_plan(changed(**{"parallelism.layout": "fsdp"}), find_devices("cpu:2"), None, changes="")
+    parts = make_plan(
+        changed(**{"parallelism.layout": "fsdp", "parallelism.rows_per_device": 4}),
+        find_devices("cpu:2"),
+        None,
+        changes="",
+    )
     assert whole.micro_batches == 1 and parts.micro_batches == 4 and parts.rows == whole.rows
     assert parts.result.temporaries < whole.result.temporaries
     assert parts.result.flops is None
@@ -109,12 +114,12 @@ def test_remedies_are_tried_in_order_without_those_that_are_already_used(monkeyp
     found = list(plans(EXPERIMENT, devices, None))
     assert all(plan.result.needed == needed * 2**30 and plan.result.available == 15.75 * 2**30 for plan in found)
     # Eight rows a device: as many parts as the excess asks for, then twice as many, down to one row.
-    first = [f"training.rows_per_device={rows}" for rows in ((4, 2, 1) if needed < 2 * 15.75 else (2, 1))]
-    others = ["training.loss_chunks=8", "model.remat=True", "training.parallelism=fsdp"]
+    first = [f"training.parallelism.rows_per_device={rows}" for rows in ((4, 2, 1) if needed < 2 * 15.75 else (2, 1))]
+    others = ["training.parallelism.loss_chunks=8", "model.remat=True", "training.parallelism.layout=fsdp"]
     changes = [plan.changes for plan in found]
     assert changes[: len(first) + 1] == ["", *first]
     assert changes[len(first) + 1 :] == [", ".join([first[-1], *others[:count]]) for count in (1, 2, 3)]
-    again = changed(rows_per_device=1, loss_chunks=4, parallelism="fsdp")
+    again = changed(**{"parallelism.rows_per_device": 1, "parallelism.loss_chunks": 4, "parallelism.layout": "fsdp"})
     assert [plan.changes for plan in plans(again, devices, None)] == ["", "model.remat=True"]
 
 

@@ -6,7 +6,16 @@ import random
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import (
+    CheckpointsConfig,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ParallelismConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 from flax_transformer.workdir import WorkDirectory
 
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -31,19 +40,18 @@ def experiment(tmp_path_factory):
         data=DataConfig(**corpora, rows=4, source_slots=12, target_slots=12),
         training=TrainingConfig(
             steps=STEPS,
-            warmup_steps=4,
-            parallelism="jit",
+            schedule=ScheduleConfig(warmup_steps=4),
+            parallelism=ParallelismConfig(layout="jit"),
             log_every=1,
-            evaluate_every=0,
-            checkpoint_every=EVERY,
-            best_metric="loss",
-            samples=2,
+            evaluation=EvaluationConfig(every=0, best_metric="loss", samples=2),
+            checkpoints=CheckpointsConfig(every=EVERY),
         ),
     )
 
 
 def with_training(experiment, **changes):
-    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **changes))
+    """The experiment with other settings of training, named within it: `steps`, or `**{"schedule.name": ...}`."""
+    return experiment.changed({f"training.{name}": value for name, value in changes.items()})
 
 
 def without_held_out(experiment):

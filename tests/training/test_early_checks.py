@@ -10,7 +10,7 @@ from flax_transformer.workdir import WorkDirectory
 from tests.training.conftest import lines_of, with_training
 from tests.training.test_loop_options import let_losses_be, same
 
-AVERAGED = {"weights": "averaged", "keep_latest": 9}
+AVERAGED = {"weights": "averaged", "checkpoints.keep_latest": 9}
 
 
 def without_valid(experiment):
@@ -21,16 +21,25 @@ def without_valid(experiment):
     ("changes", "message"),
     [
         (
-            {"average_last": 5, "checkpoint_every": 6},
-            r"average_last is 5, .* leaves 2 .*_every to 2, or .*=2",
+            {"checkpoints.average_last": 5, "checkpoints.every": 6},
+            r"average_last is 5, .* leaves 2 .*[.]every to 2, or .*=2",
         ),
-        ({"average_last": 3, "checkpoint_every": 100}, r"average_last is 3, .* leaves 1 .*checkpoint_every to 4, or"),
         (
-            {"average_best": 5, "keep_best": 9, "evaluate_every": 4},
-            r"average_best is 5, .* leaves 3 .*evaluate_every to 2, or .*=3",
+            {"checkpoints.average_last": 3, "checkpoints.every": 100},
+            r"average_last is 3, .* leaves 1 .*checkpoints.every to 4, or",
         ),
-        ({"average_best": 2, "keep_best": 2}, r"average_best is 2, but training.evaluate_every is 0: .*average_last=2"),
-        ({"patience": 2, "weights": "trained"}, r"patience is 2, but training.evaluate_every is 0: .*set .*patience=0"),
+        (
+            {"checkpoints.average_best": 5, "checkpoints.keep_best": 9, "evaluation.every": 4},
+            r"average_best is 5, .* leaves 3 .*evaluation.every to 2, or .*=3",
+        ),
+        (
+            {"checkpoints.average_best": 2, "checkpoints.keep_best": 2},
+            r"average_best is 2, but training.evaluation.every is 0: .*average_last=2",
+        ),
+        (
+            {"evaluation.patience": 2, "weights": "trained"},
+            r"patience is 2, but training.evaluation.every is 0: .*set .*patience=0",
+        ),
     ],
 )
 def test_settings_that_cannot_work_at_the_end_are_refused_before_the_start(changes, message, experiment, tmp_path):
@@ -39,25 +48,29 @@ def test_settings_that_cannot_work_at_the_end_are_refused_before_the_start(chang
     assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("changes", [{"average_best": 2, "weights": "averaged"}, {"patience": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"checkpoints.average_best": 2, "weights": "averaged"}, {"evaluation.patience": 2}]
+)
 def test_scores_need_a_validation_corpus(changes, experiment, tmp_path):
-    experiment = with_training(without_valid(experiment), evaluate_every=3, keep_best=1 + (len(changes) > 1), **changes)
+    experiment = with_training(
+        without_valid(experiment), **{"evaluation.every": 3, "checkpoints.keep_best": 1 + (len(changes) > 1)}, **changes
+    )
     with pytest.raises(ValueError, match="but data.valid is empty: .* name a validation corpus, or"):
         train_and_evaluate(experiment, tmp_path)
 
 
 def test_keeping_best_checkpoints_without_evaluations_is_a_warning(experiment, tmp_path):
-    experiment = with_training(without_valid(experiment), steps=1, keep_best=4)
+    experiment = with_training(without_valid(experiment), steps=1, **{"checkpoints.keep_best": 4})
     with pytest.warns(UserWarning, match="keep_best is 4, but data.valid is empty"):
         train_and_evaluate(experiment, tmp_path)
 
 
 def test_a_continued_training_counts_existing_checkpoints_and_keeps_the_test(experiment, tmp_path, monkeypatch):
-    experiment = with_training(experiment, **(AVERAGED | {"weights": "trained"}), checkpoint_every=2, steps=6)
+    experiment = with_training(experiment, **(AVERAGED | {"weights": "trained"}), **{"checkpoints.every": 2}, steps=6)
     let_losses_be(monkeypatch, [1.0] * 9)
     train_and_evaluate(experiment, tmp_path / "run")
-    averaged = {**AVERAGED, "average_last": 4, "checkpoint_every": 100}
-    # Checkpoints 2, 4 and 6 exist, and the end at 9 is the fourth, which the settings alone would not give.
+    averaged = {**AVERAGED, "checkpoints.average_last": 4, "checkpoints.every": 100}
+    # 2, 4 and 6 are there, and the end at 9 is the fourth, which the settings alone would not give.
     path = shutil.copytree(tmp_path / "run", tmp_path / "enough")
     assert train_and_evaluate(with_training(experiment, steps=9, **averaged), path) is not None
     for step in (2, 4):
@@ -72,7 +85,12 @@ def test_a_continued_training_counts_existing_checkpoints_and_keeps_the_test(exp
 
 
 def test_after_early_stopping_the_existing_checkpoints_are_averaged(experiment, tmp_path, monkeypatch):
-    changes = AVERAGED | {"average_best": 5, "keep_best": 9, "evaluate_every": 1, "patience": 2}
+    changes = AVERAGED | {
+        "checkpoints.average_best": 5,
+        "checkpoints.keep_best": 9,
+        "evaluation.every": 1,
+        "evaluation.patience": 2,
+    }
     let_losses_be(monkeypatch, [1.0, 2.0, 3.0, 7.0])
     with pytest.warns(UserWarning, match="there are 3 scored checkpoints, not the 5"):
         assert train_and_evaluate(with_training(experiment, steps=9, **changes), tmp_path).loss == 7.0
@@ -84,13 +102,19 @@ def roll_back(path, *steps):
 
 
 def test_after_a_rollback_removed_steps_are_scored_again_and_patience_ignores_them(experiment, tmp_path, monkeypatch):
-    changes = {"steps": 4, "evaluate_every": 1, "checkpoint_every": 1, "keep_latest": 9, "patience": 2}
+    changes = {
+        "steps": 4,
+        "evaluation.every": 1,
+        "checkpoints.every": 1,
+        "checkpoints.keep_latest": 9,
+        "evaluation.patience": 2,
+    }
     experiment = with_training(experiment, **changes)
     let_losses_be(monkeypatch, [1.0, 2.0, 3.0, 9.0])  # ends at step 3, then tests
     train_and_evaluate(experiment, tmp_path)
     roll_back(tmp_path, 2, 3)
     scored = let_losses_be(monkeypatch, [0.8, 0.5, 0.6, 9.0])
-    train_and_evaluate(with_training(experiment, learning_rate=0.5), tmp_path)
+    train_and_evaluate(with_training(experiment, **{"schedule.learning_rate": 0.5}), tmp_path)
     assert [line["step"] for line in lines_of(tmp_path, "valid")] == [1, 2, 3, 2, 3, 4]
     with WorkDirectory(tmp_path).open_checkpoints(best_metric="loss") as checkpoints:
         assert {step: scores["loss"] for step, scores in checkpoints.scores.items()} == {1: 1.0, 2: 0.8, 3: 0.5, 4: 0.6}
@@ -100,7 +124,7 @@ def test_after_a_rollback_removed_steps_are_scored_again_and_patience_ignores_th
 
 
 def test_an_average_of_removed_steps_is_not_used_while_training_continues(experiment, tmp_path, monkeypatch):
-    changes = {"steps": 3, "checkpoint_every": 1, "average_last": 2}
+    changes = {"steps": 3, "checkpoints.every": 1, "checkpoints.average_last": 2}
     experiment = with_training(experiment, **(AVERAGED | changes))
     train_and_evaluate(experiment, tmp_path)
     roll_back(tmp_path, 2, 3)
@@ -123,13 +147,21 @@ def test_an_average_of_removed_steps_is_not_used_while_training_continues(experi
 
 
 def test_scores_with_other_settings_are_ignored_and_the_step_is_scored_again(experiment, tmp_path, monkeypatch):
-    changes = {"steps": 2, "evaluate_every": 1, "checkpoint_every": 1, "keep_latest": 9, "best_metric": "exact_match"}
+    changes = {
+        "steps": 2,
+        "evaluation.every": 1,
+        "checkpoints.every": 1,
+        "checkpoints.keep_latest": 9,
+        "evaluation.best_metric": "exact_match",
+    }
     experiment = with_training(experiment, **changes)
     let_losses_be(monkeypatch, [1.0, 2.0, 9.0])
     train_and_evaluate(experiment, tmp_path)
     let_losses_be(monkeypatch, [5.0, 6.0, 9.0])
-    train_and_evaluate(with_training(experiment, steps=3, evaluate_sentences=2), tmp_path)
+    train_and_evaluate(with_training(experiment, steps=3, **{"evaluation.sentences": 2}), tmp_path)
     assert [line["step"] for line in lines_of(tmp_path, "valid")] == [1, 2, 2, 3]
     let_losses_be(monkeypatch, [9.0])
-    train_and_evaluate(with_training(experiment, steps=3, evaluate_sentences=2), tmp_path)  # now they are its own
+    train_and_evaluate(
+        with_training(experiment, steps=3, **{"evaluation.sentences": 2}), tmp_path
+    )  # now they are its own
     assert [line["step"] for line in lines_of(tmp_path, "valid")] == [1, 2, 2, 3]

@@ -12,13 +12,13 @@ from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
-from flax_transformer.experiment import DataConfig, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import DataConfig, EvaluationConfig, TrainingConfig, VocabularyConfig
 from flax_transformer.model import Transformer
 from flax_transformer.tokens import Tokens
 from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training.evaluation import Evaluation, Scores, score_translations, show_samples, show_test
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import eval_step
+from flax_transformer.training.step import Objective, eval_step
 
 REFERENCES = ["The cat sat on the mat.", "A dog ran over the green hill today.", "Three birds sang a short song."]
 
@@ -53,7 +53,7 @@ TEXT = ParallelText(
     [1] * 8,
 )
 DATA = DataConfig(rows=2, source_slots=8, target_slots=8)
-SETTINGS = TrainingConfig(beam_size=1)
+SETTINGS = TrainingConfig(evaluation=EvaluationConfig(beam_size=1))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,9 @@ def params(config):
 
 @pytest.fixture(scope="module")
 def eval_on_one(config):
-    return Parallelism("jit").compile(functools.partial(eval_step, model=Transformer(config)), donate_state=False)
+    return Parallelism("jit").compile(
+        functools.partial(eval_step, objective=Objective(model=Transformer(config))), donate_state=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,9 @@ def test_the_loss_covers_all_tokens_and_translations_equal_the_translator_s(
 
 def test_evaluate_sentences_limits_the_translations_also_under_pmap(vocabularies, config, params, expected_loss):
     eight = Parallelism("pmap")
-    evaluate = eight.compile(functools.partial(eval_step, model=Transformer(config)), donate_state=False)
+    evaluate = eight.compile(
+        functools.partial(eval_step, objective=Objective(model=Transformer(config))), donate_state=False
+    )
     corpus = packed(vocabularies, config, multiple=eight.num_devices)
     evaluation = Evaluation(TEXT, corpus, vocabularies, config, SETTINGS, evaluate, sentences=5)
     scores, translations = evaluation.score(eight.place(params))

@@ -36,7 +36,11 @@ def finetuning(experiment, start):
     """The experiment that starts from it; its dropout is its own."""
     model = dataclasses.replace(TrainedModel.load(start).config, dropout_rate=0.2)
     experiment = dataclasses.replace(without_held_out(experiment), model=model)
-    return with_training(experiment, start_from=str(start), schedule="constant", learning_rate=1e-2, warmup_steps=1)
+    return with_training(
+        experiment,
+        start_from=str(start),
+        **{"schedule.name": "constant", "schedule.learning_rate": 1e-2, "schedule.warmup_steps": 1},
+    )
 
 
 def params_of(path):
@@ -45,7 +49,12 @@ def params_of(path):
 
 @pytest.mark.parametrize("parallelism", ["jit", "pmap", "fsdp"])
 def test_finetuning_starts_with_the_model_and_its_vocabulary(finetuning, start, tmp_path, parallelism):
-    still = with_training(finetuning, learning_rate=0.0, steps=1, parallelism=parallelism, ema_decay=0.9)
+    still = with_training(
+        finetuning,
+        **{"schedule.learning_rate": 0.0},
+        steps=1,
+        **{"parallelism.layout": parallelism, "optimizer.ema_decay": 0.9},
+    )
     train_and_evaluate(still, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), TrainedModel.load(start).params)
     found = TrainedModel.load(tmp_path).vocabularies
@@ -93,14 +102,14 @@ def test_a_stopped_finetuning_continues_without_the_initial_model(finetuning, st
 @pytest.mark.parametrize(
     ("freeze", "others"),
     [
-        ("embeddings", {"parallelism": "pmap", "ema_decay": 0.9}),
-        ("encoder", {"parallelism": "fsdp"}),
-        ("embeddings,encoder", {"clip_norm": 1.0}),
+        ("embeddings", {"parallelism.layout": "pmap", "optimizer.ema_decay": 0.9}),
+        ("encoder", {"parallelism.layout": "fsdp"}),
+        ("embeddings,encoder", {"optimizer.clip_norm": 1.0}),
     ],
 )
 def test_frozen_parameters_stay_and_all_others_change(finetuning, start, tmp_path, freeze, others):
-    """Also when the training is started and continued."""
-    frozen = with_training(finetuning, freeze=freeze, weight_decay=0.1, **others)
+    """Also where the training is begun and goes on."""
+    frozen = with_training(finetuning, freeze=freeze, **{"optimizer.weight_decay": 0.1}, **others)
     for steps in (2, 4):
         train_and_evaluate(with_training(frozen, steps=steps), tmp_path)
     before, after = TrainedModel.load(start).params, params_of(tmp_path)

@@ -1,5 +1,6 @@
 import codecs
-import dataclasses
+import json
+import operator
 import random
 import re
 import shutil
@@ -10,7 +11,16 @@ import pytest
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
-from flax_transformer.experiment import DataConfig, Experiment, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import (
+    MOVED,
+    CheckpointsConfig,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    ParallelismConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 from flax_transformer.files import OWN_FILES, OWN_FOLDERS
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.workdir import WorkDirectory
@@ -40,13 +50,16 @@ def experiment(corpus):
         vocabulary=VocabularyConfig(size=50),
         data=DataConfig(**specs, rows=4, source_slots=12, target_slots=12),
         training=TrainingConfig(
-            steps=1, parallelism="jit", evaluate_every=1, checkpoint_every=1, best_metric="loss", samples=0
+            steps=1,
+            parallelism=ParallelismConfig(layout="jit"),
+            evaluation=EvaluationConfig(every=1, best_metric="loss", samples=0),
+            checkpoints=CheckpointsConfig(every=1),
         ),
     )
 
 
 def change(experiment, section, **values):
-    return dataclasses.replace(experiment, **{section: dataclasses.replace(getattr(experiment, section), **values)})
+    return experiment.changed({f"{section}.{name}": value for name, value in values.items()})
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +144,7 @@ def test_both_texts_are_named_if_both_were_edited(experiment, path, edit):
 def test_scores_are_removed_if_the_validation_text_has_changed(split, scored, experiment, path, edit):
     edit(split)
     # Step 1 is not scored again, since its turn does not come.
-    later = change(experiment, "training", steps=2, evaluate_every=2)
+    later = change(experiment, "training", steps=2, **{"evaluation.every": 2})
     train_and_evaluate(later, path, accept_changed_corpus=True)
     with WorkDirectory(path).open_checkpoints(read_only=True) as checkpoints:
         assert checkpoints.scores.keys() == scored
@@ -174,15 +187,28 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_training_and_translat
         ("data", "rows", 8),
         ("data", "train", "locale_phrases:kn:en:train?pairs=50&parts=1"),
         ("training", "seed", 1),
-        ("training", "clip_norm", 1.0),
-        ("training", "ema_decay", 0.5),
+        ("training", "optimizer.clip_norm", 1.0),
+        ("training", "optimizer.ema_decay", 0.5),
     ],
 )
 def test_a_changed_setting_that_must_stay_the_same_is_refused(section, name, value, experiment, path):
-    found = getattr(getattr(experiment, section), name)
+    found = operator.attrgetter(name)(getattr(experiment, section))
     other = change(experiment, section, **{name: value})
     message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, or give another"
     refused(other, path, f"^{re.escape(message)}")
+
+
+def test_a_training_whose_config_has_old_names_is_held_to_its_settings_and_goes_on(experiment, path):
+    file = path / "config.json"
+    config = json.loads(file.read_bytes())
+    sections = config["training"]
+    old = {name: operator.attrgetter(new)(experiment.training) for name, new in MOVED.items()}
+    flat = {name: value for name, value in sections.items() if not isinstance(value, dict)} | old
+    file.write_text(json.dumps(config | {"training": flat | {"tokenize": "13a"}}))
+    other = change(experiment, "training", **{"optimizer.clip_norm": 1.0})
+    refused(other, path, "was begun with training.optimizer.clip_norm = 0.0, now it is 1.0: set it back")
+    train_and_evaluate(experiment, path)
+    assert json.loads(file.read_bytes()) == config
 
 
 def test_the_implementation_of_attention_may_change(experiment, path):

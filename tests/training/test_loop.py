@@ -51,7 +51,7 @@ def stop_after(monkeypatch, steps):
 def whole(request, experiment, tmp_path_factory):
     """A training that ran in one piece: its experiment, its folder, and what it returned."""
     path = tmp_path_factory.mktemp(request.param)
-    experiment = with_training(experiment, parallelism=request.param)
+    experiment = with_training(experiment, **{"parallelism.layout": request.param})
     return experiment, path, train_and_evaluate(experiment, path)
 
 
@@ -93,7 +93,7 @@ def test_a_signal_ends_a_training_after_a_checkpoint_of_the_current_step(whole, 
 def test_lines_of_metrics_have_the_mean_loss_the_rate_and_the_speed(whole):
     experiment, path, _ = whole
     for line in lines_of(path, "train"):
-        n, warmup = line["step"], experiment.training.warmup_steps
+        n, warmup = line["step"], experiment.training.schedule.warmup_steps
         assert line["learning_rate"] == pytest.approx(8**-0.5 * min(n**-0.5, n * warmup**-1.5), rel=1e-6)
         assert line["loss"] >= 0 and line["cross_entropy"] >= 0 and 0 <= line["accuracy"] <= 1
         assert line["gradient_norm"] > 0
@@ -139,7 +139,7 @@ def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_setti
 def test_with_more_steps_training_continues_from_the_last(finished, capsys):
     experiment, path = finished
     before = losses_of(path)
-    train_and_evaluate(with_training(experiment, steps=STEPS + 3, learning_rate=0.5), path)
+    train_and_evaluate(with_training(experiment, steps=STEPS + 3, **{"schedule.learning_rate": 0.5}), path)
     assert [step for step, _ in losses_of(path)[len(before) :]] == [STEPS + 1, STEPS + 2, STEPS + 3]
     assert f"jit on 1 cpu device, steps {STEPS} to {STEPS + 3}" in capsys.readouterr().out
     assert WorkDirectory(path).read_config()["training"]["steps"] == STEPS + 3
@@ -174,7 +174,7 @@ def test_the_best_checkpoint_is_tested(experiment, tmp_path, monkeypatch):
         return scores, [""] * len(evaluation.source)
 
     monkeypatch.setattr(Evaluation, "score", score)
-    changes = {"evaluate_every": 4, "checkpoint_every": 100, "keep_latest": 1}
+    changes = {"evaluation.every": 4, "checkpoints.every": 100, "checkpoints.keep_latest": 1}
     scores = train_and_evaluate(with_training(experiment, **changes), tmp_path)
     fourth, eighth, twelfth, tested = (jax.tree.leaves(params) for params in scored)
     assert all(map(np.array_equal, tested, eighth))

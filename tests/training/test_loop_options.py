@@ -58,7 +58,7 @@ class Died(Exception):
 def test_a_training_that_dies_during_an_evaluation_has_its_checkpoint_and_evaluates_first_when_continued(
     experiment, tmp_path, monkeypatch
 ):
-    experiment = with_training(experiment, evaluate_every=4, checkpoint_every=100)
+    experiment = with_training(experiment, **{"evaluation.every": 4, "checkpoints.every": 100})
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     scores = train_and_evaluate(experiment, unbroken)
 
@@ -76,7 +76,7 @@ def test_a_training_that_dies_during_an_evaluation_has_its_checkpoint_and_evalua
 
 
 def test_a_signal_during_an_evaluation_stops_it_after_the_current_batch(experiment, tmp_path, monkeypatch):
-    experiment = with_training(experiment, evaluate_every=4)
+    experiment = with_training(experiment, **{"evaluation.every": 4})
     batches = []
     whole = Evaluation.score
 
@@ -108,7 +108,7 @@ def test_a_signal_during_an_evaluation_stops_it_after_the_current_batch(experime
     ],
 )
 def test_patience_ends_a_training_whose_metric_does_not_improve(losses, ended_at, experiment, tmp_path, monkeypatch):
-    experiment = with_training(experiment, steps=6, evaluate_every=1, patience=2)
+    experiment = with_training(experiment, steps=6, **{"evaluation.every": 1, "evaluation.patience": 2})
     scored = let_losses_be(monkeypatch, [*losses, *[9.0] * 3])
     train_and_evaluate(experiment, tmp_path)
     assert [line["step"] for line in lines_of(tmp_path, "valid")] == list(range(1, ended_at + 1))
@@ -123,7 +123,7 @@ def test_patience_ends_a_training_whose_metric_does_not_improve(losses, ended_at
 
 
 def test_evaluations_and_translations_use_the_moving_average_if_configured(experiment, tmp_path, monkeypatch):
-    experiment = with_training(experiment, evaluate_every=6, ema_decay=0.9, weights="ema")
+    experiment = with_training(experiment, **{"evaluation.every": 6, "optimizer.ema_decay": 0.9}, weights="ema")
     scored = let_losses_be(monkeypatch, [2.0, 1.0, 7.0])
     train_and_evaluate(experiment, tmp_path)
     middle, last, tested = scored
@@ -138,7 +138,7 @@ def test_evaluations_and_translations_use_the_moving_average_if_configured(exper
 
 
 def test_a_stopped_training_continues_to_the_same_moving_average(experiment, tmp_path, monkeypatch):
-    experiment = with_training(without_held_out(experiment), ema_decay=0.9, weights="ema")
+    experiment = with_training(without_held_out(experiment), **{"optimizer.ema_decay": 0.9}, weights="ema")
     train_and_evaluate(experiment, tmp_path / "unbroken")
     train_with_a_break(experiment, tmp_path / "broken", monkeypatch, after=8)
     assert same(params_of(tmp_path / "broken", "latest"), params_of(tmp_path / "unbroken", "latest"))
@@ -146,7 +146,13 @@ def test_a_stopped_training_continues_to_the_same_moving_average(experiment, tmp
 
 @pytest.mark.parametrize("kind", ["last", "best"])
 def test_a_training_ends_by_averaging_checkpoints_and_testing_the_average(kind, experiment, tmp_path, monkeypatch):
-    changes = {"evaluate_every": 3, "checkpoint_every": 3, "keep_latest": 2, "keep_best": 2, "weights": "averaged"}
+    changes = {
+        "evaluation.every": 3,
+        "checkpoints.every": 3,
+        "checkpoints.keep_latest": 2,
+        "checkpoints.keep_best": 2,
+        "weights": "averaged",
+    }
     experiment = with_training(experiment, **changes, **{f"average_{kind}": 2})
     scored = let_losses_be(monkeypatch, [1.0, 2.0, 3.0, 4.0, 7.0])
     train_and_evaluate(experiment, tmp_path)
@@ -193,7 +199,7 @@ def test_too_many_updates_in_a_row_that_are_not_finite_end_the_training(experime
         with pytest.raises(ValueError, match="3 updates in a row were left out .* the last at step 9 ") as error:
             train_and_evaluate(experiment, tmp_path)
         message = str(error.value)
-        assert "\n" not in message and "lower training.learning_rate" in message
+        assert "\n" not in message and "lower training.schedule.learning_rate" in message
         for module in ("encoder/layers_0", "decoder/layers_0", "shared_embedding/embedding"):
             assert any(f"{module} {norm}" in message for norm in ("nan", "inf")), message
     with WorkDirectory(tmp_path).open_checkpoints() as checkpoints:
@@ -235,7 +241,7 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(experiment, tmp_path, 
     experiment = without_held_out(experiment)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dropout_rate=0.0))
     train_and_evaluate(experiment, tmp_path / "whole")
-    train_and_evaluate(with_training(experiment, rows_per_device=1), tmp_path / "parts")
+    train_and_evaluate(with_training(experiment, **{"parallelism.rows_per_device": 1}), tmp_path / "parts")
     assert "4 micro-batches a device" in capsys.readouterr().out
     whole, parts = losses_of(tmp_path / "whole"), losses_of(tmp_path / "parts")
     assert [step for step, _ in whole] == [step for step, _ in parts] == list(range(1, STEPS + 1))
@@ -281,5 +287,5 @@ def test_the_host_runs_ahead_of_devices_by_a_limited_number_of_steps(experiment,
 
     monkeypatch.setattr(ParallelStep, "__call__", counted)
     monkeypatch.setattr(loop._Training, "_check_finite", fetched)
-    train_and_evaluate(with_training(without_held_out(experiment), checkpoint_every=STEPS), tmp_path)
+    train_and_evaluate(with_training(without_held_out(experiment), **{"checkpoints.every": STEPS}), tmp_path)
     assert most == [1, *[STEPS_IN_FLIGHT] * (STEPS - 1)]

@@ -4,16 +4,16 @@ import numpy as np
 import optax
 import pytest
 
-from flax_transformer.experiment import TrainingConfig
+from flax_transformer.experiment import Experiment, ScheduleConfig, TrainingConfig
 from flax_transformer.training.optimizer import learning_rate_schedule, make_optimizer
 
 STEPS = 53
 
 
-def rates(steps=STEPS, d_model=16, **settings):
+def rates(steps=STEPS, d_model=16, **schedule):
     """The rate of each update."""
-    schedule = learning_rate_schedule(TrainingConfig(steps=steps, **settings), d_model)
-    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)))
+    config = TrainingConfig(steps=steps, schedule=ScheduleConfig(**schedule))
+    return np.asarray(jax.jit(jax.vmap(learning_rate_schedule(config, d_model)))(jnp.arange(steps)))
 
 
 @pytest.mark.parametrize("warmup", [1, 2, 7, 40])
@@ -21,7 +21,7 @@ def rates(steps=STEPS, d_model=16, **settings):
 def test_the_paper_s_schedule_is_equation_3(warmup, d_model, factor):
     n = np.arange(1, STEPS + 1, dtype="float64")
     equation_3 = d_model**-0.5 * np.minimum(n**-0.5, n * warmup**-1.5)
-    found = rates(d_model=d_model, schedule="paper", warmup_steps=warmup, learning_rate=factor)
+    found = rates(d_model=d_model, name="paper", warmup_steps=warmup, learning_rate=factor)
     np.testing.assert_allclose(found, factor * equation_3, rtol=1e-6)
     assert found.argmax() + 1 == warmup
 
@@ -37,7 +37,7 @@ SHAPES = {  # by how many warm-ups, or by what share of the steps after it, have
 @pytest.mark.parametrize("warmup", [1, 5, 13])
 @pytest.mark.parametrize("schedule", SHAPES)
 def test_other_schedules_warm_up_linearly_and_decay_as_their_name_says(schedule, warmup):
-    found = rates(schedule=schedule, warmup_steps=warmup, learning_rate=3e-3)
+    found = rates(name=schedule, warmup_steps=warmup, learning_rate=3e-3)
     np.testing.assert_allclose(found[:warmup], 3e-3 * np.arange(1, warmup + 1) / warmup, rtol=1e-6)
     since_peak = np.arange(STEPS - warmup + 1)
     expected = 3e-3 * SHAPES[schedule](since_peak, warmup, STEPS - warmup)
@@ -46,23 +46,25 @@ def test_other_schedules_warm_up_linearly_and_decay_as_their_name_says(schedule,
 
 @pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.0), ("linear", 0.0), ("constant", 3e-3)])
 def test_decaying_schedules_end_at_zero(schedule, end):
-    assert rates(schedule=schedule, warmup_steps=5, learning_rate=3e-3)[-1] == pytest.approx(end, abs=1e-9)
+    assert rates(name=schedule, warmup_steps=5, learning_rate=3e-3)[-1] == pytest.approx(end, abs=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["paper", *SHAPES])
 def test_without_warm_up_the_rate_starts_at_the_peak(schedule):
-    found = rates(schedule=schedule, warmup_steps=0, learning_rate=3e-3)
+    found = rates(name=schedule, warmup_steps=0, learning_rate=3e-3)
     assert found[0] == found.max() > 0
 
 
 @pytest.mark.parametrize("schedule", ["paper", *SHAPES])
 def test_a_warm_up_longer_than_training_only_rises(schedule):
-    found = rates(steps=5, schedule=schedule, warmup_steps=9)
+    found = rates(steps=5, name=schedule, warmup_steps=9)
     assert (np.diff(found) > 0).all()
 
 
 def settings(**changes):
-    return TrainingConfig(**{"schedule": "constant", "learning_rate": 0.01, "warmup_steps": 0, **changes})
+    constant = {"schedule.name": "constant", "schedule.learning_rate": 0.01, "schedule.warmup_steps": 0}
+    changes = {f"training.{name}": value for name, value in (constant | changes).items()}
+    return Experiment().changed(changes).training
 
 
 def updated(config, params, *gradients):
@@ -89,7 +91,7 @@ def test_two_updates_equal_adam_computed_by_hand_with_the_paper_s_constants():
 
 
 def test_updates_follow_the_schedule():
-    config = settings(schedule="linear", warmup_steps=3, steps=9)
+    config = settings(**{"schedule.name": "linear", "schedule.warmup_steps": 3}, steps=9)
     schedule = learning_rate_schedule(config, 16)
     gradients = [jnp.ones(1)] * 9  # with equal gradients Adam's direction is 1 throughout
     found, _ = updated(config, jnp.zeros(1), *gradients)
@@ -100,7 +102,7 @@ def test_updates_follow_the_schedule():
 def test_clipping_bounds_the_gradient_s_global_norm_and_leaves_smaller_ones(scale):
     gradients = {"a": scale * jnp.array([[3.0, 4.0]]), "b": scale * jnp.array([12.0])}
     norm = 13 * scale
-    _, state = updated(settings(clip_norm=1.5), jax.tree.map(jnp.zeros_like, gradients), gradients)
+    _, state = updated(settings(**{"optimizer.clip_norm": 1.5}), jax.tree.map(jnp.zeros_like, gradients), gradients)
     seen = jax.tree.map(lambda mean: mean / (1 - 0.9), optax.tree_utils.tree_get(state, "mu"))
     np.testing.assert_allclose(optax.tree.norm(seen), min(norm, 1.5), rtol=1e-5)
     np.testing.assert_allclose(seen["a"][0, 0], gradients["a"][0, 0] * min(norm, 1.5) / norm, rtol=1e-5)
@@ -109,7 +111,7 @@ def test_clipping_bounds_the_gradient_s_global_norm_and_leaves_smaller_ones(scal
 def test_weight_decay_shrinks_only_matrices_independently_of_adam_s_averages():
     params = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0), "scale": jnp.ones(3)}
     nothing = jax.tree.map(jnp.zeros_like, params)
-    found, state = updated(settings(weight_decay=0.1), params, nothing)
+    found, state = updated(settings(**{"optimizer.weight_decay": 0.1}), params, nothing)
     np.testing.assert_allclose(found["kernel"], 2.0 - 0.01 * 0.1 * 2.0, rtol=1e-6)
     assert np.array_equal(found["bias"], params["bias"]) and np.array_equal(found["scale"], params["scale"])
     assert not any(leaf.any() for leaf in jax.tree.leaves(optax.tree_utils.tree_get(state, "mu")))

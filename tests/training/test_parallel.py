@@ -10,11 +10,11 @@ import pytest
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
-from flax_transformer.experiment import DataConfig, TrainingConfig
+from flax_transformer.experiment import DataConfig, ScheduleConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.training.optimizer import make_optimizer
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import TrainState, batch_sums, loss_and_gradients, train_step
+from flax_transformer.training.step import Objective, TrainState, batch_sums, loss_and_gradients, train_step
 from flax_transformer.workdir import WorkDirectory
 
 DEVICES, V = 8, 31
@@ -23,9 +23,10 @@ CONFIG = TransformerConfig(
     num_decoder_layers=1, dropout_rate=0.2, max_length=8,
 )  # fmt: skip
 MODEL = Transformer(CONFIG)
-OPTIMIZER = make_optimizer(TrainingConfig(warmup_steps=2), CONFIG.d_model)
-gradients_of = functools.partial(loss_and_gradients, model=MODEL, label_smoothing=0.1)
-step_of = functools.partial(train_step, model=MODEL, optimizer=OPTIMIZER, label_smoothing=0.1)
+OPTIMIZER = make_optimizer(TrainingConfig(schedule=ScheduleConfig(warmup_steps=2)), CONFIG.d_model)
+OBJECTIVE = Objective(model=MODEL, label_smoothing=0.1)
+gradients_of = functools.partial(loss_and_gradients, objective=OBJECTIVE)
+step_of = functools.partial(train_step, objective=OBJECTIVE, optimizer=OPTIMIZER)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,8 @@ def expected(state, batch):
 )
 def test_eight_devices_give_the_sums_and_the_gradient_of_one(kind, loss_chunks, expected, state, batch):
     eight = Parallelism(kind)
-    compiled = eight.compile(functools.partial(gradients_of, loss_chunks=loss_chunks), donate_state=False)
+    objective = dataclasses.replace(OBJECTIVE, loss_chunks=loss_chunks)
+    compiled = eight.compile(functools.partial(loss_and_gradients, objective=objective), donate_state=False)
     eight_sums, found = jax.device_get(compiled(eight.place(state.params), batch))
     sums, gradients = expected
     assert eight_sums.tokens == sums.tokens == (batch.target.segments > 0).sum()
@@ -213,7 +215,7 @@ def test_each_device_drops_units_of_its_own(step, state, batch):
     share = jax.tree.map(lambda leaf: leaf[:2], batch)
     _, metrics = step(state, jax.tree.map(lambda leaf: np.tile(leaf, (DEVICES, 1)), share))
     step_rng = jax.random.fold_in(state.rng, state.step)
-    loss = jax.jit(functools.partial(batch_sums, model=MODEL, label_smoothing=0.1))
+    loss = jax.jit(functools.partial(batch_sums, objective=OBJECTIVE))
     losses = [
         float(loss(state.params, share, dropout_rng=jax.random.fold_in(step_rng, device)).smoothed)
         for device in range(DEVICES)

@@ -8,10 +8,10 @@ import pytest
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
-from flax_transformer.experiment import DataConfig, TrainingConfig
+from flax_transformer.experiment import DataConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.training.optimizer import make_optimizer
-from flax_transformer.training.step import TrainState, eval_step, loss_and_gradients, train_step
+from flax_transformer.training.step import Objective, TrainState, eval_step, loss_and_gradients, train_step
 
 ROWS, SOURCE_SLOTS, TARGET_SLOTS, V = 5, 9, 11, 31
 CONFIG = TransformerConfig(
@@ -19,12 +19,16 @@ CONFIG = TransformerConfig(
     num_decoder_layers=1, dropout_rate=0.2, max_length=8,
 )  # fmt: skip
 CLIP_NORM = 1e-3  # far below any gradient here; Adam does not mind
-SETTINGS = TrainingConfig(schedule="constant", learning_rate=1e-2, warmup_steps=0, clip_norm=CLIP_NORM)
+SETTINGS = TrainingConfig(
+    schedule=ScheduleConfig(name="constant", learning_rate=1e-2, warmup_steps=0),
+    optimizer=OptimizerConfig(clip_norm=CLIP_NORM),
+)
 MODEL, OPTIMIZER = Transformer(CONFIG), make_optimizer(SETTINGS, CONFIG.d_model)
 create = jax.jit(functools.partial(TrainState.create, MODEL, OPTIMIZER))
-gradients_of = jax.jit(functools.partial(loss_and_gradients, model=MODEL, label_smoothing=0.1))
-step_of = jax.jit(functools.partial(train_step, model=MODEL, optimizer=OPTIMIZER, label_smoothing=0.1))
-evaluate = jax.jit(functools.partial(eval_step, model=MODEL))
+OBJECTIVE = Objective(model=MODEL, label_smoothing=0.1)
+gradients_of = jax.jit(functools.partial(loss_and_gradients, objective=OBJECTIVE))
+step_of = jax.jit(functools.partial(train_step, objective=OBJECTIVE, optimizer=OPTIMIZER))
+evaluate = jax.jit(functools.partial(eval_step, objective=OBJECTIVE))
 
 
 @pytest.fixture(scope="module")

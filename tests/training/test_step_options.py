@@ -10,13 +10,13 @@ import pytest
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.batch import Batch
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
-from flax_transformer.experiment import DataConfig, TrainingConfig
+from flax_transformer.experiment import DataConfig, ScheduleConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.tokens import Tokens
 from flax_transformer.training.loss_scale import FIRST
 from flax_transformer.training.optimizer import make_optimizer
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import TrainState, eval_step, loss_and_gradients, train_step
+from flax_transformer.training.step import Objective, TrainState, eval_step, loss_and_gradients, train_step
 
 V, ROWS, DEVICES, PARTS = 31, 40, 8, 5
 CONFIG = TransformerConfig(
@@ -24,7 +24,9 @@ CONFIG = TransformerConfig(
     num_decoder_layers=1, dropout_rate=0.0, max_length=8,
 )  # fmt: skip
 MODEL = Transformer(CONFIG)
-OPTIMIZER = make_optimizer(TrainingConfig(schedule="constant", learning_rate=1e-2, warmup_steps=0), CONFIG.d_model)
+OPTIMIZER = make_optimizer(
+    TrainingConfig(schedule=ScheduleConfig(name="constant", learning_rate=1e-2, warmup_steps=0)), CONFIG.d_model
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,13 @@ def state_of(model=MODEL, **options):
     return jax.jit(create)(jax.random.key(0))
 
 
+def objective_of(model=MODEL, label_smoothing=0.1, **parts):
+    return Objective(model=model, label_smoothing=label_smoothing, **parts)
+
+
 @functools.cache
 def step_of(model=MODEL, **options):
-    return jax.jit(functools.partial(train_step, model=model, optimizer=OPTIMIZER, label_smoothing=0.1, **options))
+    return jax.jit(functools.partial(train_step, objective=objective_of(model), optimizer=OPTIMIZER, **options))
 
 
 def same(first, second):
@@ -64,7 +70,7 @@ def relative_difference(found, expected):
 @pytest.mark.parametrize("kind", ["jit", "pmap"])
 def test_micro_batches_give_the_sums_and_the_gradient_of_the_whole(kind, batch):
     def gradients_of(parallelism, micro_batches):
-        function = functools.partial(loss_and_gradients, model=MODEL, label_smoothing=0.1, micro_batches=micro_batches)
+        function = functools.partial(loss_and_gradients, objective=objective_of(micro_batches=micro_batches))
         return parallelism.compile(function, donate_state=False)(parallelism.place(state_of().params), batch)
 
     sums, expected = jax.device_get(gradients_of(Parallelism("jit"), 1))
@@ -77,7 +83,7 @@ def test_micro_batches_give_the_sums_and_the_gradient_of_the_whole(kind, batch):
 def test_micro_batches_need_less_memory(batch):
     def temporaries(micro_batches):
         def gradients_of(params, rows):
-            return loss_and_gradients(params, rows, model=MODEL, label_smoothing=0.1, micro_batches=micro_batches)[1]
+            return loss_and_gradients(params, rows, objective=objective_of(micro_batches=micro_batches))[1]
 
         return jax.jit(gradients_of).lower(state_of().params, batch).compile().memory_analysis().temp_size_in_bytes
 
@@ -94,7 +100,7 @@ def test_a_loss_in_chunks_holds_the_logits_of_one_chunk():
 
     def temporaries(loss_chunks):
         def gradients_of(params, batch):
-            return loss_and_gradients(params, batch, model=model, label_smoothing=0.1, loss_chunks=loss_chunks)[1]
+            return loss_and_gradients(params, batch, objective=objective_of(model, loss_chunks=loss_chunks))[1]
 
         return jax.jit(gradients_of).lower(state_of(model).params, rows).compile().memory_analysis().temp_size_in_bytes
 
@@ -106,7 +112,8 @@ def test_a_loss_in_chunks_holds_the_logits_of_one_chunk():
 def test_the_loss_of_a_held_out_batch_is_the_same_in_parts(batch):
     params = state_of().params
     whole, parts = (
-        jax.jit(functools.partial(eval_step, model=MODEL, micro_batches=count))(params, batch) for count in (1, PARTS)
+        jax.jit(functools.partial(eval_step, objective=objective_of(micro_batches=count)))(params, batch)
+        for count in (1, PARTS)
     )
     assert whole.tokens == parts.tokens and whole.correct == parts.correct
     np.testing.assert_allclose(whole.cross_entropy, parts.cross_entropy, rtol=1e-6)
@@ -115,8 +122,8 @@ def test_the_loss_of_a_held_out_batch_is_the_same_in_parts(batch):
 def test_each_part_drops_units_of_its_own(batch):
     model = Transformer(dataclasses.replace(CONFIG, dropout_rate=0.5))
     row = jax.tree.map(lambda leaf: np.tile(leaf[:1], (2, 1)), batch)
-    losses = jax.jit(functools.partial(loss_and_gradients, model=model, label_smoothing=0.0, micro_batches=2))
-    once = jax.jit(functools.partial(loss_and_gradients, model=model, label_smoothing=0.0))
+    losses = jax.jit(functools.partial(loss_and_gradients, objective=objective_of(model, 0.0, micro_batches=2)))
+    once = jax.jit(functools.partial(loss_and_gradients, objective=objective_of(model, 0.0)))
     rng, params = jax.random.key(1), state_of().params
     part = jax.tree.map(lambda leaf: leaf[:1], row)
     first, second = (once(params, part, dropout_rng=jax.random.fold_in(rng, number))[0].smoothed for number in (0, 1))
@@ -169,9 +176,7 @@ def test_the_norms_of_the_modules_make_up_the_global_norm_and_name_what_is_not_f
     assert set(metrics.module_norms) == {"shared_embedding/embedding", "encoder/layers_0", "decoder/layers_0"}
     squares = sum(float(norm) ** 2 for norm in metrics.module_norms.values())
     np.testing.assert_allclose(squares**0.5, metrics.gradient_norm, rtol=1e-6)
-    _, gradients = jax.jit(functools.partial(loss_and_gradients, model=MODEL, label_smoothing=0.1))(
-        state_of().params, batch
-    )
+    _, gradients = jax.jit(functools.partial(loss_and_gradients, objective=objective_of()))(state_of().params, batch)
     expected = optax.tree.norm(gradients["decoder"]["layers_0"])
     np.testing.assert_allclose(metrics.module_norms["decoder/layers_0"], expected, rtol=1e-6)
 
@@ -207,9 +212,8 @@ def test_a_state_has_a_loss_scale_in_float16_only(half):
 @pytest.mark.parametrize("options", [{}, {"micro_batches": PARTS}, {"loss_chunks": 11}])
 def test_the_loss_scale_leaves_the_gradient_as_it_is(half, options, batch):
     state = state_of(half)
-    function = functools.partial(loss_and_gradients, label_smoothing=0.1)
-    _, expected = jax.jit(functools.partial(function, model=MODEL))(state.params, batch)
-    sums, found = jax.jit(functools.partial(function, model=half, **options))(
+    _, expected = jax.jit(functools.partial(loss_and_gradients, objective=objective_of()))(state.params, batch)
+    sums, found = jax.jit(functools.partial(loss_and_gradients, objective=objective_of(half, **options)))(
         state.params, batch, loss_scale=state.loss_scale
     )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
@@ -222,11 +226,10 @@ def test_a_loss_scale_saves_gradients_that_float16_would_lose(half, batch):
     state = state_of(half)
     small = jax.tree.map(lambda leaf: leaf, state.params)
     # A loss a millionth of its size: what it sends back into float16 is below its smallest number.
-    function = functools.partial(loss_and_gradients, model=half, label_smoothing=0.1)
     kernel = small["decoder"]["layers_0"]["feed_forward"]["outer"]["kernel"]
     small["decoder"]["layers_0"]["feed_forward"]["outer"]["kernel"] = kernel * 1e-6
     lost, kept, expected = (
-        jax.jit(functools.partial(function, model=model))(small, batch, loss_scale=scale)[1]
+        jax.jit(functools.partial(loss_and_gradients, objective=objective_of(model)))(small, batch, loss_scale=scale)[1]
         for model, scale in (
             (half, state.loss_scale._replace(factor=jnp.float32(1.0))),
             (half, state.loss_scale),
