@@ -6,6 +6,7 @@ checkpoint). It then makes steps, with checkpoints and evaluations in between, a
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import time
 import warnings
@@ -26,12 +27,18 @@ from flax_transformer.processes import hosts
 from flax_transformer.processes.interruption import Interrupted, Interruption
 from flax_transformer.processes.lock import TrainingLock
 from flax_transformer.text.spelling import in_one_cell
-from flax_transformer.trained_model import TrainedModel
+from flax_transformer.trained_model import TrainedModel, param_shapes
 from flax_transformer.training.evaluation import Evaluation, Scores, show_samples, show_test
 from flax_transformer.training.inputs import Materials, check_paths, load_texts, prepare
 from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import Objective, StepMetrics, TrainState, create_state, eval_step, make_train_step
+from flax_transformer.training.step import (
+    StepMetrics,
+    TrainState,
+    make_create_state,
+    make_eval_step,
+    make_train_step,
+)
 from flax_transformer.training.step_statistics import Clock, Window
 from flax_transformer.workdir import WorkDirectory
 
@@ -69,7 +76,7 @@ def train_and_evaluate(
     texts = load_texts(experiment)
     watched = Profile(profile, workdir.path / "profile")
     lock = TrainingLock(workdir.path) if hosts.is_first() else contextlib.nullcontext()
-    with _explain_full_disk(workdir), lock:
+    with _explain_disk_error(workdir), lock:
         parallelism = Parallelism(experiment.training.parallelism.layout)
         materials = prepare(experiment, texts, workdir, parallelism, accept_changed_corpus=accept_changed_corpus)
         training = _Training(materials, workdir, parallelism, began, watched, interruption)
@@ -88,7 +95,7 @@ class _Session:
 
 
 @contextlib.contextmanager
-def _explain_full_disk(workdir: WorkDirectory) -> Iterator[None]:
+def _explain_disk_error(workdir: WorkDirectory) -> Iterator[None]:
     """Adds to the error of a file that could not be written from which step the training will continue."""
     try:
         yield
@@ -97,10 +104,12 @@ def _explain_full_disk(workdir: WorkDirectory) -> Iterator[None]:
             raise
         with workdir.open_checkpoints(read_only=True) as checkpoints:
             step = checkpoints.latest_step
-        goes_on = "begins anew" if step is None else f"goes on from step {step}"
+        continues = "starts again" if step is None else f"continues from step {step}"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if is_full else "check the disk and the permissions"
         raise OSError(
-            f"{error.filename or f'a file in {workdir.path}'} could not be written or read ({error.strerror}): make "
-            f"room or mend the disk; the same command {goes_on}"
+            f"{error.filename or f'a file in {workdir.path}'} could not be written or read ({error.strerror}): "
+            f"{remedy}; the same command {continues}"
         ) from error
 
 
@@ -124,7 +133,7 @@ class _Training:
         self.schedule = learning_rate_schedule(self.config, self.model_config.d_model)
         step = make_train_step(experiment, materials.micro_batches)
         self.train_step = parallelism.compile(step, donate_state=True)
-        evaluate = functools.partial(eval_step, objective=Objective.of(experiment, materials.micro_batches))
+        evaluate = make_eval_step(experiment, materials.micro_batches)
         compiled = self.parallelism.compile(evaluate, donate_state=False)
         self.evaluations = {
             name: Evaluation(
@@ -215,7 +224,7 @@ class _Training:
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, int, float]:
         """The state to continue from, its step, and the seconds trained before."""
         rng = jax.random.key(self.config.seed, impl=self.config.rng_impl)
-        state = self.parallelism.create(functools.partial(create_state, self.materials.experiment), rng)
+        state = self.parallelism.create(make_create_state(self.materials.experiment), rng)
         restored = checkpoints.restore(self._trees(state))
         self._forget_later(checkpoints, 0 if restored is None else restored[0])
         if restored is None:
@@ -352,7 +361,7 @@ class _Training:
         """Translates the test corpus with the weights that training chose, and prints the scores."""
         if "test" not in self.evaluations:
             return None
-        shapes = jax.eval_shape(lambda: create_state(self.materials.experiment, jax.random.key(0)).params)
+        shapes = param_shapes(self.model_config)
         params = self.workdir.restore_params("chosen", shapes)
         averaged = self.config.weights == "averaged"
         with self.open_checkpoints() as checkpoints:

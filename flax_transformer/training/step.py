@@ -308,6 +308,21 @@ def train_step(
     return after, metrics
 
 
+# The three functions below return the same function for equal experiments, because jax traces and compiles a function
+# only once, however often one process trains.
+@functools.lru_cache
+def make_create_state(experiment: Experiment) -> Callable[[PRNGKeyArray], TrainState]:
+    """The `create_state` of an experiment, a function of a random key."""
+    return functools.partial(create_state, experiment)
+
+
+@functools.lru_cache
+def make_eval_step(experiment: Experiment, micro_batches: int) -> Callable[..., LossSums]:
+    """The `eval_step` of an experiment, a function of parameters, a batch and the name of an axis."""
+    return functools.partial(eval_step, objective=Objective.of(experiment, micro_batches))
+
+
+@functools.lru_cache
 def make_train_step(experiment: Experiment, micro_batches: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The `train_step` of an experiment, a function of a state, a batch and the name of an axis."""
     return functools.partial(

@@ -177,6 +177,8 @@ def explode_from(monkeypatch, first, last):
         return after.replace(params=kept), metrics
 
     monkeypatch.setattr(step_module, "train_step", train_step)
+    # Not the function that is kept for this experiment.
+    monkeypatch.setattr(loop, "make_train_step", step_module.make_train_step.__wrapped__)
 
 
 def test_updates_that_are_not_finite_are_skipped_counted_and_reported(experiment, tmp_path, monkeypatch):

@@ -47,6 +47,22 @@ def state():
     return jax.jit(functools.partial(TrainState.create, MODEL, OPTIMIZER))(jax.random.key(0))
 
 
+KINDS = ["jit", "pmap", "data", "fsdp", "data=2,fsdp=4"]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The state before the first step, created by each kind of parallelism."""
+    create = functools.partial(TrainState.create, MODEL, OPTIMIZER)
+    return {kind: Parallelism(kind).create(create, jax.random.key(0)) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def after_step(state, batch):
+    """The state after one step on one device."""
+    return Parallelism("jit").compile(step_of, donate_state=False)(state, batch)[0]
+
+
 @pytest.fixture(scope="module")
 def expected(state, batch):
     """The sums and the gradient on one device."""
@@ -79,10 +95,10 @@ def test_eight_devices_give_the_sums_and_the_gradient_of_one(kind, loss_chunks, 
             assert np.linalg.norm(difference) / np.linalg.norm(gradient) < 1e-5, name
 
 
-@pytest.mark.parametrize(("kind", "share"), [("pmap", 1), ("data=8", 1), ("fsdp", 8), ("data=2,fsdp=4", 4)])
-def test_over_fsdp_each_device_keeps_a_part_of_parameters_and_optimizer_from_step_to_step(kind, share, batch):
+@pytest.mark.parametrize(("kind", "share"), [("pmap", 1), ("data", 1), ("fsdp", 8), ("data=2,fsdp=4", 4)])
+def test_over_fsdp_each_device_keeps_a_part_of_parameters_and_optimizer_from_step_to_step(kind, share, made, batch):
     eight = Parallelism(kind)
-    state = eight.create(functools.partial(TrainState.create, MODEL, OPTIMIZER), jax.random.key(0))
+    state = jax.tree.map(jnp.copy, made[kind])  # the step below donates it
     compiled = eight.compile(step_of, donate_state=True)
     for _ in range(3):
         mean = state.opt_state[0].mu
@@ -104,10 +120,9 @@ def test_what_fsdp_divides_neither_way_stays_whole():
     assert not Parallelism("data=2,fsdp=4").sharding("params/inner/kernel", (20, 12)).is_fully_replicated
 
 
-def test_a_state_is_the_same_wherever_it_is_made(state):
-    for kind in ("jit", "pmap", "data", "fsdp", "data=4,fsdp=2"):
-        made = Parallelism(kind).create(functools.partial(TrainState.create, MODEL, OPTIMIZER), jax.random.key(0))
-        assert jax.tree.all(jax.tree.map(np.array_equal, made.params, state.params)), kind
+def test_a_state_is_the_same_wherever_it_is_made(state, made):
+    for kind in KINDS:
+        assert jax.tree.all(jax.tree.map(np.array_equal, made[kind].params, state.params)), kind
 
 
 def test_a_mesh_drops_the_units_that_one_device_drops(state, batch):
@@ -156,22 +171,19 @@ def test_over_a_mesh_each_device_draws_rbgs_bits_for_its_own_rows_alone(kind, rn
     assert ranks == {4 if rate == "attention_dropout_rate" else 3 for rate in rates}
 
 
-@pytest.mark.parametrize("written_by", ["jit", "pmap", "data", "fsdp", "data=2,fsdp=4"])
-def test_each_way_reads_the_checkpoints_of_every_other(written_by, tmp_path, batch):
-    kinds = ["jit", "pmap", "data", "fsdp", "data=2,fsdp=4"]
-    create = functools.partial(TrainState.create, MODEL, OPTIMIZER)
-
+@pytest.mark.parametrize("written_by", KINDS)
+def test_each_way_reads_the_checkpoints_of_every_other(written_by, tmp_path, made, after_step):
     def trees_of(parallelism, state):
         return parallelism.as_global({"params": state.params, "training": {"opt_state": state.opt_state}})
 
     writer = Parallelism(written_by)
-    state, _ = writer.compile(step_of, donate_state=True)(writer.create(create, jax.random.key(0)), batch)
+    state = writer.place(after_step)
     with WorkDirectory(tmp_path).open_checkpoints() as checkpoints:
         checkpoints.save(1, trees_of(writer, state), {})
     expected = jax.device_get(trees_of(writer, state))
-    for kind in kinds:
+    for kind in KINDS:
         reader = Parallelism(kind)
-        targets = trees_of(reader, reader.create(create, jax.random.key(1)))
+        targets = trees_of(reader, made[kind])
         with WorkDirectory(tmp_path).open_checkpoints() as checkpoints:
             _, trees, _ = checkpoints.restore(targets)
         assert jax.tree.all(jax.tree.map(np.array_equal, trees, expected)), kind
