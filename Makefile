@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-faults test-wheel check peers release clean
+.PHONY: help venv quickstart test test-faults test-wheel check peers release address clean
 
 help:
 	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
@@ -18,6 +18,7 @@ help:
 	@echo "make check       ruff and mypy"
 	@echo "make peers       installs the libraries that some tests compare with"
 	@echo "make release     builds sdist and wheel into dist/, checks them and tries the wheel in a new environment"
+	@echo "make address REPOSITORY=OWNER/NAME  puts the address on GitHub into README, notebook and package"
 	@echo "make clean       removes .venv, caches and build products; runs/ stays"
 
 # Stamps: each is made again only when what it was made from has changed.
@@ -64,6 +65,10 @@ release: $(VENV)/tools.stamp
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	PYTHON=$(abspath $(BIN)/python) .ci/try_wheel dist/*.whl
+
+address:
+	@test -n "$(REPOSITORY)" || { echo "give the repository on GitHub: make address REPOSITORY=OWNER/NAME"; exit 1; }
+	sed -i 's#OWNER/flax_transformer#$(REPOSITORY)#g' README.md pyproject.toml colab/quickstart.ipynb
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist

@@ -25,3 +25,10 @@ def test_a_model_of_other_layers_takes_less_than_forty_lines():
     classes = re.findall(r"^class .*?(?=^\S)", (DOCS / "assemble.md").read_text(), re.DOTALL | re.MULTILINE)
     assert len(classes) == 2
     assert all(len(text.splitlines()) < 40 for text in classes)
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    """`make address` replaces it in these files."""
+    files = [DOCS.parent / name for name in ("README.md", "pyproject.toml", "colab/quickstart.ipynb")]
+    found = {file.name: set(re.findall(r"github(?:\.com)?/([\w-]+/[\w-]+)", file.read_text())) for file in files}
+    assert all(found.values()) and len(set().union(*found.values())) == 1, found
