@@ -12,7 +12,7 @@ from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
-from flax_transformer.experiment import DataConfig, EvaluationConfig, TrainingConfig, VocabularyConfig
+from flax_transformer.experiment import DataConfig, EvaluationConfig, VocabularyConfig
 from flax_transformer.model import Transformer
 from flax_transformer.tokens import Tokens
 from flax_transformer.trained_model import TrainedModel
@@ -53,7 +53,7 @@ TEXT = ParallelText(
     [1] * 8,
 )
 DATA = DataConfig(rows=2, source_slots=8, target_slots=8)
-SETTINGS = TrainingConfig(evaluation=EvaluationConfig(beam_size=1))
+SETTINGS = EvaluationConfig(beam_size=1)
 
 
 @pytest.fixture(scope="module")
