@@ -188,4 +188,4 @@ def test_each_part_of_a_long_sentence_keeps_its_language(make_model, vocabularie
 def test_special_ids_that_differ_from_the_vocabulary_are_an_error(folder, tmp_path):
     for file in ("config.json", "generation_config.json"):
         change(folder, file, pad_token_id=4)
-    fails(folder, tmp_path, "pad_token_id is 4, the source vocabulary has 0")
+    fails(folder, tmp_path, "pad_token_id is 4, but in the source vocabulary it is 0")
