@@ -45,10 +45,10 @@ quickstart: $(VENV)/library.stamp
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/tools.stamp
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --durations=10
 
 test-faults: $(VENV)/tools.stamp
-	$(BIN)/python -m pytest -m faults --numprocesses=$(WORKERS) --dist=loadfile tests/faults
+	$(BIN)/python -m pytest -m faults --numprocesses=$(WORKERS) --dist=loadfile --durations=10 tests/faults
 
 test-wheel: $(VENV)/tools.stamp
 	$(BIN)/python -m pytest -m wheel tests/wheel
