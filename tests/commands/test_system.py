@@ -63,8 +63,9 @@ def test_a_trained_model_scores_and_every_way_to_translate_agrees(row, corpus, t
         "data.test": "",
         "data.rows": 16,
         "training.steps": 200,
-        "training.learning_rate": 1e-2,
-        "training.warmup_steps": 20,
+        "training.schedule.learning_rate": 1e-2,
+        "training.schedule.warmup_steps": 20,
+        "training.parallelism.layout": "jit",
     }
     changes = [f"--config.{name}={value}" for name, value in settings.items()]
     run("train", "--config=quickstart", f"--workdir={tmp_path}/run", *changes)
