@@ -1,13 +1,13 @@
-"""Goes on training a converted OPUS-MT model, or any model in a work directory, on two text files of your own.
+"""Continues to train a converted OPUS-MT model, or any model in a work directory, on two text files of your own.
 
     flax-transformer convert from-marian downloads/opus-mt-en-de runs/opus
     python train.py --config=configs/finetune_opus_mt.py:runs/opus --workdir=runs/finetuned
 
-The texts are `data/train.source` and `data/train.target`, with `valid` and `test` beside them, or others, e.g.
-`--config.data.train=files:mine.en,mine.de --config.data.valid= --config.data.test=`. Model and vocabulary are those of
-the work directory that follows the colon; the schedule begins anew. `--config.training.freeze=embeddings`, `=encoder`
-or `=embeddings,encoder` keeps these as they are. The rate is that of fine-tuning, small against training from nothing;
-batches are some 4,000 tokens a side.
+The texts are `data/train.source` and `data/train.target`, and in the same folder those of `valid` and `test`. To use
+others, give e.g. `--config.data.train=files:mine.en,mine.de --config.data.valid= --config.data.test=`. Model and
+vocabulary are those of the work directory after the colon; the schedule starts from the beginning.
+`--config.training.freeze=embeddings`, `=encoder` or `=embeddings,encoder` leaves these parameters unchanged. The
+learning rate is much lower than for a new model; a batch has about 4,000 tokens on each side.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@
 
 It needs the raw text of Multi30k, task 1 (github.com/multi30k/dataset), unpacked in `data/multi30k/raw`; another folder
 may follow the name: `--config=configs/multi30k_en_de.py:/path/to/raw`. The `tiny` preset, here with the norm before
-each sub-layer: with the paper's norm after it and a peak of 3e-3 a first run stood at BLEU 11 on the validation set
-after 2,000 steps, this one at 32.
+each sub-layer: with the paper's norm after it and a peak of 3e-3 a first run reached BLEU 11 on the validation set
+after 2,000 steps, and this one 32.
 
 Result, seed 0, one run: cased BLEU 35.8 on test_2016_flickr with greedy search (chrF 60.1), 36.6 with beam 4 and alpha
 0.6, signature nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0. 5,000 steps (19 epochs) took 1,457 s, eleven

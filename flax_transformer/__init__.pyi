@@ -1,4 +1,4 @@
-"""Takes the names of `__init__.py` and leaves them where editors and type checkers look, which do not run it."""
+"""Lists the names of `__init__.py` for editors and type checkers, which do not run that file."""
 
 from flax_transformer.attention import KVCache, MultiHeadAttention, dot_product_attention
 from flax_transformer.config import TransformerConfig

@@ -29,7 +29,7 @@ VERBS = {
     "score": "compute the log-probabilities and the perplexity of given translations",
     "average": "average the weights of several checkpoints into one",
     "convert": "import OPUS-MT (Marian) models; export to CTranslate2, Marian and StableHLO",
-    "plan": "compile the training step for devices that are not here, and show memory and speed",
+    "plan": "predict the memory and speed of a training step, on devices that you need not have",
 }
 
 

@@ -1,4 +1,4 @@
-"""`TransformerConfig`, the sizes and options that describe a Transformer; it checks them once and never changes.
+"""`TransformerConfig`, the sizes and options that describe a Transformer; they are checked once and cannot be changed.
 
 Glossary: D is `d_model`, H is `num_heads`, K = D / H is the size of one head, F is `d_ff`, V is a vocabulary's size.
 """
@@ -21,7 +21,7 @@ Settings = TypeVar("Settings")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """What the model is; arguments of the methods say what it does now.
+    """Describes the model. What a single call does is an argument of that call, e.g. `deterministic`.
 
     The defaults are the paper's base model (table 3). A vocabulary size of 0 means "not known yet": training fills
     it in from the vocabulary, and a `Transformer` does not accept it.
@@ -42,7 +42,8 @@ class TransformerConfig:
         activation: "relu" (the paper's), "gelu" (exact, not the tanh approximation) or "swish".
         positions: "sinusoidal" (interleaved, section 3.5), "sinusoidal_concatenated" (sines in the first half, as in
             Marian) or "learned".
-        max_length: the number of learned positions; also the longest sentence, in tokens, that training keeps.
+        max_length: the number of learned positions; also the maximum length of a sentence in tokens. Training leaves
+            out pairs with a longer sentence; a translator splits it.
         scale_embeddings: whether embeddings are multiplied by sqrt(d_model) (section 3.4).
         tie_embeddings: "three_way" (source, target and output share one matrix, section 3.4), "decoder" (target and
             output do) or "none".

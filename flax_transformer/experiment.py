@@ -37,7 +37,7 @@ class VocabularyConfig:
     """How the SentencePiece vocabulary is trained on first use.
 
     Attributes:
-        size: number of pieces; if not joint, of each side.
+        size: number of pieces; if not joint, each side has this many.
         joint: whether both languages share one vocabulary (section 5.1).
         model_type: "bpe" (the paper's for English-German), "unigram" or "char".
         split_digits: whether each digit is a piece of its own, so that numbers are spelled, not memorised.
@@ -70,7 +70,8 @@ class DataConfig:
         valid: the corpus that is translated and scored during training; may be empty.
         test: the corpus that is translated and scored at the end; may be empty.
         rows: number of rows in a global batch, for any number of devices.
-        source_slots: tokens in a row on the source side; several sentences are packed into one row.
+        source_slots: tokens in a row on the source side; several sentences are packed into one row. Training leaves out
+            pairs with a side that does not fit into a row.
         target_slots: tokens in a row on the target side.
         seed: seed of the packing and of the order of rows.
     """
@@ -94,7 +95,7 @@ class ScheduleConfig:
 
     Attributes:
         name: "paper" (section 5.3), "inverse_sqrt", "cosine", "linear" or "constant", all after a linear warm-up.
-        learning_rate: the peak; with "paper" a factor on the paper's own rate.
+        learning_rate: the peak; with "paper" the factor by which the paper's own rate is multiplied.
         warmup_steps: updates until the peak.
     """
 
@@ -117,7 +118,7 @@ class OptimizerConfig:
         epsilon: Adam's epsilon (section 5.3).
         weight_decay: decoupled (AdamW), on matrices only; the paper has none.
         clip_norm: the gradient's largest global norm; 0 does not clip.
-        ema_decay: of an exponential moving average of the parameters, e.g. 0.999; 0 keeps none.
+        ema_decay: decay of an exponential moving average of the parameters, e.g. 0.999; 0 keeps no average.
     """
 
     beta1: float = setting(0.9, SHARE)
@@ -168,7 +169,7 @@ class CheckpointsConfig:
         every: updates between two checkpoints; one is written at each evaluation and at the end too.
         keep_latest: how many of the newest are kept.
         keep_best: how many of the best are kept.
-        average_last: with "averaged" weights, the number of newest checkpoints whose mean is taken; this or
+        average_last: with "averaged" weights, the number of newest checkpoints whose mean is taken; set either this or
             `average_best`.
         average_best: with "averaged" weights, the number of best checkpoints whose mean is taken.
     """
@@ -196,14 +197,15 @@ class EvaluationConfig:
     """When and how held-out corpora are translated and scored.
 
     Attributes:
-        every: updates between two scorings of the validation corpus; 0 never.
-        sentences: how many validation sentences are translated; 0 is all.
-        beam_size: beam of the translations that are scored; 1 is greedy.
+        every: updates between two scorings of the validation corpus; 0 means that it is never scored.
+        sentences: how many validation sentences are translated; 0 means all.
+        beam_size: beam size of the search whose translations are scored; 1 is greedy search.
         alpha: exponent of the length penalty (section 6.1).
         tokenize: sacrebleu's tokeniser for BLEU, e.g. "13a", "zh", "ja-mecab" or "char"; "auto" chooses it by the
             script of the references, once, and `config.json` keeps what was chosen.
         best_metric: "bleu", "chrf", "exact_match" (more is better) or "loss" (less), on the validation corpus.
-        patience: training ends early after so many evaluations without a better `best_metric`; 0 never.
+        patience: training ends early after this many evaluations in a row without a better `best_metric`; 0 means that
+            it does not end early.
         samples: how many source, reference and translation triples are shown.
     """
 
@@ -240,7 +242,7 @@ class TrainingConfig:
             "trained").
         log_every: number of updates between two lines of metrics.
         schedule: the learning rate.
-        optimizer: Adam and what goes with it.
+        optimizer: Adam, weight decay, clipping and the moving average.
         parallelism: how devices share a batch.
         checkpoints: when they are written, and which are kept.
         evaluation: when and how held-out corpora are scored.

@@ -36,7 +36,7 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="CONFIG",
         help=f"the experiment: the path of a config file, or one of {', '.join(config_names())}; text after a colon is "
-        "passed to the config's get_config",
+        "passed to its function get_config, e.g. finetune_opus_mt:runs/opus",
     )
     parser.set_defaults(changes=[])
 
@@ -97,7 +97,7 @@ def read_config(config: str, changes: Sequence[Change]) -> dict[str, Any]:
         if name not in fields:
             raise ValueError(_unknown_setting(name, fields, moved))
         if name != written:
-            warnings.warn(f"--config.{written} is --config.{name} now; the old name goes on working", stacklevel=2)
+            warnings.warn(f"--config.{written} is --config.{name} now; the old name still works", stacklevel=2)
         texts.setdefault(name, []).append(text)
     settings = _load(config)
     # A field of the config may refer to another one, so they are set where they are, and checked here.

@@ -1,6 +1,6 @@
 """Converts OPUS-MT (Marian) models into work directories, and work directories into
 folders for CTranslate2, for transformers (Marian) and for jax alone (StableHLO). The
-target folder must not exist yet, and a conversion that fails leaves none.
+target folder must be new, and a conversion that fails does not create it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=checkpoint,
         metavar="STEP",
         help="checkpoint of the work directory: best, latest, averaged or the number of a step (default: the one that "
-        "the config asks for)",
+        "training.weights of the config selects, as in translate)",
     )
     parser.add_argument(
         "--quantization",

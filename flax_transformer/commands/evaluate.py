@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(BLEU.TOKENIZERS),
         metavar="NAME",
         help="sacrebleu's tokeniser for BLEU, e.g. 13a, zh, ja-mecab or char (default: the one that training used; "
-        "if it chose none, or models differ, one that suits the script of the references)",
+        "if training chose none, or the models differ, the one that suits the script of the references)",
     )
     report.add_argument(
         "--compare",
@@ -265,11 +265,12 @@ def _verdict(name: str, systems: Sequence[System], p_value: float) -> str:
         return f"{name}: both score the same."
     better = systems[(difference > 0) != (name in LESS_IS_BETTER)].name
     if p_value < SIGNIFICANT:
-        standing, seldom = "better by {:.2f}, significantly", "would seldom"
+        standing, how_often = "better by {:.2f}, significantly", "would rarely"
     else:
-        standing, seldom = "ahead by {:.2f}, not significantly", "may well"
+        standing, how_often = "ahead by {:.2f}, not significantly", "could easily"
     standing = standing.format(abs(difference))
-    return f"{name}: {better} is {standing}: equally good models {seldom} differ so much by chance (p = {p_value:.3f})."
+    by_chance = f"equally good models {how_often} differ this much by chance (p = {p_value:.3f})"
+    return f"{name}: {better} is {standing}: {by_chance}."
 
 
 def _print_json(systems: Sequence[System], p_values: Mapping[str, float], signatures: Mapping[str, str]) -> None:

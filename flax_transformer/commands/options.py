@@ -168,7 +168,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--extra_length",
         type=whole,
         metavar="N",
-        help=f"maximum length beyond that of the source (default {BEAM.extra_length}, as in the paper)",
+        help=f"by how much a translation may be longer than its source (default {BEAM.extra_length}, as in the paper)",
     )
     limits.add_argument(
         "--no_repeat_ngram",
@@ -183,8 +183,8 @@ def add_length_penalty(group: Any) -> None:
     group.add_argument(
         "--length_penalty",
         choices=LENGTH_PENALTIES,
-        help="what log-probabilities are divided by: ((5 + length) / 6) ^ alpha (paper, the default) or length ^ alpha "
-        "(length)",
+        help="a score is the log-probability divided by ((5 + length) / 6) ^ alpha (paper, the default) or by "
+        "length ^ alpha (length)",
     )
     group.add_argument(
         "--alpha",

@@ -1,7 +1,7 @@
-"""Compiles the training step for a TPU slice or other devices that need not be here,
-and shows the memory and the time that it would take there.
+"""Compiles the training step for a TPU slice, or for other devices, that this machine
+need not have, and shows the memory and the time that the step would take there.
 
-All figures are the compiler's, and nothing is run. If the step does not fit into
+All figures come from the compiler, and nothing is run. If the step does not fit into
 memory, it is compiled again with one more remedy at a time until it fits.
 """
 
@@ -18,8 +18,12 @@ EXAMPLES = """examples:
   flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:16x16 --parallel=fsdp --config.data.rows=1024
   flax-transformer plan --config=configs/quickstart.py --topology=cpu:8
 
-topologies, by product: v4-8 is v4:2x2x1; v5e-4 v5e:2x2, v5e-16 v5e:4x4, v5e-256 v5e:16x16; v5p-128 v5p:4x4x4;
-v6e-16 v6e:4x4; a host of tpu7x tpu7x:2x2x1. Compiling for a TPU takes minutes on a small machine."""
+product   --topology       product   --topology       product           --topology
+v4-8      v4:2x2x1         v5e-4     v5e:2x2          v5p-128           v5p:4x4x4
+v6e-16    v6e:4x4          v5e-16    v5e:4x4          a host of tpu7x   tpu7x:2x2x1
+                           v5e-256   v5e:16x16
+
+Compiling for a TPU takes minutes on a small machine."""
 USAGE = "--config CONFIG --topology NAME [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
 MEMORY_REMEDY = "plan on a machine that has more"
 GB = 1e9
@@ -32,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         required=True,
         metavar="NAME",
-        help="the devices: a TPU slice, e.g. v5e:4x4 (needs the extra libtpu), cpu:N, or here for the devices of this "
-        "machine",
+        help="the devices: a TPU slice, e.g. v5e:4x4 (needs the extra libtpu); cpu:N for N devices of this machine's "
+        "CPU; or the word here for the devices of this machine",
     )
     parser.add_argument(
         "--parallel",
         metavar="KIND",
-        help="replaces training.parallelism.layout of the config: pmap, data, fsdp, data=2,fsdp=4 or jit",
+        help="use this layout instead of training.parallelism.layout: pmap, data, fsdp, data=2,fsdp=4 or jit",
     )
 
 

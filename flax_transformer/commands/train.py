@@ -1,8 +1,9 @@
 """Trains a Transformer. Run the same command again to continue from the last
 checkpoint.
 
-SIGTERM, Ctrl-C, a closed terminal (SIGHUP), and SIGUSR1, SIGUSR2 and SIGXCPU, which
-clusters send before they end a job, make it write a checkpoint and end.
+It writes a checkpoint and ends when it receives SIGTERM, Ctrl-C, SIGHUP (the terminal
+is closed), or one of SIGUSR1, SIGUSR2 and SIGXCPU, which clusters send before they end
+a job.
 """
 
 import argparse
@@ -27,9 +28,9 @@ examples:
   flax-transformer train --config=finetune_opus_mt:runs/opus --workdir=runs/finetuned
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-On several hosts run the same command on each host: with --distributed where the cluster
-gives the processes their addresses (Cloud TPU, Slurm), otherwise with --coordinator,
---num_processes and --process_id.
+A training uses all devices of its host. On several hosts, run the same command on each:
+with --distributed if the cluster gives the processes their addresses (Cloud TPU, Slurm),
+otherwise with --coordinator, --num_processes and --process_id.
 """
 MEMORY_REMEDY = "lower training.parallelism.rows_per_device or data.rows"
 
@@ -43,14 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         required=True,
         metavar="FOLDER",
-        help="where vocabulary, checkpoints and metrics are kept; made if missing",
+        help="the folder for vocabulary, checkpoints and metrics; it is created if it does not exist",
     )
     _add_switch(parser, "accept_changed_corpus", "continue although a corpus file was edited since the last start")
     parser.add_argument(
         "--profile", default="", metavar="FIRST:LAST", help="the steps that jax's profiler records, e.g. 20:25"
     )
     hosts = parser.add_argument_group("several hosts")
-    _add_switch(hosts, "distributed", "connect with the other hosts of a cluster that gives their addresses")
+    _add_switch(hosts, "distributed", "get the addresses of the other hosts from the cluster, and connect to them")
     hosts.add_argument(
         "--coordinator", type=filled, metavar="HOST:PORT", help="address of process 0, e.g. 10.0.0.1:8476"
     )

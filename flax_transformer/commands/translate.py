@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="number of translations or samples of each sentence, best translation first (default 1)",
+        help="number of translations or samples of each sentence, best translation first (default 1); more than 1 need "
+        "--format=tsv or jsonl, which give their scores too",
     )
     text.add_argument(
         "--alignment",
@@ -84,7 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "decoder layer, averaged over heads; layers count from 0, and the last is the default",
     )
     text.add_argument(
-        "--prefixes", type=path, metavar="FILE", help="file whose line i is how the translation of line i must begin"
+        "--prefixes",
+        type=path,
+        metavar="FILE",
+        help="file whose line i is the beginning that the translation of line i must have",
     )
     text.add_argument("--interactive", action="store_true", help="translate what you type at a prompt; Ctrl-D ends it")
     text.add_argument(
@@ -92,8 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=2000,
         metavar="N",
-        help="lines that are read, sorted by length and translated together; more are faster, fewer show results "
-        "sooner (default 2000)",
+        help="number of lines that are read, sorted by length and translated together; a larger number is faster, a "
+        "smaller one shows results sooner (default 2000)",
     )
 
     add_search_options(parser)

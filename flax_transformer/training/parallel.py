@@ -270,8 +270,8 @@ def mesh_shape(kind: str, num_devices: int) -> dict[str, int]:
     sizes |= {name: int(size) for name, size in re.findall(r"(data|fsdp)=(\d+)", kind)}
     if sizes["data"] * sizes["fsdp"] != num_devices:
         raise ValueError(
-            f"training.parallelism.layout is {kind!r}, {sizes['data'] * sizes['fsdp']} places for {num_devices} "
-            "devices: let the sizes multiply to the number of devices"
+            f"training.parallelism.layout is {kind!r}, which needs {sizes['data'] * sizes['fsdp']} devices, but there "
+            f"are {num_devices}: choose sizes whose product is {num_devices}, or pmap, data or fsdp alone"
         )
     return sizes
 

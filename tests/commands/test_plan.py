@@ -37,7 +37,7 @@ def test_a_known_vocabulary_size_is_kept():
     ("arguments", "message"),
     [
         (["--topology=cpu:0"], "give cpu:N"),
-        (["--topology=cpu:4", "--parallel=data=3"], "3 places for 4 devices"),
+        (["--topology=cpu:4", "--parallel=data=3"], "which needs 3 devices, but there are 4"),
         (["--topology=cpu:2", "--parallel=both"], "choose auto, jit, pmap"),
         (["--topology=cpu:2", "--config.data.row=4"], "data.rows"),
         (["--topology=cpu:2", "--config=configs/none.py"], "configs/none.py"),

@@ -194,7 +194,7 @@ def test_each_way_reads_the_checkpoints_of_every_other(written_by, tmp_path, mad
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_an_error_that_names_both():
-    with pytest.raises(ValueError, match="'data=3,fsdp=2', 6 places for 8 devices: let the sizes multiply"):
+    with pytest.raises(ValueError, match="'data=3,fsdp=2', which needs 6 devices, but there are 8: choose"):
         Parallelism("data=3,fsdp=2")
 
 
