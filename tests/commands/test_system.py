@@ -62,7 +62,7 @@ def test_a_trained_model_scores_and_every_way_to_translate_agrees(row, corpus, t
         "data.valid": "",
         "data.test": "",
         "data.rows": 16,
-        "training.steps": 200,
+        "training.steps": 300,
         "training.schedule.learning_rate": 1e-2,
         "training.schedule.warmup_steps": 20,
         "training.parallelism.layout": "jit",
