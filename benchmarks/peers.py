@@ -120,9 +120,11 @@ def marian_model(config: TransformerConfig, params: PyTree) -> transformers.Mari
 
 
 def ctranslate2_model(
-    config: TransformerConfig, params: PyTree, directory: str, *, threads: int, device: str = "cpu"
+    config: TransformerConfig, params: PyTree, directory: str, *, threads: int, compute_type: str = "float32"
 ) -> ctranslate2.Translator:
-    """The model in CTranslate2, float32 on a CPU, written to a directory that it may delete first.
+    """The model in CTranslate2 on a CPU, written to a directory that it may delete first.
+
+    Its `compute_type` is "float32", or another that CTranslate2 knows, such as "int8".
 
     Raises:
         ValueError: for what Marian cannot express.
@@ -131,7 +133,7 @@ def ctranslate2_model(
     pieces = [[str(token) for token in range(size)] for size in (config.source_vocab_size, config.target_vocab_size)]
     write_model(epath.Path(directory), config, params, *pieces, unk_id=config.pad_id)
     return ctranslate2.Translator(
-        directory, device=device, compute_type="float32", inter_threads=1, intra_threads=threads
+        directory, device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=threads
     )
 
 

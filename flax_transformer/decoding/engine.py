@@ -8,6 +8,7 @@ Sentences whose searches need the same program share slots: `Machine`. All machi
 
 import atexit
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
 from flax_transformer.decoding.requests import Ids, Output, Request
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
-from flax_transformer.decoding.sizes import SMALLEST_ROOM, pool_shape, room_for, slot_size, slots_for
+from flax_transformer.decoding.sizes import pool_shape, rooms_up_to, slot_size, slots_for
 from flax_transformer.decoding.waiting import Waiting
 from flax_transformer.positions import check_length
 
@@ -153,12 +154,8 @@ class Engine:
         """Compiles what sources of up to `longest` tokens need; arguments as in `Translator.compile`."""
 
         def run() -> None:
-            room = SMALLEST_ROOM
-            while True:
+            for room in rooms_up_to(min(longest, self.ensemble.learned or longest)):
                 self._make_machine(self._compiled_for(settings), room, sentences or self.batch_tokens).compile()
-                if room >= longest or room >= (self.ensemble.learned or longest):
-                    return
-                room *= 2
 
         done: Future[None] = Future()
         with self._changed:
@@ -308,15 +305,14 @@ class Engine:
 
     def _make_room(self, group: _Group) -> None:
         """Makes machines for the sentences that wait, if those that are there have too few slots."""
-        rooms = [room for room in _rooms(group.waiting.longest()) if group.waiting.count(_below(room), room)]
         served: list[tuple[int, int]] = []  # a room, and the size of source above which it takes sentences
-        for room in reversed(rooms):
-            count = group.waiting.count(_below(room), room)
+        for below, room in reversed(list(itertools.pairwise([0, *rooms_up_to(group.waiting.longest())]))):
+            count = group.waiting.count(below, room)
             exists = any(machine.size.slots > 1 for other, machine in group.machines if other == room)
             if served and count < FEW and not exists:
-                served[-1] = served[-1][0], _below(room)
-            else:
-                served.append((room, _below(room)))
+                served[-1] = served[-1][0], below
+            elif count:
+                served.append((room, below))
         group.above = dict(served)
         for room, above in served:
             count, own = group.waiting.count(above, room), [each for other, each in group.machines if other == room]
@@ -360,16 +356,3 @@ def check_streaming(settings: SearchSettings) -> None:
     """Raises ValueError for a search with several hypotheses, of which no token is certain before the end."""
     if settings.hypotheses > 1:
         raise ValueError(f"streaming works with one hypothesis, not {settings.hypotheses}: search with a beam of 1")
-
-
-def _rooms(longest: int) -> list[int]:
-    """All rooms up to that of so many tokens, the smallest first."""
-    rooms = [SMALLEST_ROOM]
-    while rooms[-1] < room_for(longest):
-        rooms.append(2 * rooms[-1])
-    return rooms
-
-
-def _below(room: int) -> int:
-    """The next smaller room; 0 if there is none."""
-    return room // 2 if room > SMALLEST_ROOM else 0

@@ -1,8 +1,8 @@
 """Chooses the sizes of slots, so that few programs serve sentences of any length and any number of them.
 
-Rooms are 16, 32, 64, ... source tokens. A room has slots for one sentence, for a full batch, and for a sixteenth and a
-quarter of it; outputs get room for one and a half times as many tokens, and the few that are longer are moved to the
-next room.
+Rooms are 16, 24, 32, 48, 64, 96, ... source tokens. Outputs get room for one and a half times as many tokens, and the
+few that are longer are moved to a larger room. A room has slots for one sentence, for a full batch, and for some shares
+of it.
 """
 
 from collections.abc import Iterator
@@ -11,13 +11,17 @@ from flax_transformer.decoding.slots import ENCODED_AT_ONCE, Size
 
 SMALLEST_ROOM = 16
 SOURCE_WIDTH = 64  # tokens in a row of packed sources, unless a source is longer
-RUNG = 4
+SHARES = (16, 8, 4, 2, 1)
 FULL_ROWS = 4  # a search with fewer hypotheses gets more slots, so that matrix products do not become too small
 
 
-def room_for(tokens: int) -> int:
-    """The smallest room for a source, or a prefix, of so many tokens."""
-    return max(SMALLEST_ROOM, 1 << (tokens - 1).bit_length())
+def rooms_up_to(tokens: int) -> list[int]:
+    """The rooms up to the smallest one that holds a source, or a prefix, of so many tokens; the smallest first."""
+    rooms = [SMALLEST_ROOM]
+    while rooms[-1] < tokens:
+        power = 1 << (rooms[-1].bit_length() - 1)
+        rooms.append(power * 3 // 2 if rooms[-1] == power else 2 * power)
+    return rooms
 
 
 def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, devices: int) -> int:
@@ -30,20 +34,17 @@ def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, 
         hypotheses: how many hypotheses of each sentence are decoded side by side.
         devices: how many devices share the slots.
     """
-    full = max(1, batch_tokens * max(1, FULL_ROWS // hypotheses) // (room * devices)) * devices
-    for slots in _rungs(full, devices):
-        if sentences <= slots + slots // 2:
-            return slots
-    return full
+    full = max(1, batch_tokens * max(1, FULL_ROWS // hypotheses) // (room * devices))
+    for slots in _shares(full):
+        if sentences <= (slots + slots // 2) * devices:
+            return slots * devices
+    return full * devices
 
 
-def _rungs(full: int, devices: int) -> Iterator[int]:
-    """One slot for each device, a sixteenth of `full`, and a quarter."""
-    yield devices
-    for share in (RUNG * RUNG, RUNG):
-        slots = full // (share * devices) * devices
-        if slots > devices:
-            yield slots
+def _shares(full: int) -> Iterator[int]:
+    """A single slot, and shares of `full`."""
+    yield 1
+    yield from (full // share for share in SHARES if full // share > 1)
 
 
 def slot_size(slots: int, room: int, learned: int | None) -> Size:

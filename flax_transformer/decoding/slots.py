@@ -310,7 +310,7 @@ def _copy_source(memory: KVCache, pool: KVCache, slot: jax.Array, row: jax.Array
     def copied(whole: jax.Array, sources: jax.Array, axis: int) -> jax.Array:
         width = whole.shape[axis]
         first = jnp.minimum(start, sources.shape[axis] - width)  # a slice that begins later would not fit
-        begin = [row, *[0] * 3]
+        begin: list[Any] = [row, 0, 0, 0]
         begin[axis] = first
         source = jax.lax.dynamic_slice(sources, begin, [1, *whole.shape[1:]])
         return jax.lax.dynamic_update_slice(whole, jnp.roll(source, first - start, axis), [slot, 0, 0, 0])
@@ -333,12 +333,12 @@ def move(
         mesh: the devices that share the slots.
     """
 
-    def widened(whole: jax.Array, leaf: jax.Array, filler: float) -> jax.Array:
+    def widened(whole: jax.Array, leaf: jax.Array, filler: float = 0) -> jax.Array:
         widths = [(0, larger - size) for larger, size in zip(whole.shape[1:], leaf.shape[1:], strict=True)]
         return whole.at[new_slot].set(jnp.pad(leaf[old_slot], widths, constant_values=filler))
 
     def moved_hypotheses(whole: Hypotheses, leaf: Hypotheses) -> Hypotheses:
-        copied = jax.tree.map(lambda *leaves: widened(*leaves, 0), whole, leaf)
+        copied = jax.tree.map(widened, whole, leaf)
         return copied.replace(tokens=widened(whole.tokens, leaf.tokens, pad_id))
 
     states = tuple(
