@@ -81,6 +81,11 @@ class Translator:
         """The parameters of the model, or of the first model of an ensemble."""
         return self._ensemble.models[0]
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that decodes, for callers that have token ids and want to submit sentences one by one."""
+        return self._engine
+
     @classmethod
     def from_workdir(
         cls,
