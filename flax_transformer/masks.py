@@ -4,7 +4,7 @@ A mask is exactly 0 where a query may see a key and -inf where it may not; it is
 (section 3.2.3). Masks of other conventions are errors: booleans and integers because of their type, other numbers, such
 as the 1 and 0 of `flax.linen.make_causal_mask`, because of their values.
 
-Glossary: B batch, H heads, Q query positions, M memory positions, N hypotheses of a sentence, L positions of a cache.
+Glossary: B batch, H heads, Q query positions, M memory positions, N hypotheses of a sentence, L places of a cache.
 """
 
 from typing import Any
@@ -27,20 +27,27 @@ def causal_mask(length: int) -> Float[Array, "1 1 Q M"]:
     return _additive(positions <= positions[:, None])[None, None]
 
 
-def ancestor_mask(ancestors: Int[Array, "B N L"], length: int, start: int | Int[Array, ""]) -> Float[Array, "B 1 Q M"]:
+def ancestor_mask(
+    ancestors: Int[Array, "B N L"], length: int, position: Int[Array, "B"], place: Int[Array, ""]
+) -> Float[Array, "B 1 Q M"]:
     """Lets each hypothesis of a sentence see its own past in the cache that all of them share.
 
-    Queries and cache are ordered by position, then by hypothesis: Q = `length` * N, M = L * N.
+    The L places of the cache are a ring: all sentences write to the same place, one place further at each step, and
+    a sentence may see as many of the last places as it has tokens. Queries and cache are ordered by place, then by
+    hypothesis: Q = `length` * N, M = L * N.
 
     Args:
-        ancestors: for each hypothesis and position, which of the N hypotheses wrote its entry in the cache.
-        length: number of positions of the queries.
-        start: the first of them; the cache already holds the positions before it.
+        ancestors: for each hypothesis and place, which of the N hypotheses wrote its entry in the cache.
+        length: number of places of the queries.
+        position: the position of each sentence's first query, counted from the sentence's own beginning.
+        place: the place of the first query in the ring.
     """
     batch, hypotheses, room = ancestors.shape
     own = ancestors[..., None] == jnp.arange(hypotheses)
-    seen = jnp.arange(room) <= start + jnp.arange(length)[:, None]
-    visible = seen[None, :, None, :, None] & own[:, None]
+    ahead = jnp.arange(length)[:, None]
+    age = (place + ahead - jnp.arange(room)) % room  # how many steps before the query an entry was written
+    seen = age <= position[:, None, None] + ahead
+    visible = seen[:, :, None, :, None] & own[:, None]
     return _additive(visible.reshape(batch, length * hypotheses, room * hypotheses))[:, None]
 
 

@@ -15,7 +15,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.masks import ancestor_mask, causal_mask, combine_masks, padding_mask, segment_mask
 from flax_transformer.positions import Length, check_length
 from flax_transformer.projections import project
-from flax_transformer.stacks import Decoder, DecodingState, Encoder, first_ancestors
+from flax_transformer.stacks import Decoder, DecodingState, Encoder
 from flax_transformer.tokens import Tokens, check_tokens, look_up
 
 
@@ -149,6 +149,10 @@ class Transformer(nn.Module):
         source, target = self._tokens("source", source), self._tokens("target", target)
         return self._decode(memory, source, target, deterministic=deterministic)[0]
 
+    def project_memory(self, memory: Float[Array, "B S D"]) -> tuple[KVCache, ...]:
+        """Each decoder layer's keys and values of the encoder's memory, as `DecodingState.memory` holds them."""
+        return self.decoder.project_memory(memory)
+
     def _encode(
         self, source: Tokens, *, deterministic: bool, return_weights: bool = False
     ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B H S S"] | None, ...]]:
@@ -205,19 +209,16 @@ class Transformer(nn.Module):
         check_tokens("source", source, config.source_vocab_size)
         tokens = Tokens.from_segments(source, (source != config.pad_id).astype(jnp.int32))
         memory = self.encode(tokens, deterministic=True)
-        heads, size, room = config.num_heads, config.d_model // config.num_heads, max_length * hypotheses
-        empty = KVCache(
-            key=jnp.zeros((source.shape[0], heads, size, room), config.dtype),
-            value=jnp.zeros((source.shape[0], heads, room, size), config.dtype),
+        state = DecodingState.empty(
+            config,
+            batch=source.shape[0],
+            hypotheses=hypotheses,
+            max_length=max_length,
+            source_length=source.shape[1],
         )
-        return DecodingState(
-            position=jnp.zeros((), jnp.int32),
-            ancestors=first_ancestors(source.shape[0], hypotheses, max_length),
-            target=(empty,) * config.num_decoder_layers,
-            # Without the barrier XLA moves a change of the memory's layout into the loop and repeats it at each step.
-            memory=jax.lax.optimization_barrier(self.decoder.project_memory(memory)),
-            memory_mask=padding_mask(tokens.segments > 0),
-        )
+        # Without the barrier XLA moves a change of the memory's layout into the loop and repeats it at each step.
+        projected = jax.lax.optimization_barrier(self.decoder.project_memory(memory))
+        return state.replace(memory=projected, memory_mask=padding_mask(tokens.segments > 0))
 
     def decode_step(
         self, state: DecodingState, tokens: Int[Array, "R Q"]
@@ -229,7 +230,8 @@ class Transformer(nn.Module):
             tokens: the tokens chosen last, or `start_id` in the first step; one or more for each hypothesis.
 
         Returns:
-            The next state and the logits, which are NaN once there are more tokens than `max_length`.
+            The next state and the logits, which are NaN once a sentence has more tokens than `max_length`, and where
+            several tokens at once go round the end of the ring (see `DecodingState`).
         """
         check_tokens("tokens", tokens, self.config.target_vocab_size)
         batch, hypotheses, room = state.ancestors.shape
@@ -237,7 +239,7 @@ class Transformer(nn.Module):
         if length > room:
             raise ValueError(f"{length} tokens at once, start_decoding made room for {room}: raise max_length")
         by_position = tokens.reshape(batch, hypotheses, length).swapaxes(1, 2).reshape(batch, -1)
-        self_mask = ancestor_mask(state.ancestors, length, state.position)
+        self_mask = ancestor_mask(state.ancestors, length, state.position, state.place)
         state, outputs = self.decoder.step(look_up(self._embedding("target"), by_position), state, self_mask)
         logits = self.logits(outputs).reshape(batch, length, hypotheses, -1)
         return state, logits.swapaxes(1, 2).reshape(*tokens.shape, -1)

@@ -20,18 +20,24 @@ from flax_transformer.positions import LearnedPositions, Length, sinusoidal_posi
 class DecodingState(flax.struct.PyTreeNode):
     """The state of step-by-step decoding, a plain pytree that each step takes and returns.
 
-    The hypotheses of a sentence share one cache of L * N places, ordered by position, then by hypothesis. When a
-    search continues one hypothesis from another, only `ancestors` changes; keys and values are never copied.
+    The cache is a ring of L places, each with room for the N hypotheses of a sentence. At each step all sentences
+    write to the same place, wherever each of them stands, and the next step writes to the next place; after the last
+    place comes the first again. A sentence sees as many of the last places as it has tokens, so sentences can begin at
+    any step. When a search continues one hypothesis from another, only `ancestors` changes; keys and values are never
+    copied.
 
     Attributes:
-        position: number of target positions decoded so far.
-        ancestors: for each hypothesis and position, which of the N hypotheses wrote its entry in the cache.
-        target: each layer's keys and values of those positions.
+        position: number of target positions decoded so far, for each sentence.
+        place: the place in the ring that the next step writes to; an array of one for each device where several
+            devices share the sentences, each decoding by itself.
+        ancestors: for each hypothesis and place, which of the N hypotheses wrote its entry in the cache.
+        target: each layer's keys and values of the last L steps.
         memory: each layer's keys and values of the encoder's memory, projected once.
         memory_mask: hides the source's padding.
     """
 
-    position: Int[Array, ""]
+    position: Int[Array, "B"]
+    place: Int[Array, "*devices"]
     ancestors: Int[Array, "B N L"]
     target: tuple[KVCache, ...]
     memory: tuple[KVCache, ...]
@@ -40,8 +46,41 @@ class DecodingState(flax.struct.PyTreeNode):
     def follow(self, parents: Int[Array, "B N"]) -> "DecodingState":
         """The state after each hypothesis has been replaced by a copy of its parent."""
         inherited = jnp.take_along_axis(self.ancestors, parents[:, :, None], axis=1)
-        decoded = jnp.arange(self.ancestors.shape[2]) < self.position
-        return self.replace(ancestors=jnp.where(decoded, inherited, first_ancestors(*self.ancestors.shape)))
+        room = self.ancestors.shape[2]
+        age = (self.place - 1 - jnp.arange(room)) % room
+        decoded = age < self.position[:, None]
+        return self.replace(ancestors=jnp.where(decoded[:, None], inherited, first_ancestors(*self.ancestors.shape)))
+
+    @classmethod
+    def empty(
+        cls, config: TransformerConfig, *, batch: Length, hypotheses: int, max_length: Length, source_length: Length
+    ) -> "DecodingState":
+        """A state before any step, whose memory is zeros that nothing sees.
+
+        Args:
+            config: that of the model.
+            batch: number of sentences, B.
+            hypotheses: number of hypotheses of each, N.
+            max_length: number of places in the ring, L.
+            source_length: number of places of the memory, S.
+        """
+        heads, size = config.num_heads, config.d_model // config.num_heads
+
+        def zeros(places: Length) -> tuple[KVCache, ...]:
+            cache = KVCache(
+                key=jnp.zeros((batch, heads, size, places), config.dtype),
+                value=jnp.zeros((batch, heads, places, size), config.dtype),
+            )
+            return (cache,) * config.num_decoder_layers
+
+        return cls(
+            position=jnp.zeros(batch, jnp.int32),
+            place=jnp.zeros((), jnp.int32),
+            ancestors=first_ancestors(batch, hypotheses, max_length),
+            target=zeros(max_length * hypotheses),
+            memory=zeros(source_length),
+            memory_mask=jnp.full((batch, 1, 1, source_length), -jnp.inf),
+        )
 
 
 def first_ancestors(batch: Length, hypotheses: int, length: Length) -> Int[Array, "B N L"]:
@@ -168,8 +207,8 @@ class Decoder(_Stack):
         """Decodes the next positions without dropout; `self_mask` lets each hypothesis see its own past."""
         _, hypotheses, room = state.ancestors.shape
         steps = embeddings.shape[1] // hypotheses
-        positions = state.position + jnp.arange(embeddings.shape[1]) // hypotheses
-        outputs = self._embed(embeddings, positions[None], deterministic=True)
+        positions = state.position[:, None] + jnp.arange(embeddings.shape[1]) // hypotheses
+        outputs = self._embed(embeddings, positions, deterministic=True)
         caches = []
         for layer, memory, cache in zip(self.layers, state.memory, state.target, strict=True):
             outputs, cache, _ = layer(
@@ -179,9 +218,12 @@ class Decoder(_Stack):
                 state.memory_mask,
                 deterministic=True,
                 cache=cache,
-                write_at=state.position * hypotheses,
+                write_at=state.place * hypotheses,
             )
             caches.append(cache)
-        # A write past the end of the cache would overwrite earlier positions: NaN makes the mistake visible.
-        outputs = jnp.where(state.position + steps <= room, self._finish(outputs), jnp.nan)
-        return state.replace(position=state.position + steps, target=tuple(caches)), outputs
+        # A longer sentence would overwrite its own beginning, and several positions at once must not go round the end
+        # of the ring: NaN makes the mistake visible.
+        fits = (state.position + steps <= room) & (state.place + steps <= room)
+        outputs = jnp.where(fits[:, None, None], self._finish(outputs), jnp.nan)
+        place = (state.place + steps) % room
+        return state.replace(position=state.position + steps, place=place, target=tuple(caches)), outputs

@@ -30,7 +30,7 @@ ANCESTORS = jnp.array(
 MASKS = {
     "causal": (lambda: causal_mask(7), (1, 1, 7, 7)),
     "padding": (lambda: padding_mask(VALID), (2, 1, 1, 5)),
-    "ancestors": (lambda: ancestor_mask(ANCESTORS, 2, 3), (2, 1, 6, 15)),
+    "ancestors": (lambda: ancestor_mask(ANCESTORS, 2, jnp.array([3, 3]), jnp.array(3)), (2, 1, 6, 15)),
     "segments": (lambda: segment_mask(QUERY_SEGMENTS, MEMORY_SEGMENTS), (2, 1, 7, 5)),
     "combined": (
         lambda: combine_masks(padding_mask(VALID), segment_mask(QUERY_SEGMENTS, MEMORY_SEGMENTS)),
@@ -76,7 +76,7 @@ def test_a_segment_mask_with_one_segment_equals_the_padding_mask():
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 5), (2, 1), (2, 3), (4, 1)])
 def test_a_hypothesis_sees_what_its_ancestors_wrote_up_to_its_own_position(start, length):
     batch, hypotheses, room = ANCESTORS.shape
-    mask = ancestor_mask(ANCESTORS, length, jnp.array(start))
+    mask = ancestor_mask(ANCESTORS, length, jnp.full(batch, start), jnp.array(start))
     # Both sides are ordered by position, then by hypothesis.
     visible = np.asarray(mask == 0).reshape(batch, length, hypotheses, room, hypotheses)
     for sentence, query, hypothesis, position, writer in np.ndindex(visible.shape):
@@ -85,8 +85,15 @@ def test_a_hypothesis_sees_what_its_ancestors_wrote_up_to_its_own_position(start
 
 
 def test_the_only_hypothesis_of_a_sentence_sees_its_whole_past():
-    alone = ancestor_mask(jnp.zeros((1, 1, 7), jnp.int32), 3, 2)
+    alone = ancestor_mask(jnp.zeros((1, 1, 7), jnp.int32), 3, jnp.array([2]), jnp.array(2))
     assert jnp.array_equal(alone, causal_mask(7)[:, :, 2:5])
+
+
+def test_in_the_ring_a_sentence_sees_as_many_of_the_last_places_as_it_has_tokens():
+    """Three sentences, which began 0, 2 and 6 steps before a query that is written to place 1 of 7."""
+    position = jnp.array([0, 2, 6])
+    mask = ancestor_mask(jnp.zeros((3, 1, 7), jnp.int32), 1, position, jnp.array(1))
+    assert [set(np.flatnonzero(row == 0).tolist()) for row in mask[:, 0, 0]] == [{1}, {6, 0, 1}, set(range(7))]
 
 
 def test_combined_masks_allow_only_what_all_of_them_allow():

@@ -14,7 +14,7 @@ GROUP = 64  # maximum number of tokens in one group of `best_tokens`
 
 def allowed_tokens(
     tokens: Int[Array, "B N L"],
-    step: Int[Array, ""],
+    step: Int[Array, "B"],
     limits: Int[Array, "B"],
     prefix: Int[Array, "B P"] | None,
     settings: SearchSettings,
@@ -27,7 +27,7 @@ def allowed_tokens(
 
     Args:
         tokens: the tokens of each hypothesis so far.
-        step: their number.
+        step: their number, for each sentence.
         limits: the maximum length of each sentence's output, in tokens; the last one can only be the end of sentence.
         prefix: the tokens with which each output must begin, padded; `None` for no prefixes.
         settings: banned tokens and sequences, and the minimum length.
@@ -43,23 +43,24 @@ def allowed_tokens(
     if settings.no_repeat_ngram:
         allowed &= ~_repeating(tokens, step, settings.no_repeat_ngram, vocab_size)
     if settings.min_length > 1:
-        allowed &= ~(is_end & (step + 1 < settings.min_length))
+        allowed &= ~(is_end & (step + 1 < settings.min_length)[:, None, None])
     if settings.banned or settings.no_repeat_ngram or settings.min_length > 1:
         # If no token is left, the sentence ends.
         allowed |= is_end & ~jnp.any(allowed, axis=-1, keepdims=True)
     if prefix is not None:
-        wished = jnp.take(prefix, step, axis=1, mode="fill", fill_value=pad_id)[:, None, None]
+        wished = jnp.take_along_axis(prefix, step[:, None], axis=1, mode="fill", fill_value=pad_id)[..., None]
         allowed = jnp.where(wished == pad_id, allowed, ids == wished)
     return jnp.where((step + 1 >= limits)[:, None, None], is_end, allowed)
 
 
-def _repeating(tokens: Int[Array, "B N L"], step: Int[Array, ""], size: int, vocab_size: int) -> Bool[Array, "B N V"]:
+def _repeating(tokens: Int[Array, "B N L"], step: Int[Array, "B"], size: int, vocab_size: int) -> Bool[Array, "B N V"]:
     """The tokens that would complete a sequence of `size` tokens that occurred before."""
     batch, hypotheses, length = tokens.shape
     # The token at position i would repeat if the `size` - 1 tokens before it equal the last ones.
+    step = step[:, None, None]
     repeats = (jnp.arange(length) >= size - 1) & (jnp.arange(length) < step)
     for back in range(1, size):
-        last = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(step - back, 0), axis=2)
+        last = jnp.take_along_axis(tokens, jnp.maximum(step - back, 0), axis=2, mode="clip")
         repeats &= jnp.roll(tokens, back, axis=2) == last
     rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(hypotheses)[None, :, None]
     return jnp.zeros((batch, hypotheses, vocab_size), bool).at[rows, columns, tokens].max(repeats)
@@ -87,14 +88,14 @@ def best_tokens(scores: Float[Array, "*B N V"], count: int) -> tuple[Float[Array
 
 
 def draw_tokens(
-    logits: Float[Array, "B N V"], rngs: Key[Array, "B"], step: Int[Array, ""], settings: Sampling
+    logits: Float[Array, "B N V"], rngs: Key[Array, "B"], step: Int[Array, "B"], settings: Sampling
 ) -> Int[Array, "B N"]:
     """Draws one token for each hypothesis from the softmax of its logits.
 
     Args:
         logits: the logits of each token, -inf for tokens that may not come.
         rngs: one key for each sentence, so that the other sentences of the batch do not change what is drawn.
-        step: the number of tokens drawn so far.
+        step: the number of tokens drawn so far, for each sentence.
         settings: the temperature, and how many of the most probable tokens can be drawn.
     """
     logits = logits / settings.temperature
@@ -106,5 +107,5 @@ def draw_tokens(
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         least = jnp.min(jnp.where(before < settings.top_p, falling, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
-    draw = jax.vmap(lambda rng, rows: jax.random.categorical(jax.random.fold_in(rng, step), rows))
-    return draw(rngs, logits).astype(jnp.int32)
+    draw = jax.vmap(lambda rng, step, rows: jax.random.categorical(jax.random.fold_in(rng, step), rows))
+    return draw(rngs, step, logits).astype(jnp.int32)

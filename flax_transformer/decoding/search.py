@@ -1,7 +1,9 @@
 """Beam search, greedy search and sampling, over any function that computes the logits of the next token.
 
 The search does not depend on the model: it only needs `step_fn(state, tokens) -> (state, logits)`, with any pytree as
-state. It is a single `while_loop`, so nothing leaves the device until the end.
+state. `Search.run` is a single `while_loop`, so nothing leaves the device until the end. Each sentence counts its own
+steps: a program that puts a new sentence in the place of a finished one calls `start`, `extend` and `open` itself, as
+`slots.py` does.
 Glossary: B sentences, N hypotheses of each, C candidates, L longest output in tokens, P longest prefix, V vocabulary,
 R outputs returned for each sentence.
 """
@@ -13,12 +15,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from flax_transformer.decoding.next_token import allowed_tokens, best_tokens, draw_tokens
 from flax_transformer.decoding.settings import BeamSearch, Sampling
-
-FEW = 16  # a batch does not wait for its last 1 / FEW of unfinished sentences
 
 
 class Hypotheses(flax.struct.PyTreeNode):
@@ -44,13 +44,13 @@ class Progress(flax.struct.PyTreeNode):
     """The state of the loop.
 
     Attributes:
-        step: number of tokens chosen for each live hypothesis.
+        step: number of tokens chosen for each live hypothesis of a sentence.
         state: the state of `step_fn`.
         live: hypotheses that have not ended; those of greedy search and sampling stay here when they end.
         ended: hypotheses of a beam that have ended, the best first; empty places have score -inf.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, "B"]
     state: PyTree
     live: Hypotheses
     ended: Hypotheses
@@ -80,8 +80,8 @@ class Search:
         pad_id: the token that follows the end of sentence.
         prefix: tokens with which each output must begin, padded; they count in lengths and scores.
         rngs: one random key for each sentence, which only sampling needs.
-        may_wait: the sentences that may be left unfinished when only a few of the batch are not done, so that the
-            others need not wait for them; none if not given. `open` returns which were left.
+        num_return: how many outputs of each sentence must be certain before its search stops, at most
+            `settings.beam_size`; `settings.num_return` if not given. Sampling and greedy search ignore it.
         follow: takes the state and the parent [B, N] of each hypothesis, and returns the state in which each hypothesis
             continues its parent.
     """
@@ -95,7 +95,7 @@ class Search:
     pad_id: int
     prefix: Int[Array, "B P"] | None = None
     rngs: Key[Array, "B"] | None = None
-    may_wait: Bool[Array, "B"] | None = None
+    num_return: Int[Array, "B"] | None = None
     follow: Callable[[Any, jax.Array], Any] = follow_rows
 
     def __post_init__(self):
@@ -109,7 +109,7 @@ class Search:
         return self.settings if isinstance(self.settings, BeamSearch) and self.settings.beam_size > 1 else None
 
     def run(self, state: PyTree) -> Progress:
-        """Searches until no further step can change the result, the room is full, or all unfinished sentences may wait.
+        """Searches until no further step can change the result, or the room is full.
 
         Args:
             state: the state before the first step, with the N hypotheses of each sentence one after the other.
@@ -129,14 +129,11 @@ class Search:
         # All hypotheses of a beam start the same, so only the first one counts; otherwise the beam would hold N copies.
         beginnings = shape[1] if self._beam is None else 1
         live = nothing.replace(log_probs=nothing.log_probs.at[:, :beginnings].set(0.0))
-        return Progress(step=jnp.zeros((), jnp.int32), state=state, live=live, ended=nothing)
+        return Progress(step=jnp.zeros(shape[0], jnp.int32), state=state, live=live, ended=nothing)
 
     def unfinished(self, progress: Progress) -> Bool[Array, ""]:
         """Whether to make another step."""
-        is_open = self.open(progress)
-        if self.may_wait is not None:
-            is_open &= ~self.may_wait | (jnp.sum(is_open) > len(is_open) // FEW)
-        return (progress.step < self.max_length) & jnp.any(is_open)
+        return jnp.any(self.open(progress) & (progress.step < self.max_length))
 
     def extend(self, progress: Progress) -> Progress:
         """The progress after one more token of each live hypothesis."""
@@ -150,7 +147,7 @@ class Search:
         return live.replace(scores=live.log_probs / self.settings.penalty(live.lengths))
 
     def open(self, progress: Progress) -> Bool[Array, "B"]:
-        """Which sentences a further step can change; after `run` these are the ones that waited or need more room."""
+        """Which sentences a further step can change; after `run` these are the ones that need more room."""
         if self._beam is None:
             return jnp.any(progress.live.lengths == 0, axis=1)
         best = jnp.max(progress.live.log_probs, axis=1)
@@ -160,15 +157,18 @@ class Search:
         # favourable penalty that is still possible.
         now, at_limit = self.settings.penalty(progress.step + 1), self.settings.penalty(self.limits)
         bound = best / jnp.maximum(now, at_limit)
-        return (best > -jnp.inf) & (bound > progress.ended.scores[:, self.settings.num_return - 1])
+        last = jnp.broadcast_to(self.settings.num_return if self.num_return is None else self.num_return, bound.shape)
+        worst = jnp.take_along_axis(progress.ended.scores, last[:, None] - 1, axis=1)[:, 0]
+        return (best > -jnp.inf) & (bound > worst)
 
     def _next(self, progress: Progress) -> tuple[PyTree, Float[Array, "B N V"], Float[Array, "B N"]]:
         """The next state; logits, -inf for tokens that may not come; and the term that makes them log-probabilities."""
         tokens = progress.live.tokens
-        last = jax.lax.dynamic_index_in_dim(tokens, jnp.maximum(progress.step - 1, 0), axis=2, keepdims=False)
-        last = jnp.where(progress.step == 0, self.start_id, last)
+        step = progress.step[:, None, None]
+        last = jnp.take_along_axis(tokens, jnp.maximum(step - 1, 0), axis=2, mode="clip")
+        last = jnp.where(step == 0, self.start_id, last)
         state, logits = self.step_fn(progress.state, last.reshape(-1))
-        logits = logits.reshape(*last.shape, -1).astype(jnp.float32)
+        logits = logits.reshape(*tokens.shape[:2], -1).astype(jnp.float32)
         allowed = allowed_tokens(
             tokens,
             progress.step,
@@ -194,9 +194,9 @@ class Search:
         going = live.lengths == 0
         log_probs = jnp.where(going, best + normalizer, 0.0)
         live = live.replace(
-            tokens=live.tokens.at[:, :, step].set(jnp.where(going, chosen, self.pad_id)),
-            lengths=jnp.where(going & (chosen == self.eos_id), step + 1, live.lengths),
-            token_log_probs=live.token_log_probs.at[:, :, step].set(log_probs),
+            tokens=_set(live.tokens, step, jnp.where(going, chosen, self.pad_id)),
+            lengths=jnp.where(going & (chosen == self.eos_id), step[:, None] + 1, live.lengths),
+            token_log_probs=_set(live.token_log_probs, step, log_probs),
             log_probs=live.log_probs + log_probs,
         )
         return progress.replace(step=step + 1, state=state, live=live)
@@ -235,12 +235,17 @@ class Search:
         # Impossible hypotheses get -inf, because the difference of two infinities would be NaN.
         last = jnp.where(log_probs > -jnp.inf, log_probs - before.log_probs, -jnp.inf)
         return Hypotheses(
-            tokens=before.tokens.at[:, :, step].set(tokens),
-            lengths=jnp.full_like(parents, step + 1),
-            token_log_probs=before.token_log_probs.at[:, :, step].set(last),
+            tokens=_set(before.tokens, step, tokens),
+            lengths=jnp.broadcast_to(step[:, None] + 1, parents.shape),
+            token_log_probs=_set(before.token_log_probs, step, last),
             log_probs=log_probs,
-            scores=log_probs / self.settings.penalty(step + 1),
+            scores=log_probs / self.settings.penalty(step + 1)[:, None],
         )
+
+
+def _set(array: Shaped[Array, "B C L"], step: Int[Array, "B"], values: Shaped[Array, "B C"]) -> Shaped[Array, "B C L"]:
+    """The array with each sentence's values at its own step; a step past the end changes nothing."""
+    return jnp.where(jnp.arange(array.shape[2]) == step[:, None, None], values[..., None], array)
 
 
 def _best(ended: Hypotheses, new: Hypotheses) -> Hypotheses:

@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import PyTree, UInt
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.decoding.batch_runner import Engine, Output
+from flax_transformer.decoding.engine import Engine, check_streaming
+from flax_transformer.decoding.ensemble import Ensemble
+from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Alignment, Translation
+from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.unreadable import UnreadableSentences
 from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
@@ -44,8 +47,8 @@ class Translator:
 
         Args:
             models: one model, or several with the same vocabularies.
-            batch_tokens: source tokens in a batch, including padding.
-            devices: the devices that share each batch; all devices of this process if not given.
+            batch_tokens: source tokens of the sentences that are translated at once, including padding.
+            devices: the devices that share them; all devices of this process if not given.
 
         Raises:
             ValueError: there is no model, or their vocabularies differ.
@@ -60,22 +63,28 @@ class Translator:
                     f"model {number} has a different vocabulary from model 1: an ensemble averages the probabilities "
                     "of the same pieces, so train its models with one vocabulary"
                 )
-        self._engine = Engine(
+        self._ensemble = Ensemble.on_devices(
             [model.config for model in models],
             [model.params for model in models],
-            batch_tokens=batch_tokens,
-            devices=jax.local_devices() if devices is None else devices,
+            jax.local_devices() if devices is None else devices,
         )
+        self._engine = Engine(self._ensemble, batch_tokens=batch_tokens)
+        self._scorer = Scorer(self._ensemble, batch_tokens=batch_tokens)
 
     @property
     def config(self) -> TransformerConfig:
         """The configuration of the model, or of the first model of an ensemble."""
-        return self._engine.configs[0]
+        return self._ensemble.configs[0]
 
     @property
     def params(self) -> PyTree:
         """The parameters of the model, or of the first model of an ensemble."""
-        return self._engine.models[0]
+        return self._ensemble.models[0]
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that decodes, for callers that have token ids and want to submit sentences one by one."""
+        return self._engine
 
     @classmethod
     def from_workdir(
@@ -135,7 +144,7 @@ class Translator:
             search: how to search for translations, and how many to return.
             prefixes: the text with which each translation must begin; an empty one means any.
             seed: the seed of sampling; equal seeds draw equal translations, however the sentences are batched.
-            after_batch: called after each batch of sentences; an exception from it ends the search.
+            after_batch: called now and then while sentences are translated; an exception from it ends the search.
 
         Raises:
             ValueError: `sentences` is a single string, is not ordered or contains something other than a str, or
@@ -154,7 +163,7 @@ class Translator:
             search,
             prefixes=[ids[:-1] for ids in begun],
             rngs=_random_keys(search, seed, places),
-            after_batch=after_batch,
+            after_each=after_batch,
         )
         outputs = iter(found)
         return [
@@ -174,7 +183,7 @@ class Translator:
             ValueError: the numbers of sources and targets differ, or one has more tokens than there are learned
                 positions.
         """
-        outputs = self._engine.score(*self._encode_pairs(sources, targets))
+        outputs = self._scorer.score(*self._encode_pairs(sources, targets))
         return [self._translation([output], search) for output in outputs]
 
     def align(self, sources: Texts, targets: Texts, *, layer: int = -1) -> list[Alignment]:
@@ -188,7 +197,7 @@ class Translator:
         Raises:
             ValueError: as in `score`, or there is no such layer.
         """
-        layers = min(config.num_decoder_layers for config in self._engine.configs)
+        layers = min(config.num_decoder_layers for config in self._ensemble.configs)
         if not -layers <= layer < layers:
             raise ValueError(f"layer is {layer}, the decoder has {layers}: choose one from {-layers} to {layers - 1}")
         source, target = self._encode_pairs(sources, targets)
@@ -199,7 +208,7 @@ class Translator:
                 weights,
             )
             for source_ids, target_ids, weights in zip(
-                source, target, self._engine.align(source, target, layer), strict=True
+                source, target, self._scorer.align(source, target, layer), strict=True
             )
         ]
 
@@ -214,8 +223,7 @@ class Translator:
         Raises:
             ValueError: the search has several hypotheses, so no token is certain before its end.
         """
-        if search.hypotheses > 1:
-            raise ValueError(f"streaming works with one hypothesis, not {search.hypotheses}: search with a beam of 1")
+        check_streaming(search)
         (sentence,) = _as_list("sentence", [sentence])
         return self._stream(sentence, search, seed)
 
@@ -231,9 +239,17 @@ class Translator:
         """
         self._engine.compile(search, longest=longest, sentences=sentences)
 
+    def close(self) -> None:
+        """Ends the thread that translates; calls that still wait get an error, and so does every later search.
+
+        A translator that is not closed lets its thread end, and the memory of the search go, a few seconds after its
+        last sentence.
+        """
+        self._engine.close()
+
     def _split(self, sentences: Sequence[str]) -> list[list[list[int]]]:
         """The ids of each sentence, in several parts if it is too long; a blank sentence has no part."""
-        longest = self._engine.longest
+        longest = self._ensemble.longest
         vocabulary = self.vocabularies.source
         encode = vocabulary.encode
         languages, texts = zip(*map(vocabulary.split_language, sentences), strict=True) if sentences else ((), ())
@@ -288,11 +304,16 @@ class Translator:
         done: list[str] = []
         told = ""
         for number, part in enumerate(self._split([sentence])[0]):
-            for ids in self._engine.stream(part, search, rngs=_random_keys(search, seed, [(0, number)])):
-                (text,) = self.vocabularies.target.decode([ids])
-                whole = join_parts([*done, text])
-                yield whole[len(told) :]
-                told = whole
+            rngs = _random_keys(search, seed, [(0, number)])
+            (request,) = self._engine.submit([part], search, rngs=rngs, streams=True)
+            try:
+                for ids in request:
+                    (text,) = self.vocabularies.target.decode([ids])
+                    whole = join_parts([*done, text])
+                    yield whole[len(told) :]
+                    told = whole
+            finally:
+                request.cancel()
             done.append(text)
 
     def _encode_pairs(self, sources: Texts, targets: Texts) -> tuple[list[list[int]], list[list[int]]]:
@@ -305,14 +326,17 @@ class Translator:
         ]
 
 
-def _random_keys(search: SearchSettings, seed: int, places: Sequence[tuple[int, int]]) -> Key[Array, "B"] | None:
-    """A key for each part, which depends only on its two numbers and the seed, not on the other sentences."""
+def _random_keys(
+    search: SearchSettings, seed: int, places: Sequence[tuple[int, int]]
+) -> UInt[np.ndarray, "parts key"] | None:
+    """The data of a random key for each part, which depends only on its two numbers and the seed."""
     if not isinstance(search, Sampling):
         return None
     seed = check_value("seed", seed, int, SEED_OF_SAMPLES)
     sentences, parts = np.array(places, np.uint32).reshape(-1, 2).T
     fold_in = jax.random.fold_in
-    return jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)
+    keys = jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)
+    return np.asarray(jax.random.key_data(keys))
 
 
 def _as_list(name: str, value: object, also: type = str) -> list[Any]:

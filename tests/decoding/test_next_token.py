@@ -91,7 +91,9 @@ def allowed(tokens, *, settings, limits=None, prefix=None, room=9, vocab_size=7)
     padded[..., :step] = tokens
     limits = np.array([room] * batch if limits is None else limits, "int32")
     prefix = None if prefix is None else np.array(prefix, "int32")
-    found = allowed_jitted(padded, np.int32(step), limits, prefix, settings=settings, vocab_size=vocab_size)
+    found = allowed_jitted(
+        padded, np.full(batch, step, "int32"), limits, prefix, settings=settings, vocab_size=vocab_size
+    )
     return np.broadcast_to(found, (batch, hypotheses, vocab_size))
 
 
@@ -176,6 +178,11 @@ LOGITS = np.random.default_rng(3).normal(scale=1.5, size=SIZE).astype("float32")
 draw_jitted = jax.jit(draw_tokens, static_argnames="settings")
 
 
+def at(step, sentences=DRAWS // 4):
+    """The same number of tokens so far for each sentence."""
+    return np.full(sentences, step, "int32")
+
+
 def softmax(logits):
     exponentials = np.exp(logits - logits.max())
     return exponentials / exponentials.sum()
@@ -210,7 +217,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(wish):
     settings = Sampling(**wish)
     logits = np.broadcast_to(LOGITS, (DRAWS // 4, 4, SIZE))  # each sentence has its key, each of its samples draws
     keys = jax.random.split(jax.random.key(4), DRAWS // 4)
-    drawn = np.asarray(draw_jitted(logits, keys, np.int32(2), settings=settings))
+    drawn = np.asarray(draw_jitted(logits, keys, at(2), settings=settings))
     counts, expected = np.bincount(drawn.ravel(), minlength=SIZE), expected_probabilities(settings)
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -222,7 +229,7 @@ def test_tokens_that_are_not_allowed_are_not_drawn_and_the_others_share_their_pr
     logits = np.where(np.arange(SIZE) % 3 == 0, -np.inf, LOGITS).astype("float32")
     keys = jax.random.split(jax.random.key(5), DRAWS)
     settings = Sampling(top_k=9, top_p=0.9999)
-    drawn = draw_jitted(np.broadcast_to(logits, (DRAWS, 1, SIZE)), keys, np.int32(0), settings=settings)
+    drawn = draw_jitted(np.broadcast_to(logits, (DRAWS, 1, SIZE)), keys, at(0, DRAWS), settings=settings)
     counts, expected = np.bincount(np.asarray(drawn).ravel(), minlength=SIZE), softmax(np.float64(logits))
     assert counts[expected == 0].sum() == 0
     assert stats.chisquare(counts[expected > 0], DRAWS * expected[expected > 0]).pvalue > 1e-5
@@ -232,7 +239,7 @@ def test_samples_steps_and_sentences_are_independent():
     """Chi-square test of independence for the tokens that two of them draw."""
     logits = np.broadcast_to(LOGITS[:5], (DRAWS, 2, 5))
     keys = jax.random.split(jax.random.key(6), DRAWS)
-    first, second = (np.asarray(draw_jitted(logits, keys, np.int32(s), settings=Sampling())) for s in (0, 1))
+    first, second = (np.asarray(draw_jitted(logits, keys, at(s, DRAWS), settings=Sampling())) for s in (0, 1))
     for one, other in [(first[:, 0], first[:, 1]), (first[:, 0], second[:, 0]), (first[1:, 0], first[:-1, 0])]:
         table = np.zeros((5, 5))
         np.add.at(table, (one, other), 1)
@@ -242,7 +249,7 @@ def test_samples_steps_and_sentences_are_independent():
 def test_a_sentence_draws_with_its_own_key_whatever_the_others():
     logits = np.random.default_rng(7).normal(size=(6, 3, SIZE)).astype("float32")
     keys = jax.random.split(jax.random.key(8), 6)
-    together = np.asarray(draw_jitted(logits, keys, np.int32(1), settings=Sampling()))
-    alone = np.asarray(draw_jitted(logits[4:5], keys[4:5], np.int32(1), settings=Sampling()))
+    together = np.asarray(draw_jitted(logits, keys, at(1, 6), settings=Sampling()))
+    alone = np.asarray(draw_jitted(logits[4:5], keys[4:5], at(1, 1), settings=Sampling()))
     assert np.array_equal(together[4:5], alone)
     assert together.shape == (6, 3) and together.dtype == np.int32

@@ -7,12 +7,13 @@ import functools
 import importlib
 import warnings
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.decoding.jitted import search_translations
+from flax_transformer.decoding.engine import Engine
+from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.settings import BeamSearch
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: `make peers` installs it")
@@ -69,11 +70,13 @@ def settings(beam, alpha):
 
 
 def ours(config, params, beam, alpha):
-    limits = np.full(len(SOURCE), LIMIT, np.int32)
-    options = {"configs": (config,), "settings": settings(beam, alpha), "max_length": LIMIT}
-    found, unfinished = search_translations((params,), jnp.asarray(SOURCE), jnp.asarray(limits), **options)
-    assert not np.any(unfinished)
-    return np.asarray(found.tokens).tolist(), np.asarray(found.scores)
+    engine = Engine(Ensemble.on_devices([config], [params], jax.local_devices()[:1]), batch_tokens=64)
+    search = settings(beam, alpha).replace(max_length=LIMIT, extra_length=LIMIT)
+    found = engine.search([up_to_end(row) for row in SOURCE.tolist()], search)
+    engine.close()
+    tokens = [[output.ids.tolist() for output in outputs] for outputs in found]
+    scores = [[output.log_probs.sum() / search.penalty(len(output.ids)) for output in outputs] for outputs in found]
+    return tokens, np.array(scores)
 
 
 def in_transformers(model, beam, alpha):

@@ -1,0 +1,358 @@
+"""The engine: sentences are submitted at any time from any thread, and one thread, which owns the device, decodes them.
+
+    submit ──▶ waiting, by length ──▶ encoded, packed ──▶ slot, one token a step ──▶ result, stream
+    (any thread)                      (the engine's thread)                          (any thread)
+
+Sentences whose searches need the same program share slots: `Machine`. All machines take turns, a few steps each.
+"""
+
+import atexit
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt
+
+from flax_transformer.decoding.ensemble import Ensemble
+from flax_transformer.decoding.machine import Machine
+from flax_transformer.decoding.requests import Ids, Output, Request
+from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
+from flax_transformer.decoding.sizes import pool_shape, rooms_up_to, slot_size, slots_for
+from flax_transformer.decoding.waiting import Waiting
+from flax_transformer.positions import check_length
+
+STEPS = 16  # of a machine in its turn, at most
+SHARE = 16  # a machine goes on until one sixteenth of its slots can be filled anew
+FEW = 64  # so few sentences of a smaller room share the slots of a larger one: another program would take longer
+IDLE_S = 5.0  # seconds without work after which the thread ends
+
+
+@dataclasses.dataclass
+class _Group:
+    """Sentences whose searches have the same settings, and the machines that decode them.
+
+    Attributes:
+        settings: what the program is compiled for.
+        waiting: sentences without a slot.
+        machines: by the room of their slots, the largest first.
+        above: the size of source above which a machine takes sentences, by room.
+    """
+
+    settings: BeamSearch | Sampling
+    waiting: Waiting = dataclasses.field(default_factory=Waiting)
+    machines: list[tuple[int, Machine]] = dataclasses.field(default_factory=list)
+    above: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def busy(self) -> bool:
+        return bool(len(self.waiting) or any(machine.busy for _, machine in self.machines))
+
+
+class Engine:
+    """Decodes sentences that come at any time. `close` it, or leave it: its thread ends by itself when idle."""
+
+    def __init__(self, ensemble: Ensemble, *, batch_tokens: int):
+        """Makes an engine; nothing runs until a sentence comes.
+
+        Args:
+            ensemble: the models, and the devices that share the slots.
+            batch_tokens: source tokens for which there are slots, padding included.
+        """
+        self.ensemble, self.batch_tokens = ensemble, batch_tokens
+        self._groups: dict[BeamSearch | Sampling, _Group] = {}
+        self._changed = threading.Condition()
+        self._inbox: list[tuple[BeamSearch | Sampling, Request]] = []
+        self._jobs: list[tuple[Callable[[], None], Future[None]]] = []
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._filled = self._offered = 0
+
+    @property
+    def occupancy(self) -> float:
+        """The share of slots that held a living sentence, over all steps made while sentences were waiting."""
+        return self._filled / max(1, self._offered)
+
+    def submit(
+        self,
+        sources: Sequence[Ids],
+        settings: BeamSearch | Sampling,
+        *,
+        prefixes: Sequence[Ids] | None = None,
+        rngs: UInt[np.ndarray, "sources key"] | None = None,
+        streams: bool = False,
+    ) -> list[Request]:
+        """Takes sentences in, and returns at once. A sentence that cannot be decoded gets its error as its result.
+
+        Args:
+            sources: the ids of each source, including the end of sentence.
+            settings: the settings of the search.
+            prefixes: the ids with which each output must begin, without an end of sentence; none if not given.
+            rngs: the data of a random key for each source, which only sampling needs.
+            streams: whether the tokens of each are told one by one, which takes longer; only with one hypothesis.
+
+        Raises:
+            ValueError: the engine is closed, sampling has no random keys, or tokens of several hypotheses are to be
+                told.
+        """
+        if isinstance(settings, Sampling) and rngs is None:
+            raise ValueError("sampling needs random keys: give rngs, one for each sentence")
+        if streams:
+            check_streaming(settings)
+        requests = [
+            Request(
+                source,
+                prefix=prefixes[number] if prefixes else (),
+                limit=self._limit(settings, len(source)),
+                num_return=settings.num_return,
+                rng=rngs[number] if rngs is not None else None,
+                streams=streams,
+            )
+            for number, source in enumerate(sources)
+        ]
+        accepted = []
+        for request in requests:
+            try:
+                self._check(request)
+                accepted.append((self._compiled_for(settings), request))
+            except ValueError as error:
+                request.fail(error)
+        with self._changed:
+            self._check_open()
+            self._inbox += accepted
+            self._wake()
+        return requests
+
+    def search(
+        self,
+        sources: Sequence[Ids],
+        settings: BeamSearch | Sampling,
+        *,
+        prefixes: Sequence[Ids] | None = None,
+        rngs: UInt[np.ndarray, "sources key"] | None = None,
+        after_each: Callable[[], None] = lambda: None,
+    ) -> list[list[Output]]:
+        """Submits sentences and waits for the outputs of all; `after_each` is called after each sentence.
+
+        An exception, also one from `after_each`, cancels the sentences that are left.
+        """
+        requests = self.submit(sources, settings, prefixes=prefixes, rngs=rngs)
+        outputs = []
+        try:
+            for request in requests:
+                outputs.append(request.result())
+                after_each()
+        finally:
+            for request in requests[len(outputs) :]:
+                request.cancel()
+        return outputs
+
+    def compile(self, settings: BeamSearch | Sampling, *, longest: int, sentences: int | None) -> None:
+        """Compiles what sources of up to `longest` tokens need; arguments as in `Translator.compile`."""
+
+        def run() -> None:
+            for room in rooms_up_to(min(longest, self.ensemble.learned or longest)):
+                self._make_machine(self._compiled_for(settings), room, sentences or self.batch_tokens).compile()
+
+        done: Future[None] = Future()
+        with self._changed:
+            self._check_open()
+            self._jobs.append((run, done))
+            self._wake()
+        done.result()
+
+    def close(self) -> None:
+        """Ends the thread; sentences that are not done get an error."""
+        with self._changed:
+            self._closed = True
+            thread = self._thread
+            self._changed.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the engine is closed: make a new translator")
+
+    def _wake(self) -> None:
+        """Starts the thread if it does not run; the caller holds the lock."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="flax_transformer decoding", daemon=True)
+            self._thread.start()
+        self._changed.notify()
+
+    def _limit(self, settings: SearchSettings, source_length: int) -> int:
+        """The maximum length of an output, in tokens, for a source of `source_length` tokens."""
+        learned = self.ensemble.learned
+        most = [config.max_output for config in self.ensemble.configs if config.max_output]
+        return min([settings.limit(source_length), *most, *([learned] if learned else [])])
+
+    def _check(self, request: Request) -> None:
+        """Raises ValueError if a sentence cannot be decoded."""
+        if self.ensemble.learned is not None:
+            check_length(len(request.source), self.ensemble.learned)
+        if len(request.prefix) >= request.limit:
+            raise ValueError(
+                f"a prefix has {len(request.prefix)} tokens, but its output may have only {request.limit} with the end "
+                "of sentence: shorten it, or raise max_length or extra_length"
+            )
+        config = self.ensemble.configs[0]
+        for name, ids, size in (
+            ("source", request.source, config.source_vocab_size),
+            ("prefix", request.prefix, config.target_vocab_size),
+        ):
+            wrong = [token for token in ids if not 0 <= token < size]
+            if wrong:
+                raise ValueError(
+                    f"a {name} has the token id {wrong[0]}, the vocabulary has {size}, 0 to {size - 1}: give ids of "
+                    "this model's vocabulary"
+                )
+
+    def _compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
+        """The settings of the program: what each request says for itself is left out, and ids that no output contains
+        are banned."""
+        config = self.ensemble.configs[0]
+        banned = tuple(sorted({*settings.banned, *config.never_chosen} - {config.eos_id}))
+        shared = settings.replace(banned=banned, extra_length=0, max_length=None)
+        return shared.replace(num_return=shared.beam_size) if isinstance(shared, BeamSearch) else shared
+
+    def _run(self) -> None:
+        """What the thread does."""
+        atexit.register(self.close)
+        try:
+            while self._wait():
+                try:
+                    self._turn()
+                except BaseException as error:  # each waiting call is to get it
+                    self._fail(error)
+        finally:
+            atexit.unregister(self.close)
+
+    def _wait(self) -> bool:
+        """Waits for work and takes it in; false if the thread is to end."""
+        with self._changed:
+            while not (self._inbox or self._jobs or self._closed or self._busy):
+                if not self._changed.wait(IDLE_S) and not (self._inbox or self._jobs or self._closed):
+                    self._groups.clear()
+                    self._thread = None
+                    return False
+            inbox, self._inbox = self._inbox, []
+            jobs, self._jobs = self._jobs, []
+            closed = self._closed
+        groups: dict[Any, list[Request]] = {}
+        for settings, request in inbox:
+            groups.setdefault(settings, []).append(request)
+        for settings, requests in groups.items():
+            self._groups.setdefault(settings, _Group(settings)).waiting.add(requests)
+        if closed:
+            error = ValueError("the engine was closed before this was done: make a new translator")
+            self._fail(error)
+            for _, done in jobs:
+                done.set_exception(error)
+            return False
+        for job, done in jobs:
+            try:
+                job()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+        return True
+
+    @property
+    def _busy(self) -> bool:
+        return any(group.busy for group in self._groups.values())
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends all sentences with an error, and lets go of all slots."""
+        groups, self._groups = self._groups, {}
+        for group in groups.values():
+            for request in group.waiting.take_all():
+                request.fail(error)
+            for _, machine in group.machines:
+                for request in machine.requests():
+                    request.fail(error)
+
+    def _turn(self) -> None:
+        """Lets each machine make its next steps."""
+        for group in list(self._groups.values()):
+            self._make_room(group)
+            for room, machine in list(group.machines):
+                self._turn_machine(group, room, machine)
+
+    def _turn_machine(self, group: _Group, room: int, machine: Machine) -> None:
+        above = group.above.get(room, room)
+        machine.fill(group.waiting, above)
+        if machine.living:
+            waits = bool(group.waiting.count(above, room))
+            own = machine.size.slots // self.ensemble.mesh.size
+            enough = max(1, own // SHARE) if waits else 1
+            machine.dispatch(1 if machine.streams else STEPS, enough, waits=waits)
+        if machine.pending >= self._depth or (machine.pending and not machine.living):
+            before = machine.filled, machine.offered
+            outgrown = machine.collect()
+            self._filled += machine.filled - before[0]
+            self._offered += machine.offered - before[1]
+            for number, slot in enumerate(outgrown):
+                machine.give(slot, self._larger(group, machine, room, len(outgrown) - number))
+
+    @property
+    def _depth(self) -> int:
+        """How many chunks of work each machine has been given at once, so that a device need not wait for the host."""
+        return 1 if self.ensemble.mesh.devices.flat[0].platform == "cpu" else 2
+
+    def _make_room(self, group: _Group) -> None:
+        """Makes machines for the sentences that wait, if those that are there have too few slots."""
+        served: list[tuple[int, int]] = []  # a room, and the size of source above which it takes sentences
+        for below, room in reversed(list(itertools.pairwise([0, *rooms_up_to(group.waiting.longest())]))):
+            count = group.waiting.count(below, room)
+            exists = any(machine.size.slots > 1 for other, machine in group.machines if other == room)
+            if served and count < FEW and not exists:
+                served[-1] = served[-1][0], below
+            elif count:
+                served.append((room, below))
+        group.above = dict(served)
+        for room, above in served:
+            count, own = group.waiting.count(above, room), [each for other, each in group.machines if other == room]
+            if count <= sum(machine.free for machine in own):
+                continue
+            slots = self._slots(group.settings, room, count)
+            if not own or slots > max(machine.size.slots for machine in own):
+                self._add_machine(group, room, count)
+
+    def _larger(self, group: _Group, machine: Machine, room: int, count: int) -> Machine:
+        """A machine with an empty slot and more places, for one of so many sentences that need it."""
+        for _, other in group.machines:
+            if other.size.target > machine.size.target and other.living < other.size.slots:
+                return other
+        return self._add_machine(group, 2 * room, count)
+
+    def _add_machine(self, group: _Group, room: int, count: int) -> Machine:
+        """Makes slots for so many sentences, after it has let go of those that nobody uses."""
+        for each in self._groups.values():
+            each.machines = [(own, machine) for own, machine in each.machines if machine.busy]
+        machine = self._make_machine(group.settings, room, count)
+        group.machines = sorted([*group.machines, (room, machine)], key=lambda entry: -entry[0])
+        return machine
+
+    def _make_machine(self, settings: BeamSearch | Sampling, room: int, count: int) -> Machine:
+        size = slot_size(self._slots(settings, room, count), room, self.ensemble.learned)
+        shape = pool_shape(size, batch_tokens=self.batch_tokens, devices=self.ensemble.mesh.size)
+        return Machine(self.ensemble, settings, size, shape)
+
+    def _slots(self, settings: SearchSettings, room: int, count: int) -> int:
+        return slots_for(
+            count,
+            room,
+            batch_tokens=self.batch_tokens,
+            hypotheses=settings.hypotheses,
+            devices=self.ensemble.mesh.size,
+        )
+
+
+def check_streaming(settings: SearchSettings) -> None:
+    """Raises ValueError for a search with several hypotheses, of which no token is certain before the end."""
+    if settings.hypotheses > 1:
+        raise ValueError(f"streaming works with one hypothesis, not {settings.hypotheses}: search with a beam of 1")

@@ -1,0 +1,130 @@
+"""The models of an ensemble as one function: from the state and the last tokens to the logits of the next tokens.
+
+Glossary: B sentences, N hypotheses of each, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.backend import get_default_device
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+from jaxtyping import PyTree
+
+from flax_transformer.config import TransformerConfig
+from flax_transformer.model import Transformer
+from flax_transformer.stacks import DecodingState
+
+# The config and the parameters of each model; a single model is an ensemble of one.
+Configs = tuple[TransformerConfig, ...]
+Models = tuple[PyTree, ...]
+States = tuple[DecodingState, ...]
+BATCH_AXIS = "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Models whose probabilities are averaged, on one device or several.
+
+    Attributes:
+        configs: the config of each model, with an implementation of attention that these devices can run.
+        models: the parameters of each model, copied to every device.
+        mesh: the devices.
+    """
+
+    configs: Configs
+    models: Models
+    mesh: Mesh
+
+    @classmethod
+    def on_devices(
+        cls, configs: Sequence[TransformerConfig], models: Sequence[PyTree], devices: Sequence[jax.Device]
+    ) -> "Ensemble":
+        """Copies the parameters to every device."""
+        # "cudnn" would fail in the steps of a search, which have too few queries for it, and "auto" decides by the
+        # default device, which may not be one of these.
+        attention = "auto" if devices[0].platform == get_default_device().platform else "xla"
+        mesh = Mesh(np.array(devices), (BATCH_AXIS,))
+        return cls(
+            configs=tuple(
+                config
+                if config.attention_implementation == "xla"
+                else dataclasses.replace(config, attention_implementation=attention)
+                for config in configs
+            ),
+            models=tuple(jax.device_put(tuple(models), NamedSharding(mesh, Spec()))),
+            mesh=mesh,
+        )
+
+    @property
+    def longest(self) -> int:
+        """The maximum length of a source, in tokens, for which all models were trained."""
+        return min(config.max_length for config in self.configs)
+
+    @property
+    def learned(self) -> int | None:
+        """The number of learned positions; `None` if no model has learned positions."""
+        learned = [config.max_length for config in self.configs if config.positions == "learned"]
+        return min(learned) if learned else None
+
+    @property
+    def pad_id(self) -> int:
+        """The id of padding."""
+        return self.configs[0].pad_id
+
+
+def step_function(models: Models, configs: Configs) -> Callable[[States, jax.Array], tuple[States, jax.Array]]:
+    """The `step_fn` of a `Search` with these models: takes their states and the last tokens [B * N].
+
+    It returns the next states and the logits [B * N, V] of the average of the models' probabilities.
+    """
+
+    def step(states: States, tokens: jax.Array) -> tuple[States, jax.Array]:
+        steps = [
+            Transformer(config).apply({"params": params}, state, tokens[:, None], method="decode_step")
+            for config, params, state in zip(configs, models, states, strict=True)
+        ]
+        logits = [without_banned(config, logits[:, 0]) for config, (_, logits) in zip(configs, steps, strict=True)]
+        return tuple(state for state, _ in steps), average(logits)
+
+    return step
+
+
+def follow(states: States, parents: jax.Array) -> States:
+    """Lets each hypothesis continue its parent in the state of each model; no keys or values are copied."""
+    return tuple(state.follow(parents) for state in states)
+
+
+def without_banned(config: TransformerConfig, logits: jax.Array) -> jax.Array:
+    """The logits, with -inf for tokens that the model never generates."""
+    return logits.at[..., jnp.array(config.banned_ids)].set(-jnp.inf) if config.banned_ids else logits
+
+
+def average(logits: Sequence[jax.Array]) -> jax.Array:
+    """Logits whose softmax is the average of the models' probabilities."""
+    if len(logits) == 1:
+        return logits[0]
+    return jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(each) for each in logits]), axis=0)
+
+
+def divided(run: Callable[..., Any], mesh: Mesh | None, *, shared: int = 1) -> Callable[..., Any]:
+    """The same function, run by each device on its own part of the arguments' first dimension.
+
+    Args:
+        run: the function.
+        mesh: the devices; with `None` or a single one it stays as it is.
+        shared: how many of its first arguments every device has as a whole.
+    """
+    if mesh is None or mesh.size == 1:
+        return run
+
+    def run_divided(*arguments):
+        whole, parts = arguments[:shared], arguments[shared:]
+        specs = (*(Spec() for _ in whole), *(Spec(BATCH_AXIS) for _ in parts))
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Spec(BATCH_AXIS), check_vma=False)(*arguments)
+
+    return run_divided

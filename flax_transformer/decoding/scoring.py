@@ -1,0 +1,118 @@
+"""Scores and aligns given translations, many in one parallel pass of the model (forced decoding).
+
+Glossary: B sentences, S source, T target.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from flax_transformer.decoding.batching import bucket, shape_batches
+from flax_transformer.decoding.ensemble import Configs, Ensemble, Models, average, divided, without_banned
+from flax_transformer.decoding.requests import Ids, Output
+from flax_transformer.model import Transformer
+from flax_transformer.positions import check_length
+
+
+@functools.partial(jax.jit, static_argnames=("configs", "mesh"))
+def score_targets(
+    models: Models,
+    source: Int[Array, "B S"],
+    target: Int[Array, "B T"],
+    *,
+    configs: Configs,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T"]:
+    """The log-probability of each token of given targets, 0 for padding, from one parallel pass (forced decoding)."""
+
+    def run(models, source, target):
+        logits = [
+            without_banned(config, Transformer(config).apply({"params": params}, source, target, deterministic=True))
+            for config, params in zip(configs, models, strict=True)
+        ]
+        log_probs = jax.nn.log_softmax(average(logits))
+        chosen = jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0]
+        return jnp.where(target == configs[0].pad_id, 0.0, chosen)
+
+    return divided(run, mesh)(models, source, target)
+
+
+@functools.partial(jax.jit, static_argnames=("configs", "layer", "mesh"))
+def align_targets(
+    models: Models,
+    source: Int[Array, "B S"],
+    target: Int[Array, "B T"],
+    *,
+    configs: Configs,
+    layer: int,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T S"]:
+    """How much one decoder layer, when it predicts each target token, attends to each source token.
+
+    The weights are averaged over heads and models.
+    """
+
+    def run(models, source, target):
+        total: Any = 0.0
+        for config, params in zip(configs, models, strict=True):
+            model = Transformer(config)
+            _, weights = model.apply({"params": params}, source, target, deterministic=True, return_weights=True)
+            total += weights.cross[layer].mean(axis=1)
+        return total / len(models)
+
+    return divided(run, mesh)(models, source, target)
+
+
+class Scorer:
+    """Divides pairs into batches of few shapes, so that few programs are compiled, and runs them."""
+
+    def __init__(self, ensemble: Ensemble, *, batch_tokens: int):
+        """Takes the models, their devices, and the tokens in a batch on its longer side, including padding."""
+        self._ensemble, self._batch_tokens = ensemble, batch_tokens
+
+    def score(self, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[Output]:
+        """Returns the given targets with the log-probability of each token.
+
+        Raises:
+            ValueError: a source or a target has more tokens than there are learned positions.
+        """
+        log_probs = self._run(score_targets, sources, targets)
+        return [Output(np.array(ids, np.int32), row[: len(ids)]) for ids, row in zip(targets, log_probs, strict=True)]
+
+    def align(self, sources: Sequence[Ids], targets: Sequence[Ids], layer: int) -> list[Float[np.ndarray, "T S"]]:
+        """Returns each pair's attention from target to source tokens; raises ValueError as `score` does."""
+        weights = self._run(align_targets, sources, targets, layer=layer)
+        sizes = [(len(target), len(source)) for source, target in zip(sources, targets, strict=True)]
+        return [matrix[:rows, :columns] for matrix, (rows, columns) in zip(weights, sizes, strict=True)]
+
+    def _run(self, program, sources: Sequence[Ids], targets: Sequence[Ids], **options) -> list[np.ndarray]:
+        ensemble = self._ensemble
+        results: list[np.ndarray] = [np.empty(0)] * len(sources)
+        lengths = [(len(source), len(target)) for source, target in zip(sources, targets, strict=True)]
+        for shape in shape_batches(lengths, self._batch_tokens, ensemble.mesh.size):
+            padded = (
+                self._pad([side[number] for number in shape.numbers], shape.rows, self._width(width))
+                for side, width in zip((sources, targets), shape.widths, strict=True)
+            )
+            found = program(ensemble.models, *padded, configs=ensemble.configs, mesh=ensemble.mesh, **options)
+            for number, result in zip(shape.numbers, np.asarray(found), strict=False):
+                results[number] = result
+        return results
+
+    def _width(self, length: int) -> int:
+        """The padded length of a sentence of `length` tokens; raises ValueError if it exceeds the learned positions."""
+        learned = self._ensemble.learned
+        return bucket(length) if learned is None else min(bucket(length), learned)
+
+    def _pad(self, rows: Sequence[Ids], count: int, width: int) -> Int[np.ndarray, "B S"]:
+        padded = np.full((count, width), self._ensemble.pad_id, np.int32)
+        for row, ids in zip(padded, rows, strict=False):
+            check_length(len(ids), width)
+            row[: len(ids)] = ids
+        return padded

@@ -1,0 +1,68 @@
+"""Chooses the sizes of slots, so that few programs serve sentences of any length and any number of them.
+
+Rooms are 16, 24, 32, 48, 64, 96, ... source tokens. Outputs get room for one and a half times as many tokens, and the
+few that are longer are moved to a larger room. A room has slots for one sentence, for a full batch, and for some shares
+of it.
+"""
+
+from collections.abc import Iterator
+
+from flax_transformer.decoding.slots import ENCODED_AT_ONCE, Size
+
+SMALLEST_ROOM = 16
+SOURCE_WIDTH = 64  # tokens in a row of packed sources, unless a source is longer
+SHARES = (16, 8, 4, 2, 1)
+FULL_ROWS = 4  # a search with fewer hypotheses gets more slots, so that matrix products do not become too small
+
+
+def rooms_up_to(tokens: int) -> list[int]:
+    """The rooms up to the smallest one that holds a source, or a prefix, of so many tokens; the smallest first."""
+    rooms = [SMALLEST_ROOM]
+    while rooms[-1] < tokens:
+        power = 1 << (rooms[-1].bit_length() - 1)
+        rooms.append(power * 3 // 2 if rooms[-1] == power else 2 * power)
+    return rooms
+
+
+def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, devices: int) -> int:
+    """How many slots so many waiting sentences get: a few more sentences than slots take turns.
+
+    Args:
+        sentences: how many sentences wait.
+        room: the size of each slot, in source tokens.
+        batch_tokens: source tokens in a full batch.
+        hypotheses: how many hypotheses of each sentence are decoded side by side.
+        devices: how many devices share the slots.
+    """
+    full = max(1, batch_tokens * max(1, FULL_ROWS // hypotheses) // (room * devices))
+    for slots in _shares(full):
+        if sentences <= (slots + slots // 2) * devices:
+            return slots * devices
+    return full * devices
+
+
+def _shares(full: int) -> Iterator[int]:
+    """A single slot, and shares of `full`."""
+    yield 1
+    yield from (full // share for share in SHARES if full // share > 1)
+
+
+def slot_size(slots: int, room: int, learned: int | None) -> Size:
+    """The size of slots of a room.
+
+    Args:
+        slots: how many.
+        room: source tokens in each.
+        learned: how many learned positions there are, which no sentence can exceed; `None` if there are none.
+    """
+    target = room + room // 2
+    return Size(slots, room, target) if learned is None else Size(slots, min(room, learned), min(target, learned))
+
+
+def pool_shape(size: Size, *, batch_tokens: int, devices: int) -> tuple[int, int]:
+    """The rows and the width of the packed sources of slots: those of a batch, or a single one for each device."""
+    if size.slots == devices:
+        return devices, size.source
+    width = max(SOURCE_WIDTH, size.source)
+    block = max(1, ENCODED_AT_ONCE // width) * devices
+    return max(1, batch_tokens // (width * block)) * block, width
