@@ -315,10 +315,17 @@ class Engine:
                 served.append((room, below))
         group.above = dict(served)
         for room, above in served:
-            count, own = group.waiting.count(above, room), [each for other, each in group.machines if other == room]
+            count = group.waiting.count(above, room)
+            slots = self._slots(group.settings, room, count)
+            # Few sentences would be slow in the many slots that others have left.
+            group.machines = [
+                (other, machine)
+                for other, machine in group.machines
+                if other != room or machine.busy or machine.size.slots == slots
+            ]
+            own = [machine for other, machine in group.machines if other == room]
             if count <= sum(machine.free for machine in own):
                 continue
-            slots = self._slots(group.settings, room, count)
             if not own or slots > max(machine.size.slots for machine in own):
                 self._add_machine(group, room, count)
 

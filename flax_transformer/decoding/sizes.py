@@ -1,17 +1,14 @@
 """Chooses the sizes of slots, so that few programs serve sentences of any length and any number of them.
 
 Rooms are 16, 24, 32, 48, 64, 96, ... source tokens. Outputs get room for one and a half times as many tokens, and the
-few that are longer are moved to a larger room. A room has slots for one sentence, for a full batch, and for some shares
-of it.
+few that are longer are moved to a larger room. A room has 1, 2, 4, 8, ... slots, as many as sentences wait, and at most
+as many as a batch of source tokens fills.
 """
-
-from collections.abc import Iterator
 
 from flax_transformer.decoding.slots import ENCODED_AT_ONCE, Size
 
 SMALLEST_ROOM = 16
 SOURCE_WIDTH = 64  # tokens in a row of packed sources, unless a source is longer
-SHARES = (16, 8, 4, 2, 1)
 FULL_ROWS = 4  # a search with fewer hypotheses gets more slots, so that matrix products do not become too small
 
 
@@ -30,21 +27,15 @@ def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, 
     Args:
         sentences: how many sentences wait.
         room: the size of each slot, in source tokens.
-        batch_tokens: source tokens in a full batch.
+        batch_tokens: source tokens for which there are slots at most, padding included.
         hypotheses: how many hypotheses of each sentence are decoded side by side.
         devices: how many devices share the slots.
     """
     full = max(1, batch_tokens * max(1, FULL_ROWS // hypotheses) // (room * devices))
-    for slots in _shares(full):
-        if sentences <= (slots + slots // 2) * devices:
-            return slots * devices
-    return full * devices
-
-
-def _shares(full: int) -> Iterator[int]:
-    """A single slot, and shares of `full`."""
-    yield 1
-    yield from (full // share for share in SHARES if full // share > 1)
+    slots = 1
+    while 2 * slots <= full and sentences > (slots + slots // 2) * devices:
+        slots *= 2
+    return slots * devices
 
 
 def slot_size(slots: int, room: int, learned: int | None) -> Size:

@@ -272,6 +272,7 @@ def _with_places(progress: Progress, change: Callable[[jax.Array], jax.Array]) -
 def _take_in(search: Search, progress: Progress, pool: Pool, tenants: Tenants) -> Progress:
     """The progress with the new sentences in their slots, before their first step."""
     fresh = search.start(progress.state)
+    goes_on = jnp.any(tenants.active & ~tenants.is_new)
 
     def renewed(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(tenants.is_new.reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -295,6 +296,8 @@ def _take_in(search: Search, progress: Progress, pool: Pool, tenants: Tenants) -
                 memory=jax.lax.fori_loop(0, tenants.count[0], put, state.memory),
                 memory_mask=renewed(seen, state.memory_mask),
                 position=renewed(jnp.zeros_like(state.position), state.position),
+                # Sums of floats depend on their order: where all begin together they get the same bits each time.
+                place=jnp.where(goes_on, state.place, 0),
                 ancestors=renewed(first_ancestors(*state.ancestors.shape), state.ancestors),
             )
         )

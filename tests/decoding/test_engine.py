@@ -220,13 +220,14 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_sentences_from_four_threads_at_random_times_some_cancelled_get_what_each_gets_alone(make_engine):
     """300 sentences of mixed lengths, with every kind of search, prefixes, limits and streams."""
     engine, rng = make_engine(290, 291, batch_tokens=128), np.random.default_rng(11)
-    sources, rngs = make_sources(300, longest=40), keys(300, seed=9)
+    sources, rngs = make_sources(300, longest=22), keys(300, seed=9)
     kinds = [list(KINDS.values())[number % 4] for number in range(300)]
     prefixes = [[[], [], [4, 9]][number % 3] for number in range(300)]
-    settings = [kinds[number].replace(extra_length=int(rng.integers(3, 40))) for number in range(300)]
+    settings = [kinds[number].replace(extra_length=int(rng.integers(3, 12))) for number in range(300)]
     cancelled = set(rng.choice(300, 30, replace=False).tolist())
     requests, pauses = {}, rng.exponential(0.01, 300)
 

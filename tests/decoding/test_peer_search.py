@@ -23,7 +23,7 @@ peers = importlib.import_module("benchmarks.peers")
 pytestmark = pytest.mark.peers
 
 PAD, EOS, SOURCE_SIZE, SIZE, LIMIT = 0, 2, 29, 31, 48
-LENGTHS = [4, 10, 6, 13, 2, 8, 5, 9]
+LENGTHS = [4, 10, 6, 18, 2, 8, 5, 9]
 SEEDS = [0, 1, 2]
 TYINGS = ["three_way", "decoder", "none"]
 BEAMS = [1, 4, 6]

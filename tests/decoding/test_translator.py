@@ -284,7 +284,7 @@ def test_programs_compiled_in_advance_are_used(translator):
         (lambda each: each.translate([math.nan]), r"sentences\[0\] is nan, of type float"),
         (lambda each: each.translate(["a"], prefixes=[None]), r"prefixes\[0\] is None"),
         (lambda each: each.translate({"a", "b"}), "sentences is a set, "),
-        (lambda each: each.translate({"a": "b"}), "sentences is a dict, "),
+        (lambda each: each.translate({"a": "b"}), "sentences is a dict, which is not an ordered sequence"),
         (lambda each: each.translate(io.StringIO("a\n")), "sentences is an open file: give its lines without"),
         (lambda each: each.score(["a"], [7]), r"targets\[0\] is 7, of type int"),
         (lambda each: each.align([["a"]], ["a"]), r"sources\[0\] is \['a'\], of type list"),
