@@ -1,5 +1,6 @@
 """Scores a model on a held-out corpus, by loss, BLEU, chrF and exact matches, and prints the results."""
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -138,7 +139,8 @@ class Evaluation:
         translator = Translator(TrainedModel(self._model_config, params, self._vocabularies))
         search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
         mine = self.source[hosts.index() :: hosts.count()]
-        with warnings.catch_warnings():
+        # Closed at once, it gives the memory of its slots back to training.
+        with contextlib.closing(translator), warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreadableWarning)  # __init__ has warned once
             share = translator.translate(mine, search, after_batch=after_batch)
         translations = [""] * len(self.source)
