@@ -2,9 +2,9 @@
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-It needs nothing but the installed library. Seed 0, greedy search, on a shared AMD EPYC with 2 cores that other work kept
-busy: 98.2 % of the test phrases exactly right, trained in 279 s; the whole first command, installing included, took
-6 min 23 s. Version 0.1.0 took 147 to 176 s on an idle machine, for 97.8 %. jax 0.10.2, flax 0.12.8, Python 3.11.
+It needs nothing but the installed library. Seed 0, greedy search, on 2 cores of an AMD EPYC that other work kept busy:
+98.2 % of the test phrases exactly right, trained in 279 s; the whole first command, installing included, took 6 min
+23 s. Version 0.1.0 took 147 to 176 s on an idle machine, for 97.8 %. jax 0.10.2, flax 0.12.8, Python 3.11.
 """
 
 from ml_collections import ConfigDict
