@@ -146,6 +146,13 @@ def test_eight_devices_share_the_slots_and_find_what_one_finds(engine, make_engi
     check_same(search(make_engine(devices=8, batch_tokens=256), SOURCES, settings), expected)
 
 
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLING, BEAM.replace(extra_length=20, min_length=30)])
+def test_two_chunks_under_way_as_on_a_gpu_find_the_same(engine, make_engine, settings, monkeypatch):
+    expected = search(engine, SOURCES[:20], settings)
+    monkeypatch.setattr(Engine, "_depth", 2)
+    check_same(search(make_engine(), SOURCES[:20], settings), expected)
+
+
 def test_targets_of_any_lengths_are_scored_and_aligned_as_alone(make_engine):
     together, alone = (Scorer(make_engine(devices=each).ensemble, batch_tokens=64) for each in (8, 1))
     short, long = ([source for source in SOURCES if (len(source) <= 8) == shorter] for shorter in (True, False))
