@@ -42,7 +42,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     for split, pairs in (("train", 2000), ("test", 40)):
-        rows = [rng.choices(range(10), k=rng.randint(1, 5)) for _ in range(pairs)]
+        rows = [rng.choices(range(10), k=rng.randint(1, 3)) for _ in range(pairs)]
         (folder / f"{split}.in").write_text("".join(" ".join(DIGITS[digit] for digit in row) + "\n" for row in rows))
         (folder / f"{split}.out").write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
     return folder
@@ -62,7 +62,7 @@ def test_a_trained_model_scores_and_every_way_to_translate_agrees(row, corpus, t
         "data.valid": "",
         "data.test": "",
         "data.rows": 16,
-        "training.steps": 300,
+        "training.steps": 250,
         "training.schedule.learning_rate": 1e-2,
         "training.schedule.warmup_steps": 20,
         "training.parallelism.layout": "jit",
@@ -73,7 +73,7 @@ def test_a_trained_model_scores_and_every_way_to_translate_agrees(row, corpus, t
     model = f"--workdir={tmp_path}/run"
     test = [f"--source={corpus}/test.in", f"--reference={corpus}/test.out"]
     report = json.loads(run("evaluate", model, *search, *test, "--output=json"))
-    assert report["bleu"] > 80
+    assert report["chrf"] > 90
 
     translate = ["translate", model, *search]
     together = run(*translate, f"--input={corpus}/test.in")

@@ -189,7 +189,7 @@ def test_learned_positions_bound_outputs_and_a_longer_source_is_an_error_that_na
         ((ids, log_probs),) = search(engine, [[5] * (length - 1) + [EOS]], endless)[0]
         assert len(ids) == 6 and np.isfinite(log_probs).all()
     assert advance._cache_size() == compiled
-    with pytest.raises(ValueError, match="has 7 positions, model.max_length is 6: raise it"):
+    with pytest.raises(ValueError, match="has 7 positions, but model.max_length is 6: raise it"):
         search(engine, [[5] * 6 + [EOS]], endless)
 
 
