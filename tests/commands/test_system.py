@@ -11,7 +11,7 @@ import pytest
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
-# The model's settings, the options of the search, and the largest difference of scores, also as a share, due to rounding.
+# The model's settings, the options of the search, and the largest difference of scores due to rounding, also as a share.
 TABLE = {
     "the paper's": (
         {"norm": "post", "tie_embeddings": "three_way", "positions": "sinusoidal", "dtype": "float32"},
