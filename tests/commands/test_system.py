@@ -11,7 +11,7 @@ import pytest
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
-# The model's settings, the options of the search, and the largest difference of scores due to rounding, also as a share.
+# The settings of the model, the options of the search, and how far rounding may move a score, also as a share of it.
 TABLE = {
     "the paper's": (
         {"norm": "post", "tie_embeddings": "three_way", "positions": "sinusoidal", "dtype": "float32"},
