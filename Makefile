@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+FAULTS ?= faults
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -48,7 +49,7 @@ test: $(VENV)/tools.stamp
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --durations=10
 
 test-faults: $(VENV)/tools.stamp
-	$(BIN)/python -m pytest -m faults --numprocesses=$(WORKERS) --dist=loadfile --durations=10 tests/faults
+	$(BIN)/python -m pytest -m "$(FAULTS)" --numprocesses=$(WORKERS) --dist=loadfile --durations=10 tests/faults
 
 test-wheel: $(VENV)/tools.stamp
 	$(BIN)/python -m pytest -m wheel tests/wheel

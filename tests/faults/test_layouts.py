@@ -23,6 +23,7 @@ def test_eight_devices_then_two_processes_then_one_device_continue_the_same_sequ
     assert moved.sentences() == unbroken.sentences()
 
 
+@pytest.mark.slow
 def test_from_one_state_all_layouts_make_the_same_next_step_except_for_rounding(small_training):
     """Without dropout, since under pmap its bits depend on the number of devices."""
     changes = {"model__dropout_rate": 0.0, "training__checkpoints__every": 6}
@@ -52,6 +53,7 @@ HELD_OUT = (
 )
 
 
+@pytest.mark.slow
 def test_a_state_divided_between_two_processes_continues_on_any_layout(unbroken, small_training):
     # A rate that does not depend on the number of steps.
     changes = {
@@ -85,8 +87,8 @@ def test_two_processes_write_the_same_bits_as_one_process_with_eight_devices(unb
     pair = small_training("pair", training__steps=18)
     ended = pair.finish(devices=4, processes=2)
     assert "pmap on 8 cpu devices of 2 processes" in ended[0].stdout
-    # The other process prints nothing except that it is connecting.
-    assert [line for line in ended[1].stdout.splitlines() if "connecting" not in line and "[Gloo]" not in line] == []
+    # The other process prints nothing but lines on connecting, of which Gloo's may be torn.
+    assert [line for line in ended[1].stdout.splitlines() if "connect" not in line and "Gloo" not in line] == []
     assert pair.sentences() == unbroken.sentences()
     for step, loss in unbroken.losses().items():
         np.testing.assert_allclose(pair.losses()[step], loss, rtol=1e-3)

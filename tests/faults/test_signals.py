@@ -124,6 +124,7 @@ def scores(training):
     return json.loads((training.workdir / "scores.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_stop_after_the_same_step_whichever_gets_the_signal(unbroken_long_pair, small_training):
     training = small_training(**LONG)
     for number, told, names, begun in (

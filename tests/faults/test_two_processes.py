@@ -35,6 +35,7 @@ def ends_of(training, started, seconds=150):
     return ended
 
 
+@pytest.mark.slow
 def test_when_a_process_is_killed_the_other_ends_and_both_continue_to_the_same_bits(unbroken_long_pair, small_training):
     """jax notices the death of process 1 after about 90 seconds, that of process 0 at once."""
     trainings = {victim: small_training(f"kill {victim}", **LONG) for victim in (1, 0)}
@@ -120,6 +121,7 @@ def scores_of(training, weights, **layout):
     return [line for line in metrics if line["kind"] in ("valid", "test")][-2:]
 
 
+@pytest.mark.slow
 def test_two_processes_score_checkpoints_like_one_with_any_weights_and_the_result_translates(small_training):
     one, two = small_training("one", **SCORED), small_training("two", **SCORED)
     losses = set()
