@@ -55,11 +55,6 @@ def shape_batches(lengths: Sequence[tuple[int, ...]], batch_tokens: int, devices
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True):
         buckets[tuple(map(bucket, lengths[number]))].append(number)
     for widths, numbers in sorted(buckets.items(), reverse=True):
-        yield from bucket_shapes(numbers, widths, batch_tokens, devices)
-
-
-def bucket_shapes(numbers: Sequence[int], widths: tuple[int, ...], batch_tokens: int, devices: int) -> Iterator[Shape]:
-    """Divides the sentences of one bucket into batches of its shape; arguments as in `Shape` and `shape_batches`."""
-    rows = rows_for(len(numbers), full_rows(widths, batch_tokens, devices), devices)
-    for start in range(0, len(numbers), rows):
-        yield Shape(tuple(numbers[start : start + rows]), rows, widths)
+        rows = rows_for(len(numbers), full_rows(widths, batch_tokens, devices), devices)
+        for start in range(0, len(numbers), rows):
+            yield Shape(tuple(numbers[start : start + rows]), rows, widths)
