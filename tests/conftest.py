@@ -5,6 +5,7 @@ jax is imported for the first time.
 """
 
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ for flag in (QUICK_COMPILING, "--xla_force_host_platform_device_count=8"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# The processes that tests start need not compile the library's Python again each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Compiling is most of the tests' time; the second run, and a second worker, read what the first one compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -26,6 +30,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Half of XLA's optimising is more than tests gain from it; whoever measures a program sets this to 0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# While jaxtyping imports the library, Python ignores the compiled files of all that is imported with it; so this comes
+# first, which makes the start twice as fast.
+for name in ("jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "beartype"):
+    importlib.import_module(name)
 
 # From here on every call of the library is held against its signature, shapes included.
 CHECKER = "importlib.import_module('tests.checker').check"  # jaxtyping wants text; jax is imported with the library
