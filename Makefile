@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-faults test-wheel check peers release address clean
+.PHONY: help venv quickstart test test-slow test-faults test-wheel check peers release address clean
 
 help:
 	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
 	@echo "make venv        installs the library, editable, with everything that tests need, into .venv"
 	@echo "make test        runs the tests (WORKERS=$(WORKERS) processes)"
+	@echo "make test-slow   runs the tests that make test leaves out, which are more cases of the same: some minutes"
 	@echo "make test-faults kills trainings, stops them and fills their disks: some minutes"
 	@echo "make test-wheel  builds the wheel and uses it outside the repository, with the packages of .venv"
 	@echo "make check       ruff and mypy"
@@ -46,7 +47,10 @@ quickstart: $(VENV)/library.stamp
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/tools.stamp
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --durations=10
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(WORKERS) --dist=loadfile --durations=10
+
+test-slow: $(VENV)/tools.stamp
+	$(BIN)/python -m pytest -m "slow" --numprocesses=$(WORKERS) --dist=loadfile --durations=10
 
 test-faults: $(VENV)/tools.stamp
 	$(BIN)/python -m pytest -m "$(FAULTS)" --numprocesses=$(WORKERS) --dist=loadfile --durations=10 tests/faults

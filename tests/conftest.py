@@ -15,7 +15,7 @@ import pytest
 
 from tests.xla_flags import QUICK_COMPILING
 
-for flag in (QUICK_COMPILING, "--xla_force_host_platform_device_count=8"):
+for flag in (*QUICK_COMPILING.split(), "--xla_force_host_platform_device_count=8"):
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

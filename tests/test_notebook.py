@@ -82,19 +82,16 @@ def figures(cell_outputs):
     return [output for output in cell_outputs if "image/png" in output.get("data", {})]
 
 
-@pytest.mark.slow
 def test_the_quick_start_draws_masks_positions_schedules_and_attention(outputs):
     drawn = {name for name, cell_outputs in outputs.items() if figures(cell_outputs)}
     assert {"plot-masks", "plot-positions", "plot-schedule", "lesson-plot", "plot-attention"} <= drawn
 
 
-@pytest.mark.slow
 def test_the_quick_start_translates_held_out_phrases(outputs):
     for name in ("source", "reference", "translation"):
         assert sum(line.split()[:1] == [name] for line in text(outputs["translate"]).splitlines()) == 8
 
 
-@pytest.mark.slow
 def test_only_a_mask_before_the_softmax_hides_the_future_in_the_lesson_of_the_quick_start(outputs):
     before, after = text(outputs["lesson-plot"]).splitlines()
     assert before.count("1.00") == 3

@@ -104,7 +104,9 @@ def test_forward_mode_linearizing_and_the_gradient_agree(case):
     close(again, gradient)
 
 
-@pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
+@pytest.mark.parametrize(
+    "case", [*list(CASES)[:2], pytest.param(list(CASES)[2], marks=pytest.mark.slow)], indirect=True, scope="module"
+)
 def test_the_hessian_is_symmetric_and_equals_the_gradient_of_the_gradient(case):
     _, loss, variables, direction, inputs = case
 

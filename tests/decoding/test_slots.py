@@ -275,7 +275,11 @@ def test_steps_one_by_one_and_a_slot_that_is_given_up_change_nothing(model, sett
     assert step[1] == 1
 
 
-@every_search
+@pytest.mark.parametrize(
+    "settings",
+    [BEAM, SAMPLING, pytest.param(GREEDY, marks=pytest.mark.slow)],
+    ids=["beam", "sampling", "greedy"],
+)
 def test_a_sentence_that_needs_more_places_goes_on_in_larger_slots(ensemble, settings):
     settings = settings.replace(min_length=LONGEST)
     rngs = keys(settings) if isinstance(settings, Sampling) else [None] * 3

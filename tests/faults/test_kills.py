@@ -15,7 +15,7 @@ from tests.faults.conftest import differences
 
 pytestmark = pytest.mark.faults
 
-RUNS = int(os.environ.get("KILLS", "2"))
+RUNS = int(os.environ.get("KILLS", "1"))
 SEED = int(os.environ.get("SEED", "0"))
 # A checkpoint after every second step, so that many kills happen while one is being written.
 OFTEN = {"training__checkpoints__every": 2, "training__steps": 40}

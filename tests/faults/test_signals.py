@@ -97,6 +97,7 @@ def test_two_processes_end_before_the_first_step_of_a_training_that_is_resumed(m
     assert training.steps() == [8]
 
 
+@pytest.mark.slow
 def test_sigterm_during_an_evaluation_ends_it_and_the_next_run_evaluates_first(small_training):
     unbroken = small_training("unbroken", **EVALUATED)
     unbroken.finish()

@@ -43,7 +43,9 @@ def test_the_programs_give_the_model_s_logits_for_any_batch_and_lengths(make_mod
         np.testing.assert_allclose(np.stack(found, axis=1), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize(("positions", "ends"), [("sinusoidal", 3.0), ("learned", 6.0)])
+@pytest.mark.parametrize(
+    ("positions", "ends"), [("sinusoidal", 3.0), pytest.param("learned", 6.0, marks=pytest.mark.slow)]
+)
 def test_the_example_translates_the_same_without_this_library(make_model, tmp_path, sentences, positions, ends):
     model = make_model(output_bias=True, positions=positions)
     model.params["output_bias"][model.config.eos_id] += ends  # otherwise outputs continue until they are cut off

@@ -47,7 +47,9 @@ def params_of(path):
     return TrainedModel.load(path, step="latest").params
 
 
-@pytest.mark.parametrize("parallelism", ["jit", "pmap", "fsdp"])
+@pytest.mark.parametrize(
+    "parallelism", ["jit", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("pmap", "fsdp"))]
+)
 def test_finetuning_starts_with_the_model_and_its_vocabulary(finetuning, start, tmp_path, parallelism):
     still = with_training(
         finetuning,
@@ -104,7 +106,7 @@ def test_a_stopped_finetuning_continues_without_the_initial_model(finetuning, st
     [
         ("embeddings", {"parallelism.layout": "pmap", "optimizer.ema_decay": 0.9}),
         ("encoder", {"parallelism.layout": "fsdp"}),
-        ("embeddings,encoder", {"optimizer.clip_norm": 1.0}),
+        pytest.param("embeddings,encoder", {"optimizer.clip_norm": 1.0}, marks=pytest.mark.slow),
     ],
 )
 def test_frozen_parameters_stay_and_all_others_change(finetuning, start, tmp_path, freeze, others):

@@ -47,7 +47,7 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(Report, "step_done", step_done)
 
 
-@pytest.fixture(scope="module", params=["jit", "pmap"])
+@pytest.fixture(scope="module", params=["pmap", pytest.param("jit", marks=pytest.mark.slow)])
 def whole(request, experiment, tmp_path_factory):
     """A training that ran in one piece: its experiment, its folder, and what it returned."""
     path = tmp_path_factory.mktemp(request.param)
@@ -71,7 +71,7 @@ def test_a_stopped_training_continues_to_the_same_bits(whole, tmp_path, monkeypa
     assert again == scores
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_training_after_a_checkpoint_of_the_current_step(whole, tmp_path, monkeypatch, number):
     experiment, unbroken, scores = whole
     in_hand, handlers = 7, [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)]

@@ -103,7 +103,7 @@ def test_a_signal_during_an_evaluation_stops_it_after_the_current_batch(experime
     ("losses", "ended_at"),
     [
         ([5.0, 4.0, 4.0, 4.5, 3.0], 4),  # equal is not better
-        ([5.0, 4.0, 3.0, 2.0, 1.0, 0.5], 6),
+        pytest.param([5.0, 4.0, 3.0, 2.0, 1.0, 0.5], 6, marks=pytest.mark.slow),
         ([3.0, 5.0, 4.0, 1.0, 1.0, 1.0], 3),
     ],
 )
@@ -137,6 +137,7 @@ def test_evaluations_and_translations_use_the_moving_average_if_configured(exper
     assert not same(trained, last)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_continues_to_the_same_moving_average(experiment, tmp_path, monkeypatch):
     experiment = with_training(without_held_out(experiment), **{"optimizer.ema_decay": 0.9}, weights="ema")
     train_and_evaluate(experiment, tmp_path / "unbroken")
@@ -144,7 +145,7 @@ def test_a_stopped_training_continues_to_the_same_moving_average(experiment, tmp
     assert same(params_of(tmp_path / "broken", "latest"), params_of(tmp_path / "unbroken", "latest"))
 
 
-@pytest.mark.parametrize("kind", ["last", "best"])
+@pytest.mark.parametrize("kind", [pytest.param("last", marks=pytest.mark.slow), "best"])
 def test_a_training_ends_by_averaging_checkpoints_and_testing_the_average(kind, experiment, tmp_path, monkeypatch):
     changes = {
         "evaluation.every": 3,
@@ -239,6 +240,7 @@ def test_the_reported_sentences_are_those_of_the_batch(experiment, tmp_path, mon
     assert sorted(spelled) == named
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_losses_of_the_whole_batch(experiment, tmp_path, capsys):
     experiment = without_held_out(experiment)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dropout_rate=0.0))
