@@ -5,7 +5,9 @@ WORKERS ?= 2
 FAULTS ?= faults
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles each file when it is first imported, which takes less time than to compile all that is installed.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-slow test-faults test-wheel check peers release address clean

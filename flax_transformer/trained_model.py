@@ -70,6 +70,11 @@ class TrainedModel:
 
 def param_shapes(config: TransformerConfig) -> PyTree:
     """The shapes and types of a model's parameters."""
+    # All layers of a stack have the same shapes, so one is traced and stands for the others: loading starts sooner.
+    shallow = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
     tokens = jax.ShapeDtypeStruct((1, 2), "int32")
-    init = functools.partial(Transformer(config).init, deterministic=True)
-    return jax.eval_shape(init, jax.random.key(0), tokens, tokens)["params"]
+    init = functools.partial(Transformer(shallow).init, deterministic=True)
+    shapes = jax.eval_shape(init, jax.random.key(0), tokens, tokens)["params"]
+    for stack, depth in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+        shapes[stack] |= {f"layers_{number}": shapes[stack]["layers_0"] for number in range(depth)}
+    return shapes

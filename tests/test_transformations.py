@@ -57,7 +57,12 @@ def test_every_public_module_is_tested():
     assert modules <= set(CASES)
 
 
-@pytest.fixture(params=CASES, scope="module")
+FURTHER = {"Transformer, layers computed again", "Transformer, step by step"}  # left to `make test-slow`
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in FURTHER else name for name in CASES], scope="module"
+)
 def case(request):
     """A loss of parameters and inputs, parameters, a direction for them, and the inputs; all outputs as a function."""
     module, inputs, call = CASES[request.param]

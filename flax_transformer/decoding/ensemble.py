@@ -72,6 +72,14 @@ class Ensemble:
         return min(learned) if learned else None
 
     @property
+    def may_overflow(self) -> bool:
+        """Whether activations may become infinite or NaN, as in float16.
+
+        A mask does not hide NaN, since 0 * NaN is NaN; so no sentence is then to share anything with another one.
+        """
+        return any(config.dtype == "float16" for config in self.configs)
+
+    @property
     def pad_id(self) -> int:
         """The id of padding."""
         return self.configs[0].pad_id

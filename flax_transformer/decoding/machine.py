@@ -143,6 +143,8 @@ class Machine:
                 positions[row, start : start + length] = range(length)
                 start += length
                 least, most = 0, min(width - start, self.size.source)
+                if self._ensemble.may_overflow:
+                    break
             if not segment:
                 break
             used[device] = own_row + 1

@@ -20,6 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 from flax_transformer.decoding.next_token import allowed_tokens, best_tokens, draw_tokens
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 
+# The log-probability of the end of a sentence whose logits are not finite, as when its activations overflow float16.
+BROKEN = -1e9
+
 
 class Hypotheses(flax.struct.PyTreeNode):
     """Finished outputs: the best first, or samples in the order they were drawn.
@@ -28,7 +31,8 @@ class Hypotheses(flax.struct.PyTreeNode):
         tokens: ids without the start token, up to and including the end of sentence, then padding.
         lengths: number of tokens, including the end of sentence.
         token_log_probs: the model's log-probability of each token, in nats, 0 for padding. Neither the temperature nor
-            the probability of tokens that were not allowed changes it.
+            the probability of tokens that were not allowed changes it. Where the logits are not finite, the sentence
+            ends with a token of log-probability `BROKEN`.
         log_probs: their sum.
         scores: that sum divided by the length penalty.
     """
@@ -179,7 +183,11 @@ class Search:
             eos_id=self.eos_id,
             pad_id=self.pad_id,
         )
-        return state, jnp.where(allowed, logits, -jnp.inf), -jax.nn.logsumexp(logits, axis=-1)
+        normalizer = -jax.nn.logsumexp(logits, axis=-1)
+        broken = ~jnp.isfinite(normalizer)  # no logit means anything, so the sentence ends here
+        only_end = jnp.where(jnp.arange(logits.shape[-1]) == self.eos_id, 0.0, -jnp.inf)
+        logits = jnp.where(broken[..., None], only_end, jnp.where(allowed, logits, -jnp.inf))
+        return state, logits, jnp.where(broken, BROKEN, normalizer)
 
     def _extend_each(self, progress: Progress) -> Progress:
         """Extends every hypothesis independently, as greedy search and sampling do."""

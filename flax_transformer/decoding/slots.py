@@ -291,8 +291,12 @@ def _take_in(search: Search, progress: Progress, pool: Pool, tenants: Tenants) -
                 is_leaf=lambda node: isinstance(node, KVCache),
             )
 
+        target = state.target
+        if jnp.float16 in {leaf.dtype.type for leaf in jax.tree.leaves(target)}:  # see `Ensemble.may_overflow`
+            target = jax.tree.map(lambda leaf: renewed(jnp.zeros_like(leaf), leaf), target)
         states.append(
             state.replace(
+                target=target,
                 memory=jax.lax.fori_loop(0, tenants.count[0], put, state.memory),
                 memory_mask=renewed(seen, state.memory_mask),
                 position=renewed(jnp.zeros_like(state.position), state.position),

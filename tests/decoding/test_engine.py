@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -13,6 +14,7 @@ from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
 from flax_transformer.decoding.scoring import Scorer
+from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.slots import advance
 
@@ -230,7 +232,7 @@ KINDS = {
 def test_sentences_from_four_threads_at_random_times_some_cancelled_get_what_each_gets_alone(make_engine):
     """300 sentences of mixed lengths, with every kind of search, prefixes, limits and streams."""
     engine, rng = make_engine(290, 291, batch_tokens=128), np.random.default_rng(11)
-    sources, rngs = make_sources(300, longest=22), keys(300, seed=9)
+    sources, rngs = make_sources(300, longest=15), keys(300, seed=9)
     kinds = [list(KINDS.values())[number % 4] for number in range(300)]
     prefixes = [[[], [], [4, 9]][number % 3] for number in range(300)]
     settings = [kinds[number].replace(extra_length=int(rng.integers(3, 12))) for number in range(300)]
@@ -287,6 +289,23 @@ def test_an_error_in_the_middle_is_its_own_sentences_and_the_others_get_their_ou
     others = [number for number in range(len(sources)) if number not in (3, 5, 8)]
     expected = search(engine, [sources[number] for number in others], GREEDY)
     check_same([requests[number].result() for number in others], expected)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, BEAM, SAMPLING], ids=["greedy", "beam", "sampling"])
+def test_a_sentence_that_overflows_float16_ends_at_once_and_spoils_no_other(make_engine, settings):
+    engine = make_engine(dtype="float16")
+    (params,) = engine.ensemble.models
+    embedding = params["source_embedding"]["embedding"]
+    params["source_embedding"]["embedding"] = embedding.at[11].set(1e5)  # infinite in float16
+    good = [[token for token in source if token != 11] for source in SOURCES]
+    bad = [[11, *source] for source in good[::3]]
+    both = [source for pair in zip(good, itertools.cycle(bad), strict=False) for source in pair]
+    rngs = keys(len(both))
+    found = search(engine, both, settings, rngs=rngs)
+    for best, *_ in found[1::2]:
+        assert best.ids.tolist() == [EOS] and best.log_probs.tolist() == [BROKEN]
+    assert all(output.log_probs.min() > BROKEN for outputs in found[::2] for output in outputs)
+    check_same(found[::2], search(engine, good, settings, rngs=rngs[::2]))
 
 
 def test_an_error_of_the_device_reaches_every_waiting_call_and_the_next_ones_are_served(make_engine, monkeypatch):

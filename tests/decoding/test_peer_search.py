@@ -142,7 +142,11 @@ def assert_same(found, expected, beam):
 # Each pair of two options comes once.
 @pytest.mark.parametrize(
     ("tying", "beam", "alpha"),
-    [(tying, beam, ALPHAS[(i + j) % 3]) for i, tying in enumerate(TYINGS) for j, beam in enumerate(BEAMS)],
+    [
+        pytest.param(tying, beam, ALPHAS[(i + j) % 3], marks=[pytest.mark.slow] if i != j else [])
+        for i, tying in enumerate(TYINGS)
+        for j, beam in enumerate(BEAMS)
+    ],
 )
 def test_all_hypotheses_and_scores_equal_those_of_transformers_and_ctranslate2(tying, beam, alpha, tmp_path):
     lengths = set()

@@ -277,7 +277,7 @@ def test_steps_one_by_one_and_a_slot_that_is_given_up_change_nothing(model, sett
 
 @pytest.mark.parametrize(
     "settings",
-    [BEAM, SAMPLING, pytest.param(GREEDY, marks=pytest.mark.slow)],
+    [BEAM, *(pytest.param(settings, marks=pytest.mark.slow) for settings in (SAMPLING, GREEDY))],
     ids=["beam", "sampling", "greedy"],
 )
 def test_a_sentence_that_needs_more_places_goes_on_in_larger_slots(ensemble, settings):

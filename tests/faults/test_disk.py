@@ -55,8 +55,9 @@ def error_of(ended):
     [
         # Too small for the vocabulary; for the config; for the metrics.
         [("4k", "a file in"), ("12k", "a file in"), ("16k", "a file in")],
-        # For the cache of the corpus, which only gives a warning; for the first checkpoint.
-        [("60k", ""), ("250k", "the checkpoint of step 24 could not be written")],
+        # For the cache of the corpus, which only gives a warning; for the first checkpoint, or for what is written
+        # meanwhile.
+        [("60k", ""), ("250k", "")],
     ],
     ids=["small files", "cache and checkpoint"],
 )

@@ -83,6 +83,7 @@ def test_a_state_divided_between_two_processes_continues_on_any_layout(unbroken,
         np.testing.assert_allclose(parts.losses()[step], loss, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bits_as_one_process_with_eight_devices(unbroken, small_training):
     pair = small_training("pair", training__steps=18)
     ended = pair.finish(devices=4, processes=2)

@@ -105,7 +105,13 @@ def make(folder, kind):
     return model
 
 
-@pytest.fixture(scope="module", params=KINDS)
+FURTHER = {"unequal depths", "fp16 file"}  # left to `make test-slow`
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=pytest.mark.slow) if kind in FURTHER else kind for kind in KINDS],
+)
 def converted(request, tmp_path_factory):
     """The kind, transformers' model, its folder, and the work directory made of it."""
     path = tmp_path_factory.mktemp("marian")

@@ -46,11 +46,11 @@ def test_pmap_reduces_the_gradient_and_the_sums_of_the_losses_and_nothing_else()
 
 def test_fsdp_divides_the_state_among_devices_and_gathers_parameters():
     sizes = {}
-    for count in (1, 2, 8):
+    for count in (1, 8):
         plan = make_plan(changed(**{"parallelism.layout": "fsdp"}), find_devices(f"cpu:{count}"), None, changes="")
         sizes[count] = plan.result.arguments
         assert ("all-gather" in collectives_of(plan)) == (count > 1)
-    assert sizes[8] < sizes[2] < sizes[1]
+    assert sizes[8] < sizes[1]
 
 
 def test_fsdp_gathers_kernels_even_if_they_are_larger_than_the_activations():

@@ -123,6 +123,7 @@ def test_after_a_rollback_removed_steps_are_scored_again_and_patience_ignores_th
     assert same(Translator.from_workdir(tmp_path, step="best").params, scored[1])
 
 
+@pytest.mark.slow
 def test_an_average_of_removed_steps_is_not_used_while_training_continues(experiment, tmp_path, monkeypatch):
     changes = {"steps": 3, "checkpoints.every": 1, "checkpoints.average_last": 2}
     experiment = with_training(experiment, **(AVERAGED | changes))

@@ -105,7 +105,7 @@ def test_a_stopped_finetuning_continues_without_the_initial_model(finetuning, st
     ("freeze", "others"),
     [
         ("embeddings", {"parallelism.layout": "pmap", "optimizer.ema_decay": 0.9}),
-        ("encoder", {"parallelism.layout": "fsdp"}),
+        pytest.param("encoder", {"parallelism.layout": "fsdp"}, marks=pytest.mark.slow),
         pytest.param("embeddings,encoder", {"optimizer.clip_norm": 1.0}, marks=pytest.mark.slow),
     ],
 )

@@ -276,6 +276,7 @@ def test_the_time_to_the_first_step_is_reported(experiment, tmp_path, capsys):
     assert f"step {EVERY + 1} was done " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_host_runs_ahead_of_devices_by_a_limited_number_of_steps(experiment, tmp_path, monkeypatch):
     under_way, most = [], []
     make, check = ParallelStep.__call__, loop._Training._check_finite

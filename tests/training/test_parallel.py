@@ -145,8 +145,8 @@ RATES = "dropout_rate", "attention_dropout_rate", "activation_dropout_rate"
     ("kind", "rng_impl", "rates"),
     [
         *((kind, "rbg", RATES) for kind in ("data", "fsdp", "data=2,fsdp=4")),
-        *(("data=2,fsdp=4", "rbg", (rate,)) for rate in RATES),
-        ("data=2,fsdp=4", "unsafe_rbg", RATES),
+        *(pytest.param("data=2,fsdp=4", "rbg", (rate,), marks=pytest.mark.slow) for rate in RATES),
+        pytest.param("data=2,fsdp=4", "unsafe_rbg", RATES, marks=pytest.mark.slow),
     ],
 )
 def test_over_a_mesh_each_device_draws_rbgs_bits_for_its_own_rows_alone(kind, rng_impl, rates, state, batch):
