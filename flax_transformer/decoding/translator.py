@@ -16,6 +16,7 @@ from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.scoring import Scorer
+from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.unreadable import UnreadableSentences
 from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
@@ -137,7 +138,8 @@ class Translator:
 
         A blank sentence has one empty translation. A sentence that is longer than the model's `max_length` is split at
         sentence ends, and the translations of its parts are joined, with a warning. Sentences that the vocabulary can
-        hardly read, for example because they are in another script, are translated with an `UnreadableWarning`.
+        hardly read, for example because they are in another script, are translated with an `UnreadableWarning`. Where
+        the logits are not finite, as when float16 overflows, a translation ends, with a warning.
 
         Args:
             sentences: sentences of the source language, in any ordered iterable.
@@ -165,6 +167,15 @@ class Translator:
             rngs=_random_keys(search, seed, places),
             after_each=after_batch,
         )
+        least = [best.log_probs.min() for best, *_ in found]
+        broken = {number for (number, _), log_prob in zip(places, least, strict=True) if log_prob < BROKEN / 2}
+        if broken:
+            warnings.warn(
+                f"translations of {len(broken)} of {len(sentences)} sentences end early, because the model's logits "
+                f"are not finite there: set model.dtype, which is {self.config.dtype}, to float32 in config.json; if "
+                "it is float32, the parameters are damaged",
+                stacklevel=2,
+            )
         outputs = iter(found)
         return [
             self._join([next(outputs) for _ in parts], search, prefix)

@@ -51,6 +51,19 @@ def test_every_line_gets_exactly_its_own_translation(sentences, translations):
     assert all(translation and "\n" not in translation for translation in translations)
 
 
+@pytest.mark.parametrize("search", [GREEDY, BEAM, SAMPLING])
+def test_sentences_that_overflow_float16_are_counted_in_a_warning(make_translator, search):
+    translator = make_translator(dtype="float16")
+    (cat,) = {*translator.vocabularies.source.encode(["cat"])[0]} - {translator.config.eos_id}
+    embedding = translator.params["source_embedding"]
+    embedding["embedding"] = embedding["embedding"].at[cat].set(1e5)  # infinite in float16
+    with pytest.warns(
+        UserWarning, match=r"^translations of 2 of 5 sentences end early, .* model.dtype, which is float16, to float32"
+    ):
+        found = translator.translate(SHORT, search)
+    assert [not text for text in found] == ["cat" in sentence for sentence in SHORT]
+
+
 def test_a_text_of_many_lengths_needs_one_or_two_programs(translator, sentences, first_run):
     lengths = {len(ids) for ids in translator.vocabularies.source.encode(sentences)}
     assert len(lengths) > 5 and first_run[1] <= 2

@@ -80,6 +80,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line_and_after_cleaning_up_th
     assert training.losses() == unbroken_long.losses()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_later_keeps_checkpoints_and_after_cleaning_up_training_continues(
     disk, unbroken_long, small_training
 ):
@@ -108,6 +109,7 @@ def test_a_disk_that_fills_up_later_keeps_checkpoints_and_after_cleaning_up_trai
     assert training.losses() == unbroken_long.losses()
 
 
+@pytest.mark.slow
 def test_both_of_two_processes_end_when_the_disk_is_full(disk, small_training):
     training = small_training(**LONG)
     disk(training.workdir, "250k")

@@ -34,6 +34,7 @@ def test_a_training_without_output_trains_and_tests_and_does_not_corrupt_its_fil
         assert not file.is_file() or b"parameters, " not in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_samples_that_the_terminal_cannot_show_are_escaped_and_the_scores_are_shown(small_training):
     training = small_training(**TESTED)
     for encoding in ("latin-1", "ascii:strict"):

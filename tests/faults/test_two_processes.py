@@ -82,6 +82,7 @@ def test_different_texts_in_one_process_end_both(small_training):
         assert process.returncode == 1 and "give all hosts the same files" in process.stderr
 
 
+@pytest.mark.slow
 def test_a_second_training_in_a_work_directory_is_refused_also_with_two_processes(small_training):
     training = small_training(**LONG | {"training__steps": 100_000})
     (running,) = training.start()
