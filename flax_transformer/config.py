@@ -14,6 +14,12 @@ from flax_transformer.ranges import COUNT, SHARE, SIZE, Range, check, setting, s
 
 LAYERS = Range(at_least=1, at_most=10_000)
 
+# The kinds of sinusoidal positions, and the options of `sinusoidal_positions` that compute them.
+WAVES: dict[str, dict[str, bool]] = {
+    "sinusoidal": {},
+    "sinusoidal_concatenated": {"interleaved": False},
+    "sinusoidal_tensor2tensor": {"interleaved": False, "endpoint": True},
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 Settings = TypeVar("Settings")
@@ -39,9 +45,12 @@ class TransformerConfig:
         attention_dropout_rate: on the attention weights; the paper has none.
         activation_dropout_rate: on the feed-forward network's inner activations; the paper has none.
         norm: "post", the paper's LayerNorm(x + Sublayer(x)), or "pre", x + Sublayer(LayerNorm(x)) and a final norm.
-        activation: "relu" (the paper's), "gelu" (exact, not the tanh approximation) or "swish".
-        positions: "sinusoidal" (interleaved, section 3.5), "sinusoidal_concatenated" (sines in the first half, as in
-            Marian) or "learned".
+        activation: "relu" (the paper's), "gelu" (exact, not the tanh approximation), "quick_gelu" (x * sigmoid(
+            1.702 x), which Marian calls gelu) or "swish".
+        positions: "sinusoidal" (interleaved, section 3.5), "sinusoidal_concatenated" (the same waves, sines in the
+            first half, as in transformers' MarianMTModel), "sinusoidal_tensor2tensor" (sines in the first half, and
+            wavelengths that end exactly at 10000 * 2 pi, as in tensor2tensor, fairseq and Marian) or "learned".
+        position_offset: the position of a sentence's first token; 2 in M2M100 and NLLB. Learned positions begin at 0.
         max_length: the number of learned positions; also the maximum length of a sentence in tokens. Training leaves
             out pairs with a longer sentence; a translator splits it.
         scale_embeddings: whether embeddings are multiplied by sqrt(d_model) (section 3.4).
@@ -51,6 +60,8 @@ class TransformerConfig:
         norm_epsilon: added to the variance in LayerNorm.
         pad_id: the id of padding.
         start_id: the id from which the decoder starts.
+        zero_start: whether the decoder starts from a vector of zeros, as in Marian, in place of the embedding of
+            `start_id`.
         eos_id: the id that ends a sentence.
         banned_ids: ids that the model never generates; their probability goes to all others, as Marian does with
             padding.
@@ -74,8 +85,9 @@ class TransformerConfig:
     attention_dropout_rate: float = setting(0.0, SHARE)
     activation_dropout_rate: float = setting(0.0, SHARE)
     norm: str = setting("post", ("post", "pre"))
-    activation: str = setting("relu", ("relu", "gelu", "swish"))
-    positions: str = setting("sinusoidal", ("sinusoidal", "sinusoidal_concatenated", "learned"))
+    activation: str = setting("relu", ("relu", "gelu", "quick_gelu", "swish"))
+    positions: str = setting("sinusoidal", (*WAVES, "learned"))
+    position_offset: int = setting(0, COUNT)
     max_length: int = setting(256, SIZE)
     scale_embeddings: bool = True
     tie_embeddings: str = setting("three_way", ("three_way", "decoder", "none"))
@@ -83,6 +95,7 @@ class TransformerConfig:
     norm_epsilon: float = setting(1e-5, Range(at_least=0, at_most=1))
     pad_id: int = setting(0, COUNT)
     start_id: int = setting(1, COUNT)
+    zero_start: bool = False
     eos_id: int = setting(2, COUNT)
     banned_ids: Sequence[int] = setting((), COUNT)
     max_output: int = setting(0, COUNT)
@@ -102,6 +115,10 @@ class TransformerConfig:
             )
         if self.d_model % 2 and self.positions != "learned":
             raise ValueError(f"model.d_model is {self.d_model}: sinusoidal positions need an even one")
+        if self.position_offset and self.positions == "learned":
+            raise ValueError(
+                f"model.position_offset is {self.position_offset}, but learned positions begin at 0: set it to 0"
+            )
         if self.tie_embeddings == "three_way" and self.source_vocab_size != self.target_vocab_size:
             raise ValueError(
                 f"model.source_vocab_size is {self.source_vocab_size} and model.target_vocab_size "

@@ -19,6 +19,7 @@ from flax_transformer.projections import dense_project
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda inputs: jax.nn.gelu(inputs, approximate=False),
+    "quick_gelu": lambda inputs: inputs * jax.nn.sigmoid(1.702 * inputs),
     "swish": jax.nn.swish,
 }
 

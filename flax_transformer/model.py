@@ -81,6 +81,12 @@ class Transformer(nn.Module):
         shared = self.config.tie_embeddings == "three_way"
         return self.shared_embedding if shared else getattr(self, f"{side}_embedding")
 
+    def _embed_target(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        vectors = look_up(self._embedding("target"), ids)
+        if self.config.zero_start:
+            vectors = jnp.where((ids == self.config.start_id)[..., None], 0.0, vectors)
+        return vectors
+
     def _tokens(self, side: str, given: Tokens | Int[Array, "B S"]) -> Tokens:
         """Checks one side of a batch; ids alone get their default segments and positions."""
         config = self.config
@@ -174,7 +180,7 @@ class Transformer(nn.Module):
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array | None, Array | None], ...]]:
         return self.decoder(
-            look_up(self._embedding("target"), target.shift_right(self.config.start_id).ids),
+            self._embed_target(target.shift_right(self.config.start_id).ids),
             target.positions,
             self.decoder.project_memory(memory),
             combine_masks(causal_mask(target.ids.shape[1]), segment_mask(target.segments, target.segments)),
@@ -240,6 +246,6 @@ class Transformer(nn.Module):
             raise ValueError(f"{length} tokens at once, start_decoding made room for {room}: raise max_length")
         by_position = tokens.reshape(batch, hypotheses, length).swapaxes(1, 2).reshape(batch, -1)
         self_mask = ancestor_mask(state.ancestors, length, state.position, state.place)
-        state, outputs = self.decoder.step(look_up(self._embedding("target"), by_position), state, self_mask)
+        state, outputs = self.decoder.step(self._embed_target(by_position), state, self_mask)
         logits = self.logits(outputs).reshape(batch, length, hypotheses, -1)
         return state, logits.swapaxes(1, 2).reshape(*tokens.shape, -1)

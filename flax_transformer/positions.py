@@ -13,7 +13,7 @@ from flax_transformer.tokens import is_known
 
 
 def sinusoidal_positions(
-    positions: Int[Array, "*B S"], d_model: int, *, interleaved: bool = True
+    positions: Int[Array, "*B S"], d_model: int, *, interleaved: bool = True, endpoint: bool = False
 ) -> Float[Array, "*B S {d_model}"]:
     """Sines and cosines of geometrically spaced frequencies (section 3.5), for positions of any size.
 
@@ -21,9 +21,13 @@ def sinusoidal_positions(
         positions: counted from 0.
         d_model: even number of features.
         interleaved: true puts sines in even and cosines in odd features, as the paper does; false puts sines in the
-            first half and cosines in the second, as Marian does.
+            first half and cosines in the second.
+        endpoint: whether the longest wave is exactly 10000 times as long as the shortest, so that wavelengths are
+            2 pi * 10000^(i / (D/2 - 1)), as in tensor2tensor, fairseq and Marian; the paper has 10000^(i / (D/2)).
     """
-    frequencies = jnp.exp(jnp.arange(0, d_model, 2) * (-jnp.log(10000.0) / d_model))
+    # Written as it is so that the paper's waves keep their bits.
+    last = max(d_model - 2, 1) if endpoint else d_model
+    frequencies = jnp.exp(jnp.arange(0, d_model, 2) * (-jnp.log(10000.0) / last))
     angles = positions[..., None] * frequencies
     waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1 if interleaved else -2)
     return waves.reshape(*positions.shape, d_model)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_transformer.attention import KVCache
-from flax_transformer.config import TransformerConfig
+from flax_transformer.config import WAVES, TransformerConfig
 from flax_transformer.dropout import Dropout
 from flax_transformer.layers import DecoderLayer, EncoderLayer, layer_norm
 from flax_transformer.positions import LearnedPositions, Length, sinusoidal_positions
@@ -112,8 +112,8 @@ class _Stack(nn.Module):
         if config.positions == "learned":
             vectors = self.learned_positions(positions)
         else:
-            interleaved = config.positions == "sinusoidal"
-            vectors = sinusoidal_positions(positions, config.d_model, interleaved=interleaved)
+            places = positions + config.position_offset
+            vectors = sinusoidal_positions(places, config.d_model, **WAVES[config.positions])
         return self.dropout((embeddings + vectors).astype(config.dtype), deterministic=deterministic)
 
     def _finish(self, inputs: Float[Array, "B S D"]) -> Float[Array, "B S D"]:

@@ -45,8 +45,8 @@ def test_the_defaults_are_the_papers_choices():
     ("name", "choices"),
     [
         ("norm", "post, pre"),
-        ("activation", "relu, gelu, swish"),
-        ("positions", "sinusoidal, sinusoidal_concatenated, learned"),
+        ("activation", "relu, gelu, quick_gelu, swish"),
+        ("positions", "sinusoidal, sinusoidal_concatenated, sinusoidal_tensor2tensor, learned"),
         ("tie_embeddings", "three_way, decoder, none"),
         ("dtype", "float32, bfloat16, float16"),
         ("attention_implementation", "auto, xla, cudnn"),

@@ -18,6 +18,7 @@ SOURCE_MASK = padding_mask(jnp.arange(S) < jnp.array([[S], [3]]))
 FORMULAS = {
     "relu": lambda x: max(x, 0.0),
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "quick_gelu": lambda x: x / (1 + math.exp(-1.702 * x)),
     "swish": lambda x: x / (1 + math.exp(-x)),
 }
 

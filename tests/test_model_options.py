@@ -126,13 +126,17 @@ def test_embeddings_are_multiplied_by_the_root_of_d_model():
     np.testing.assert_allclose(logits_of(unscaled, variables), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "sinusoidal_concatenated", "learned"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "sinusoidal_concatenated", "sinusoidal_tensor2tensor", "learned"])
 def test_the_vectors_of_the_config_are_added_to_the_embeddings(positions):
-    model, variables = build(positions=positions, scale_embeddings=False)
+    offset = 2 if positions == "sinusoidal_tensor2tensor" else 0
+    model, variables = build(positions=positions, scale_embeddings=False, position_offset=offset)
     encoder, params = Encoder(model.config), variables["params"]["encoder"]
     vectors = {
         "sinusoidal": lambda places: sinusoidal_positions(places, D),
         "sinusoidal_concatenated": lambda places: sinusoidal_positions(places, D, interleaved=False),
+        "sinusoidal_tensor2tensor": lambda places: sinusoidal_positions(
+            places + offset, D, interleaved=False, endpoint=True
+        ),
         "learned": lambda places: params["learned_positions"]["embedding"][places],
     }[positions]
     wanted = np.random.default_rng(3).normal(size=(B, S, D)).astype("float32")
@@ -146,6 +150,30 @@ def test_the_vectors_of_the_config_are_added_to_the_embeddings(positions):
     first, second = (memory(wanted - vectors(places), places) for places in (one, other))
     np.testing.assert_allclose(first, second, atol=1e-5)
     assert np.abs(np.asarray(memory(wanted, one) - memory(wanted, other))).max() > 1e-2
+
+
+def test_learned_positions_with_an_offset_are_an_error():
+    with pytest.raises(ValueError, match="model.position_offset is 2, but learned positions begin at 0: set it to 0"):
+        build(positions="learned", position_offset=2)
+
+
+def test_with_zero_start_the_embedding_of_the_start_has_no_effect():
+    learned, variables = build(tie_embeddings="decoder")
+    zero, _ = build(tie_embeddings="decoder", zero_start=True)
+
+    def with_start(value):
+        def change(table):
+            table[learned.config.start_id] = value
+            return table
+
+        return with_leaf(variables, change, "target_embedding", "embedding")
+
+    def others(model, variables):  # the start's own logit is the product with its row
+        return np.delete(logits_of(model, variables), model.config.start_id, axis=-1)
+
+    np.testing.assert_array_equal(others(zero, with_start(1.0)), others(zero, with_start(-2.0)))
+    np.testing.assert_array_equal(others(zero, variables), others(learned, with_start(0.0)))
+    assert np.abs(others(zero, variables) - others(learned, variables)).max() > 1e-3
 
 
 def test_too_few_learned_positions_are_an_error_with_a_remedy_also_under_jit():

@@ -35,6 +35,15 @@ def test_concatenated_has_the_same_features_with_the_sines_first():
     assert jnp.array_equal(concatenated[..., D_MODEL // 2 :], interleaved[..., 1::2])
 
 
+@pytest.mark.parametrize("d_model", [2, 4, D_MODEL])
+def test_with_an_endpoint_wavelengths_end_at_ten_thousand_times_the_shortest(d_model):
+    positions, half = np.array([0, 1, 2, 50, 999]), d_model // 2
+    vectors = np.asarray(sinusoidal_positions(jnp.array(positions), d_model, interleaved=False, endpoint=True))
+    angles = positions[:, None] / np.geomspace(1, 10000, half)
+    error = np.abs(vectors - np.concatenate([np.sin(angles), np.cos(angles)], axis=-1))
+    assert (error <= 2e-7 * (1 + positions[:, None])).all()
+
+
 def test_a_vector_depends_on_the_position_and_not_on_its_index_in_the_row():
     packed = sinusoidal_positions(jnp.array([[0, 1, 2, 0, 1]]), D_MODEL)
     assert jnp.array_equal(packed[0, :2], packed[0, 3:])

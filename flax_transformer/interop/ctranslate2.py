@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from flax_transformer.config import TransformerConfig
+from flax_transformer.config import WAVES, TransformerConfig
 from flax_transformer.interop.folders import new_folder
 from flax_transformer.interop.marian_tensors import embeddings
 from flax_transformer.positions import sinusoidal_positions
@@ -17,6 +17,7 @@ from flax_transformer.trained_model import TrainedModel
 
 # CTranslate2's names; with "none" the weights stay float32.
 QUANTIZATIONS = ("none", "int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16")
+ACTIVATIONS = {"quick_gelu": "GELUSigmoid"}  # the others have the same names in capitals
 # A logit's bias that float16 can hold and that reduces the probability to 0.
 NEVER = -3e4
 # Minimum number of sinusoidal positions to export: each takes 4 * d_model bytes.
@@ -103,12 +104,14 @@ def _describe(config: TransformerConfig, params: PyTree) -> Any:
         (config.num_encoder_layers, config.num_decoder_layers),
         config.num_heads,
         pre_norm=config.norm == "pre",
-        activation=common_spec.Activation[config.activation.upper()],
+        activation=common_spec.Activation[ACTIVATIONS.get(config.activation, config.activation.upper())],
     )
     spec.config.layer_norm_epsilon = config.norm_epsilon
     spec.config.add_source_bos, spec.config.add_source_eos = False, True
     # Copies, because quantizing changes arrays in place.
     source, target, output = (np.array(matrix) for matrix in embeddings(config, params))
+    if config.zero_start:
+        target[config.start_id] = 0.0
     spec.encoder.embeddings[0].weight, spec.decoder.embeddings.weight = source, target
     spec.encoder.scale_embeddings = spec.decoder.scale_embeddings = config.scale_embeddings
     spec.decoder.projection.weight = output
@@ -129,8 +132,8 @@ def _describe(config: TransformerConfig, params: PyTree) -> Any:
 def _positions(config: TransformerConfig, stack: PyTree) -> np.ndarray:
     if config.positions == "learned":
         return np.array(stack["learned_positions"]["embedding"])
-    positions = jnp.arange(max(config.max_length, POSITIONS))
-    return np.array(sinusoidal_positions(positions, config.d_model, interleaved=config.positions == "sinusoidal"))
+    positions = jnp.arange(max(config.max_length, POSITIONS)) + config.position_offset
+    return np.array(sinusoidal_positions(positions, config.d_model, **WAVES[config.positions]))
 
 
 def _fill_layer(theirs: Any, ours: PyTree) -> None:

@@ -12,7 +12,7 @@ from etils import epath
 
 from flax_transformer.config import TransformerConfig
 
-ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "swish", "silu": "swish"}
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "quick_gelu": "quick_gelu", "swish": "swish", "silu": "swish"}
 # Fields that can be converted only with the value given here; any other value asks for something that our model does
 # not compute.
 FIXED = {
@@ -236,16 +236,16 @@ def _banned(fields: Mapping[str, Any], *, renormalize: bool) -> tuple[int, ...]:
 
 def check_expressible(config: TransformerConfig) -> None:
     """Raises ValueError for an option of the model that Marian does not have."""
-    for name, wanted in (("norm", "post"), ("norm_epsilon", 1e-5)):
+    for name, wanted in (("norm", "post"), ("norm_epsilon", 1e-5), ("position_offset", 0)):
         if getattr(config, name) != wanted:
             raise ValueError(
                 f"model.{name} is {getattr(config, name)!r}, but Marian needs {wanted!r}: train with that, or "
                 "convert to-ctranslate2 or to-stablehlo"
             )
-    if config.positions == "learned":
+    if config.positions not in ("sinusoidal", "sinusoidal_concatenated"):
         raise ValueError(
-            "model.positions is 'learned', but Marian needs sinusoidal ones: train with those, or convert "
-            "to-ctranslate2 or to-stablehlo"
+            f"model.positions is {config.positions!r}, but Marian needs the paper's sinusoidal ones: train with those, "
+            "or convert to-ctranslate2 or to-stablehlo"
         )
 
 

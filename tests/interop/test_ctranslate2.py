@@ -16,6 +16,7 @@ EVERYTHING = [
     {"norm": "pre", "activation": "gelu", "tie_embeddings": "decoder", "positions": "sinusoidal_concatenated"},
     {"norm": "post", "activation": "swish", "positions": "learned", "output_bias": True, "norm_epsilon": 1e-3},
     {"norm": "pre", "activation": "relu", "scale_embeddings": False, "output_bias": True, "norm_epsilon": 1e-6},
+    {"activation": "quick_gelu", "positions": "sinusoidal_tensor2tensor", "position_offset": 2, "zero_start": True},
 ]
 every_model = pytest.mark.parametrize("options", EVERYTHING, ids=lambda options: "-".join(map(str, options.values())))
 
