@@ -65,6 +65,8 @@ class TransformerConfig:
         eos_id: the id that ends a sentence.
         banned_ids: ids that the model never generates; their probability goes to all others, as Marian does with
             padding.
+        suppressed_ids: further ids that no search chooses, but that keep their probability, as the unknown token does
+            in Marian.
         max_output: maximum length of a translation in tokens, including the end of sentence; 0 for no limit.
         dtype: type of the activations; parameters, softmax and logits are always float32. bfloat16 is for TPUs and
             newer GPUs; float16, for older GPUs such as the T4, is trained with a loss scale.
@@ -98,6 +100,7 @@ class TransformerConfig:
     zero_start: bool = False
     eos_id: int = setting(2, COUNT)
     banned_ids: Sequence[int] = setting((), COUNT)
+    suppressed_ids: Sequence[int] = setting((), COUNT)
     max_output: int = setting(0, COUNT)
     dtype: str = setting("float32", DTYPES)
     attention_implementation: str = setting("auto", ("auto", "xla", "cudnn"))
@@ -128,8 +131,8 @@ class TransformerConfig:
 
     @property
     def never_chosen(self) -> tuple[int, ...]:
-        """The ids that no search chooses: `banned_ids`, `pad_id` and `start_id`, except one that is also `eos_id`."""
-        return tuple(sorted({*self.banned_ids, self.pad_id, self.start_id} - {self.eos_id}))
+        """The ids that no search chooses: banned and suppressed ones, `pad_id` and `start_id`, but not `eos_id`."""
+        return tuple(sorted({*self.banned_ids, *self.suppressed_ids, self.pad_id, self.start_id} - {self.eos_id}))
 
     @classmethod
     def base(cls, **changes: Any) -> "TransformerConfig":

@@ -1,6 +1,7 @@
-"""Converts OPUS-MT (Marian) models into work directories, and work directories into
-folders for CTranslate2, for transformers (Marian) and for jax alone (StableHLO). The
-target folder must be new, and a conversion that fails does not create it.
+"""Converts Marian models (OPUS-MT, Firefox Translations) into work directories, and work
+directories into folders for CTranslate2, for transformers (Marian), for Marian itself and
+for jax alone (StableHLO). The target folder must be new, and a conversion that fails does
+not create it.
 """
 
 import argparse
@@ -10,15 +11,16 @@ from typing import Any
 from flax_transformer.commands.options import checkpoint, explain_damage, path
 from flax_transformer.commands.process import start_devices
 
-USAGE = "{from-marian,to-marian,to-ctranslate2,to-stablehlo} FROM TO [OPTIONS]"
+USAGE = "{from-marian,to-marian,to-marian-native,to-ctranslate2,to-stablehlo} FROM TO [OPTIONS]"
 EXAMPLES = """\
 examples:
   flax-transformer convert from-marian downloads/opus-mt-en-de runs/opus
+  flax-transformer convert from-marian firefox/enpt runs/enpt
   flax-transformer convert to-ctranslate2 runs/mine deployed --quantization=int8
   flax-transformer convert to-marian runs/mine for-transformers
   flax-transformer convert to-stablehlo runs/mine exported
 """
-WAYS = ("from-marian", "to-marian", "to-ctranslate2", "to-stablehlo")
+WAYS = ("from-marian", "to-marian", "to-marian-native", "to-ctranslate2", "to-stablehlo")
 MEMORY_REMEDY = "convert on a machine that has more"
 
 
@@ -26,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `convert`."""
     parser.add_argument("way", choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument(
-        "source", type=path, metavar="FROM", help="the folder to read: a downloaded model, or a work directory"
+        "source",
+        type=path,
+        metavar="FROM",
+        help="what to read: the folder of a downloaded model, the .npz or .bin file of one, or a work directory",
     )
     parser.add_argument("target", type=path, metavar="TO", help="the folder to write")
     parser.add_argument(
@@ -42,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of CTranslate2's weights: int8, int8_float16, int8_bfloat16, int16, float16 or bfloat16 "
         "(default float32)",
     )
+    parser.add_argument(
+        "--trained_positions",
+        action="store_true",
+        help="with from-marian and transformers' format: compute the positions with which Marian trained the model; "
+        "those of transformers have other wavelengths",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--quantization applies to to-ctranslate2 only, not to {way}: remove it")
     if options.checkpoint and way == "from-marian":
         raise ValueError("--checkpoint applies to work directories, not to from-marian: remove it")
+    if options.trained_positions and way != "from-marian":
+        raise ValueError(f"--trained_positions applies to from-marian only, not to {way}: remove it")
     # jax loads here, so that --help answers at once.
     start_devices()
     from flax_transformer.interop.folders import check_new_folder
@@ -60,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     if way == "from-marian":
         from flax_transformer.interop.marian import from_marian
 
-        model = from_marian(options.source, options.target)
+        model = from_marian(options.source, options.target, trained_positions=options.trained_positions)
     else:
         with explain_damage(options.source):
             model = TrainedModel.load(options.source, step=options.checkpoint or "chosen")
@@ -68,6 +81,10 @@ def run(options: argparse.Namespace) -> None:
             from flax_transformer.interop.marian import to_marian
 
             to_marian(model, options.target)
+        elif way == "to-marian-native":
+            from flax_transformer.interop.marian_native import to_marian_native
+
+            to_marian_native(model, options.target)
         elif way == "to-ctranslate2":
             from flax_transformer.interop.ctranslate2 import to_ctranslate2
 
@@ -95,6 +112,8 @@ def _describe(model: Any, options: argparse.Namespace) -> str:
             lines.append(f"each source sentence must begin with the target language: {', '.join(languages)}")
     elif options.way == "to-marian":
         lines.append(f"  transformers.MarianMTModel.from_pretrained({options.target!r}), MarianTokenizer likewise")
+    elif options.way == "to-marian-native":
+        lines.append(f"  marian-decoder --config {target}/decoder.yml    # input split with source.spm")
     elif options.way == "to-ctranslate2":
         lines.append(f"  {options.target}/README.md shows how CTranslate2 translates with it")
     else:

@@ -1,7 +1,8 @@
-"""Converts OPUS-MT (Marian) models, in the format that transformers stores, to models of this library and back.
+"""Converts OPUS-MT (Marian) models to models of this library, and back to the format that transformers stores.
 
-A folder downloaded from the hub has `config.json`, the weights, `source.spm`, `target.spm`, `vocab.json`, and possibly
-`target_vocab.json`, `generation_config.json` and `tokenizer_config.json`.
+`marian_native.py` reads Marian's own files. In the format of transformers, a folder has `config.json`, the weights,
+`source.spm`, `target.spm`, `vocab.json`, and possibly `target_vocab.json`, `generation_config.json` and
+`tokenizer_config.json`.
 """
 
 import json
@@ -13,15 +14,10 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.marian_vocabulary import TARGET_IDS, MarianVocabulary, read_marian_vocabularies
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.interop.fields import read_flag
 from flax_transformer.interop.folders import new_folder
-from flax_transformer.interop.marian_fields import (
-    check_expressible,
-    check_fields,
-    join_fields,
-    read_fields,
-    read_flag,
-    write_fields,
-)
+from flax_transformer.interop.marian_fields import FIELDS, check_expressible, join_fields, read_fields, write_fields
+from flax_transformer.interop.marian_native import is_native, read_native
 from flax_transformer.interop.marian_tensors import concatenate_waves, from_tensors, to_tensors
 from flax_transformer.interop.tensor_files import SAFETENSORS, read_tensors
 from flax_transformer.trained_model import TrainedModel
@@ -30,31 +26,35 @@ from flax_transformer.trained_model import TrainedModel
 ADDED_TOKENS = "added_tokens.json"
 
 
-def read_marian(folder: epath.PathLike) -> TrainedModel:
+def read_marian(path: epath.PathLike, *, trained_positions: bool = False) -> TrainedModel:
     """Reads a Marian model.
 
     Args:
-        folder: where its files are.
+        path: the folder with its files; in Marian's own format also the `.npz` or `.bin` file.
+        trained_positions: for transformers' format: whether to compute the positions with which Marian trained the
+            model, as Marian's own format always does, and not those of transformers, which have other wavelengths.
 
     Raises:
         ValueError: a file is missing or damaged, the files do not belong together, or the model has a feature that this
             library's models lack; names the field and its value.
     """
-    folder = epath.Path(folder).expanduser()
+    folder = epath.Path(path).expanduser()
+    if is_native(folder):
+        return read_native(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: download all files of the model first")
     fields = _read_json(folder / "config.json")
     generation = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     for name, file in ((folder / "config.json", fields), (folder / "generation_config.json", generation)):
-        check_fields(name, file)
+        FIELDS.check(name, file)
     vocabularies = _read_vocabularies(folder)
-    config = read_fields(join_fields(fields, generation))
+    config = read_fields(join_fields(fields, generation), trained_positions=trained_positions)
     _check_vocabularies(folder, config, vocabularies)
     config, params = from_tensors(
         config,
         read_tensors(folder),
-        shared=read_flag(fields, "share_encoder_decoder_embeddings", default=True),
-        tied=read_flag(fields, "tie_word_embeddings", default=True),
+        shared=read_flag("config.json", fields, "share_encoder_decoder_embeddings", default=True),
+        tied=read_flag("config.json", fields, "tie_word_embeddings", default=True),
     )
     return TrainedModel(config, params, vocabularies)
 
@@ -124,9 +124,9 @@ def _explain_size(folder: epath.Path, vocabulary: Vocabulary, size: int) -> str:
     return "a file belongs to another model, or is not complete: download all files again"
 
 
-def from_marian(folder: epath.PathLike, workdir: epath.PathLike) -> TrainedModel:
+def from_marian(path: epath.PathLike, workdir: epath.PathLike, *, trained_positions: bool = False) -> TrainedModel:
     """Converts a Marian model to a work directory; arguments and errors as of `read_marian` and `new_folder`."""
-    model = read_marian(folder)
+    model = read_marian(path, trained_positions=trained_positions)
     with new_folder(workdir) as draft:
         model.save(draft)
     return model

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.trained_model import param_shapes
+from flax_transformer.interop.parameters import build_params, check_depth, check_embeddings
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -73,11 +73,7 @@ def from_tensors(
         ValueError: a tensor is missing, unknown, or of another shape than the config asks for.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if name not in POSITIONS}
-    layers = config.num_encoder_layers + config.num_decoder_layers
-    if layers > len(tensors):
-        raise ValueError(
-            f"config.json has {layers} layers, but there are only {len(tensors)} tensors: download both files again"
-        )
+    check_depth(config, tensors, "config.json")
     source, target, output = _matrices(tensors, shared=shared, tied=tied)
     same = np.array_equal(target, output)
     tie = "three_way" if same and np.array_equal(source, target) else "decoder" if same else "none"
@@ -97,18 +93,10 @@ def from_tensors(
             found[path] = tensors[name].T
     if unknown := tensors.keys() - {SHARED, *named.values()}:
         raise ValueError(f"the tensor {min(unknown)} is unknown, and no part of a Marian model")
-    _check_size(config.source_vocab_size, source, SOURCE)
-    _check_size(config.target_vocab_size, target, TARGET)
+    check_embeddings(SOURCE, source, config.source_vocab_size, "config.json")
+    check_embeddings(TARGET, target, config.target_vocab_size, "config.json")
     config = dataclasses.replace(config, tie_embeddings=tie, output_bias=OUTPUT_BIAS in tensors)
-    for path, leaf in flatten_dict(param_shapes(config), sep="/").items():
-        if path not in found:
-            raise ValueError(f"the tensor {named[path]} is missing: the file is not complete, download it again")
-        if found[path].shape != leaf.shape:
-            raise ValueError(
-                f"the tensor {named[path]} does not fit config.json: its shape is {list(found[path].shape)}, but must "
-                f"be {list(leaf.shape)}: download both files again"
-            )
-    return config, unflatten_dict({path: np.ascontiguousarray(leaf) for path, leaf in found.items()}, sep="/")
+    return config, build_params(config, found, named, "config.json")
 
 
 def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -131,14 +119,6 @@ def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray
                 f"{SOURCE}, {TARGET} and {SHARED} differ, but config.json shares them: download both files again"
             )
     return find(*sources), find(*targets), find(*outputs)
-
-
-def _check_size(size: int, matrix: np.ndarray, name: str) -> None:
-    if matrix.ndim != 2 or matrix.shape[0] != size:
-        raise ValueError(
-            f"the embeddings {name} are {list(matrix.shape)}, but config.json has a vocabulary of {size}: "
-            "download both files again"
-        )
 
 
 def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.ndarray], dict[str, bool]]:

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from flax_transformer.interop.folders import file_inside
+
 # The NumPy reader of safetensors does not support bfloat16.
 TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 SAFETENSORS, SHARDS, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -21,8 +23,8 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
         tensors = _read_safetensors(folder / SAFETENSORS)
     elif (folder / SHARDS).exists():
         tensors = {}
-        for name in _shards(folder / SHARDS):
-            tensors |= _read_safetensors(folder / name)
+        for file in _shards(folder / SHARDS):
+            tensors |= _read_safetensors(file)
     elif (folder / TORCH).exists():
         tensors = _read_torch(folder / TORCH)
     else:
@@ -51,18 +53,13 @@ def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
     }
 
 
-def _shards(file: epath.Path) -> list[str]:
-    """The file names in a list of shards; raises ValueError if one is outside the folder."""
+def _shards(file: epath.Path) -> list[epath.Path]:
+    """The files in a list of shards; raises ValueError if one is outside the folder."""
     try:
         names = sorted(set(json.loads(file.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, error) from error
-    for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise ValueError(f"{file} names {name!r}, which is not a file in the same folder: do not trust this folder")
-        if not (file.parent / name).exists():
-            raise ValueError(f"{file.parent} lacks {name}, which {file.name} names: download it too")
-    return names
+    return [file_inside(file.parent, name, file.name) for name in names]
 
 
 def _read_torch(file: epath.Path) -> dict[str, np.ndarray]:
