@@ -152,7 +152,7 @@ def _pad(source: dict[str, int], target: dict[str, int]) -> None:
     found = [ids.get(PADDING) for ids in (source, target)]
     if found[0] != found[1]:
         raise ValueError(
-            f"the id of {PADDING} is {found[0]} in the source vocabulary and {found[1]} in the target's, but must be the "
+            f"the id of {PADDING} is {found[0]} in the source and {found[1]} in the target vocabulary, but must be the "
             "same: rename that piece"
         )
     if found[0] is None:
