@@ -57,12 +57,12 @@ def test_every_number_has_a_range(settings, name):
     (field,) = (field for field in dataclasses.fields(settings) if field.name == name)
     assert isinstance(field.metadata["allowed"], Range)
     if name != "alpha":
-        refused(settings, name, [-1] if name in ("banned", "banned_ids") else -1)
+        refused(settings, name, [-1] if name in ("banned", "banned_ids", "suppressed_ids") else -1)
 
 
 @fields_of(int)
 def test_settings_for_whole_numbers_refuse_anything_else(settings, name):
-    is_sequence = name in ("banned", "banned_ids")
+    is_sequence = name in ("banned", "banned_ids", "suppressed_ids")
     for wrong in (True, 3.5, math.nan, math.inf, "3", np.float32(2.5), np.bool_(True), [3], {}):
         refused(settings, name, [wrong] if is_sequence else wrong)
     refused(settings, name, 3 if is_sequence else "three")

@@ -5,8 +5,11 @@ field is an error, since it may ask for something that our model does not comput
 """
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
+
+NAME = re.compile(r"[\w-]{1,80}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +32,26 @@ class KnownFields:
             if name in self.fixed:
                 if value not in (None, [], {}) and value != self.fixed[name]:
                     raise ValueError(
-                        f"{place}: {name} is {value!r}, but only {self.fixed[name]!r} can be converted: choose another "
-                        "model"
+                        f"{place}: {name} is {shown(value)}, but only {self.fixed[name]!r} can be converted: choose "
+                        "another model"
                     )
             elif name not in self.read and name not in self.without_effect and value not in (None, False, [], {}, ""):
                 raise ValueError(
-                    f"{place}: {name} is {value!r}, an unknown field: remove that line if it does not affect "
-                    "translations"
+                    f"{place}: {name if NAME.fullmatch(name) else shown(name)} is {shown(value)}, an unknown field: "
+                    "remove that line if it does not affect translations"
                 )
+
+
+def shown(value: Any) -> str:
+    """A value from a file, as an error shows it: on one line, and not too long."""
+    return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]} …"
 
 
 def read_flag(place: object, fields: Mapping[str, Any], name: str, *, default: bool) -> bool:
     """Reads a field that is true or false; raises ValueError for anything else."""
     value = default if fields.get(name) is None else fields[name]
     if type(value) is not bool:
-        raise ValueError(f"{place}: {name} is {value!r}, but must be true or false: download the file again")
+        raise ValueError(f"{place}: {name} is {shown(value)}, but must be true or false: download the file again")
     return value
 
 
@@ -51,5 +59,5 @@ def read_number(place: object, fields: Mapping[str, Any], name: str, *, default:
     """Reads a field that is a whole number; raises ValueError if it is something else, or missing without a default."""
     value = default if fields.get(name) is None else fields[name]
     if type(value) is not int or value < 0:
-        raise ValueError(f"{place}: {name} is {value!r}, but must be a whole number: download the file again")
+        raise ValueError(f"{place}: {name} is {shown(value)}, but must be a whole number: download the file again")
     return value

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.interop.fields import KnownFields, read_flag, read_number
+from flax_transformer.interop.fields import KnownFields, read_flag, read_number, shown
 from flax_transformer.interop.marian_items import SETTINGS
 from flax_transformer.interop.yaml_text import read_yaml
 
@@ -121,12 +121,12 @@ def read_options(settings: bytes, place: object) -> TransformerConfig:
     def choice(name: str, default: str, choices: Mapping[str, str]) -> str:
         value = options.get(name, default)
         if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{place}: {name} is {value!r}, but only {', '.join(choices)} can be converted")
+            raise ValueError(f"{place}: {name} is {shown(value)}, but only {', '.join(choices)} can be converted")
         return choices[value]
 
     sizes = options.get("dim-vocabs")
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int for size in sizes):
-        raise ValueError(f"{place}: dim-vocabs is {sizes!r}, but must be the sizes of one source and one target")
+        raise ValueError(f"{place}: dim-vocabs is {shown(sizes)}, but must be the sizes of one source and one target")
     d_ff = number("transformer-dim-ffn", 2048)
     if number("transformer-decoder-dim-ffn", 0) not in (0, d_ff):
         raise ValueError(
@@ -163,7 +163,7 @@ def _norm(place: object, options: Mapping[str, Any]) -> str:
     for norm, wanted in NORMS.items():
         if found == wanted:
             return norm
-    written = ", ".join(f"{name} {value!r}" for name, value in zip(NORM_OPTIONS, found, strict=True))
+    written = ", ".join(f"{name} {shown(value)}" for name, value in zip(NORM_OPTIONS, found, strict=True))
     raise ValueError(
         f"{place}: without the d of dropout it has {written}, but only '', 'an', '' (norm after each sub-layer) and "
         "'n', 'a', 'n' (before, and at the end) can be converted"
