@@ -44,6 +44,9 @@ class TransformerConfig:
             this rate and the two below are rounded to 1/256.
         attention_dropout_rate: on the attention weights; the paper has none.
         activation_dropout_rate: on the feed-forward network's inner activations; the paper has none.
+        decoder_autoregression: how a target position learns of those before it: "self_attention" (the paper's) or
+            "ssru", a recurrent unit that makes each step of a search cheaper (`recurrence.SSRU`; Marian's option
+            `transformer-decoder-autoreg: rnn`).
         norm: "post", the paper's LayerNorm(x + Sublayer(x)), or "pre", x + Sublayer(LayerNorm(x)) and a final norm.
         activation: "relu" (the paper's), "gelu" (exact, not the tanh approximation), "quick_gelu" (x * sigmoid(
             1.702 x), which Marian calls gelu) or "swish".
@@ -86,6 +89,7 @@ class TransformerConfig:
     dropout_rate: float = setting(0.1, SHARE)
     attention_dropout_rate: float = setting(0.0, SHARE)
     activation_dropout_rate: float = setting(0.0, SHARE)
+    decoder_autoregression: str = setting("self_attention", ("self_attention", "ssru"))
     norm: str = setting("post", ("post", "pre"))
     activation: str = setting("relu", ("relu", "gelu", "quick_gelu", "swish"))
     positions: str = setting("sinusoidal", (*WAVES, "learned"))

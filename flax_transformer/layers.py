@@ -1,6 +1,6 @@
 """One layer of the encoder and one of the decoder (section 3.1), made of attention and feed-forward sub-layers.
 
-Glossary: B batch, S source, T target, M memory positions, D d_model, F d_ff.
+Glossary: B batch, S source, T target, M memory positions, N hypotheses of each sentence, D d_model, F d_ff.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.attention import KVCache, MultiHeadAttention
 from flax_transformer.config import TransformerConfig
 from flax_transformer.dropout import Dropout
 from flax_transformer.projections import dense_project
+from flax_transformer.recurrence import SSRU
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -67,20 +68,22 @@ def _attention(config: TransformerConfig) -> MultiHeadAttention:
 
 
 class _Layer(nn.Module):
-    """What both layers have: self-attention, a feed-forward network, and the connection around every sub-layer."""
+    """What both layers have: a feed-forward network, and the connection around every sub-layer."""
 
     config: TransformerConfig
 
     def setup(self):
         """Attribute names become checkpoint paths."""
         config = self.config
-        self.self_attention = _attention(config)
-        self.self_attention_norm = layer_norm(config)
         self.feed_forward = FeedForward(
             config.d_model, config.d_ff, config.activation, config.activation_dropout_rate, config.dtype
         )
         self.feed_forward_norm = layer_norm(config)
         self.dropout = Dropout(config.dropout_rate)
+
+    def _add_self_attention(self) -> None:
+        self.self_attention = _attention(self.config)
+        self.self_attention_norm = layer_norm(self.config)
 
     def _connect(
         self,
@@ -115,6 +118,11 @@ class EncoderLayer(_Layer):
         config: that of the model.
     """
 
+    def setup(self):
+        """Attribute names become checkpoint paths."""
+        super().setup()
+        self._add_self_attention()
+
     def __call__(
         self,
         inputs: Float[Array, "B S D"],
@@ -143,6 +151,8 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """Masked self-attention, attention to the encoder's memory and a feed-forward network (section 3.1).
 
+    With `decoder_autoregression="ssru"` a recurrent unit takes the place of the self-attention.
+
     Attributes:
         config: that of the model.
     """
@@ -150,6 +160,11 @@ class DecoderLayer(_Layer):
     def setup(self):
         """Attribute names become checkpoint paths."""
         super().setup()
+        if self.config.decoder_autoregression == "ssru":
+            self.recurrence = SSRU(self.config.d_model, self.config.dtype)
+            self.recurrence_norm = layer_norm(self.config)
+        else:
+            self._add_self_attention()
         self.cross_attention = _attention(self.config)
         self.cross_attention_norm = layer_norm(self.config)
 
@@ -163,39 +178,51 @@ class DecoderLayer(_Layer):
         memory: KVCache,
         self_mask: Float[Array, "..."] | None = None,
         memory_mask: Float[Array, "..."] | None = None,
+        begins: Bool[Array, "B T"] | None = None,
         *,
         deterministic: bool,
-        cache: KVCache | None = None,
+        cache: KVCache | Float[Array, "B N D"] | None = None,
         write_at: Int[Array, ""] | None = None,
         return_weights: bool = False,
-    ) -> tuple[Float[Array, "B T D"], KVCache, tuple[Array | None, Array | None]]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | Float[Array, "B N D"], tuple[Array | None, Array | None]]:
         """Applies the layer to a whole target at once or, with a cache, to the next positions.
 
         Args:
             inputs: one vector for each target position; with a cache, of every hypothesis of the sentence.
             memory: keys and values of the encoder's memory, from `project_memory`.
-            self_mask: which target positions see each other; broadcasts to [B, H, T, M].
+            self_mask: which target positions see each other; broadcasts to [B, H, T, M]. Self-attention alone needs it.
             memory_mask: which source positions a target position sees; broadcasts to [B, H, T, S].
+            begins: where a sentence begins in a row of several sentences. The recurrent unit alone needs it.
             deterministic: true switches dropout off.
-            cache: keys and values of the target positions so far.
-            write_at: the place of the inputs in the cache.
+            cache: what the layer keeps of the target positions so far: their keys and values, or the state of its
+                recurrent unit for each hypothesis.
+            write_at: the place of the inputs in a cache of keys and values.
             return_weights: whether to return the attention weights too.
 
         Returns:
-            The outputs, the keys and values of the target so far, and the weights of self-attention and
-            cross-attention, which are `None` unless asked for.
+            The outputs, the cache after these positions, and the weights of self-attention and cross-attention, which
+            are `None` unless asked for; a recurrent unit has none.
         """
         options = {"deterministic": deterministic, "return_weights": return_weights}
 
         def attend(x: Array) -> tuple[Array, Any]:
             keys_values = self.self_attention.project_memory(x)
             if cache is not None:
-                assert write_at is not None, "a cache needs a place to write to"
+                assert isinstance(cache, KVCache) and write_at is not None, "a cache needs a place to write to"
                 keys_values = cache.write(write_at, keys_values)
             outputs, weights = self.self_attention.attend(x, keys_values, self_mask, **options)
             return outputs, (keys_values, weights)
 
-        hidden, (keys_values, self_weights) = self._connect(attend, self.self_attention_norm, inputs, deterministic)
+        def recur(x: Array) -> tuple[Array, Any]:
+            assert not isinstance(cache, KVCache), "a recurrent unit has a state, no keys and values"
+            outputs, state = self.recurrence(x, begins, cache)
+            return outputs, (state, None)
+
+        if self.config.decoder_autoregression == "ssru":
+            sub_layer, norm = recur, self.recurrence_norm
+        else:
+            sub_layer, norm = attend, self.self_attention_norm
+        hidden, (kept, self_weights) = self._connect(sub_layer, norm, inputs, deterministic)
         hidden, cross_weights = self._connect(
             lambda x: self.cross_attention.attend(x, memory, memory_mask, **options),
             self.cross_attention_norm,
@@ -203,4 +230,4 @@ class DecoderLayer(_Layer):
             deterministic,
         )
         outputs = self._connect_feed_forward(hidden, deterministic)
-        return outputs, keys_values, (self_weights, cross_weights)
+        return outputs, kept, (self_weights, cross_weights)

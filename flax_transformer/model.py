@@ -24,7 +24,7 @@ class AttentionWeights(flax.struct.PyTreeNode):
 
     Attributes:
         encoder: from source to source.
-        decoder: from target to target.
+        decoder: from target to target; empty if the decoder's layers are recurrent (`decoder_autoregression`).
         cross: from target to source.
     """
 
@@ -76,6 +76,10 @@ class Transformer(nn.Module):
         # Multiplied by sqrt(d_model), such vectors have unit variance, like the positions added to them.
         init = nn.initializers.normal(self.config.d_model**-0.5)
         return nn.Embed(size, self.config.d_model, embedding_init=init)
+
+    @property
+    def _is_recurrent(self) -> bool:
+        return self.config.decoder_autoregression == "ssru"
 
     def _embedding(self, side: str) -> nn.Embed:
         shared = self.config.tie_embeddings == "three_way"
@@ -130,6 +134,8 @@ class Transformer(nn.Module):
         if not return_weights:
             return logits
         self_weights, cross_weights = zip(*decoder_weights, strict=True)
+        if self._is_recurrent:
+            self_weights = ()
         return logits, AttentionWeights(encoder=encoder_weights, decoder=self_weights, cross=cross_weights)
 
     def encode(self, source: Tokens | Int[Array, "B S"], *, deterministic: bool) -> Float[Array, "B S D"]:
@@ -179,11 +185,14 @@ class Transformer(nn.Module):
         deterministic: bool,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array | None, Array | None], ...]]:
+        mask = None
+        if not self._is_recurrent:
+            mask = combine_masks(causal_mask(target.ids.shape[1]), segment_mask(target.segments, target.segments))
         return self.decoder(
             self._embed_target(target.shift_right(self.config.start_id).ids),
             target.positions,
             self.decoder.project_memory(memory),
-            combine_masks(causal_mask(target.ids.shape[1]), segment_mask(target.segments, target.segments)),
+            mask,
             segment_mask(target.segments, source.segments),
             deterministic=deterministic,
             return_weights=return_weights,
@@ -245,7 +254,9 @@ class Transformer(nn.Module):
         if length > room:
             raise ValueError(f"{length} tokens at once, start_decoding made room for {room}: raise max_length")
         by_position = tokens.reshape(batch, hypotheses, length).swapaxes(1, 2).reshape(batch, -1)
-        self_mask = ancestor_mask(state.ancestors, length, state.position, state.place)
+        self_mask = None
+        if not self._is_recurrent:
+            self_mask = ancestor_mask(state.ancestors, length, state.position, state.place)
         state, outputs = self.decoder.step(self._embed_target(by_position), state, self_mask)
         logits = self.logits(outputs).reshape(batch, length, hypotheses, -1)
         return state, logits.swapaxes(1, 2).reshape(*tokens.shape, -1)

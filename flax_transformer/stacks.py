@@ -26,12 +26,16 @@ class DecodingState(flax.struct.PyTreeNode):
     any step. When a search continues one hypothesis from another, only `ancestors` changes; keys and values are never
     copied.
 
+    Decoders with `decoder_autoregression="ssru"` have no cache of the target but one vector for each hypothesis and
+    layer, which is copied when a search continues one hypothesis from another.
+
     Attributes:
         position: number of target positions decoded so far, for each sentence.
         place: the place in the ring that the next step writes to; an array of one for each device where several
             devices share the sentences, each decoding by itself.
         ancestors: for each hypothesis and place, which of the N hypotheses wrote its entry in the cache.
-        target: each layer's keys and values of the last L steps.
+        target: each layer's keys and values of the last L steps; empty if its layers are recurrent.
+        recurrent: each layer's state of the recurrent unit, float32; empty if its layers have self-attention.
         memory: each layer's keys and values of the encoder's memory, projected once.
         memory_mask: hides the source's padding.
     """
@@ -40,6 +44,7 @@ class DecodingState(flax.struct.PyTreeNode):
     place: Int[Array, "*devices"]
     ancestors: Int[Array, "B N L"]
     target: tuple[KVCache, ...]
+    recurrent: tuple[Float[Array, "B N D"], ...]
     memory: tuple[KVCache, ...]
     memory_mask: Float[Array, "B 1 1 S"]
 
@@ -49,7 +54,10 @@ class DecodingState(flax.struct.PyTreeNode):
         room = self.ancestors.shape[2]
         age = (self.place - 1 - jnp.arange(room)) % room
         decoded = age < self.position[:, None]
-        return self.replace(ancestors=jnp.where(decoded[:, None], inherited, first_ancestors(*self.ancestors.shape)))
+        return self.replace(
+            ancestors=jnp.where(decoded[:, None], inherited, first_ancestors(*self.ancestors.shape)),
+            recurrent=tuple(jnp.take_along_axis(each, parents[:, :, None], axis=1) for each in self.recurrent),
+        )
 
     @classmethod
     def empty(
@@ -65,6 +73,8 @@ class DecodingState(flax.struct.PyTreeNode):
             source_length: number of places of the memory, S.
         """
         heads, size = config.num_heads, config.d_model // config.num_heads
+        recurrent = config.decoder_autoregression == "ssru"
+        nothing = jnp.zeros((batch, hypotheses, config.d_model), jnp.float32)
 
         def zeros(places: Length) -> tuple[KVCache, ...]:
             cache = KVCache(
@@ -77,7 +87,8 @@ class DecodingState(flax.struct.PyTreeNode):
             position=jnp.zeros(batch, jnp.int32),
             place=jnp.zeros((), jnp.int32),
             ancestors=first_ancestors(batch, hypotheses, max_length),
-            target=zeros(max_length * hypotheses),
+            target=() if recurrent else zeros(max_length * hypotheses),
+            recurrent=(nothing,) * config.num_decoder_layers if recurrent else (),
             memory=zeros(source_length),
             memory_mask=jnp.full((batch, 1, 1, source_length), -jnp.inf),
         )
@@ -187,6 +198,7 @@ class Decoder(_Stack):
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[tuple[Array | None, Array | None], ...]]:
         """Decodes a whole target at once; the second result is each layer's two weights, `None` unless asked for."""
+        begins = positions == 0 if self.config.decoder_autoregression == "ssru" else None
         outputs, all_weights = self._embed(embeddings, positions, deterministic), []
         for layer, layer_memory in zip(self.layers, memory, strict=True):
             outputs, _, weights = self._call_layer(
@@ -195,6 +207,7 @@ class Decoder(_Stack):
                 layer_memory,
                 self_mask,
                 memory_mask,
+                begins,
                 deterministic=deterministic,
                 return_weights=return_weights,
             )
@@ -202,15 +215,18 @@ class Decoder(_Stack):
         return self._finish(outputs), tuple(all_weights)
 
     def step(
-        self, embeddings: Float[Array, "B P D"], state: DecodingState, self_mask: Float[Array, "B 1 P M"]
+        self, embeddings: Float[Array, "B P D"], state: DecodingState, self_mask: Float[Array, "B 1 P M"] | None
     ) -> tuple[DecodingState, Float[Array, "B P D"]]:
         """Decodes the next positions without dropout; `self_mask` lets each hypothesis see its own past."""
+        recurrent = self.config.decoder_autoregression == "ssru"
         _, hypotheses, room = state.ancestors.shape
         steps = embeddings.shape[1] // hypotheses
         positions = state.position[:, None] + jnp.arange(embeddings.shape[1]) // hypotheses
         outputs = self._embed(embeddings, positions, deterministic=True)
         caches = []
-        for layer, memory, cache in zip(self.layers, state.memory, state.target, strict=True):
+        for layer, memory, cache in zip(
+            self.layers, state.memory, state.recurrent if recurrent else state.target, strict=True
+        ):
             outputs, cache, _ = layer(
                 outputs,
                 memory,
@@ -225,5 +241,6 @@ class Decoder(_Stack):
         # of the ring: NaN makes the mistake visible.
         fits = (state.position + steps <= room) & (state.place + steps <= room)
         outputs = jnp.where(fits[:, None, None], self._finish(outputs), jnp.nan)
-        place = (state.place + steps) % room
-        return state.replace(position=state.position + steps, place=place, target=tuple(caches)), outputs
+        state = state.replace(position=state.position + steps, place=(state.place + steps) % room)
+        caches = tuple(caches)
+        return state.replace(recurrent=caches) if recurrent else state.replace(target=caches), outputs

@@ -44,6 +44,7 @@ def test_the_defaults_are_the_papers_choices():
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
+        ("decoder_autoregression", "self_attention, ssru"),
         ("norm", "post, pre"),
         ("activation", "relu, gelu, quick_gelu, swish"),
         ("positions", "sinusoidal, sinusoidal_concatenated, sinusoidal_tensor2tensor, learned"),

@@ -124,14 +124,19 @@ def test_the_encoder_layer_is_two_sub_layers_each_with_residual_and_norm(norm):
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("autoregression", ["self_attention", "ssru"])
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_the_decoder_layer_is_three_sub_layers_each_with_residual_and_norm(norm):
-    layer, variables, inputs, memory = decoder_layer(norm=norm)
+def test_the_decoder_layer_is_three_sub_layers_each_with_residual_and_norm(norm, autoregression):
+    layer, variables, inputs, memory = decoder_layer(norm=norm, decoder_autoregression=autoregression)
     outputs = run_decoder_layer(layer, variables, inputs, memory, deterministic=True)
     part = layer.bind(variables)
-    norm_1, norm_2, norm_3 = part.self_attention_norm, part.cross_attention_norm, part.feed_forward_norm
+    recurrent = autoregression == "ssru"
+    norm_1 = part.recurrence_norm if recurrent else part.self_attention_norm
+    norm_2, norm_3 = part.cross_attention_norm, part.feed_forward_norm
 
-    def attend(x):
+    def look_back(x):
+        if recurrent:
+            return part.recurrence(x)[0]
         return part.self_attention(x, x, causal_mask(T), deterministic=True)[0]
 
     def ask_memory(x):
@@ -139,11 +144,11 @@ def test_the_decoder_layer_is_three_sub_layers_each_with_residual_and_norm(norm)
 
     feed_forward = partial(part.feed_forward, deterministic=True)
     if norm == "post":
-        first = norm_1(inputs + attend(inputs))
+        first = norm_1(inputs + look_back(inputs))
         second = norm_2(first + ask_memory(first))
         expected = norm_3(second + feed_forward(second))
     else:
-        first = inputs + attend(norm_1(inputs))
+        first = inputs + look_back(norm_1(inputs))
         second = first + ask_memory(norm_2(first))
         expected = second + feed_forward(norm_3(second))
     np.testing.assert_allclose(outputs, expected, atol=1e-5)

@@ -51,11 +51,15 @@ def tokens_of(ids, real):
     return Tokens(ids, np.int32(real), np.tile(np.arange(ids.shape[1], dtype="int32"), (len(ids), 1)))
 
 
-OPTIONS = [{}, {"norm": "pre", "positions": "learned", "activation": "gelu"}]
-both_options = pytest.mark.parametrize("options", OPTIONS, ids=["paper", "pre-norm, learned"])
+OPTIONS = [
+    {},
+    {"norm": "pre", "positions": "learned", "activation": "gelu"},
+    {"decoder_autoregression": "ssru", "zero_start": True},
+]
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=["paper", "pre-norm, learned", "recurrent"])
 
 
-@both_options
+@every_option
 def test_a_changed_target_token_changes_later_logits_and_no_earlier_one_by_a_bit(options):
     model, variables = build(**options)
     before = logits_of(model, variables, target=FULL_TARGET)
@@ -65,7 +69,7 @@ def test_a_changed_target_token_changes_later_logits_and_no_earlier_one_by_a_bit
         assert (after[:, position + 1 :] != before[:, position + 1 :]).any(-1).all()
 
 
-@both_options
+@every_option
 def test_the_content_of_padding_changes_nothing_by_a_bit(options):
     model, variables = build(**options)
     source, target = (tokens_of(ids, ids != 0) for ids in (SOURCE, TARGET))
@@ -106,7 +110,7 @@ def packed_batch():
     return source, target
 
 
-@both_options
+@every_option
 def test_packed_sentences_have_the_same_logits_as_alone(options):
     model, variables = build(**options)
     source, target = packed_batch()
@@ -119,7 +123,7 @@ def test_packed_sentences_have_the_same_logits_as_alone(options):
         np.testing.assert_allclose(there, alone[index, : len(sentence)], atol=1e-5)
 
 
-@both_options
+@every_option
 def test_another_segment_changes_nothing_by_a_bit(options):
     model, variables = build(**options)
     sides = packed_batch()
@@ -140,6 +144,7 @@ def test_another_segment_changes_nothing_by_a_bit(options):
         (OPTIONS[0], 3, (2, 5)),
         (OPTIONS[1], 1, (3, 4)),
         (OPTIONS[1], 3, (1,) * T),
+        (OPTIONS[2], 3, (1, 1, 3, 2)),
     ],
 )
 def test_step_by_step_logits_equal_those_of_one_pass(options, hypotheses, chunks):
@@ -157,7 +162,7 @@ def test_step_by_step_logits_equal_those_of_one_pass(options, hypotheses, chunks
     assert np.array_equal(state.position, [T] * B)
 
 
-@both_options
+@every_option
 @pytest.mark.parametrize("chunks", [(1,) * T, (2, 1, 3, 1)])
 def test_a_hypothesis_that_follows_another_continues_with_its_past(options, chunks):
     model, variables = build(**options)
@@ -238,6 +243,13 @@ def test_the_parameter_tree_has_the_documented_names():
     assert set(flat) == expected | {"output_bias"}
     assert {leaf.dtype for leaf in flat.values()} == {np.dtype("float32")}
 
+    _, variables = build(decoder_autoregression="ssru")
+    found = set(flax.traverse_util.flatten_dict(variables["params"]["decoder"]["layers_1"], sep="/"))
+    paper = {name.removeprefix("decoder/layers_1/") for name in expected if name.startswith("decoder/layers_1/")}
+    assert paper - found == {name for name in paper if name.startswith("self_attention")}
+    unit = {"input/kernel", "forget/kernel", "forget/bias"}
+    assert found - paper == {f"recurrence/{name}" for name in unit} | {f"recurrence_norm/{leaf}" for leaf in norm}
+
 
 def test_each_layer_returns_weights_whose_rows_sum_to_one_or_to_zero_for_padding():
     model, variables = build()
@@ -256,6 +268,11 @@ def test_each_layer_returns_weights_whose_rows_sum_to_one_or_to_zero_for_padding
             assert (layer.swapaxes(1, 3)[memory == 0] == 0).all()
     for layer in weights.decoder:
         assert np.array_equal(layer, np.tril(layer))
+    model, variables = build(decoder_autoregression="ssru")
+    _, weights = jax.eval_shape(
+        partial(model.apply, deterministic=True, return_weights=True), variables, SOURCE, TARGET
+    )
+    assert weights.decoder == () and len(weights.encoder) == len(weights.cross) == 2
 
 
 @pytest.mark.parametrize("shapes", [[(S,), (B, T)], [(B, S), (B + 1, T)]])

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import flax_transformer
 from flax_transformer import MultiHeadAttention, Transformer, TransformerConfig, causal_mask, dot_product_attention
+from flax_transformer.recurrence import SSRU
 
 B, S, D, V = 4, 3, 8, 11
 CONFIG = TransformerConfig(
@@ -36,18 +37,31 @@ def attend_by_hand(module, variables, inputs):
     return dot_product_attention(query, query, query, causal_mask(S))
 
 
+def recur(module, variables, inputs):
+    """The outputs for whole rows, each of two sentences, and those for the same vectors as a continuation."""
+    begins = jnp.broadcast_to(jnp.arange(S) % 2 == 0, inputs.shape[:2])
+    outputs, state = module.apply(variables, inputs, begins)
+    return jnp.concatenate([outputs, module.apply(variables, inputs, before=state)[0]], axis=1)
+
+
 def translate(model, variables, tokens):
     return model.apply(variables, tokens, tokens, deterministic=True)
 
 
-MODEL, REMAT = Transformer(CONFIG), Transformer(TransformerConfig(**{**vars(CONFIG), "remat": True}))
+MODEL, REMAT, RECURRENT = (
+    Transformer(TransformerConfig(**{**vars(CONFIG), **changes}))
+    for changes in ({}, {"remat": True}, {"decoder_autoregression": "ssru", "remat": True})
+)
 # The module, its inputs, those it begins with, and what is differentiated.
 CASES = {
     "dot_product_attention": (nn.Dense(D), (VECTORS,), attend_by_hand),
     "MultiHeadAttention": (MultiHeadAttention(d_model=D, num_heads=2), (VECTORS, VECTORS), attend),
+    "SSRU": (SSRU(d_model=D), (VECTORS,), recur),
     "Transformer": (MODEL, (TOKENS, TOKENS), translate),
     "Transformer, layers computed again": (REMAT, (TOKENS, TOKENS), translate),
     "Transformer, step by step": (MODEL, (TOKENS, TOKENS), stepwise),
+    "recurrent Transformer": (RECURRENT, (TOKENS, TOKENS), translate),
+    "recurrent Transformer, step by step": (RECURRENT, (TOKENS, TOKENS), stepwise),
 }
 
 
@@ -57,7 +71,7 @@ def test_every_public_module_is_tested():
     assert modules <= set(CASES)
 
 
-FURTHER = {"Transformer, layers computed again", "Transformer, step by step"}  # left to `make test-slow`
+FURTHER = set(list(CASES)[4:])  # left to `make test-slow`
 
 
 @pytest.fixture(
@@ -66,7 +80,7 @@ FURTHER = {"Transformer, layers computed again", "Transformer, step by step"}  #
 def case(request):
     """A loss of parameters and inputs, parameters, a direction for them, and the inputs; all outputs as a function."""
     module, inputs, call = CASES[request.param]
-    options = {} if isinstance(module, nn.Dense) else {"deterministic": True}
+    options = {} if isinstance(module, nn.Dense | SSRU) else {"deterministic": True}
     variables = jax.jit(partial(module.init, **options))(jax.random.key(3), *inputs)
     leaves, structure = jax.tree.flatten(variables)
     rngs = jax.random.split(jax.random.key(4), len(leaves))
@@ -110,7 +124,7 @@ def test_forward_mode_linearizing_and_the_gradient_agree(case):
 
 
 @pytest.mark.parametrize(
-    "case", [*list(CASES)[:2], pytest.param(list(CASES)[2], marks=pytest.mark.slow)], indirect=True, scope="module"
+    "case", [*list(CASES)[:3], pytest.param(list(CASES)[3], marks=pytest.mark.slow)], indirect=True, scope="module"
 )
 def test_the_hessian_is_symmetric_and_equals_the_gradient_of_the_gradient(case):
     _, loss, variables, direction, inputs = case
@@ -126,14 +140,14 @@ def test_the_hessian_is_symmetric_and_equals_the_gradient_of_the_gradient(case):
     close([hessian, hessian], [hessian.T, reverse])
 
 
-@pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
+@pytest.mark.parametrize("case", list(CASES)[:4], indirect=True, scope="module")
 def test_vmap_over_examples_equals_the_batch(case):
     outputs, _, variables, _, inputs = case
     mapped = jax.jit(jax.vmap(outputs, (None, 0)))(variables, inputs[:, None])[:, 0]
     close(mapped, jax.jit(outputs)(variables, inputs))
 
 
-@pytest.mark.parametrize("case", list(CASES)[:3], indirect=True, scope="module")
+@pytest.mark.parametrize("case", list(CASES)[:4], indirect=True, scope="module")
 def test_gradients_inside_shard_map_with_default_checks_equal_those_of_the_whole(case):
     _, loss, variables, _, inputs = case
     mesh = jax.make_mesh((B,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.devices()[:B])

@@ -13,7 +13,8 @@ a sentence that needs more room to larger slots.
 
 Memory of the slots in bytes, for each model: about 2 * B * num_decoder_layers * d_model * (N * L + S) activations, of 4
 bytes each in float32. For the base model with 64 slots, N = 4, S = 32 and L = 48, as for 2,048 source tokens, that is
-352 MB; the pool holds 2 * num_decoder_layers * d_model activations a source token, 50 MB for 2,048.
+352 MB; the pool holds 2 * num_decoder_layers * d_model activations a source token, 50 MB for 2,048. With recurrent
+decoder layers N / 2 takes the place of N * L, and each of these is of 4 bytes.
 
 Glossary: B slots, N hypotheses of each, S places for source tokens, L places for output tokens, R rows of the pool,
 W source tokens in each row.
@@ -297,6 +298,7 @@ def _take_in(search: Search, progress: Progress, pool: Pool, tenants: Tenants) -
         states.append(
             state.replace(
                 target=target,
+                recurrent=jax.tree.map(lambda leaf: renewed(jnp.zeros_like(leaf), leaf), state.recurrent),
                 memory=jax.lax.fori_loop(0, tenants.count[0], put, state.memory),
                 memory_mask=renewed(seen, state.memory_mask),
                 position=renewed(jnp.zeros_like(state.position), state.position),
@@ -345,8 +347,7 @@ def move(
         return whole.at[new_slot].set(jnp.pad(leaf[old_slot], widths, constant_values=filler))
 
     def moved_hypotheses(whole: Hypotheses, leaf: Hypotheses) -> Hypotheses:
-        copied = jax.tree.map(widened, whole, leaf)
-        return copied.replace(tokens=widened(whole.tokens, leaf.tokens, pad_id))
+        return jax.tree.map(widened, whole, leaf).replace(tokens=widened(whole.tokens, leaf.tokens, pad_id))
 
     states = tuple(
         _move_state(state, other, old_slot, new_slot, old.step[old_slot], mesh, widened)
@@ -379,9 +380,8 @@ def _move_state(
 
     def turned(whole: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
         """`axis` of a sentence holds its L * N entries."""
-        sentence = leaf[old_slot]
-        shape = sentence.shape
-        by_place = sentence.reshape(*shape[:axis], room, -1, *shape[axis + 1 :])
+        shape = leaf.shape[1:]
+        by_place = leaf[old_slot].reshape(*shape[:axis], room, -1, *shape[axis + 1 :])
         return whole.at[new_slot].set(jnp.take(by_place, place, axis=axis).reshape(whole.shape[1:]))
 
     own = jnp.arange(hypotheses)[:, None]
@@ -393,6 +393,7 @@ def _move_state(
             KVCache(key=turned(whole.key, leaf.key, 2), value=turned(whole.value, leaf.value, 1))
             for whole, leaf in zip(new.target, old.target, strict=True)
         ),
+        recurrent=jax.tree.map(lambda whole, leaf: widened(whole, leaf, 0), new.recurrent, old.recurrent),
         memory=jax.tree.map(lambda whole, leaf: widened(whole, leaf, 0), new.memory, old.memory),
         memory_mask=widened(new.memory_mask, old.memory_mask, -jnp.inf),
     )

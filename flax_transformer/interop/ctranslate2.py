@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from flax_transformer.config import WAVES, TransformerConfig
 from flax_transformer.interop.folders import new_folder
-from flax_transformer.interop.marian_tensors import embeddings
+from flax_transformer.interop.marian_tensors import check_layers, embeddings
 from flax_transformer.positions import sinusoidal_positions
 from flax_transformer.ranges import check_value
 from flax_transformer.trained_model import TrainedModel
@@ -42,8 +42,9 @@ def to_ctranslate2(model: TrainedModel, folder: epath.PathLike, *, quantization:
         quantization: one of `QUANTIZATIONS`.
 
     Raises:
-        ValueError: ctranslate2 is not installed, or there is no such quantization.
+        ValueError: ctranslate2 is not installed, there is no such quantization, or the model's decoder is recurrent.
     """
+    check_layers(model.config, "CTranslate2")
     check_value("--quantization", quantization, str, QUANTIZATIONS)
     vocabularies = model.vocabularies
     source, target = (side.pieces(range(side.size)) for side in (vocabularies.source, vocabularies.target))

@@ -18,7 +18,7 @@ from flax_transformer.interop.fields import read_flag
 from flax_transformer.interop.folders import new_folder
 from flax_transformer.interop.marian_fields import FIELDS, check_expressible, join_fields, read_fields, write_fields
 from flax_transformer.interop.marian_native import is_native, read_native
-from flax_transformer.interop.marian_tensors import concatenate_waves, from_tensors, to_tensors
+from flax_transformer.interop.marian_tensors import check_layers, concatenate_waves, from_tensors, to_tensors
 from flax_transformer.interop.tensor_files import SAFETENSORS, read_tensors
 from flax_transformer.trained_model import TrainedModel
 
@@ -145,6 +145,7 @@ def to_marian(model: TrainedModel, folder: epath.PathLike) -> None:
     import safetensors.numpy
 
     config = model.config
+    check_layers(config, "transformers' MarianMTModel")
     check_expressible(config)
     config, params = concatenate_waves(config, model.params)
     tensors, sharing = to_tensors(config, params)

@@ -192,7 +192,7 @@ def write_options(config: TransformerConfig, sizes: tuple[int, int], *, bias: bo
     """
     _check_expressible(config)
     norms = dict(zip(NORM_OPTIONS, NORMS[config.norm], strict=True))
-    ssru = getattr(config, "decoder_autoregression", "self_attention") == "ssru"
+    ssru = config.decoder_autoregression == "ssru"
     options: dict[str, Any] = {
         "dec-cell": "ssru" if ssru else "gru",
         "dec-depth": config.num_decoder_layers,

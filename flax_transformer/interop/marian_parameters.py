@@ -29,7 +29,7 @@ def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
     """The path of each parameter of both stacks, and the name of its tensor in Marian."""
     before = config.norm == "pre"
     suffix = "_pre" if before else ""
-    recurrent = getattr(config, "decoder_autoregression", "self_attention") == "ssru"
+    recurrent = config.decoder_autoregression == "ssru"
     for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
         parts = {"feed_forward_norm": f"ffn_ffn_ln_*{suffix}"}
         for ours, theirs in {"inner": "1", "outer": "2"}.items():

@@ -26,6 +26,15 @@ POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positi
 ATTENTION_PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
 
+def check_layers(config: TransformerConfig, theirs: str) -> None:
+    """Raises ValueError if the decoder has layers that neither `theirs` nor the functions below know."""
+    if config.decoder_autoregression != "self_attention":
+        raise ValueError(
+            f'model.decoder_autoregression is "{config.decoder_autoregression}", which {theirs} does not have: '
+            'convert to-stablehlo, or train with "self_attention"'
+        )
+
+
 def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
     """The path of each parameter of all layers, and the name of its tensor in Marian."""
     for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):

@@ -112,6 +112,7 @@ def model_flops(config: TransformerConfig, rows: int, source_slots: int, target_
     over_source, over_target = 2 * 2 * source_slots * d_model, 2 * 2 * target_slots * d_model
     encoder = config.num_encoder_layers * (4 * projection + over_source + feed_forward)
     memory = config.num_decoder_layers * 2 * projection
-    decoder = config.num_decoder_layers * (6 * projection + over_target + over_source + feed_forward)
+    past = 2 * projection if config.decoder_autoregression == "ssru" else 4 * projection + over_target
+    decoder = config.num_decoder_layers * (past + 2 * projection + over_source + feed_forward)
     logits = 2 * d_model * config.target_vocab_size
     return 3.0 * rows * (source_slots * (encoder + memory) + target_slots * (decoder + logits))

@@ -291,9 +291,16 @@ def test_an_error_in_the_middle_is_its_own_sentences_and_the_others_get_their_ou
     check_same([requests[number].result() for number in others], expected)
 
 
-@pytest.mark.parametrize("settings", [GREEDY, BEAM, SAMPLING], ids=["greedy", "beam", "sampling"])
-def test_a_sentence_that_overflows_float16_ends_at_once_and_spoils_no_other(make_engine, settings):
-    engine = make_engine(dtype="float16")
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        *((settings, {}) for settings in (GREEDY, BEAM, SAMPLING)),
+        (BEAM, {"decoder_autoregression": "ssru", "num_decoder_layers": 2}),  # the second's state is not a number
+    ],
+    ids=["greedy", "beam", "sampling", "recurrent"],
+)
+def test_a_sentence_that_overflows_float16_ends_at_once_and_spoils_no_other(make_engine, settings, changes):
+    engine = make_engine(dtype="float16", **changes)
     (params,) = engine.ensemble.models
     embedding = params["source_embedding"]["embedding"]
     params["source_embedding"]["embedding"] = embedding.at[11].set(1e5)  # infinite in float16

@@ -1,5 +1,6 @@
 """Compares searches in slots with whole passes through the model, which need no cache, and with each sentence alone."""
 
+import itertools
 from functools import cache, partial
 
 import jax
@@ -30,8 +31,8 @@ def model(make_model):
 
 @pytest.fixture(scope="module")
 def ensemble(make_model, model):
-    """Two models that differ in size too."""
-    return model, make_model(V, 291, d_model=8, num_decoder_layers=2)
+    """Two models that differ in size too; the decoder of the second is recurrent."""
+    return model, make_model(V, 291, d_model=8, num_decoder_layers=2, decoder_autoregression="ssru")
 
 
 def split(models):
@@ -186,6 +187,24 @@ def test_an_ensemble_chooses_what_the_mean_of_the_probabilities_chooses(ensemble
     assert np.array_equal(tokens[chosen], best[chosen])
     for model in ensemble:
         assert not np.array_equal(tokens, search(model, settings=GREEDY)["tokens"][:, 0])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_beam_over_every_output_of_a_recurrent_decoder_equals_exhaustive_search(make_model, alpha):
+    model = make_model(V, 292, num_decoder_layers=2, decoder_autoregression="ssru")
+    words, longest = [token for token in range(V) if token not in (*SPECIAL, EOS)], 3
+    every = [(*begun, EOS) for size in range(longest) for begun in itertools.product(words, repeat=size)]
+    settings = BeamSearch(beam_size=len(words) ** 2, num_return=20, banned=SPECIAL, alpha=alpha)
+    found = search(model, settings=settings, limits=[longest] * 3, max_length=longest)
+    targets = np.array([[*output, *[PAD] * (longest - len(output))] for output in every], "int32")
+    lengths = np.array([len(output) for output in every])
+    for sentence, source in enumerate(SOURCE):
+        log_probs = np.float64(log_probs_of(model, targets, np.tile(source, (len(every), 1))))
+        each = np.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        scores = np.where(targets == PAD, 0, each).sum(1) / settings.penalty(lengths)
+        best = np.argsort(-scores)[:20]
+        np.testing.assert_allclose(found["scores"][sentence], scores[best], atol=1e-5)
+        assert np.array_equal(found["tokens"][sentence], targets[best])
 
 
 def test_an_ensemble_of_a_model_and_itself_is_the_model(model):

@@ -121,6 +121,14 @@ def test_a_marian_vocabulary_keeps_its_ids_and_languages(make_model, vocabularie
     assert ">>fra<<" in (tmp_path / "exported" / "README.md").read_text()
 
 
+def test_a_recurrent_decoder_is_refused_by_name_and_nothing_is_written(make_model, tmp_path):
+    with pytest.raises(
+        ValueError, match='model.decoder_autoregression is "ssru", which CTranslate2 does not have: conv'
+    ):
+        to_ctranslate2(make_model(decoder_autoregression="ssru"), tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_quantization_is_an_error_and_writes_nothing(make_model, tmp_path):
     with pytest.raises(ValueError, match="'int4': choose one of none, int8"):
         to_ctranslate2(make_model(), tmp_path / "exported", quantization="int4")

@@ -54,6 +54,7 @@ def test_interleaved_positions_become_concatenated_without_other_changes(make_mo
     ("changes", "match"),
     [
         ({"norm": "pre"}, "model.norm is 'pre'"),
+        ({"decoder_autoregression": "ssru"}, 'model.decoder_autoregression is "ssru", which transformers'),
         ({"positions": "learned"}, "model.positions is 'learned'"),
         ({"norm_epsilon": 1e-6}, "model.norm_epsilon is 1e-06"),
     ],

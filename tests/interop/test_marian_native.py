@@ -48,6 +48,8 @@ KINDS = {
         "tied-embeddings-src": True,
         "output-omit-bias": True,
     },
+    "after, recurrent": {"transformer-decoder-autoreg": "rnn", "dec-cell": "ssru"},
+    "before, recurrent": {**BEFORE, "transformer-decoder-autoreg": "rnn", "dec-cell": "ssru"},
 }
 
 

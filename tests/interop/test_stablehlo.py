@@ -22,7 +22,11 @@ def batch(config, rows, width, seed=0):
     return source
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "pre", "positions": "learned", "output_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm": "pre", "positions": "learned", "output_bias": True}, {"decoder_autoregression": "ssru"}],
+    ids=str,
+)
 def test_the_programs_give_the_model_s_logits_for_any_batch_and_lengths(make_model, options):
     model = make_model(**options)
     encode, decode_step = (jax.export.deserialize(program.serialize()) for program in export_programs(model))

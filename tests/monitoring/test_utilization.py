@@ -18,8 +18,10 @@ def device(kind):
     return mock.Mock(spec=jax.devices()[0], device_kind=kind)
 
 
-@pytest.mark.parametrize("layers", [(1, 2), (2, 1)])
-def test_model_flops_equal_the_operations_that_xla_counts(layers):
+@pytest.mark.parametrize(
+    ("layers", "autoregression"), [((1, 2), "self_attention"), ((2, 1), "self_attention"), ((1, 2), "ssru")]
+)
+def test_model_flops_equal_the_operations_that_xla_counts(layers, autoregression):
     # Wide and with few words, so that matrix products are nearly all there is.
     config = TransformerConfig(
         source_vocab_size=97,
@@ -29,6 +31,7 @@ def test_model_flops_equal_the_operations_that_xla_counts(layers):
         d_ff=1280,
         num_encoder_layers=layers[0],
         num_decoder_layers=layers[1],
+        decoder_autoregression=autoregression,
         dropout_rate=0.0,
     )
     source, target = jnp.ones((3, 40), jnp.int32), jnp.ones((3, 56), jnp.int32)

@@ -71,6 +71,21 @@ def test_a_stopped_training_continues_to_the_same_bits(whole, tmp_path, monkeypa
     assert again == scores
 
 
+def test_a_recurrent_decoder_learns_and_continues_to_the_same_bits(experiment, tmp_path, monkeypatch):
+    experiment = without_held_out(experiment).changed({"model.decoder_autoregression": "ssru"})
+    changes = {"parallelism.layout": "data=2,fsdp=4", "schedule.name": "constant", "schedule.learning_rate": 1e-2}
+    experiment = with_training(experiment, **changes)
+    train_and_evaluate(experiment, tmp_path / "unbroken")
+    losses = [loss for _, loss in losses_of(tmp_path / "unbroken")]
+    assert len(losses) == STEPS and np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, STOPPED_AT)
+        train_and_evaluate(experiment, tmp_path / "broken")
+    train_and_evaluate(experiment, tmp_path / "broken")
+    assert [line["step"] for line in lines_of(tmp_path / "broken", "start")] == [0, EVERY]
+    assert same_checkpoint(tmp_path / "broken", tmp_path / "unbroken", STEPS)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_training_after_a_checkpoint_of_the_current_step(whole, tmp_path, monkeypatch, number):
     experiment, unbroken, scores = whole

@@ -95,6 +95,22 @@ def test_eight_devices_give_the_sums_and_the_gradient_of_one(kind, loss_chunks, 
             assert np.linalg.norm(difference) / np.linalg.norm(gradient) < 1e-5, name
 
 
+@pytest.mark.parametrize("kind", ["pmap", "data=2,fsdp=4"])
+def test_eight_devices_give_the_sums_and_the_gradient_of_one_for_a_recurrent_decoder(kind, batch):
+    model = Transformer(dataclasses.replace(CONFIG, decoder_autoregression="ssru", num_decoder_layers=2, remat=True))
+    params = jax.jit(functools.partial(TrainState.create, model, OPTIMIZER))(jax.random.key(0)).params
+    step = functools.partial(loss_and_gradients, objective=dataclasses.replace(OBJECTIVE, model=model))
+    one, eight = (
+        jax.device_get(each.compile(step, donate_state=False)(each.place(params), batch))
+        for each in (Parallelism("jit"), Parallelism(kind))
+    )
+    np.testing.assert_allclose(eight[0].smoothed, one[0].smoothed, rtol=1e-6)
+    difference = optax.tree.norm(jax.tree.map(np.subtract, eight[1], one[1]))
+    assert difference / optax.tree.norm(one[1]) < 2e-6
+    unit = one[1]["decoder"]["layers_1"]["recurrence"]
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(unit))
+
+
 @pytest.mark.parametrize(("kind", "share"), [("pmap", 1), ("data", 1), ("fsdp", 8), ("data=2,fsdp=4", 4)])
 def test_over_fsdp_each_device_keeps_a_part_of_parameters_and_optimizer_from_step_to_step(kind, share, made, batch):
     eight = Parallelism(kind)
