@@ -61,7 +61,7 @@ class TrainedModel:
         config = workdir.read_model_config()
         params = workdir.restore_params(step, param_shapes(config))
         vocabularies, file = workdir.read_vocabularies(), workdir.path / SHORTLIST_FILE
-        shortlist = read_shortlist(file, joint=vocabularies.joint) if file.exists() else None
+        shortlist = read_shortlist(file, joint=vocabularies.shares_ids) if file.exists() else None
         return cls(config, params, vocabularies, shortlist)
 
     def save(self, path: epath.PathLike) -> None:

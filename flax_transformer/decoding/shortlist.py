@@ -29,8 +29,8 @@ class Shortlist:
         offsets: where in `words` the target ids of each source id begin, and at last where they end; so there is one
             number more than source ids.
         words: the target ids of all source ids, one after the other.
-        joint: whether both sides have one vocabulary: then the ids of the source itself are allowed too, as in Marian,
-            so that names can be copied.
+        joint: whether each id stands for the same piece on both sides: then the ids of the source itself are allowed
+            too, as in Marian, so that names can be copied.
     """
 
     first: int

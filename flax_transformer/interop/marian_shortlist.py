@@ -23,7 +23,7 @@ def read_shortlist(path: epath.PathLike, *, joint: bool) -> Shortlist:
 
     Args:
         path: the file.
-        joint: whether the model for which it was made has one vocabulary for both sides.
+        joint: whether each id stands for the same piece on both sides of the model (`VocabularyPair.shares_ids`).
 
     Raises:
         ValueError: the file is not a binary shortlist of Marian, or is damaged.

@@ -156,7 +156,7 @@ def test_bfloat16_computes_the_logits_of_listed_tokens_as_those_of_all(make_mode
 def trained(make_model, vocabularies):
     size = vocabularies.target.size
     config, params = make_model(size, 3)
-    chosen = shortlist(random_lists(1, size), joint=vocabularies.joint)
+    chosen = shortlist(random_lists(1, size), joint=vocabularies.shares_ids)
     return TrainedModel(config, params, vocabularies, chosen)
 
 
