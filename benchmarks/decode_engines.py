@@ -13,7 +13,7 @@ from benchmarks.report import THREADS
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.decoding import slots
+from flax_transformer.decoding import moving, slots
 from flax_transformer.decoding.engine import Engine as SlotEngine
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.settings import BeamSearch
@@ -71,7 +71,7 @@ class Ours:
         return [(best.text, len(best.ids)) for best, *_ in found]
 
     def report(self) -> dict[str, Any]:
-        programs = (slots.encode, slots.advance, slots.move)
+        programs = (slots.encode, slots.advance, moving.move)
         return {
             "slots_filled_while_sentences_wait": self._engine.occupancy,
             "programs": sum(program._cache_size() for program in programs),  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """The whole Transformer (section 3): from source and target tokens to the logits of every target token.
 
 Glossary: B batch, S source, T target, Q target positions decoded at once, L longest target, D d_model, H heads,
-V target vocabulary, N hypotheses of each sentence, R = B * N rows, the hypotheses of a sentence together.
+V target vocabulary, C tokens listed for a sentence, N hypotheses of each sentence, R = B * N rows, the hypotheses of a
+sentence together.
 """
 
 import flax.linen as nn
@@ -31,6 +32,18 @@ class AttentionWeights(flax.struct.PyTreeNode):
     encoder: tuple[Float[Array, "B H S S"], ...]
     decoder: tuple[Float[Array, "B H T T"], ...]
     cross: tuple[Float[Array, "B H T S"], ...]
+
+
+class OutputRows(flax.struct.PyTreeNode):
+    """What computes the logits of some tokens alone, other ones for each sentence.
+
+    Attributes:
+        kernel: the vector of each token.
+        bias: its bias, if the model has an output bias.
+    """
+
+    kernel: Float[Array, "B C D"]
+    bias: Float[Array, "B C"] | None
 
 
 class Transformer(nn.Module):
@@ -207,6 +220,15 @@ class Transformer(nn.Module):
         logits = project(hidden, kernel.astype(hidden.dtype), jnp.float32)
         return logits + self.output_bias if self.config.output_bias else logits
 
+    def output_rows(self, ids: Int[Array, "B C"]) -> OutputRows:
+        """The rows of the output matrix for some target tokens of each sentence; anything for ids below 0."""
+        ids, config = jnp.maximum(ids, 0), self.config
+        if config.tie_embeddings == "none":
+            rows = jnp.moveaxis(self.output_kernel[:, ids], 0, -1)
+        else:
+            rows = self._embedding("target").embedding[ids]
+        return OutputRows(rows.astype(config.dtype), self.output_bias[ids] if config.output_bias else None)
+
     def start_decoding(self, source: Int[Array, "B S"], *, max_length: Length, hypotheses: int = 1) -> DecodingState:
         """Encodes the source and allocates caches for its translations.
 
@@ -236,13 +258,14 @@ class Transformer(nn.Module):
         return state.replace(memory=projected, memory_mask=padding_mask(tokens.segments > 0))
 
     def decode_step(
-        self, state: DecodingState, tokens: Int[Array, "R Q"]
+        self, state: DecodingState, tokens: Int[Array, "R Q"], rows: OutputRows | None = None
     ) -> tuple[DecodingState, Float[Array, "R Q V"]]:
         """The logits that follow each of the next Q tokens; they equal those of one parallel pass.
 
         Args:
             state: from `start_decoding` or the previous step.
             tokens: the tokens chosen last, or `start_id` in the first step; one or more for each hypothesis.
+            rows: from `output_rows`, to compute the logits of these tokens alone; then they are [R, Q, C].
 
         Returns:
             The next state and the logits, which are NaN once a sentence has more tokens than `max_length`, and where
@@ -258,5 +281,12 @@ class Transformer(nn.Module):
         if not self._is_recurrent:
             self_mask = ancestor_mask(state.ancestors, length, state.position, state.place)
         state, outputs = self.decoder.step(self._embed_target(by_position), state, self_mask)
-        logits = self.logits(outputs).reshape(batch, length, hypotheses, -1)
+        logits = self.logits(outputs) if rows is None else _logits_of(rows, outputs)
+        logits = logits.reshape(batch, length, hypotheses, -1)
         return state, logits.swapaxes(1, 2).reshape(*tokens.shape, -1)
+
+
+def _logits_of(rows: OutputRows, hidden: Float[Array, "B P D"]) -> Float[Array, "B P C"]:
+    """The logits, float32, of the tokens of these rows alone."""
+    logits = jnp.einsum("bpd,bcd->bpc", hidden, rows.kernel, preferred_element_type=jnp.float32)
+    return logits if rows.bias is None else logits + rows.bias[:, None]

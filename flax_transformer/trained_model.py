@@ -9,8 +9,12 @@ from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.shortlist import Shortlist
+from flax_transformer.interop.marian_shortlist import read_shortlist, write_shortlist
 from flax_transformer.model import Transformer
 from flax_transformer.workdir import WorkDirectory
+
+SHORTLIST_FILE = "shortlist.bin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +25,16 @@ class TrainedModel:
         config: the model's config.
         params: its parameters, float32.
         vocabularies: the vocabularies of both sides.
+        shortlist: the target tokens that a source may be translated with; `None` allows all of them.
     """
 
     config: TransformerConfig
     params: PyTree
     vocabularies: VocabularyPair
+    shortlist: Shortlist | None = None
 
     def __post_init__(self):
-        """Raises ValueError if the vocabularies do not have the sizes that the config gives."""
+        """Raises ValueError if the vocabularies, or the shortlist, do not have the sizes that the config gives."""
         config, vocabularies = self.config, self.vocabularies
         sizes = (vocabularies.source.size, vocabularies.target.size)
         if sizes != (config.source_vocab_size, config.target_vocab_size):
@@ -36,6 +42,8 @@ class TrainedModel:
                 f"the vocabulary has {sizes[0]} source and {sizes[1]} target pieces, but the model has "
                 f"{config.source_vocab_size} and {config.target_vocab_size}: use the model's own vocabulary"
             )
+        if self.shortlist is not None:
+            self.shortlist.check_fits(config)
 
     @classmethod
     def load(cls, path: epath.PathLike, *, step: str | int = "chosen") -> "TrainedModel":
@@ -47,12 +55,14 @@ class TrainedModel:
 
         Raises:
             ValueError: the folder is not a work directory, has no such checkpoint, or has another vocabulary than the
-                model.
+                model; its shortlist is damaged.
         """
         workdir = WorkDirectory(path)
         config = workdir.read_model_config()
         params = workdir.restore_params(step, param_shapes(config))
-        return cls(config, params, workdir.read_vocabularies())
+        vocabularies, file = workdir.read_vocabularies(), workdir.path / SHORTLIST_FILE
+        shortlist = read_shortlist(file, joint=vocabularies.shares_ids) if file.exists() else None
+        return cls(config, params, vocabularies, shortlist)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes a work directory with this model as checkpoint 0; writes config.json last, so that it marks success.
@@ -63,6 +73,8 @@ class TrainedModel:
         workdir = WorkDirectory(path)
         workdir.write_vocabularies(self.vocabularies)
         workdir.write_fingerprints({"vocabulary": self.vocabularies.fingerprint()})
+        if self.shortlist is not None:
+            write_shortlist(workdir.path / SHORTLIST_FILE, self.shortlist)
         with workdir.open_checkpoints() as checkpoints:
             checkpoints.save(0, {"params": self.params}, {})
         workdir.write_config({"model": dataclasses.asdict(self.config)})

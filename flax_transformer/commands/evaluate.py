@@ -154,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
     sources, references = _read(options)
     metrics = _metrics(options.tokenize or _default_tokenizer(options, references), references)
     # All models are loaded before any translates, so that a wrong path is found now and not after hours.
-    translators = [load_translator(each, options.batch_tokens) for each in models]
+    translators = [load_translator(each, options) for each in models]
     systems: list[System] = []
     for each, translator in zip(models, translators, strict=True):
         translations, seconds = _translate(translator, sources, search, options.seed)

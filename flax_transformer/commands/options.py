@@ -161,6 +161,20 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=seed, default=0, metavar="N", help="the same seed gives the same samples (default 0)"
     )
 
+    shortlist = parser.add_argument_group("shortlist").add_mutually_exclusive_group()
+    shortlist.add_argument(
+        "--shortlist",
+        type=path,
+        metavar="FILE",
+        help="a binary lexical shortlist of Marian (lex.*.bin) made for this vocabulary: translations are searched "
+        "among the target tokens that it lists for the source tokens (default: the one in the work directory, if any)",
+    )
+    shortlist.add_argument(
+        "--no_shortlist",
+        action="store_true",
+        help="search among all tokens, even if the work directory has a shortlist",
+    )
+
     limits = parser.add_argument_group("limits, in tokens", argument_default=argparse.SUPPRESS)
     limits.add_argument("--min_length", type=whole, metavar="N", help=f"minimum length (default {BEAM.min_length})")
     limits.add_argument("--max_length", type=whole, metavar="N", help="maximum length (default: no fixed limit)")
@@ -223,18 +237,31 @@ def pair_checkpoints(workdirs: Sequence[str], checkpoints: Sequence[str | int]) 
     return list(zip(workdirs, checkpoints, strict=True))
 
 
-def load_translator(models: Sequence[Model], batch_tokens: int) -> Any:
-    """Loads the models; several translate as an ensemble. Raises ValueError naming a folder that cannot be read."""
+def load_translator(models: Sequence[Model], options: argparse.Namespace) -> Any:
+    """Loads the models; several translate as an ensemble.
+
+    Args:
+        models: the work directory and the checkpoint of each.
+        options: those of `add_model_options`, and of `add_search_options` if the verb searches.
+
+    Raises:
+        ValueError: a folder or the shortlist cannot be read.
+    """
     # jax loads here, so that --help answers at once.
     start_devices()
     from flax_transformer.decoding.translator import Translator
+    from flax_transformer.interop.marian_shortlist import read_shortlist
     from flax_transformer.trained_model import TrainedModel
 
     loaded = []
     for workdir, step in models:
         with explain_damage(workdir):
             loaded.append(TrainedModel.load(workdir, step=step))
-    return Translator(loaded, batch_tokens=batch_tokens)
+    if name := getattr(options, "shortlist", None):
+        shortlist = read_shortlist(name, joint=loaded[0].vocabularies.shares_ids)
+    else:
+        shortlist = getattr(options, "no_shortlist", True) is False
+    return Translator(loaded, batch_tokens=options.batch_tokens, shortlist=shortlist)
 
 
 @contextlib.contextmanager

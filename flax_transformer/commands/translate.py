@@ -112,17 +112,18 @@ def run(options: argparse.Namespace) -> None:
     models = pair_checkpoints(options.workdir, options.checkpoint)
     if options.interactive:
         _check_interactive(options)
-        _converse(load_translator(models, options.batch_tokens), search, options.seed)
+        _converse(load_translator(models, options), search, options.seed)
         return
     _check_format(options, search)
     source, output = options.input or STANDARD, options.output or STANDARD
     inputs = [("--input", source)] + ([("--prefixes", options.prefixes)] if options.prefixes else [])
     check_inputs(inputs)
-    check_output("--output", output, inputs, options.workdir)
+    also_read = [("--shortlist", options.shortlist)] if options.shortlist else []
+    check_output("--output", output, inputs + also_read, options.workdir)
     total = count_lines(*(name for _, name in inputs))
     if source == STANDARD and sys.stdin.isatty():
         print("type sentences and end with Ctrl-D; --interactive answers each at once", file=sys.stderr)
-    translator = load_translator(models, options.batch_tokens)
+    translator = load_translator(models, options)
     if options.alignment is not None:
         # Reports a layer that does not exist now, not after the first chunk.
         translator.align([], [], layer=options.alignment)

@@ -42,6 +42,12 @@ class VocabularyPair:
         """Whether both sides share one vocabulary."""
         return self.source is self.target
 
+    @property
+    def shares_ids(self) -> bool:
+        """Whether each id stands for the same piece on both sides, as with one vocabulary or one list of ids."""
+        source, target = (side.pieces(range(side.size)) for side in (self.source, self.target))
+        return self.joint or source == target
+
     @classmethod
     def train(
         cls, source_sentences: Sequence[str], target_sentences: Sequence[str], config: VocabularyConfig

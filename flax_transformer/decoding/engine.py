@@ -15,12 +15,13 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Int, UInt
 
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
 from flax_transformer.decoding.requests import Ids, Output, Request
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
+from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sizes import pool_shape, rooms_up_to, slot_size, slots_for
 from flax_transformer.decoding.waiting import Waiting
 from flax_transformer.positions import check_length
@@ -55,14 +56,15 @@ class _Group:
 class Engine:
     """Decodes sentences that come at any time. `close` it, or leave it: its thread ends by itself when idle."""
 
-    def __init__(self, ensemble: Ensemble, *, batch_tokens: int):
+    def __init__(self, ensemble: Ensemble, *, batch_tokens: int, shortlist: Shortlist | None = None):
         """Makes an engine; nothing runs until a sentence comes.
 
         Args:
             ensemble: the models, and the devices that share the slots.
             batch_tokens: source tokens for which there are slots, padding included.
+            shortlist: chooses the tokens among which each output is searched; `None` allows all of them.
         """
-        self.ensemble, self.batch_tokens = ensemble, batch_tokens
+        self.ensemble, self.batch_tokens, self.shortlist = ensemble, batch_tokens, shortlist
         self._groups: dict[BeamSearch | Sampling, _Group] = {}
         self._changed = threading.Condition()
         self._inbox: list[tuple[BeamSearch | Sampling, Request]] = []
@@ -117,6 +119,8 @@ class Engine:
         for request in requests:
             try:
                 self._check(request)
+                if self.shortlist is not None:
+                    request.listed = self._listed(self.shortlist, request)
                 accepted.append((self._compiled_for(settings), request))
             except ValueError as error:
                 request.fail(error)
@@ -210,6 +214,12 @@ class Engine:
                     f"a {name} has the token id {wrong[0]}, the vocabulary has {size}, 0 to {size - 1}: give ids of "
                     "this model's vocabulary"
                 )
+
+    def _listed(self, shortlist: Shortlist, request: Request) -> Int[np.ndarray, "C"]:
+        """The tokens among which the outputs of a sentence are chosen, in rising order."""
+        config = self.ensemble.configs[0]
+        allowed = shortlist.allowed(request.source, config.target_vocab_size)
+        return np.union1d(allowed, [*request.prefix, config.eos_id]).astype(np.int32)
 
     def _compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings of the program: what each request says for itself is left out, and ids that no output contains
@@ -345,7 +355,9 @@ class Engine:
         return machine
 
     def _make_machine(self, settings: BeamSearch | Sampling, room: int, count: int) -> Machine:
-        size = slot_size(self._slots(settings, room, count), room, self.ensemble.learned)
+        vocab_size = self.ensemble.configs[0].target_vocab_size
+        slots = self._slots(settings, room, count)
+        size = slot_size(slots, room, self.ensemble.learned, self.shortlist, vocab_size)
         shape = pool_shape(size, batch_tokens=self.batch_tokens, devices=self.ensemble.mesh.size)
         return Machine(self.ensemble, settings, size, shape)
 

@@ -1,9 +1,10 @@
 """The models of an ensemble as one function: from the state and the last tokens to the logits of the next tokens.
 
-Glossary: B sentences, N hypotheses of each, V vocabulary.
+Glossary: B sentences, N hypotheses of each, V vocabulary, C tokens listed for each sentence.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax.extend.backend import get_default_device
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.model import Transformer
@@ -23,7 +24,11 @@ from flax_transformer.stacks import DecodingState
 Configs = tuple[TransformerConfig, ...]
 Models = tuple[PyTree, ...]
 States = tuple[DecodingState, ...]
+StepFunction = Callable[[States, jax.Array], tuple[States, jax.Array]]
 BATCH_AXIS = "batch"
+# Up to so many rows of the output matrix are copied for the listed tokens of all sentences; with more sentences, all
+# logits take less memory.
+LISTED_ROWS = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,19 +90,67 @@ class Ensemble:
         return self.configs[0].pad_id
 
 
-def step_function(models: Models, configs: Configs) -> Callable[[States, jax.Array], tuple[States, jax.Array]]:
+def step_function(models: Models, configs: Configs, listed: Int[Array, "B C"] | None = None) -> StepFunction:
     """The `step_fn` of a `Search` with these models: takes their states and the last tokens [B * N].
 
     It returns the next states and the logits [B * N, V] of the average of the models' probabilities.
+
+    Args:
+        models: the parameters of each model.
+        configs: the config of each model.
+        listed: the target tokens among which each sentence chooses, then -1. The logits are then [B * N, C], and -inf
+            for -1.
     """
+    apply = [
+        functools.partial(Transformer(config).apply, {"params": params})
+        for config, params in zip(configs, models, strict=True)
+    ]
+    copies = listed is not None and listed.size <= LISTED_ROWS
+    rows = [each(listed, method="output_rows") if copies else None for each in apply]
 
     def step(states: States, tokens: jax.Array) -> tuple[States, jax.Array]:
         steps = [
-            Transformer(config).apply({"params": params}, state, tokens[:, None], method="decode_step")
-            for config, params, state in zip(configs, models, states, strict=True)
+            each(state, tokens[:, None], own, method="decode_step")
+            for each, state, own in zip(apply, states, rows, strict=True)
         ]
-        logits = [without_banned(config, logits[:, 0]) for config, (_, logits) in zip(configs, steps, strict=True)]
+        logits = [logits[:, 0] for _, logits in steps]
+        if listed is None:
+            logits = [without_banned(config, each) for config, each in zip(configs, logits, strict=True)]
+        else:
+            logits = [_of_listed(config, each, listed, copies) for config, each in zip(configs, logits, strict=True)]
         return tuple(state for state, _ in steps), average(logits)
+
+    return step
+
+
+def _of_listed(
+    config: TransformerConfig, logits: Float[Array, "R V"], listed: Int[Array, "B C"], chosen: bool
+) -> Float[Array, "R C"]:
+    """The logits of the listed tokens, -inf for those never generated; `chosen` says that `logits` are theirs alone."""
+    by_sentence = logits.reshape(len(listed), -1, logits.shape[-1])
+    if not chosen:
+        by_sentence = jnp.take_along_axis(by_sentence, jnp.maximum(listed, 0)[:, None], axis=2)
+    never = (listed < 0) | jnp.isin(listed, jnp.array(config.banned_ids, jnp.int32))
+    return jnp.where(never[:, None], -jnp.inf, by_sentence).reshape(len(logits), -1)
+
+
+def for_all_tokens(step_fn: StepFunction, listed: Int[Array, "B C"], size: int) -> StepFunction:
+    """The same function with logits [B * N, V] of all tokens, -inf for those that are not listed.
+
+    With it a random draw does not depend on how the tokens are listed.
+
+    Args:
+        step_fn: from `step_function`, for the same listed tokens.
+        listed: these tokens.
+        size: the size of the vocabulary, V.
+    """
+
+    def step(states: States, tokens: jax.Array) -> tuple[States, jax.Array]:
+        states, logits = step_fn(states, tokens)
+        rows = jnp.arange(len(tokens)).reshape(len(listed), -1, 1)
+        columns = jnp.where(listed < 0, size, listed)[:, None]
+        every = jnp.full((len(tokens), size), -jnp.inf)
+        return states, every.at[rows, columns].set(logits.reshape(*rows.shape[:2], -1), mode="drop")
 
     return step
 

@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Int
 
 from flax_transformer.decoding.ensemble import Ensemble
+from flax_transformer.decoding.moving import move
 from flax_transformer.decoding.requests import Output, Request
 from flax_transformer.decoding.settings import BeamSearch, Sampling
-from flax_transformer.decoding.slots import Outcome, Size, Tenants, advance, empty_slots, encode, move
+from flax_transformer.decoding.slots import Outcome, Size, Tenants, advance, empty_slots, encode
 from flax_transformer.decoding.waiting import Waiting
 from flax_transformer.tokens import Tokens
 
@@ -56,6 +57,7 @@ class Machine:
         self._limits = np.ones(size.slots, np.int32)
         self._num_return = np.ones(size.slots, np.int32)
         self._prefix = np.full((size.slots, size.target), ensemble.pad_id, np.int32)
+        self._listed = np.full((size.slots, size.listed), -1, np.int32) if size.listed else None
         shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
         self._rngs = np.zeros((size.slots, *shape), np.uint32) if isinstance(settings, Sampling) else None
         self._arrivals: list[tuple[int, Encoded]] = []
@@ -120,6 +122,9 @@ class Machine:
         self._limits[slot], self._num_return[slot] = request.limit, request.num_return
         self._prefix[slot] = self._ensemble.pad_id
         self._prefix[slot, : len(request.prefix)] = request.prefix
+        if self._listed is not None:
+            self._listed[slot] = -1
+            self._listed[slot, : len(request.listed)] = request.listed
         if self._rngs is not None:
             self._rngs[slot] = request.rng
 
@@ -201,6 +206,7 @@ class Machine:
             limits=self._limits.copy(),
             num_return=self._num_return.copy(),
             prefix=self._prefix.copy(),
+            listed=None if self._listed is None else self._listed.copy(),
             rngs=None if self._rngs is None else self._rngs.copy(),
             is_new=is_new,
             arrivals=arrivals,

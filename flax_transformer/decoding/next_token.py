@@ -1,6 +1,7 @@
 """Decides which tokens a search may choose next, and chooses the best ones or draws one at random.
 
-Glossary: B sentences, N hypotheses of each, L longest output in tokens, P longest prefix, V vocabulary.
+Glossary: B sentences, N hypotheses of each, L longest output in tokens, P longest prefix, V vocabulary (or the
+tokens listed for a sentence, if its search chooses among these).
 """
 
 import jax
@@ -22,6 +23,7 @@ def allowed_tokens(
     vocab_size: int,
     eos_id: int,
     pad_id: int,
+    listed: Int[Array, "B V"] | None = None,
 ) -> Bool[Array, "B #N V"]:
     """Which tokens may come next; the length limit overrides the prefix, and the prefix overrides the settings.
 
@@ -34,14 +36,15 @@ def allowed_tokens(
         vocab_size: the number of token ids, V.
         eos_id: the token that ends a sentence.
         pad_id: the token that pads shorter prefixes.
+        listed: the token ids that are meant, for each sentence; 0 to V - 1 if not given.
     """
-    ids = jnp.arange(vocab_size)
+    ids = jnp.arange(vocab_size)[None, None] if listed is None else listed[:, None]
     is_end = ids == eos_id
     allowed = jnp.ones((1, 1, vocab_size), bool)
     if settings.banned:
         allowed &= ~jnp.isin(ids, jnp.array(settings.banned))
     if settings.no_repeat_ngram:
-        allowed &= ~_repeating(tokens, step, settings.no_repeat_ngram, vocab_size)
+        allowed &= ~_repeating(tokens, step, settings.no_repeat_ngram, vocab_size, listed)
     if settings.min_length > 1:
         allowed &= ~(is_end & (step + 1 < settings.min_length)[:, None, None])
     if settings.banned or settings.no_repeat_ngram or settings.min_length > 1:
@@ -53,7 +56,9 @@ def allowed_tokens(
     return jnp.where((step + 1 >= limits)[:, None, None], is_end, allowed)
 
 
-def _repeating(tokens: Int[Array, "B N L"], step: Int[Array, "B"], size: int, vocab_size: int) -> Bool[Array, "B N V"]:
+def _repeating(
+    tokens: Int[Array, "B N L"], step: Int[Array, "B"], size: int, vocab_size: int, listed: Int[Array, "B V"] | None
+) -> Bool[Array, "B N V"]:
     """The tokens that would complete a sequence of `size` tokens that occurred before."""
     batch, hypotheses, length = tokens.shape
     # The token at position i would repeat if the `size` - 1 tokens before it equal the last ones.
@@ -62,6 +67,8 @@ def _repeating(tokens: Int[Array, "B N L"], step: Int[Array, "B"], size: int, vo
     for back in range(1, size):
         last = jnp.take_along_axis(tokens, jnp.maximum(step - back, 0), axis=2, mode="clip")
         repeats &= jnp.roll(tokens, back, axis=2) == last
+    if listed is not None:
+        return jnp.any((tokens[..., None] == listed[:, None, None]) & repeats[..., None], axis=2)
     rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(hypotheses)[None, :, None]
     return jnp.zeros((batch, hypotheses, vocab_size), bool).at[rows, columns, tokens].max(repeats)
 

@@ -32,6 +32,7 @@ class Request:
         prefix: the ids with which each output must begin.
         limit: the maximum length of an output, in tokens.
         num_return: how many outputs are wanted.
+        listed: the tokens among which the outputs are chosen, which the engine sets; empty where all are.
         rng: the data of the random key of its samples; `None` if nothing is sampled.
         streams: whether the tokens so far are told.
     """
@@ -49,6 +50,7 @@ class Request:
         """Makes a request that no engine has begun."""
         self.source, self.prefix, self.limit, self.num_return = source, prefix, limit, num_return
         self.rng, self.streams = rng, streams
+        self.listed: Ids | np.ndarray = ()
         self._outputs: Future[list[Output]] = Future()
         self._tokens: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
         self._told = 0

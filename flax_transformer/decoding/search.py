@@ -4,8 +4,8 @@ The search does not depend on the model: it only needs `step_fn(state, tokens) -
 state. `Search.run` is a single `while_loop`, so nothing leaves the device until the end. Each sentence counts its own
 steps: a program that puts a new sentence in the place of a finished one calls `start`, `extend` and `open` itself, as
 `slots.py` does.
-Glossary: B sentences, N hypotheses of each, C candidates, L longest output in tokens, P longest prefix, V vocabulary,
-R outputs returned for each sentence.
+Glossary: B sentences, N hypotheses of each, C candidates, L longest output in tokens, P longest prefix, V vocabulary
+(or the tokens listed for a sentence, if its search chooses among these), R outputs returned for each sentence.
 """
 
 import dataclasses
@@ -83,6 +83,8 @@ class Search:
         eos_id: the token that ends a sentence.
         pad_id: the token that follows the end of sentence.
         prefix: tokens with which each output must begin, padded; they count in lengths and scores.
+        listed: the token ids to which the logits of each sentence belong, the end of sentence among them, then -1,
+            whose logits are -inf; 0 to V - 1 if not given.
         rngs: one random key for each sentence, which only sampling needs.
         num_return: how many outputs of each sentence must be certain before its search stops, at most
             `settings.beam_size`; `settings.num_return` if not given. Sampling and greedy search ignore it.
@@ -98,6 +100,7 @@ class Search:
     eos_id: int
     pad_id: int
     prefix: Int[Array, "B P"] | None = None
+    listed: Int[Array, "B V"] | None = None
     rngs: Key[Array, "B"] | None = None
     num_return: Int[Array, "B"] | None = None
     follow: Callable[[Any, jax.Array], Any] = follow_rows
@@ -182,12 +185,24 @@ class Search:
             vocab_size=logits.shape[-1],
             eos_id=self.eos_id,
             pad_id=self.pad_id,
+            listed=self.listed,
         )
         normalizer = -jax.nn.logsumexp(logits, axis=-1)
         broken = ~jnp.isfinite(normalizer)  # no logit means anything, so the sentence ends here
-        only_end = jnp.where(jnp.arange(logits.shape[-1]) == self.eos_id, 0.0, -jnp.inf)
+        only_end = jnp.where(self._is_end(logits.shape[-1]), 0.0, -jnp.inf)
         logits = jnp.where(broken[..., None], only_end, jnp.where(allowed, logits, -jnp.inf))
         return state, logits, jnp.where(broken, BROKEN, normalizer)
+
+    def _is_end(self, size: int) -> Bool[Array, "#B 1 V"]:
+        """Which of the logits belongs to the end of sentence."""
+        return (jnp.arange(size)[None, None] if self.listed is None else self.listed[:, None]) == self.eos_id
+
+    def _ids(self, places: Int[Array, "B C"]) -> Int[Array, "B C"]:
+        """The token ids at these places of the logits."""
+        if self.listed is None:
+            return places
+        # Where all logits are -inf, a place behind the list may be among the best; the model needs some id for it.
+        return jnp.maximum(jnp.take_along_axis(self.listed, places, axis=1), 0)
 
     def _extend_each(self, progress: Progress) -> Progress:
         """Extends every hypothesis independently, as greedy search and sampling do."""
@@ -199,6 +214,7 @@ class Search:
             best = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
         else:
             best, chosen = (leaf[..., 0] for leaf in best_tokens(logits[:, :, None], 1))
+        chosen = self._ids(chosen)
         going = live.lengths == 0
         log_probs = jnp.where(going, best + normalizer, 0.0)
         live = live.replace(
@@ -217,16 +233,21 @@ class Search:
         vocab_size = totals.shape[-1]
         if settings.stopping == "first":
             candidates, where = best_tokens(totals, 2 * size)
-            is_end = where % vocab_size == self.eos_id
+            is_end = self._ids(where % vocab_size) == self.eos_id
             # A hypothesis that ends outside the `size` best is dropped, and a finished sentence accepts no more.
             counts = is_end & (jnp.arange(2 * size) < size) & self.open(progress)[:, None]
             ends, ending = jnp.where(counts, candidates, -jnp.inf), where // vocab_size
             going_on, index = jax.lax.top_k(jnp.where(is_end, -jnp.inf, candidates), size)
             where = jnp.take_along_axis(where, index, axis=1)
         else:
-            ends, ending = totals[:, :, self.eos_id], jnp.broadcast_to(jnp.arange(size), (len(totals), size))
-            going_on, where = best_tokens(jnp.where(jnp.arange(vocab_size) == self.eos_id, -jnp.inf, totals), size)
-        parents, chosen = jnp.divmod(where, vocab_size)
+            is_end = self._is_end(vocab_size)
+            if self.listed is None:
+                ends = totals[:, :, self.eos_id]
+            else:
+                ends = jnp.max(jnp.where(is_end, totals, -jnp.inf), axis=-1)
+            ending = jnp.broadcast_to(jnp.arange(size), ends.shape)
+            going_on, where = best_tokens(jnp.where(is_end, -jnp.inf, totals), size)
+        parents, chosen = where // vocab_size, self._ids(where % vocab_size)
         return Progress(
             step=progress.step + 1,
             state=self.follow(state, parents),

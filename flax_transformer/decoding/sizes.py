@@ -5,6 +5,8 @@ few that are longer are moved to a larger room. A room has 1, 2, 4, 8, ... slots
 as many as a batch of source tokens fills.
 """
 
+from flax_transformer.decoding.next_token import GROUP
+from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.slots import ENCODED_AT_ONCE, Size
 
 SMALLEST_ROOM = 16
@@ -38,16 +40,26 @@ def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, 
     return slots * devices
 
 
-def slot_size(slots: int, room: int, learned: int | None) -> Size:
+def slot_size(
+    slots: int, room: int, learned: int | None, shortlist: Shortlist | None = None, vocab_size: int = 0
+) -> Size:
     """The size of slots of a room.
 
     Args:
         slots: how many.
         room: source tokens in each.
         learned: how many learned positions there are, which no sentence can exceed; `None` if there are none.
+        shortlist: what chooses the tokens of each output; `None` if nothing does.
+        vocab_size: the size of the target vocabulary, which only a shortlist needs.
     """
-    target = room + room // 2
-    return Size(slots, room, target) if learned is None else Size(slots, min(room, learned), min(target, learned))
+    source, target = room, room + room // 2
+    if learned is not None:
+        source, target = min(source, learned), min(target, learned)
+    if shortlist is None:
+        return Size(slots, source, target)
+    # A prefix and the end of sentence are allowed too. The search divides tokens into groups.
+    most = min(shortlist.most(source, vocab_size) + target, vocab_size)
+    return Size(slots, source, target, -(-most // GROUP) * GROUP)
 
 
 def pool_shape(size: Size, *, batch_tokens: int, devices: int) -> tuple[int, int]:

@@ -8,16 +8,16 @@
 
 `encode` makes keys and values of packed sources, the pool. `advance` first puts waiting sources of the pool into empty
 slots, then decodes step by step until enough sentences have ended. Each slot counts its own steps, so a sentence can
-begin while others are in the middle of theirs (see `DecodingState` for the cache that makes it possible). `move` takes
-a sentence that needs more room to larger slots.
+begin while others are in the middle of theirs (see `DecodingState` for the cache that makes it possible). `move`
+(in `moving.py`) takes a sentence that needs more room to larger slots.
 
 Memory of the slots in bytes, for each model: about 2 * B * num_decoder_layers * d_model * (N * L + S) activations, of 4
 bytes each in float32. For the base model with 64 slots, N = 4, S = 32 and L = 48, as for 2,048 source tokens, that is
 352 MB; the pool holds 2 * num_decoder_layers * d_model activations a source token, 50 MB for 2,048. With recurrent
 decoder layers N / 2 takes the place of N * L, and each of these is of 4 bytes.
 
-Glossary: B slots, N hypotheses of each, S places for source tokens, L places for output tokens, R rows of the pool,
-W source tokens in each row.
+Glossary: B slots, N hypotheses of each, S places for source tokens, L places for output tokens, C places for listed
+tokens, R rows of the pool, W source tokens in each row.
 """
 
 import functools
@@ -33,7 +33,15 @@ from jaxtyping import Array, Bool, Int, PyTree, UInt
 
 from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
-from flax_transformer.decoding.ensemble import BATCH_AXIS, Configs, Models, divided, follow, step_function
+from flax_transformer.decoding.ensemble import (
+    BATCH_AXIS,
+    Configs,
+    Models,
+    divided,
+    follow,
+    for_all_tokens,
+    step_function,
+)
 from flax_transformer.decoding.search import Hypotheses, Progress, Search
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.model import Transformer
@@ -51,11 +59,13 @@ class Size(NamedTuple):
         slots: number of slots, B; a multiple of the number of devices.
         source: places for source tokens in each slot, S.
         target: places for output tokens in each slot, L.
+        listed: places for the tokens among which each slot's output is chosen, C; 0 if it is chosen among all.
     """
 
     slots: int
     source: int
     target: int
+    listed: int = 0
 
 
 class Tenants(flax.struct.PyTreeNode):
@@ -73,6 +83,7 @@ class Tenants(flax.struct.PyTreeNode):
         row: the row of the pool in which each new source lies.
         start: the place of its first token in that row.
         length: the number of its tokens.
+        listed: the tokens among which each output is chosen, then -1; `None` for all tokens.
     """
 
     active: Bool[Any, "B"]
@@ -86,6 +97,7 @@ class Tenants(flax.struct.PyTreeNode):
     row: Int[Any, "B"]
     start: Int[Any, "B"]
     length: Int[Any, "B"]
+    listed: Int[Any, "B C"] | None = None
 
 
 class Outcome(flax.struct.PyTreeNode):
@@ -208,6 +220,7 @@ def advance(
             room,
             limits=tenants.limits,
             prefix=tenants.prefix,
+            listed=tenants.listed,
             rngs=rngs,
             num_return=tenants.num_return,
         )
@@ -252,10 +265,19 @@ def advance(
 
 
 def _search(
-    models: Models, configs: Configs, settings: BeamSearch | Sampling, max_length: int, **tenants: Any
+    models: Models,
+    configs: Configs,
+    settings: BeamSearch | Sampling,
+    max_length: int,
+    listed: Int[Array, "B C"] | None = None,
+    **tenants: Any,
 ) -> Search:
+    step_fn = step_function(models, configs, listed)
+    if listed is not None and isinstance(settings, Sampling):
+        step_fn, listed = for_all_tokens(step_fn, listed, configs[0].target_vocab_size), None
     return Search(
-        step_fn=step_function(models, configs),
+        step_fn=step_fn,
+        listed=listed,
         follow=follow,
         settings=settings,
         max_length=max_length,
@@ -325,75 +347,3 @@ def _copy_source(memory: KVCache, pool: KVCache, slot: jax.Array, row: jax.Array
         return jax.lax.dynamic_update_slice(whole, jnp.roll(source, first - start, axis), [slot, 0, 0, 0])
 
     return KVCache(key=copied(memory.key, pool.key, 3), value=copied(memory.value, pool.value, 2))
-
-
-@functools.partial(jax.jit, static_argnames=("pad_id", "mesh"), donate_argnames=("new",))
-def move(
-    old: Progress, new: Progress, old_slot: Int[Array, ""], new_slot: Int[Array, ""], *, pad_id: int, mesh: Mesh
-) -> Progress:
-    """Copies the sentence of one slot to a slot of another machine, which has as much room or more.
-
-    Args:
-        old: the slots that hold the sentence.
-        new: the slots that are to hold it; their memory is used for the result.
-        old_slot: its slot.
-        new_slot: the slot to put it in; what is in it is lost.
-        pad_id: the id of padding.
-        mesh: the devices that share the slots.
-    """
-
-    def widened(whole: jax.Array, leaf: jax.Array, filler: float = 0) -> jax.Array:
-        widths = [(0, larger - size) for larger, size in zip(whole.shape[1:], leaf.shape[1:], strict=True)]
-        return whole.at[new_slot].set(jnp.pad(leaf[old_slot], widths, constant_values=filler))
-
-    def moved_hypotheses(whole: Hypotheses, leaf: Hypotheses) -> Hypotheses:
-        return jax.tree.map(widened, whole, leaf).replace(tokens=widened(whole.tokens, leaf.tokens, pad_id))
-
-    states = tuple(
-        _move_state(state, other, old_slot, new_slot, old.step[old_slot], mesh, widened)
-        for state, other in zip(old.state, new.state, strict=True)
-    )
-    moved = Progress(
-        step=new.step.at[new_slot].set(old.step[old_slot]),
-        state=states,
-        live=moved_hypotheses(new.live, old.live),
-        ended=moved_hypotheses(new.ended, old.ended),
-    )
-    return jax.lax.with_sharding_constraint(moved, NamedSharding(mesh, Spec(BATCH_AXIS)))
-
-
-def _move_state(
-    old: DecodingState,
-    new: DecodingState,
-    old_slot: jax.Array,
-    new_slot: jax.Array,
-    step: jax.Array,
-    mesh: Mesh,
-    widened: Callable[[jax.Array, jax.Array, float], jax.Array],
-) -> DecodingState:
-    """The new state with the old sentence in it: what was written so many steps ago there is so many steps old here."""
-    (slots, hypotheses, room), (new_slots, _, new_room) = old.ancestors.shape, new.ancestors.shape
-    next_old = old.place[old_slot // (slots // mesh.size)]
-    next_new = new.place[new_slot // (new_slots // mesh.size)]
-    age = (next_new - 1 - jnp.arange(new_room)) % new_room
-    place = (next_old - 1 - age) % room  # anything for places that are older than the old ring, which nothing sees
-
-    def turned(whole: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
-        """`axis` of a sentence holds its L * N entries."""
-        shape = leaf.shape[1:]
-        by_place = leaf[old_slot].reshape(*shape[:axis], room, -1, *shape[axis + 1 :])
-        return whole.at[new_slot].set(jnp.take(by_place, place, axis=axis).reshape(whole.shape[1:]))
-
-    own = jnp.arange(hypotheses)[:, None]
-    ancestors = jnp.where(age < room, jnp.take(old.ancestors[old_slot], place, axis=1), own)
-    return new.replace(
-        position=new.position.at[new_slot].set(step),
-        ancestors=new.ancestors.at[new_slot].set(ancestors),
-        target=tuple(
-            KVCache(key=turned(whole.key, leaf.key, 2), value=turned(whole.value, leaf.value, 1))
-            for whole, leaf in zip(new.target, old.target, strict=True)
-        ),
-        recurrent=jax.tree.map(lambda whole, leaf: widened(whole, leaf, 0), new.recurrent, old.recurrent),
-        memory=jax.tree.map(lambda whole, leaf: widened(whole, leaf, 0), new.memory, old.memory),
-        memory_mask=widened(new.memory_mask, old.memory_mask, -jnp.inf),
-    )

@@ -18,6 +18,7 @@ from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
+from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.unreadable import UnreadableSentences
 from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
 from flax_transformer.text.spelling import is_blank
@@ -43,6 +44,7 @@ class Translator:
         *,
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
+        shortlist: Shortlist | bool = True,
     ):
         """Copies the parameters to the devices; nothing is compiled until the first sentences come.
 
@@ -50,9 +52,13 @@ class Translator:
             models: one model, or several with the same vocabularies.
             batch_tokens: source tokens of the sentences that are translated at once, including padding.
             devices: the devices that share them; all devices of this process if not given.
+            shortlist: the target tokens among which translations are searched: true for the models' own shortlist if
+                they have one, false for all tokens, or another shortlist. Scores and alignments of given translations
+                do not depend on it.
 
         Raises:
-            ValueError: there is no model, or their vocabularies differ.
+            ValueError: there is no model, or their vocabularies or shortlists differ; the shortlist was made for
+                another vocabulary.
         """
         models = [models] if isinstance(models, TrainedModel) else list(models)
         if not models:
@@ -69,7 +75,7 @@ class Translator:
             [model.params for model in models],
             jax.local_devices() if devices is None else devices,
         )
-        self._engine = Engine(self._ensemble, batch_tokens=batch_tokens)
+        self._engine = Engine(self._ensemble, batch_tokens=batch_tokens, shortlist=_shortlist(models, shortlist))
         self._scorer = Scorer(self._ensemble, batch_tokens=batch_tokens)
 
     @property
@@ -95,6 +101,7 @@ class Translator:
         step: str | int = "chosen",
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
+        shortlist: Shortlist | bool = True,
     ) -> "Translator":
         """Loads the model of a work directory; for an ensemble pass several `TrainedModel.load(path)` to `Translator`.
 
@@ -105,12 +112,14 @@ class Translator:
                 `training.weights` is "ema", the checkpoint's moving average is loaded.
             batch_tokens: as in the constructor.
             devices: as in the constructor.
+            shortlist: as in the constructor.
 
         Raises:
             ValueError: the folder is not a work directory, has no such checkpoint, or has another vocabulary than the
-                model.
+                model; its shortlist is damaged, or another one was made for another vocabulary.
         """
-        return cls(TrainedModel.load(path, step=step), batch_tokens=batch_tokens, devices=devices)
+        model = TrainedModel.load(path, step=step)
+        return cls(model, batch_tokens=batch_tokens, devices=devices, shortlist=shortlist)
 
     def translate(
         self,
@@ -335,6 +344,22 @@ class Translator:
         return self.vocabularies.source.encode(sources), [
             encode([target])[0] if isinstance(target, str) else list(target.ids) for target in targets
         ]
+
+
+def _shortlist(models: Sequence[TrainedModel], wanted: Shortlist | bool) -> Shortlist | None:
+    """The shortlist to search with, if any; raises ValueError if the models have different ones, or it does not fit."""
+    if isinstance(wanted, Shortlist):
+        wanted.check_fits(models[0].config)
+        return wanted
+    if not wanted:
+        return None
+    own = {model.shortlist and model.shortlist.fingerprint(): model.shortlist for model in models}
+    if len(own) > 1:
+        raise ValueError(
+            "the models have different shortlists, or only some have one: choose one for all (shortlist=..., or "
+            "--shortlist=FILE), or none (shortlist=False, or --no_shortlist)"
+        )
+    return models[0].shortlist
 
 
 def _random_keys(

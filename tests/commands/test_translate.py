@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.interop.marian_shortlist import write_shortlist
 from flax_transformer.trained_model import TrainedModel
 
 ROOT = Path(__file__).parents[2]
@@ -247,3 +250,38 @@ def test_a_reader_that_closes_the_pipe_ends_the_program_silently(workdir, source
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 128 + 13  # SIGPIPE, as a shell reports it
+
+
+@pytest.fixture
+def listed(workdir, translator, tmp_path):
+    """A copy of the work directory, whose sentences may be translated with their own words alone."""
+    size, shares_ids = translator.vocabularies.source.size, translator.vocabularies.shares_ids
+    chosen = Shortlist(3, np.zeros(size + 1, int), np.zeros(0, np.int32), joint=shares_ids)
+    folder = shutil.copytree(workdir, tmp_path / "listed")
+    write_shortlist(folder / "shortlist.bin", chosen)
+    return folder
+
+
+def test_the_shortlist_of_a_work_directory_or_a_file_restricts_the_search_unless_it_is_switched_off(
+    run, fail, workdir, listed, source
+):
+    def said(folder, *options):
+        return run("translate", "--workdir", folder, "--input", source, "--beam_size=2", *options)
+
+    free, restricted = said(workdir), said(listed)
+    assert restricted != free == said(listed, "--no_shortlist")
+    assert said(workdir, "--shortlist", listed / "shortlist.bin") == restricted
+    assert "not allowed with argument" in fail("translate", "--workdir", listed, "--shortlist=a", "--no_shortlist")
+    assert "is not a binary shortlist" in fail(
+        "translate", "--workdir", workdir, "--shortlist", source, "--input", source
+    )
+
+
+def test_given_translations_are_scored_over_all_tokens_even_with_a_shortlist(run, workdir, listed):
+    pair = "a dog runs\tthe cat sat\n"
+    assert run("score", "--workdir", workdir, given=pair) == run("score", "--workdir", listed, given=pair)
+
+
+def test_a_damaged_shortlist_is_an_error_that_names_the_work_directory(fail, listed, source):
+    (listed / "shortlist.bin").write_bytes((listed / "shortlist.bin").read_bytes()[:-3])
+    assert f"{listed}/shortlist.bin is damaged" in fail("translate", "--workdir", listed, "--input", source)

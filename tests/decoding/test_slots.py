@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from flax_transformer.decoding.moving import move
 from flax_transformer.decoding.scoring import align_targets, score_targets
 from flax_transformer.decoding.settings import BeamSearch, Sampling
-from flax_transformer.decoding.slots import Size, Tenants, advance, empty_slots, encode, move
+from flax_transformer.decoding.slots import Size, Tenants, advance, empty_slots, encode
 from flax_transformer.model import Transformer
 from flax_transformer.tokens import Tokens
 
