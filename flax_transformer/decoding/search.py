@@ -82,7 +82,9 @@ class Search:
         start_id: the token before the first.
         eos_id: the token that ends a sentence.
         pad_id: the token that follows the end of sentence.
-        prefix: tokens with which each output must begin, padded; they count in lengths and scores.
+        prefix: tokens with which each output must begin, padded; they count in lengths and, but for `given`, in scores.
+        given: how many of the prefix's first tokens have probability 1 whatever the model says, such as the token of
+            the target's language; 0 if not given.
         rngs: one random key for each sentence, which only sampling needs.
         num_return: how many outputs of each sentence must be certain before its search stops, at most
             `settings.beam_size`; `settings.num_return` if not given. Sampling and greedy search ignore it.
@@ -98,6 +100,7 @@ class Search:
     eos_id: int
     pad_id: int
     prefix: Int[Array, "B P"] | None = None
+    given: Int[Array, "B"] | None = None
     rngs: Key[Array, "B"] | None = None
     num_return: Int[Array, "B"] | None = None
     follow: Callable[[Any, jax.Array], Any] = follow_rows
@@ -183,6 +186,9 @@ class Search:
             eos_id=self.eos_id,
             pad_id=self.pad_id,
         )
+        if self.given is not None:  # the logits of a certain token
+            is_given = (progress.step < self.given)[:, None, None]
+            logits = jnp.where(is_given, jnp.where(allowed, 0.0, -jnp.inf), logits)
         normalizer = -jax.nn.logsumexp(logits, axis=-1)
         broken = ~jnp.isfinite(normalizer)  # no logit means anything, so the sentence ends here
         only_end = jnp.where(jnp.arange(logits.shape[-1]) == self.eos_id, 0.0, -jnp.inf)

@@ -13,15 +13,9 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.marian_vocabulary import TARGET_IDS, MarianVocabulary, read_marian_vocabularies
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.interop.fields import read_flag, read_json
 from flax_transformer.interop.folders import new_folder
-from flax_transformer.interop.marian_fields import (
-    check_expressible,
-    check_fields,
-    join_fields,
-    read_fields,
-    read_flag,
-    write_fields,
-)
+from flax_transformer.interop.marian_fields import FIELDS, check_expressible, join_fields, read_fields, write_fields
 from flax_transformer.interop.marian_tensors import concatenate_waves, from_tensors, to_tensors
 from flax_transformer.interop.tensor_files import SAFETENSORS, read_tensors
 from flax_transformer.trained_model import TrainedModel
@@ -43,39 +37,27 @@ def read_marian(folder: epath.PathLike) -> TrainedModel:
     folder = epath.Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: download all files of the model first")
-    fields = _read_json(folder / "config.json")
-    generation = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    fields = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     for name, file in ((folder / "config.json", fields), (folder / "generation_config.json", generation)):
-        check_fields(name, file)
+        FIELDS.check(name, file)
     vocabularies = _read_vocabularies(folder)
     config = read_fields(join_fields(fields, generation))
     _check_vocabularies(folder, config, vocabularies)
     config, params = from_tensors(
         config,
         read_tensors(folder),
-        shared=read_flag(fields, "share_encoder_decoder_embeddings", default=True),
-        tied=read_flag(fields, "tie_word_embeddings", default=True),
+        shared=read_flag("config.json", fields, "share_encoder_decoder_embeddings", default=True),
+        tied=read_flag("config.json", fields, "tie_word_embeddings", default=True),
     )
     return TrainedModel(config, params, vocabularies)
-
-
-def _read_json(file: epath.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{file.parent} lacks {file.name}: download all files of the model") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged (it has no fields): download it again")
-    return content
 
 
 def _read_vocabularies(folder: epath.Path) -> VocabularyPair:
     tokenizer = folder / "tokenizer_config.json"
     separate = (folder / TARGET_IDS).exists()
     if tokenizer.exists():
-        separate = bool(_read_json(tokenizer).get("separate_vocabs", separate))
+        separate = bool(read_json(tokenizer).get("separate_vocabs", separate))
     return VocabularyPair(*read_marian_vocabularies(folder, separate=separate))
 
 
@@ -107,7 +89,7 @@ def _explain_size(folder: epath.Path, vocabulary: Vocabulary, size: int) -> str:
     """Explains why the model has more or fewer embeddings than the vocabulary has pieces, and what to do about it."""
     tokens: dict[str, Any] = {}
     if (folder / ADDED_TOKENS).exists():
-        tokens = _read_json(folder / ADDED_TOKENS)
+        tokens = read_json(folder / ADDED_TOKENS)
     if tokens and size == vocabulary.size + len(tokens):
         few = ", ".join(map(repr, list(tokens)[:4])) + (", …" if len(tokens) > 4 else "")
         return (

@@ -1,21 +1,18 @@
-"""Converts the fields of a Marian model's configuration to our config, and back.
+"""Converts the fields of a Marian model's configuration, as transformers stores it, to our config, and back.
 
-Each field is either read, or must have the one value that can be converted, or has no effect on translations. Any other
-field is an error, since it may ask for something that our model does not compute. A field that is missing has its
-default in transformers.
+A field that is missing has its default in transformers.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from flax_transformer.config import TransformerConfig
+from flax_transformer.interop.fields import KnownFields, read_flag, read_number
 
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "quick_gelu": "quick_gelu", "swish": "swish", "silu": "swish"}
 # Fields that can be converted only with the value given here; any other value asks for something that our model does
 # not compute.
-FIXED = {
+_FIXED = {
     "model_type": "marian",
     "is_encoder_decoder": True,
     "is_decoder": False,
@@ -44,7 +41,7 @@ FIXED = {
     "sequence_bias": None,
     "exponential_decay_length_penalty": None,
 }
-READ = {
+_READ = {
     "activation_dropout",
     "activation_function",
     "attention_dropout",
@@ -73,7 +70,7 @@ READ = {
 }
 # Fields that have no effect on the model, or that set defaults of the search, for which this library has its own
 # settings.
-WITHOUT_EFFECT = {
+_WITHOUT_EFFECT = {
     "_attn_implementation_autoset",
     "_from_model_config",
     "_name_or_path",
@@ -116,21 +113,8 @@ WITHOUT_EFFECT = {
     "use_bfloat16",
     "use_cache",
 }
+FIELDS = KnownFields(fixed=_FIXED, read=_READ, without_effect=_WITHOUT_EFFECT)
 DEFAULT_MAX_LENGTH = 512
-
-
-def check_fields(file: epath.Path, fields: Mapping[str, Any]) -> None:
-    """Raises ValueError for a field that cannot be converted or is unknown."""
-    for name, value in fields.items():
-        if name in FIXED:
-            if value not in (None, [], {}) and value != FIXED[name]:
-                raise ValueError(
-                    f"{file}: {name} is {value!r}, but only {FIXED[name]!r} can be converted: choose another model"
-                )
-        elif name not in READ | WITHOUT_EFFECT and value not in (None, False, [], {}):
-            raise ValueError(
-                f"{file}: {name} is {value!r}, an unknown field: remove that line if it does not affect translations"
-            )
 
 
 def join_fields(fields: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,29 +128,22 @@ def join_fields(fields: Mapping[str, Any], generation: Mapping[str, Any]) -> dic
     return dict(fields) | {name: value for name, value in generation.items() if value is not None}
 
 
-def read_flag(fields: Mapping[str, Any], name: str, *, default: bool) -> bool:
-    """Reads a field that is true or false; raises ValueError for anything else."""
-    value = default if fields.get(name) is None else fields[name]
-    if type(value) is not bool:
-        raise ValueError(f"config.json: {name} is {value!r}, but must be true or false: download the file again")
-    return value
-
-
-def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
+def read_fields(fields: Mapping[str, Any], *, trained_positions: bool = False) -> TransformerConfig:
     """Makes our config, except for the fields that only the tensors determine.
 
     Args:
         fields: the fields of `config.json`, merged with those of `generation_config.json` if there is one.
+        trained_positions: whether to take Marian's positions and not those of transformers.
 
     Raises:
         ValueError: a field's value cannot be converted; names the field and the value.
     """
 
     def whole(name: str, default: int | None = None) -> int:
-        value = default if fields.get(name) is None else fields[name]
-        if type(value) is not int or value < 0:
-            raise ValueError(f"config.json: {name} is {value!r}, but must be a whole number: download the file again")
-        return value
+        return read_number("config.json", fields, name, default=default)
+
+    def flag(name: str) -> bool:
+        return read_flag("config.json", fields, name, default=False)
 
     def both(part: str) -> int:
         first, second = whole(f"encoder_{part}"), whole(f"decoder_{part}")
@@ -202,15 +179,15 @@ def read_fields(fields: Mapping[str, Any]) -> TransformerConfig:
             attention_dropout_rate=fields.get("attention_dropout", 0.0),
             activation_dropout_rate=fields.get("activation_dropout", 0.0),
             activation=ACTIVATIONS[activation],
-            positions="sinusoidal_concatenated",
+            positions="sinusoidal_tensor2tensor" if trained_positions else "sinusoidal_concatenated",
             max_length=whole("max_position_embeddings", DEFAULT_MAX_LENGTH),
             max_output=min(filter(None, longest), default=0),
-            scale_embeddings=read_flag(fields, "scale_embedding", default=False),
+            scale_embeddings=flag("scale_embedding"),
             tie_embeddings="none",  # set when the tensors are compared
             pad_id=whole("pad_token_id"),
             start_id=whole("decoder_start_token_id", whole("pad_token_id")),
             eos_id=eos_id,
-            banned_ids=_banned(fields, renormalize=read_flag(fields, "renormalize_logits", default=False)),
+            banned_ids=_banned(fields, renormalize=flag("renormalize_logits")),
         )
     except TypeError as error:  # a string instead of a number
         raise ValueError(f"config.json is damaged ({error}): download it again") from error
@@ -239,13 +216,13 @@ def check_expressible(config: TransformerConfig) -> None:
     for name, wanted in (("norm", "post"), ("norm_epsilon", 1e-5), ("position_offset", 0)):
         if getattr(config, name) != wanted:
             raise ValueError(
-                f"model.{name} is {getattr(config, name)!r}, but Marian needs {wanted!r}: train with that, or "
-                "convert to-ctranslate2 or to-stablehlo"
+                f"model.{name} is {getattr(config, name)!r}, but transformers' Marian needs {wanted!r}: train with "
+                "that, or convert to-marian-native, to-ctranslate2 or to-stablehlo"
             )
     if config.positions not in ("sinusoidal", "sinusoidal_concatenated"):
         raise ValueError(
-            f"model.positions is {config.positions!r}, but Marian needs the paper's sinusoidal ones: train with those, "
-            "or convert to-ctranslate2 or to-stablehlo"
+            f"model.positions is {config.positions!r}, but transformers computes the paper's sinusoidal ones: train "
+            "with those, or convert to-marian-native or to-ctranslate2"
         )
 
 

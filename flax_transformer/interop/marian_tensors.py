@@ -1,4 +1,4 @@
-"""Converts the named tensors of a Marian model, as transformers stores them, to our parameters, and back.
+"""Converts the named tensors of a Marian, M2M100 or NLLB model, as transformers stores them, to our parameters and back.
 
 Marian's linear maps are stored [out, in], ours [in, out]; norms and embeddings are the same arrays. Both formats store
 a shared matrix once, but not by the same rules; here matrices are shared if they are equal.
@@ -15,19 +15,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.trained_model import param_shapes
+from flax_transformer.interop.parameters import build_params, check_depth, check_embeddings
 
 Tensors = Mapping[str, np.ndarray]
 
 SHARED, SOURCE, TARGET = "model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"
 OUTPUT, OUTPUT_BIAS = "lm_head.weight", "final_logits_bias"
 # Sinusoidal positions follow from the configuration, but older files contain them too.
-POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
+POSITIONS = {
+    f"model.{stack}.embed_positions.{name}" for stack in ("encoder", "decoder") for name in ("weight", "weights")
+}
 ATTENTION_PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
 
 def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
-    """The path of each parameter of all layers, and the name of its tensor in Marian."""
+    """The path of each parameter of all layers and final norms, and the name of its tensor in transformers."""
     for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
         attentions = {"self_attention": "self_attn"} | (
             {} if stack == "encoder" else {"cross_attention": "encoder_attn"}
@@ -44,6 +46,9 @@ def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
                         f"{stack}/layers_{number}/{ours}/{own_leaf}",
                         f"model.{stack}.layers.{number}.{theirs}.{their_leaf}",
                     )
+        if config.norm == "pre":
+            yield f"{stack}/norm/scale", f"model.{stack}.layer_norm.weight"
+            yield f"{stack}/norm/bias", f"model.{stack}.layer_norm.bias"
 
 
 def embeddings(config: TransformerConfig, params: PyTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -62,7 +67,7 @@ def from_tensors(
 
     Args:
         config: the model's config, in which it is still open which embeddings are tied.
-        tensors: float32 arrays by Marian's names.
+        tensors: arrays by Marian's names; they may be mapped from files.
         shared: whether source and target share their embeddings according to the configuration.
         tied: whether the output is tied to them according to the configuration.
 
@@ -73,14 +78,10 @@ def from_tensors(
         ValueError: a tensor is missing, unknown, or of another shape than the config asks for.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if name not in POSITIONS}
-    layers = config.num_encoder_layers + config.num_decoder_layers
-    if layers > len(tensors):
-        raise ValueError(
-            f"config.json has {layers} layers, but there are only {len(tensors)} tensors: download both files again"
-        )
+    check_depth(config, tensors, "config.json")
     source, target, output = _matrices(tensors, shared=shared, tied=tied)
-    same = np.array_equal(target, output)
-    tie = "three_way" if same and np.array_equal(source, target) else "decoder" if same else "none"
+    same = _same(target, output)
+    tie = "three_way" if same and _same(source, target) else "decoder" if same else "none"
     if tie == "three_way":
         found: dict[str, Any] = {"shared_embedding/embedding": source}
     else:
@@ -96,19 +97,11 @@ def from_tensors(
         if name in tensors:
             found[path] = tensors[name].T
     if unknown := tensors.keys() - {SHARED, *named.values()}:
-        raise ValueError(f"the tensor {min(unknown)} is unknown, and no part of a Marian model")
-    _check_size(config.source_vocab_size, source, SOURCE)
-    _check_size(config.target_vocab_size, target, TARGET)
+        raise ValueError(f"the tensor {min(unknown)} is unknown, and no part of such a model")
+    check_embeddings(SOURCE, source, config.source_vocab_size, "config.json")
+    check_embeddings(TARGET, target, config.target_vocab_size, "config.json")
     config = dataclasses.replace(config, tie_embeddings=tie, output_bias=OUTPUT_BIAS in tensors)
-    for path, leaf in flatten_dict(param_shapes(config), sep="/").items():
-        if path not in found:
-            raise ValueError(f"the tensor {named[path]} is missing: the file is not complete, download it again")
-        if found[path].shape != leaf.shape:
-            raise ValueError(
-                f"the tensor {named[path]} does not fit config.json: its shape is {list(found[path].shape)}, but must "
-                f"be {list(leaf.shape)}: download both files again"
-            )
-    return config, unflatten_dict({path: np.ascontiguousarray(leaf) for path, leaf in found.items()}, sep="/")
+    return config, build_params(config, found, named, "config.json")
 
 
 def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -126,23 +119,22 @@ def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray
 
     if shared and tied:
         first, *others = [tensors[name] for name in (SHARED, SOURCE, TARGET) if name in tensors] or [find(*sources)]
-        if not all(np.array_equal(first, other) for other in others):
+        if not all(_same(first, other) for other in others):
             raise ValueError(
                 f"{SOURCE}, {TARGET} and {SHARED} differ, but config.json shares them: download both files again"
             )
     return find(*sources), find(*targets), find(*outputs)
 
 
-def _check_size(size: int, matrix: np.ndarray, name: str) -> None:
-    if matrix.ndim != 2 or matrix.shape[0] != size:
-        raise ValueError(
-            f"the embeddings {name} are {list(matrix.shape)}, but config.json has a vocabulary of {size}: "
-            "download both files again"
-        )
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    return first is second or np.array_equal(first, second)
 
 
 def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
-    """The tensors of a model by Marian's names, and the two fields of its configuration that say what is shared."""
+    """The tensors of a model by Marian's names, and the two fields of its configuration that say what is shared.
+
+    A bias of the output is among them if the model has one, and zeros if its norms are Marian's.
+    """
     source, target, output = embeddings(config, params)
     shared, tied = np.array_equal(source, target), np.array_equal(target, output)
     tensors = {SHARED: source} if shared else {SOURCE: source, TARGET: target}
@@ -150,7 +142,8 @@ def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.
         # If the output is not tied, transformers shares nothing, whatever the field for the embeddings says.
         tensors |= {SOURCE: source, TARGET: target, OUTPUT: output}
     flat = flatten_dict(params, sep="/")
-    tensors[OUTPUT_BIAS] = np.asarray(flat.get("output_bias", np.zeros(config.target_vocab_size, np.float32)))[None]
+    if config.output_bias or config.norm == "post":
+        tensors[OUTPUT_BIAS] = np.asarray(flat.get("output_bias", np.zeros(config.target_vocab_size, np.float32)))[None]
     tensors |= {name: np.asarray(flat[path]).T for path, name in layer_names(config)}
     arrays = {name: np.array(tensor, np.float32, order="C") for name, tensor in tensors.items()}
     return arrays, {"share_encoder_decoder_embeddings": shared, "tie_word_embeddings": tied}
