@@ -57,6 +57,7 @@ LAYOUT = {
     "checkpoints": "orbax_paths scores",
     "workdir": "config experiment data.vocabulary checkpoints files atomic_files",
     "trained_model": "config model workdir data.vocabulary",
+    "new_languages": "data.vocabulary trained_model",
     "interop.__init__": "",
     "interop.folders": "files atomic_files workdir",
     "interop.fields": "",
@@ -114,7 +115,7 @@ LAYOUT = {
     "training.inputs": "bleu experiment files data workdir processes.hosts training.parallel training.early_checks",
     "training.evaluation": "bleu config positions experiment text data decoding trained_model processes.hosts "
     "monitoring.report training.loss",
-    "training.loop": "experiment text model checkpoints workdir trained_model processes monitoring training",
+    "training.loop": "experiment text model checkpoints workdir trained_model new_languages processes monitoring training",
     "planning.__init__": "",
     "planning.hlo": "",
     "planning.plan": "experiment tokens data.batch monitoring.utilization training.step training.parallel planning.hlo",

@@ -35,6 +35,7 @@ class Vocabulary:
         languages: the tokens that name the language to translate into; empty if the vocabulary has none.
         language_ids: the ids of tokens with which a target begins and which name its language; they are given, not
             predicted. Empty if targets begin with their text.
+        language_last: whether sources name their language at their end.
     """
 
     pad_id: int = 0
@@ -44,6 +45,7 @@ class Vocabulary:
     language: str = ""
     languages: tuple[str, ...] = ()
     language_ids: frozenset[int] = frozenset()
+    language_last: bool = False
 
     def __init__(self, model: bytes):
         """Reads a serialised SentencePiece model.

@@ -1,4 +1,4 @@
-"""Converts the named tensors of a Marian, M2M100 or NLLB model, as transformers stores them, to our parameters and back.
+"""Converts the named tensors of Marian, M2M100 and NLLB models, as transformers has them, to our parameters and back.
 
 Marian's linear maps are stored [out, in], ours [in, out]; norms and embeddings are the same arrays. Both formats store
 a shared matrix once, but not by the same rules; here matrices are shared if they are equal.
