@@ -71,7 +71,7 @@ class DataConfig:
         test: the corpus that is translated and scored at the end; may be empty.
         source_language: for models of many languages, such as NLLB: that of the source, e.g. "kan_Knda".
         target_language: that of the target.
-        new_language_like: the known language, or "mean" of all, whose embedding a language new to the model begins with.
+        new_language_like: the language, or "mean" of all, whose embedding a language new to the model begins with.
         rows: number of rows in a global batch, for any number of devices.
         source_slots: tokens in a row on the source side; several sentences are packed into one row. Training leaves out
             pairs with a side that does not fit into a row.

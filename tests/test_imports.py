@@ -115,7 +115,8 @@ LAYOUT = {
     "training.inputs": "bleu experiment files data workdir processes.hosts training.parallel training.early_checks",
     "training.evaluation": "bleu config positions experiment text data decoding trained_model processes.hosts "
     "monitoring.report training.loss",
-    "training.loop": "experiment text model checkpoints workdir trained_model new_languages processes monitoring training",
+    "training.loop": "experiment text model checkpoints workdir trained_model new_languages processes monitoring "
+    "training",
     "planning.__init__": "",
     "planning.hlo": "",
     "planning.plan": "experiment tokens data.batch monitoring.utilization training.step training.parallel planning.hlo",

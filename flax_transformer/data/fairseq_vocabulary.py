@@ -7,8 +7,9 @@ of rows of the embeddings that nothing uses, which fairseq calls "madeupword0000
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 from etils import epath
@@ -111,14 +112,12 @@ class FairseqVocabulary(MarianVocabulary):
         code = self._spelled(language)
         if code in self.languages:
             return code
-        by_name = {code.strip("_"): code for code in self.languages}
-        name = code.strip("_")
-        near = [*difflib.get_close_matches(name, by_name, n=4), *(known for known in by_name if known[:2] == name[:2])]
-        named = ", ".join(list(dict.fromkeys(near))[:6])
+        names = [known.strip("_") for known in self.languages]
+        near = ", ".join(_near(code.strip("_"), names)[:6])
         raise ValueError(
             f"the model knows no language {language}: "
-            + (f"did you mean {named}?" if named else f"give one of {', '.join(list(by_name)[:8])}, …")
-            + f" It knows {len(by_name)} languages, named as {FORMS[self.tokenizer][1].strip('_')}"
+            + (f"did you mean {near}?" if near else f"give one of {', '.join(names[:8])}, …")
+            + f" It knows {len(names)} languages, named as {FORMS[self.tokenizer][1].strip('_')}"
         )
 
     def with_language(self, language: str) -> "FairseqVocabulary":
@@ -216,14 +215,17 @@ def read_fairseq_vocabularies(directory: epath.PathLike) -> tuple[FairseqVocabul
         raise ValueError(f"{folder / PIECES_MODEL}, with {DESCRIPTION}: {error}") from error
 
 
+def _near(name: str, names: Sequence[str]) -> list[str]:
+    """Those names of languages that begin as a name does, or are spelled alike, the nearest first."""
+    alike = {
+        known: (len(os.path.commonprefix([known, name])), difflib.SequenceMatcher(None, known, name).ratio())
+        for known in names
+    }
+    near = [known for known in names if alike[known][0] >= min(2, len(name) - 1) or alike[known][1] >= 0.6]
+    return sorted(near, key=alike.__getitem__, reverse=True)
+
+
 def _as_text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
     return value
-
-
-def unused_pieces(first: int) -> Iterator[str]:
-    """Names of ids that nothing uses, as fairseq gives them, from a number on."""
-    while True:
-        yield f"madeupword{first:04d}"
-        first += 1
