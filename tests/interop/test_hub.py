@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: `make peers` installs it")
+pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install '.[hub]'")
 NAME = "someone/small-model"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 FILES = {
