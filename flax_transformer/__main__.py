@@ -28,7 +28,7 @@ VERBS = {
     "evaluate": "score a model on a test set with BLEU, chrF and TER, or compare two models",
     "score": "compute the log-probabilities and the perplexity of given translations",
     "average": "average the weights of several checkpoints into one",
-    "convert": "import OPUS-MT (Marian) models; export to CTranslate2, Marian and StableHLO",
+    "convert": "import OPUS-MT (Marian), M2M100 and NLLB models; export to CTranslate2, Marian, NLLB and StableHLO",
     "plan": "predict the memory and speed of a training step, on devices that you need not have",
 }
 

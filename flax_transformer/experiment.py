@@ -69,6 +69,9 @@ class DataConfig:
         train: the training corpus.
         valid: the corpus that is translated and scored during training; may be empty.
         test: the corpus that is translated and scored at the end; may be empty.
+        source_language: for models of many languages, such as NLLB: that of the source, e.g. "kan_Knda".
+        target_language: that of the target.
+        new_language_like: the language, or "mean" of all, whose embedding a language new to the model begins with.
         rows: number of rows in a global batch, for any number of devices.
         source_slots: tokens in a row on the source side; several sentences are packed into one row. Training leaves out
             pairs with a side that does not fit into a row.
@@ -79,6 +82,9 @@ class DataConfig:
     train: str = ""
     valid: str = ""
     test: str = ""
+    source_language: str = ""
+    target_language: str = ""
+    new_language_like: str = ""
     rows: int = setting(64, SIZE)
     source_slots: int = setting(64, SIZE)
     target_slots: int = setting(64, SIZE)

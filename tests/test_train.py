@@ -38,7 +38,7 @@ def test_help_names_the_flags_without_loading_jax():
     [
         ([QUICKSTART, "--config.training.stepz=3"], ["training.stepz", "training.steps"]),
         (["--config=configs/none.py"], ["configs/none.py"]),
-        (["--config=configs/finetune_opus_mt.py:none"], ["none is not a work directory"]),
+        (["--config=configs/finetune.py:none"], ["none is not a work directory"]),
         ([QUICKSTART, "--config.data.train=files:none.kn,none.en"], ["cannot read none.kn", "check the path"]),
     ],
     ids=["setting", "config", "start", "corpus"],

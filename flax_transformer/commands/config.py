@@ -36,7 +36,7 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="CONFIG",
         help=f"the experiment: the path of a config file, or one of {', '.join(config_names())}; text after a colon is "
-        "passed to its function get_config, e.g. finetune_opus_mt:runs/opus",
+        "passed to its function get_config, e.g. finetune:runs/opus",
     )
     parser.set_defaults(changes=[])
 

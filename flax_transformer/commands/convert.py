@@ -1,26 +1,32 @@
-"""Converts Marian models (OPUS-MT, Firefox Translations) into work directories, and work
-directories into folders for CTranslate2, for transformers (Marian), for Marian itself and
-for jax alone (StableHLO). The target folder must be new, and a conversion that fails does
-not create it.
+"""Converts models of Marian (OPUS-MT, Firefox Translations), M2M100 and NLLB into work
+directories, and work directories into folders for CTranslate2, for transformers (Marian,
+NLLB), for Marian itself and for jax alone (StableHLO). FROM may be the name of a model on
+the Hugging Face hub. The target folder must be new, and a conversion that fails does not
+create it.
 """
 
 import argparse
+import os
 import shlex
 from typing import Any
 
-from flax_transformer.commands.options import checkpoint, explain_damage, path
+from flax_transformer.commands.options import checkpoint, explain_damage, filled, path
 from flax_transformer.commands.process import start_devices
+from flax_transformer.interop.hub import download, is_name
 
-USAGE = "{from-marian,to-marian,to-marian-native,to-ctranslate2,to-stablehlo} FROM TO [OPTIONS]"
+USAGE = "{from-marian,from-nllb,to-marian,to-marian-native,to-nllb,to-ctranslate2,to-stablehlo} FROM TO [OPTIONS]"
 EXAMPLES = """\
 examples:
   flax-transformer convert from-marian downloads/opus-mt-en-de runs/opus
   flax-transformer convert from-marian firefox/enpt runs/enpt
+  flax-transformer convert from-marian Helsinki-NLP/opus-mt-dra-en runs/dra-en
+  flax-transformer convert from-nllb facebook/nllb-200-distilled-600M runs/nllb
   flax-transformer convert to-ctranslate2 runs/mine deployed --quantization=int8
   flax-transformer convert to-marian runs/mine for-transformers
   flax-transformer convert to-stablehlo runs/mine exported
 """
-WAYS = ("from-marian", "to-marian", "to-marian-native", "to-ctranslate2", "to-stablehlo")
+IMPORTS = ("from-marian", "from-nllb")
+WAYS = (*IMPORTS, "to-marian", "to-marian-native", "to-nllb", "to-ctranslate2", "to-stablehlo")
 MEMORY_REMEDY = "convert on a machine that has more"
 
 
@@ -31,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=path,
         metavar="FROM",
-        help="what to read: the folder of a downloaded model, the .npz or .bin file of one, or a work directory",
+        help="what to read: the folder of a downloaded model, the .npz or .bin file of one, or a work directory; or the "
+        "name of a model to download from the Hugging Face hub, such as facebook/nllb-200-distilled-600M, if there is "
+        "no such folder",
     )
     parser.add_argument("target", type=path, metavar="TO", help="the folder to write")
     parser.add_argument(
@@ -53,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with from-marian and transformers' format: compute the positions with which Marian trained the model; "
         "those of transformers have other wavelengths",
     )
+    parser.add_argument(
+        "--revision", type=filled, metavar="NAME", help="branch, tag or commit of the model on the hub (default main)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -60,20 +71,28 @@ def run(options: argparse.Namespace) -> None:
     way = options.way
     if options.quantization and way != "to-ctranslate2":
         raise ValueError(f"--quantization applies to to-ctranslate2 only, not to {way}: remove it")
-    if options.checkpoint and way == "from-marian":
-        raise ValueError("--checkpoint applies to work directories, not to from-marian: remove it")
+    if options.checkpoint and way in IMPORTS:
+        raise ValueError(f"--checkpoint applies to work directories, not to {way}: remove it")
     if options.trained_positions and way != "from-marian":
         raise ValueError(f"--trained_positions applies to from-marian only, not to {way}: remove it")
+    downloads = way in IMPORTS and not os.path.exists(options.source) and is_name(options.source)
+    if options.revision and not downloads:
+        raise ValueError("--revision applies to models that are downloaded from the hub by name: remove it")
     # jax loads here, so that --help answers at once.
     start_devices()
     from flax_transformer.interop.folders import check_new_folder
     from flax_transformer.trained_model import TrainedModel
 
     check_new_folder(options.target)
+    folder = download(options.source, options.revision or "") if downloads else options.source
     if way == "from-marian":
         from flax_transformer.interop.marian import from_marian
 
-        model = from_marian(options.source, options.target, trained_positions=options.trained_positions)
+        model = from_marian(folder, options.target, trained_positions=options.trained_positions)
+    elif way == "from-nllb":
+        from flax_transformer.interop.nllb import from_nllb
+
+        model = from_nllb(folder, options.target)
     else:
         with explain_damage(options.source):
             model = TrainedModel.load(options.source, step=options.checkpoint or "chosen")
@@ -85,6 +104,10 @@ def run(options: argparse.Namespace) -> None:
             from flax_transformer.interop.marian_native import to_marian_native
 
             to_marian_native(model, options.target)
+        elif way == "to-nllb":
+            from flax_transformer.interop.nllb import to_nllb
+
+            to_nllb(model, options.target)
         elif way == "to-ctranslate2":
             from flax_transformer.interop.ctranslate2 import to_ctranslate2
 
@@ -103,17 +126,26 @@ def _describe(model: Any, options: argparse.Namespace) -> str:
         f"{options.target}: {config.num_encoder_layers}+{config.num_decoder_layers} layers, d_model {config.d_model}, "
         f"{config.activation}, {' and '.join(f'{size:,}' for size in sizes)} pieces"
     ]
-    if options.way == "from-marian":
+    if options.way in IMPORTS:
+        vocabulary = model.vocabularies.source
+        by_code = " --source_language=CODE --target_language=CODE" if vocabulary.language_ids else ""
         lines += [
-            f"  flax-transformer translate --workdir={target} --input=FILE",
-            f"  flax-transformer train --config=finetune_opus_mt:{target} --workdir=runs/finetuned  # on your text",
+            f"  flax-transformer translate --workdir={target}{by_code} --input=FILE",
+            f"  flax-transformer train --config=finetune:{target} --workdir=runs/finetuned  # on your text",
         ]
-        if languages := getattr(model.vocabularies.source, "languages", ()):
-            lines.append(f"each source sentence must begin with the target language: {', '.join(languages)}")
+        if vocabulary.language_ids:
+            few = ", ".join(code.strip("_") for code in vocabulary.languages[:4])
+            lines.append(f"it knows {len(vocabulary.languages)} languages: {few}, …")
+        elif vocabulary.languages:
+            lines.append(f"each source sentence must begin with the target language: {', '.join(vocabulary.languages)}")
     elif options.way == "to-marian":
         lines.append(f"  transformers.MarianMTModel.from_pretrained({options.target!r}), MarianTokenizer likewise")
     elif options.way == "to-marian-native":
         lines.append(f"  marian-decoder --config {target}/decoder.yml    # input split with source.spm")
+    elif options.way == "to-nllb":
+        lines.append(
+            f"  transformers.AutoModelForSeq2SeqLM.from_pretrained({options.target!r}), AutoTokenizer likewise"
+        )
     elif options.way == "to-ctranslate2":
         lines.append(f"  {options.target}/README.md shows how CTranslate2 translates with it")
     else:

@@ -23,6 +23,7 @@ from flax_transformer.commands.options import (
     checkpoint,
     explain_damage,
     filled,
+    in_languages,
     load_translator,
     pair_checkpoints,
     path,
@@ -154,7 +155,9 @@ def run(options: argparse.Namespace) -> None:
     sources, references = _read(options)
     metrics = _metrics(options.tokenize or _default_tokenizer(options, references), references)
     # All models are loaded before any translates, so that a wrong path is found now and not after hours.
-    translators = [load_translator(each, options) for each in models]
+    translators = in_languages([load_translator(each, options) for each in models], options)
+    for translator in translators:
+        translator.vocabularies.target.encode([""])  # reports a language that lacks before a file is written
     systems: list[System] = []
     for each, translator in zip(models, translators, strict=True):
         translations, seconds = _translate(translator, sources, search, options.seed)

@@ -112,6 +112,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="source tokens in a batch; smaller batches need less memory (default 4096)",
     )
+    for side in ("source", "target"):
+        group.add_argument(
+            f"--{side}_language",
+            type=filled,
+            default="",
+            metavar="CODE",
+            help=f"the language of {side}s that do not begin with the token of one, e.g. kan_Knda for NLLB, kn for "
+            "M2M100; only for models that know languages by code (default: that of the work directory)",
+        )
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +271,20 @@ def load_translator(models: Sequence[Model], options: argparse.Namespace) -> Any
     else:
         shortlist = getattr(options, "no_shortlist", True) is False
     return Translator(loaded, batch_tokens=options.batch_tokens, shortlist=shortlist)
+
+
+def in_languages(translators: Sequence[Any], options: argparse.Namespace) -> list[Any]:
+    """Lets translators that know languages by code translate between those that the options name.
+
+    Raises:
+        ValueError: the options name languages and no translator knows any, or one does not know these.
+    """
+    languages = options.source_language, options.target_language
+    knowing = [bool(translator.vocabularies.target.language_ids) for translator in translators]
+    return [
+        translator.speaking(*languages) if knows or not any(knowing) else translator
+        for translator, knows in zip(translators, knowing, strict=True)
+    ]
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from flax_transformer.commands.lines import (
 from flax_transformer.commands.options import (
     add_length_penalty,
     add_model_options,
+    in_languages,
     load_translator,
     pair_checkpoints,
     path,
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.source and sys.stdin.isatty():
         print("type a source, a tab and a target on each line, and end with Ctrl-D", file=sys.stderr)
     pairs = read_pairs(options.source, options.target) if options.source else read_columns(STANDARD)
-    translator = load_translator(models, options)
+    (translator,) = in_languages([load_translator(models, options)], options)
     done, tokens, log_prob = 0, 0, 0.0
     with open_output(output) as file, progress_bar(total, beside=output) as bar:
         for chunk in in_chunks(pairs, CHUNK):

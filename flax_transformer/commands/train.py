@@ -25,7 +25,7 @@ are explained in flax_transformer/config.py and flax_transformer/experiment.py.
 examples:
   flax-transformer train --config=quickstart --workdir=runs/quickstart
   flax-transformer train --config=quickstart --workdir=runs/short --config.training.steps=300
-  flax-transformer train --config=finetune_opus_mt:runs/opus --workdir=runs/finetuned
+  flax-transformer train --config=finetune:runs/opus --workdir=runs/finetuned
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 A training uses all devices of its host. On several hosts, run the same command on each:

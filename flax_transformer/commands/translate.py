@@ -22,6 +22,7 @@ from flax_transformer.commands.lines import (
 from flax_transformer.commands.options import (
     add_model_options,
     add_search_options,
+    in_languages,
     load_translator,
     pair_checkpoints,
     path,
@@ -43,12 +44,17 @@ formats:
             the vocabulary lacks characters of the source, unknown_characters lists them
             and unknown_share is their share of all characters.
 
+With a model for many languages, a line that begins with the token of a language, such
+as "kan_Knda ", is in that language, and so is the translation that a line of --prefixes
+with such a token begins; other lines are in the languages of the two options.
+
 Line ends within a translation, and tabs in tsv, are written as spaces; jsonl keeps them.
 
 examples:
   flax-transformer translate --workdir=runs/mine --input=letters.en --output=letters.de
   echo "A dog runs." | flax-transformer translate --workdir=runs/mine
   flax-transformer translate --workdir=runs/mine --interactive
+  flax-transformer translate --workdir=runs/nllb --source_language=kan_Knda --target_language=eng_Latn
   flax-transformer translate --workdir runs/a runs/b --nbest=4 --format=tsv --input=letters.en
 """
 MEMORY_REMEDY = "lower --batch_tokens or --beam_size"
@@ -112,7 +118,8 @@ def run(options: argparse.Namespace) -> None:
     models = pair_checkpoints(options.workdir, options.checkpoint)
     if options.interactive:
         _check_interactive(options)
-        _converse(load_translator(models, options), search, options.seed)
+        (translator,) = in_languages([load_translator(models, options)], options)
+        _converse(translator, search, options.seed)
         return
     _check_format(options, search)
     source, output = options.input or STANDARD, options.output or STANDARD
@@ -123,7 +130,9 @@ def run(options: argparse.Namespace) -> None:
     total = count_lines(*(name for _, name in inputs))
     if source == STANDARD and sys.stdin.isatty():
         print("type sentences and end with Ctrl-D; --interactive answers each at once", file=sys.stderr)
-    translator = load_translator(models, options)
+    (translator,) = in_languages([load_translator(models, options)], options)
+    if not options.prefixes:
+        translator.vocabularies.target.encode([""])  # reports a language that lacks before the output is opened
     if options.alignment is not None:
         # Reports a layer that does not exist now, not after the first chunk.
         translator.align([], [], layer=options.alignment)

@@ -31,14 +31,21 @@ class Vocabulary:
         bos_id: 1, the beginning of a sentence.
         eos_id: 2, the end of a sentence.
         unk_id: 3, stands for a character that has no piece.
+        language: the token of the language of texts that do not name theirs, where texts begin with such a token.
         languages: the tokens that name the language to translate into; empty if the vocabulary has none.
+        language_ids: the ids of tokens with which a target begins and which name its language; they are given, not
+            predicted. Empty if targets begin with their text.
+        language_last: whether sources name their language at their end.
     """
 
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
     unk_id: int = 3
+    language: str = ""
     languages: tuple[str, ...] = ()
+    language_ids: frozenset[int] = frozenset()
+    language_last: bool = False
 
     def __init__(self, model: bytes):
         """Reads a serialised SentencePiece model.
@@ -105,6 +112,21 @@ class Vocabulary:
         """Whether a character has pieces other than the unknown one and those of single bytes."""
         ids = self._processor.encode(character.encode(errors="replace"))
         return not any(token == self.unk_id or self._processor.is_byte(token) for token in ids)
+
+    def speaking(self, language: str) -> "Vocabulary":
+        """The same vocabulary for texts of one language, which is named by its code; "" changes nothing.
+
+        Raises:
+            ValueError: it does not know the language, or no language by a code.
+        """
+        if not language:
+            return self
+        known = f"begin each sentence with one of {', '.join(self.languages[:8])}" if self.languages else "leave it out"
+        raise ValueError(f"the language {language} is named, but this model does not know languages by code: {known}")
+
+    def with_language(self, language: str) -> "Vocabulary":
+        """The same vocabulary with a token for one more language; raises ValueError if it cannot have one."""
+        return self.speaking(language)
 
     def split_language(self, sentence: str) -> tuple[str, str]:
         """Splits a source sentence into the token that names the wanted language ("" if there is none) and the text."""

@@ -2,7 +2,7 @@
 
 A saved pair is found again by the names of its files: `joint.model`, or `source.model` and `target.model`, for the
 vocabularies that are trained here (`sentencepiece_vocabulary.py`), `vocab.json` for those of OPUS-MT models
-(`marian_vocabulary.py`).
+(`marian_vocabulary.py`), `languages.json` for those of M2M100 and NLLB (`fairseq_vocabulary.py`).
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from flax_transformer.atomic_files import write_file
+from flax_transformer.data.fairseq_vocabulary import DESCRIPTION, PIECES_MODEL, read_fairseq_vocabularies
 from flax_transformer.data.marian_vocabulary import (
     IDS,
     SOURCE_PIECES,
@@ -22,7 +23,7 @@ from flax_transformer.data.marian_vocabulary import (
 from flax_transformer.data.sentencepiece_vocabulary import JOINT_FILE, SOURCE_FILE, TARGET_FILE, Vocabulary
 from flax_transformer.experiment import VocabularyConfig
 
-FILES = (JOINT_FILE, SOURCE_FILE, TARGET_FILE, SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS)
+FILES = (JOINT_FILE, SOURCE_FILE, TARGET_FILE, SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS, PIECES_MODEL, DESCRIPTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,28 @@ class VocabularyPair:
             return cls(vocabulary, vocabulary)
         return cls(Vocabulary.train(source_sentences, config), Vocabulary.train(target_sentences, config))
 
+    def speaking(self, source_language: str, target_language: str, *, add: bool = False) -> "VocabularyPair":
+        """The same vocabularies for texts of these languages; "" leaves a side as it is.
+
+        Args:
+            source_language: the code of the source's language, e.g. "kan_Knda".
+            target_language: the code of the target's language.
+            add: whether a language that they do not know gets a token of its own; otherwise it is an error.
+
+        Raises:
+            ValueError: they do not know a language, or no languages by codes.
+        """
+        source, target = self.source, self.target
+        for language in filter(None, (source_language, target_language) if add else ()):
+            source, target = source.with_language(language), target.with_language(language)
+        return VocabularyPair(source.speaking(source_language), target.speaking(target_language))
+
     @classmethod
     def load(cls, directory: epath.PathLike) -> "VocabularyPair":
         """Reads what `save` wrote; raises FileNotFoundError if the folder has no vocabulary."""
         folder = epath.Path(directory)
+        if (folder / DESCRIPTION).exists():
+            return cls(*read_fairseq_vocabularies(folder))
         if (folder / IDS).exists():
             return cls(*read_marian_vocabularies(folder, separate=(folder / TARGET_IDS).exists()))
         if (folder / JOINT_FILE).exists():

@@ -84,6 +84,7 @@ class Engine:
         settings: BeamSearch | Sampling,
         *,
         prefixes: Sequence[Ids] | None = None,
+        given: Sequence[int] | None = None,
         rngs: UInt[np.ndarray, "sources key"] | None = None,
         streams: bool = False,
     ) -> list[Request]:
@@ -93,6 +94,7 @@ class Engine:
             sources: the ids of each source, including the end of sentence.
             settings: the settings of the search.
             prefixes: the ids with which each output must begin, without an end of sentence; none if not given.
+            given: how many ids of each prefix, from the first on, count nothing in scores; 0 if not given.
             rngs: the data of a random key for each source, which only sampling needs.
             streams: whether the tokens of each are told one by one, which takes longer; only with one hypothesis.
 
@@ -108,6 +110,7 @@ class Engine:
             Request(
                 source,
                 prefix=prefixes[number] if prefixes else (),
+                given=given[number] if given else 0,
                 limit=self._limit(settings, len(source)),
                 num_return=settings.num_return,
                 rng=rngs[number] if rngs is not None else None,
@@ -136,6 +139,7 @@ class Engine:
         settings: BeamSearch | Sampling,
         *,
         prefixes: Sequence[Ids] | None = None,
+        given: Sequence[int] | None = None,
         rngs: UInt[np.ndarray, "sources key"] | None = None,
         after_each: Callable[[], None] = lambda: None,
     ) -> list[list[Output]]:
@@ -143,7 +147,7 @@ class Engine:
 
         An exception, also one from `after_each`, cancels the sentences that are left.
         """
-        requests = self.submit(sources, settings, prefixes=prefixes, rngs=rngs)
+        requests = self.submit(sources, settings, prefixes=prefixes, given=given, rngs=rngs)
         outputs = []
         try:
             for request in requests:

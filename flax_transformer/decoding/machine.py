@@ -56,6 +56,7 @@ class Machine:
         self._pending: deque[tuple[Outcome, list[Request | None], bool]] = deque()
         self._limits = np.ones(size.slots, np.int32)
         self._num_return = np.ones(size.slots, np.int32)
+        self._given = np.zeros(size.slots, np.int32)
         self._prefix = np.full((size.slots, size.target), ensemble.pad_id, np.int32)
         self._listed = np.full((size.slots, size.listed), -1, np.int32) if size.listed else None
         shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
@@ -120,6 +121,7 @@ class Machine:
     def _seat(self, slot: int, request: Request) -> None:
         self._requests[slot] = request
         self._limits[slot], self._num_return[slot] = request.limit, request.num_return
+        self._given[slot] = request.given
         self._prefix[slot] = self._ensemble.pad_id
         self._prefix[slot, : len(request.prefix)] = request.prefix
         if self._listed is not None:
@@ -206,6 +208,7 @@ class Machine:
             limits=self._limits.copy(),
             num_return=self._num_return.copy(),
             prefix=self._prefix.copy(),
+            given=self._given.copy(),
             listed=None if self._listed is None else self._listed.copy(),
             rngs=None if self._rngs is None else self._rngs.copy(),
             is_new=is_new,

@@ -30,6 +30,7 @@ class Request:
     Attributes:
         source: the ids of the source, including the end of sentence.
         prefix: the ids with which each output must begin.
+        given: how many of these, from the first on, count nothing in scores.
         limit: the maximum length of an output, in tokens.
         num_return: how many outputs are wanted.
         listed: the tokens among which the outputs are chosen, which the engine sets; empty where all are.
@@ -42,13 +43,15 @@ class Request:
         source: Ids,
         *,
         prefix: Ids,
+        given: int,
         limit: int,
         num_return: int,
         rng: UInt[np.ndarray, "key"] | None,
         streams: bool,
     ):
         """Makes a request that no engine has begun."""
-        self.source, self.prefix, self.limit, self.num_return = source, prefix, limit, num_return
+        self.source, self.prefix, self.given = source, prefix, given
+        self.limit, self.num_return = limit, num_return
         self.rng, self.streams = rng, streams
         self.listed: Ids | np.ndarray = ()
         self._outputs: Future[list[Output]] = Future()

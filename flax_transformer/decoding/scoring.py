@@ -76,14 +76,22 @@ class Scorer:
         """Takes the models, their devices, and the tokens in a batch on its longer side, including padding."""
         self._ensemble, self._batch_tokens = ensemble, batch_tokens
 
-    def score(self, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[Output]:
+    def score(self, sources: Sequence[Ids], targets: Sequence[Ids], given: Sequence[int]) -> list[Output]:
         """Returns the given targets with the log-probability of each token.
+
+        Args:
+            sources: the ids of each source.
+            targets: the ids of each target.
+            given: how many tokens of each target, from the first on, have log-probability 0 whatever the model says.
 
         Raises:
             ValueError: a source or a target has more tokens than there are learned positions.
         """
         log_probs = self._run(score_targets, sources, targets)
-        return [Output(np.array(ids, np.int32), row[: len(ids)]) for ids, row in zip(targets, log_probs, strict=True)]
+        return [
+            Output(np.array(ids, np.int32), np.where(np.arange(len(ids)) < count, 0.0, row[: len(ids)]))
+            for ids, row, count in zip(targets, log_probs, given, strict=True)
+        ]
 
     def align(self, sources: Sequence[Ids], targets: Sequence[Ids], layer: int) -> list[Float[np.ndarray, "T S"]]:
         """Returns each pair's attention from target to source tokens; raises ValueError as `score` does."""

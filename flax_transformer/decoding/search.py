@@ -82,7 +82,9 @@ class Search:
         start_id: the token before the first.
         eos_id: the token that ends a sentence.
         pad_id: the token that follows the end of sentence.
-        prefix: tokens with which each output must begin, padded; they count in lengths and scores.
+        prefix: tokens with which each output must begin, padded; they count in lengths and, but for `given`, in scores.
+        given: how many of the prefix's first tokens have probability 1 whatever the model says, such as the token of
+            the target's language; 0 if not given.
         listed: the token ids to which the logits of each sentence belong, the end of sentence among them, then -1,
             whose logits are -inf; 0 to V - 1 if not given.
         rngs: one random key for each sentence, which only sampling needs.
@@ -100,6 +102,7 @@ class Search:
     eos_id: int
     pad_id: int
     prefix: Int[Array, "B P"] | None = None
+    given: Int[Array, "B"] | None = None
     listed: Int[Array, "B V"] | None = None
     rngs: Key[Array, "B"] | None = None
     num_return: Int[Array, "B"] | None = None
@@ -187,6 +190,9 @@ class Search:
             pad_id=self.pad_id,
             listed=self.listed,
         )
+        if self.given is not None:  # the logits of a certain token
+            is_given = (progress.step < self.given)[:, None, None]
+            logits = jnp.where(is_given, jnp.where(allowed, 0.0, -jnp.inf), logits)
         normalizer = -jax.nn.logsumexp(logits, axis=-1)
         broken = ~jnp.isfinite(normalizer)  # no logit means anything, so the sentence ends here
         only_end = jnp.where(self._is_end(logits.shape[-1]), 0.0, -jnp.inf)

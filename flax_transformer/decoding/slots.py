@@ -76,6 +76,7 @@ class Tenants(flax.struct.PyTreeNode):
         limits: the maximum length of each output, in tokens.
         num_return: how many outputs are wanted.
         prefix: the tokens with which each output must begin, padded.
+        given: how many of these, from the first on, count nothing in scores.
         rngs: the data of a random key for each sentence; `None` where nothing is sampled.
         is_new: whether a slot's sentence begins now.
         arrivals: the slots of the new sentences, counted from 0 on each device, then anything.
@@ -90,6 +91,7 @@ class Tenants(flax.struct.PyTreeNode):
     limits: Int[Any, "B"]
     num_return: Int[Any, "B"]
     prefix: Int[Any, "B L"]
+    given: Int[Any, "B"]
     rngs: UInt[Any, "B key"] | None
     is_new: Bool[Any, "B"]
     arrivals: Int[Any, "B"]
@@ -213,17 +215,8 @@ def advance(
     def run(models, pool, steps, enough, progress: Progress, tenants: Tenants) -> tuple[Progress, Outcome]:
         room = tenants.prefix.shape[1]
         rngs = None if tenants.rngs is None else jax.random.wrap_key_data(tenants.rngs)
-        search = _search(
-            models,
-            configs,
-            settings,
-            room,
-            limits=tenants.limits,
-            prefix=tenants.prefix,
-            listed=tenants.listed,
-            rngs=rngs,
-            num_return=tenants.num_return,
-        )
+        told = {name: getattr(tenants, name) for name in ("limits", "prefix", "given", "listed", "num_return")}
+        search = _search(models, configs, settings, room, rngs=rngs, **told)
         progress = _with_places(progress, lambda place: place[0])
         progress = _take_in(search, progress, pool, tenants)
 

@@ -1,9 +1,8 @@
 """`Translator`, which translates, scores and aligns sentences with trained models and their vocabulary."""
 
-import textwrap
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.shortlist import Shortlist
+from flax_transformer.decoding.texts import Texts, as_list
 from flax_transformer.decoding.unreadable import UnreadableSentences
 from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
 from flax_transformer.text.spelling import is_blank
@@ -27,12 +27,15 @@ from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
 GREEDY = BeamSearch(beam_size=1)
-# An ordered iterable of str; `_as_list` checks each item, and its error names the position of one of another type.
-Texts = Iterable[Any]
 
 
 class Translator:
     """Translates sentences with a model, or with an ensemble that averages the probabilities of several models.
+
+    A model for many languages, such as NLLB, needs to know the language of each text. A text that begins with the token
+    of a language ("kan_Knda ನಮಸ್ಕಾರ") is in that language; any other text is in the language that the constructor or
+    `speaking` names, or in that of the work directory. This is so of sources, of targets, and of `prefixes`, in which
+    a language alone may stand. The target's language counts as a token of the translation with log-probability 0.
 
     Attributes:
         vocabularies: the vocabularies of both sides.
@@ -45,6 +48,8 @@ class Translator:
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
         shortlist: Shortlist | bool = True,
+        source_language: str = "",
+        target_language: str = "",
     ):
         """Copies the parameters to the devices; nothing is compiled until the first sentences come.
 
@@ -55,17 +60,20 @@ class Translator:
             shortlist: the target tokens among which translations are searched: true for the models' own shortlist if
                 they have one, false for all tokens, or another shortlist. Scores and alignments of given translations
                 do not depend on it.
+            source_language: the language of sources, e.g. "kan_Knda"; only for models that know languages by code.
+            target_language: the language of translations.
 
         Raises:
-            ValueError: there is no model, or their vocabularies or shortlists differ; the shortlist was made for
-                another vocabulary.
+            ValueError: there is no model, their vocabularies or shortlists differ, the shortlist was made for another
+                vocabulary, or they do not know a language.
         """
         models = [models] if isinstance(models, TrainedModel) else list(models)
         if not models:
             raise ValueError("a translator needs at least one model, and the list of models is empty: add one")
-        self.vocabularies = models[0].vocabularies
+        self.vocabularies = models[0].vocabularies.speaking(source_language, target_language)
         for number, model in enumerate(models[1:], 2):
-            if model.vocabularies.fingerprint() != self.vocabularies.fingerprint():
+            others = model.vocabularies.speaking(source_language, target_language)
+            if others.fingerprint() != self.vocabularies.fingerprint():
                 raise ValueError(
                     f"model {number} has a different vocabulary from model 1: an ensemble averages the probabilities "
                     "of the same pieces, so train its models with one vocabulary"
@@ -102,6 +110,8 @@ class Translator:
         batch_tokens: int = 4096,
         devices: Sequence[jax.Device] | None = None,
         shortlist: Shortlist | bool = True,
+        source_language: str = "",
+        target_language: str = "",
     ) -> "Translator":
         """Loads the model of a work directory; for an ensemble pass several `TrainedModel.load(path)` to `Translator`.
 
@@ -113,13 +123,31 @@ class Translator:
             batch_tokens: as in the constructor.
             devices: as in the constructor.
             shortlist: as in the constructor.
+            source_language: as in the constructor.
+            target_language: as in the constructor.
 
         Raises:
             ValueError: the folder is not a work directory, has no such checkpoint, or has another vocabulary than the
                 model; its shortlist is damaged, or another one was made for another vocabulary.
         """
-        model = TrainedModel.load(path, step=step)
-        return cls(model, batch_tokens=batch_tokens, devices=devices, shortlist=shortlist)
+        return cls(
+            TrainedModel.load(path, step=step),
+            batch_tokens=batch_tokens,
+            devices=devices,
+            shortlist=shortlist,
+            source_language=source_language,
+            target_language=target_language,
+        )
+
+    def speaking(self, source_language: str = "", target_language: str = "") -> "Translator":
+        """A translator for texts of these languages, which shares all else with this one; "" changes nothing.
+
+        Raises:
+            ValueError: the model does not know a language, or no languages by codes.
+        """
+        other = copy.copy(self)
+        other.vocabularies = self.vocabularies.speaking(source_language, target_language)
+        return other
 
     def translate(
         self,
@@ -161,8 +189,8 @@ class Translator:
             ValueError: `sentences` is a single string, is not ordered or contains something other than a str, or
                 prefixes are too many, too few or too long.
         """
-        sentences = _as_list("sentences", sentences)
-        prefixes = [""] * len(sentences) if prefixes is None else _as_list("prefixes", prefixes)
+        sentences = as_list("sentences", sentences)
+        prefixes = [""] * len(sentences) if prefixes is None else as_list("prefixes", prefixes)
         if len(prefixes) != len(sentences):
             raise ValueError(f"there are {len(prefixes)} prefixes for {len(sentences)} sentences: give one for each")
         all_parts = self._split(sentences)
@@ -173,6 +201,7 @@ class Translator:
             [all_parts[number][part] for number, part in places],
             search,
             prefixes=[ids[:-1] for ids in begun],
+            given=self._given(begun),
             rngs=_random_keys(search, seed, places),
             after_each=after_batch,
         )
@@ -203,7 +232,8 @@ class Translator:
             ValueError: the numbers of sources and targets differ, or one has more tokens than there are learned
                 positions.
         """
-        outputs = self._scorer.score(*self._encode_pairs(sources, targets))
+        source, target = self._encode_pairs(sources, targets)
+        outputs = self._scorer.score(source, target, self._given(target))
         return [self._translation([output], search) for output in outputs]
 
     def align(self, sources: Texts, targets: Texts, *, layer: int = -1) -> list[Alignment]:
@@ -244,7 +274,7 @@ class Translator:
             ValueError: the search has several hypotheses, so no token is certain before its end.
         """
         check_streaming(search)
-        (sentence,) = _as_list("sentence", [sentence])
+        (sentence,) = as_list("sentence", [sentence])
         return self._stream(sentence, search, seed)
 
     def compile(self, search: BeamSearch | Sampling = BEAM, *, longest: int = 64, sentences: int | None = None) -> None:
@@ -273,18 +303,22 @@ class Translator:
         vocabulary = self.vocabularies.source
         encode = vocabulary.encode
         languages, texts = zip(*map(vocabulary.split_language, sentences), strict=True) if sentences else ((), ())
-        split = [[] if is_blank(text) else [ids] for text, ids in zip(texts, encode(sentences), strict=True)]
+        split: list[list[list[int]]] = [[] for _ in sentences]
+        shown = [number for number, text in enumerate(texts) if not is_blank(text)]
+        for number, ids in zip(shown, encode([sentences[number] for number in shown]), strict=True):
+            split[number] = [ids]
         unreadable = UnreadableSentences(vocabulary)
         unreadable.add(sentences)
         unreadable.warn(stacklevel=3)  # the line that called `hypotheses`
         for number, sentence in enumerate(sentences):
             tokens = sum(map(len, split[number]))
             if tokens > longest:
-                language = languages[number]
                 # The token that names the language goes before each part.
-                room = longest - 1 if language else longest
-                parts = split_sentence(texts[number], lambda text: len(encode([text])[0]), room)
-                split[number] = encode([language + part for part in parts])
+                def begun(part: str, language: str = languages[number]) -> list[int]:
+                    return encode([language + part])[0]
+
+                parts = split_sentence(texts[number], lambda part, begun=begun: len(begun(part)), longest)
+                split[number] = list(map(begun, parts))
                 warnings.warn(
                     f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
                     f"{longest}: it is translated in {len(split[number])} parts",
@@ -301,6 +335,8 @@ class Translator:
         """The text of each part of a translation; the first begins with the prefix exactly as it was given."""
         target = self.vocabularies.target
         texts = target.decode(output.ids for output in outputs)
+        if target.language_ids:
+            _, prefix = target.split_language(prefix)
         if texts and prefix.strip():
             # The decoded prefix has the vocabulary's spelling, and the unknown token for characters that it lacks.
             (begun,) = target.decode([target.encode([prefix])[0][:-1]])
@@ -325,7 +361,9 @@ class Translator:
         told = ""
         for number, part in enumerate(self._split([sentence])[0]):
             rngs = _random_keys(search, seed, [(0, number)])
-            (request,) = self._engine.submit([part], search, rngs=rngs, streams=True)
+            begun = self.vocabularies.target.encode([""])
+            options = {"prefixes": [begun[0][:-1]], "given": self._given(begun), "rngs": rngs}
+            (request,) = self._engine.submit([part], search, streams=True, **options)
             try:
                 for ids in request:
                     (text,) = self.vocabularies.target.decode([ids])
@@ -336,8 +374,13 @@ class Translator:
                 request.cancel()
             done.append(text)
 
+    def _given(self, targets: Sequence[Sequence[int]]) -> list[int]:
+        """How many of each target's first tokens are given, not predicted: the one that names its language."""
+        languages = self.vocabularies.target.language_ids
+        return [int(bool(ids) and ids[0] in languages) for ids in targets]
+
     def _encode_pairs(self, sources: Texts, targets: Texts) -> tuple[list[list[int]], list[list[int]]]:
-        sources, targets = _as_list("sources", sources), _as_list("targets", targets, also=Translation)
+        sources, targets = as_list("sources", sources), as_list("targets", targets, also=Translation)
         if len(sources) != len(targets):
             raise ValueError(f"there are {len(targets)} targets for {len(sources)} sources: give one for each")
         encode = self.vocabularies.target.encode
@@ -373,26 +416,3 @@ def _random_keys(
     fold_in = jax.random.fold_in
     keys = jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)
     return np.asarray(jax.random.key_data(keys))
-
-
-def _as_list(name: str, value: object, also: type = str) -> list[Any]:
-    """Returns the items of an ordered iterable of str as a list; raises ValueError that names one of another type.
-
-    Args:
-        name: the name of the argument.
-        value: the value of the argument; an iterator is read to its end.
-        also: another type that items may have.
-    """
-    kind = type(value).__name__
-    if isinstance(value, str | bytes | Translation):
-        raise ValueError(f"{name} is one {'string' if isinstance(value, str) else kind}: give a list of them")
-    if hasattr(value, "readline"):
-        raise ValueError(f"{name} is an open file: give its lines without their ends, as in file.read().split('\\n')")
-    if isinstance(value, Set | Mapping) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) != 1:
-        raise ValueError(f"{name} is a {kind}, which is not an ordered sequence of texts: give a list")
-    texts = list(value)
-    for number, text in enumerate(texts):
-        if not isinstance(text, str | also):
-            found = textwrap.shorten(repr(text), 60, placeholder=" …")
-            raise ValueError(f"{name}[{number}] is {found}, of type {type(text).__name__}: give a str")
-    return texts

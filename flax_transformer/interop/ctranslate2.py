@@ -27,9 +27,9 @@ import ctranslate2, sentencepiece
 
 translator = ctranslate2.Translator("{folder}")
 source, target = (sentencepiece.SentencePieceProcessor("{folder}/" + name) for name in ("source.spm", "target.spm"))
-pieces = source.encode("A dog runs.", out_type=str)
-(found,) = translator.translate_batch([pieces], beam_size=4, max_decoding_length={limit}, suppress_sequences={banned})
-print(target.decode(found.hypotheses[0]).replace("▁", " ").strip())
+pieces = {language}source.encode("A dog runs.", out_type=str)
+(found,) = translator.translate_batch([pieces], {options})
+print(target.decode(found.hypotheses[0]{text}).replace("▁", " ").strip())
 """
 
 
@@ -42,10 +42,16 @@ def to_ctranslate2(model: TrainedModel, folder: epath.PathLike, *, quantization:
         quantization: one of `QUANTIZATIONS`.
 
     Raises:
-        ValueError: ctranslate2 is not installed, there is no such quantization, or the model's decoder is recurrent.
+        ValueError: ctranslate2 is not installed, there is no such quantization, the model's decoder is recurrent, or
+            sources end with their language.
     """
     check_layers(model.config, "CTranslate2")
     check_value("--quantization", quantization, str, QUANTIZATIONS)
+    if model.vocabularies.source.language_last:
+        raise ValueError(
+            "the tokenizer has legacy_behaviour, so that sources end with their language, but CTranslate2 puts the end "
+            "of sentence last: set legacy_behaviour to false in tokenizer_config.json and convert the model again"
+        )
     vocabularies = model.vocabularies
     source, target = (side.pieces(range(side.size)) for side in (vocabularies.source, vocabularies.target))
     with new_folder(folder) as draft:
@@ -166,11 +172,15 @@ def _fill_norm(theirs: Any, ours: PyTree) -> None:
 
 def _readme(model: TrainedModel, name: str, quantization: str) -> str:
     config, vocabulary = model.config, model.vocabularies.target
-    example = EXAMPLE.format(
-        folder=name,
-        limit=config.max_output or config.max_length,
-        banned=[[piece] for piece in vocabulary.pieces(config.never_chosen)],
-    )
+    banned = [[piece] for piece in vocabulary.pieces(config.never_chosen)]
+    options = f"beam_size=4, max_decoding_length={config.max_output or config.max_length}, suppress_sequences={banned}"
+    language = text = ""
+    if vocabulary.language_ids:  # both sides begin with the token of their language
+        languages = vocabulary.languages
+        english = next((code for code in languages if code in ("eng_Latn", "__en__")), languages[0])
+        language, text = f'["{english}"] + ', "[1:]"
+        options = f'target_prefix=[["{vocabulary.language or languages[-1]}"]], {options}'
+    example = EXAMPLE.format(folder=name, language=language, text=text, options=options)
     return (
         f"# {name}\n\nA Transformer of {config.num_encoder_layers}+{config.num_decoder_layers} layers for CTranslate2 "
         f"(`pip install ctranslate2 sentencepiece`), weights {'float32' if quantization == 'none' else quantization}. "
@@ -178,7 +188,8 @@ def _readme(model: TrainedModel, name: str, quantization: str) -> str:
         f"```python\n{example}```\n\n"
         "CTranslate2 adds the end of a sentence itself; its `length_penalty` divides by length ^ penalty.\n"
         + (
-            f"The source begins with a language token, put before its pieces: {', '.join(vocabulary.languages)}.\n"
+            f"The source{' and the target begin' if vocabulary.language_ids else ' begins'} with a language token, put "
+            f"before its pieces: {', '.join(vocabulary.languages)}.\n"
             if vocabulary.languages
             else ""
         )

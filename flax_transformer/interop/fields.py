@@ -5,9 +5,12 @@ field is an error, since it may ask for something that our model does not comput
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from etils import epath
 
 NAME = re.compile(r"[\w-]{1,80}")
 
@@ -61,3 +64,16 @@ def read_number(place: object, fields: Mapping[str, Any], name: str, *, default:
     if type(value) is not int or value < 0:
         raise ValueError(f"{place}: {name} is {shown(value)}, but must be a whole number: download the file again")
     return value
+
+
+def read_json(file: epath.Path) -> dict[str, Any]:
+    """Reads the fields of a file; raises ValueError if it is missing or damaged, or holds something else."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{file.parent} lacks {file.name}: download all files of the model") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (it has no fields): download it again")
+    return content

@@ -14,7 +14,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.marian_vocabulary import TARGET_IDS, MarianVocabulary, read_marian_vocabularies
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.interop.fields import read_flag
+from flax_transformer.interop.fields import read_flag, read_json
 from flax_transformer.interop.folders import new_folder
 from flax_transformer.interop.marian_fields import FIELDS, check_expressible, join_fields, read_fields, write_fields
 from flax_transformer.interop.marian_native import is_native, read_native
@@ -43,8 +43,8 @@ def read_marian(path: epath.PathLike, *, trained_positions: bool = False) -> Tra
         return read_native(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: download all files of the model first")
-    fields = _read_json(folder / "config.json")
-    generation = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    fields = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     for name, file in ((folder / "config.json", fields), (folder / "generation_config.json", generation)):
         FIELDS.check(name, file)
     vocabularies = _read_vocabularies(folder)
@@ -59,23 +59,11 @@ def read_marian(path: epath.PathLike, *, trained_positions: bool = False) -> Tra
     return TrainedModel(config, params, vocabularies)
 
 
-def _read_json(file: epath.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{file.parent} lacks {file.name}: download all files of the model") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged (it has no fields): download it again")
-    return content
-
-
 def _read_vocabularies(folder: epath.Path) -> VocabularyPair:
     tokenizer = folder / "tokenizer_config.json"
     separate = (folder / TARGET_IDS).exists()
     if tokenizer.exists():
-        separate = bool(_read_json(tokenizer).get("separate_vocabs", separate))
+        separate = bool(read_json(tokenizer).get("separate_vocabs", separate))
     return VocabularyPair(*read_marian_vocabularies(folder, separate=separate))
 
 
@@ -107,7 +95,7 @@ def _explain_size(folder: epath.Path, vocabulary: Vocabulary, size: int) -> str:
     """Explains why the model has more or fewer embeddings than the vocabulary has pieces, and what to do about it."""
     tokens: dict[str, Any] = {}
     if (folder / ADDED_TOKENS).exists():
-        tokens = _read_json(folder / ADDED_TOKENS)
+        tokens = read_json(folder / ADDED_TOKENS)
     if tokens and size == vocabulary.size + len(tokens):
         few = ", ".join(map(repr, list(tokens)[:4])) + (", …" if len(tokens) > 4 else "")
         return (

@@ -1,4 +1,4 @@
-"""Converts the named tensors of a Marian model, as transformers stores them, to our parameters, and back.
+"""Converts the named tensors of Marian, M2M100 and NLLB models, as transformers has them, to our parameters and back.
 
 Marian's linear maps are stored [out, in], ours [in, out]; norms and embeddings are the same arrays. Both formats store
 a shared matrix once, but not by the same rules; here matrices are shared if they are equal.
@@ -22,7 +22,9 @@ Tensors = Mapping[str, np.ndarray]
 SHARED, SOURCE, TARGET = "model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"
 OUTPUT, OUTPUT_BIAS = "lm_head.weight", "final_logits_bias"
 # Sinusoidal positions follow from the configuration, but older files contain them too.
-POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
+POSITIONS = {
+    f"model.{stack}.embed_positions.{name}" for stack in ("encoder", "decoder") for name in ("weight", "weights")
+}
 ATTENTION_PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
 
@@ -36,7 +38,7 @@ def check_layers(config: TransformerConfig, theirs: str) -> None:
 
 
 def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
-    """The path of each parameter of all layers, and the name of its tensor in Marian."""
+    """The path of each parameter of all layers and final norms, and the name of its tensor in transformers."""
     for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
         attentions = {"self_attention": "self_attn"} | (
             {} if stack == "encoder" else {"cross_attention": "encoder_attn"}
@@ -53,6 +55,9 @@ def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
                         f"{stack}/layers_{number}/{ours}/{own_leaf}",
                         f"model.{stack}.layers.{number}.{theirs}.{their_leaf}",
                     )
+        if config.norm == "pre":
+            yield f"{stack}/norm/scale", f"model.{stack}.layer_norm.weight"
+            yield f"{stack}/norm/bias", f"model.{stack}.layer_norm.bias"
 
 
 def embeddings(config: TransformerConfig, params: PyTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -71,7 +76,7 @@ def from_tensors(
 
     Args:
         config: the model's config, in which it is still open which embeddings are tied.
-        tensors: float32 arrays by Marian's names.
+        tensors: arrays by Marian's names; they may be mapped from files.
         shared: whether source and target share their embeddings according to the configuration.
         tied: whether the output is tied to them according to the configuration.
 
@@ -84,8 +89,8 @@ def from_tensors(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in POSITIONS}
     check_depth(config, tensors, "config.json")
     source, target, output = _matrices(tensors, shared=shared, tied=tied)
-    same = np.array_equal(target, output)
-    tie = "three_way" if same and np.array_equal(source, target) else "decoder" if same else "none"
+    same = _same(target, output)
+    tie = "three_way" if same and _same(source, target) else "decoder" if same else "none"
     if tie == "three_way":
         found: dict[str, Any] = {"shared_embedding/embedding": source}
     else:
@@ -101,7 +106,7 @@ def from_tensors(
         if name in tensors:
             found[path] = tensors[name].T
     if unknown := tensors.keys() - {SHARED, *named.values()}:
-        raise ValueError(f"the tensor {min(unknown)} is unknown, and no part of a Marian model")
+        raise ValueError(f"the tensor {min(unknown)} is unknown, and no part of such a model")
     check_embeddings(SOURCE, source, config.source_vocab_size, "config.json")
     check_embeddings(TARGET, target, config.target_vocab_size, "config.json")
     config = dataclasses.replace(config, tie_embeddings=tie, output_bias=OUTPUT_BIAS in tensors)
@@ -123,15 +128,22 @@ def _matrices(tensors: Tensors, *, shared: bool, tied: bool) -> tuple[np.ndarray
 
     if shared and tied:
         first, *others = [tensors[name] for name in (SHARED, SOURCE, TARGET) if name in tensors] or [find(*sources)]
-        if not all(np.array_equal(first, other) for other in others):
+        if not all(_same(first, other) for other in others):
             raise ValueError(
                 f"{SOURCE}, {TARGET} and {SHARED} differ, but config.json shares them: download both files again"
             )
     return find(*sources), find(*targets), find(*outputs)
 
 
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    return first is second or np.array_equal(first, second)
+
+
 def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
-    """The tensors of a model by Marian's names, and the two fields of its configuration that say what is shared."""
+    """The tensors of a model by Marian's names, and the two fields of its configuration that say what is shared.
+
+    A bias of the output is among them if the model has one, and zeros if its norms are Marian's.
+    """
     source, target, output = embeddings(config, params)
     shared, tied = np.array_equal(source, target), np.array_equal(target, output)
     tensors = {SHARED: source} if shared else {SOURCE: source, TARGET: target}
@@ -139,7 +151,8 @@ def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.
         # If the output is not tied, transformers shares nothing, whatever the field for the embeddings says.
         tensors |= {SOURCE: source, TARGET: target, OUTPUT: output}
     flat = flatten_dict(params, sep="/")
-    tensors[OUTPUT_BIAS] = np.asarray(flat.get("output_bias", np.zeros(config.target_vocab_size, np.float32)))[None]
+    if config.output_bias or config.norm == "post":
+        tensors[OUTPUT_BIAS] = np.asarray(flat.get("output_bias", np.zeros(config.target_vocab_size, np.float32)))[None]
     tensors |= {name: np.asarray(flat[path]).T for path, name in layer_names(config)}
     arrays = {name: np.array(tensor, np.float32, order="C") for name, tensor in tensors.items()}
     return arrays, {"share_encoder_decoder_embeddings": shared, "tie_word_embeddings": tied}

@@ -31,7 +31,7 @@ def check_embeddings(name: str, matrix: np.ndarray, size: int, place: str) -> No
 def build_params(
     config: TransformerConfig, found: Mapping[str, np.ndarray], names: Mapping[str, str], place: str
 ) -> PyTree:
-    """Builds the parameters.
+    """Builds the parameters: float32 copies of the tensors, which may be mapped from files and of other types.
 
     Args:
         config: the model's config.
@@ -50,4 +50,4 @@ def build_params(
                 f"the tensor {names[path]} does not fit {place}: its shape is {list(found[path].shape)}, but must "
                 f"be {list(leaf.shape)}: download both files again"
             )
-    return unflatten_dict({path: np.ascontiguousarray(leaf) for path, leaf in found.items()}, sep="/")
+    return unflatten_dict({path: np.array(leaf, np.float32, order="C") for path, leaf in found.items()}, sep="/")

@@ -81,8 +81,12 @@ def to_stablehlo(model: TrainedModel, folder: epath.PathLike) -> None:
         folder: where to write it; must be empty or not exist.
 
     Raises:
-        ValueError: the folder cannot be made, or flatbuffers is not installed.
+        ValueError: the folder cannot be made, flatbuffers is not installed, or texts begin with their language.
     """
+    if model.vocabularies.target.language_ids:
+        raise ValueError(
+            "to-stablehlo writes a program that does not know languages by code: convert to-ctranslate2 or to-nllb"
+        )
     if importlib.util.find_spec("flatbuffers") is None:  # jax.export needs it, but jax does not install it
         raise ValueError("flatbuffers is not installed: pip install 'flax_transformer[interop]'")
     config, vocabularies = model.config, model.vocabularies

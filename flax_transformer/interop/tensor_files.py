@@ -1,56 +1,83 @@
 """Reads the tensors of a downloaded model without running any code that a malicious file may contain."""
 
 import json
+import math
+import zipfile
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 
 from flax_transformer.interop.folders import file_inside
 
-# The NumPy reader of safetensors does not support bfloat16.
+# The types of weights, by the names that safetensors gives them.
 TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-SAFETENSORS, SHARDS, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+SHARDS, TORCH_SHARDS = SAFETENSORS + ".index.json", TORCH + ".index.json"
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of `model.safetensors`, of its shards, or of `pytorch_model.bin`, as float32.
+    """Reads the tensors of `model.safetensors` or `pytorch_model.bin`, or of the shards of either.
+
+    Returns:
+        Arrays of the types in which they are stored. Those of a file on this machine are mapped from it: they take
+        memory only while they are read, and must not be changed.
 
     Raises:
         ValueError: there is no such file, it cannot be read, it contains something else, or a library is missing.
     """
-    if (folder / SAFETENSORS).exists():
-        tensors = _read_safetensors(folder / SAFETENSORS)
-    elif (folder / SHARDS).exists():
-        tensors = {}
-        for file in _shards(folder / SHARDS):
-            tensors |= _read_safetensors(file)
-    elif (folder / TORCH).exists():
-        tensors = _read_torch(folder / TORCH)
-    else:
-        raise ValueError(f"{folder} has no weights, neither {SAFETENSORS} nor {TORCH}: download one of them")
-    return {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+    for name, shards, read in ((SAFETENSORS, SHARDS, _read_safetensors), (TORCH, TORCH_SHARDS, _read_torch)):
+        if (folder / name).exists():
+            return read(folder / name)
+        if (folder / shards).exists():
+            return {name: tensor for file in _shards(folder / shards) for name, tensor in read(file).items()}
+    raise ValueError(f"{folder} has no weights, neither {SAFETENSORS} nor {TORCH}: download one of them")
+
+
+def _is_here(file: epath.Path) -> bool:
+    """Whether a file is on this machine, and not in a bucket."""
+    return "://" not in str(file)
 
 
 def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
+    """Reads a file of the safetensors format: the length of the header in 8 bytes, the header in JSON, the data."""
     try:
-        import safetensors
-    except ImportError as error:
-        raise ValueError(f"{file.name} needs safetensors: pip install 'flax_transformer[interop]'") from error
-    try:
-        stored = dict(safetensors.deserialize(file.read_bytes()))
-    except (safetensors.SafetensorError, ValueError) as error:
+        content = np.memmap(str(file), np.uint8, "r") if _is_here(file) else np.frombuffer(file.read_bytes(), np.uint8)
+        length = int.from_bytes(content[:8].tobytes(), "little")
+        if not 0 < length <= min(len(content) - 8, LONGEST_HEADER):
+            raise ValueError(f"its header cannot have {length:,} bytes")
+        header = dict(json.loads(content[8 : 8 + length].tobytes()))
+        header.pop("__metadata__", None)
+        data = content[8 + length :]
+        stored = {name: _slice(data, **entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise _damaged(file, error) from error
-    for name, tensor in stored.items():
-        if tensor["dtype"] not in TYPES:
+    tensors = {}
+    for name, (kind, shape, part) in stored.items():
+        if kind not in TYPES:
             raise ValueError(
-                f"{file.name}: the tensor {name} has type {tensor['dtype']}, but must have one of {', '.join(TYPES)}: "
-                "quantised weights cannot be converted, take the original ones"
+                f"{file.name}: the tensor {name} has type {kind}, but must have one of {', '.join(TYPES)}: quantised "
+                "weights cannot be converted, take the original ones"
             )
-    return {
-        name: np.frombuffer(tensor["data"], TYPES[tensor["dtype"]]).reshape(tensor["shape"])
-        for name, tensor in stored.items()
-    }
+        if math.prod(shape) * np.dtype(TYPES[kind]).itemsize != len(part):
+            raise _damaged(file, ValueError(f"{name} has {len(part):,} bytes for the shape {shape}"))
+        tensors[name] = part.view(TYPES[kind]).reshape(shape)
+    return tensors
+
+
+def _slice(
+    data: UInt8[np.ndarray, "bytes"], dtype: Any, shape: Any, data_offsets: Any
+) -> tuple[str, list[int], UInt8[np.ndarray, "part"]]:
+    """The type, the shape and the bytes of a tensor, as a header describes it."""
+    begin, end = data_offsets
+    numbers = [*shape, begin, end]
+    fits = all(type(number) is int and 0 <= number <= len(data) for number in numbers) and len(shape) <= 8
+    if not fits or begin > end:
+        raise ValueError(f"a tensor of shape {str(shape)[:60]} is said to be at {str(data_offsets)[:60]}")
+    return str(dtype), shape, data[begin:end]
 
 
 def _shards(file: epath.Path) -> list[epath.Path]:
@@ -71,8 +98,11 @@ def _read_torch(file: epath.Path) -> dict[str, np.ndarray]:
         ) from error
     try:
         # `weights_only` refuses everything pickled that is not a tensor, and does not run it.
-        with file.open("rb") as stream:
-            loaded = dict(torch.load(stream, map_location="cpu", weights_only=True))
+        if _is_here(file) and zipfile.is_zipfile(str(file)):
+            loaded = dict(torch.load(str(file), map_location="cpu", weights_only=True, mmap=True))
+        else:
+            with file.open("rb") as stream:
+                loaded = dict(torch.load(stream, map_location="cpu", weights_only=True))
         kinds = {name: tensor.is_floating_point() for name, tensor in loaded.items()}
     except Exception as error:  # For damaged files, or other objects than tensors, torch raises many kinds of errors.
         raise ValueError(
@@ -85,7 +115,14 @@ def _read_torch(file: epath.Path) -> dict[str, np.ndarray]:
             f"{file.name}: the tensor {name} has type {loaded[name].dtype}, which is not floating point: quantised "
             "weights cannot be converted, take the original ones"
         )
-    return {name: tensor.float().numpy() for name, tensor in loaded.items()}
+
+    def as_array(tensor: Any) -> np.ndarray:
+        tensor = tensor.detach()
+        if tensor.dtype == torch.bfloat16:  # a type that torch does not give to NumPy
+            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+        return (tensor if tensor.dtype in (torch.float16, torch.float64) else tensor.float()).numpy()
+
+    return {name: as_array(tensor) for name, tensor in loaded.items()}
 
 
 def _damaged(file: epath.Path, error: Exception) -> ValueError:

@@ -22,7 +22,10 @@ from flax_transformer.workdir import WorkDirectory
 FIXED: dict[str, tuple[str, ...]] = {
     "model": (),
     "vocabulary": (),
-    "data": ("train", "rows", "source_slots", "target_slots", "seed"),
+    "data": (
+        *("train", "rows", "source_slots", "target_slots", "seed"),
+        *("source_language", "target_language", "new_language_like"),
+    ),
     "training": (
         *("seed", "rng_impl", "start_from", "freeze"),
         *("optimizer.clip_norm", "optimizer.weight_decay", "optimizer.ema_decay"),
@@ -32,6 +35,8 @@ FIXED: dict[str, tuple[str, ...]] = {
 FREE = ("attention_implementation",)
 # The settings of the model in which a training may differ from the model that it starts from.
 OF_TRAINING = (*FREE, "dropout_rate", "attention_dropout_rate", "activation_dropout_rate", "dtype", "remat")
+# Settings that grow with the languages that the initial model does not know.
+SIZES = ("source_vocab_size", "target_vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +153,10 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
             vocabularies = WorkDirectory(experiment.training.start_from).read_vocabularies()
         else:
             vocabularies = VocabularyPair.train(text.source, text.target, experiment.vocabulary)
+        data = experiment.data
+        vocabularies = vocabularies.speaking(
+            data.source_language, data.target_language, add=bool(data.new_language_like)
+        )
         workdir.write_vocabularies(vocabularies)
     hosts.wait("the first process has written the vocabulary")
     if not workdir.has_vocabularies():
@@ -207,7 +216,7 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
     if "training" not in config:
         raise ValueError(
             f"{workdir.path} holds a model and no training: give another --workdir, and start from the model there by "
-            f"--config=configs/finetune_opus_mt.py:{workdir.path}"
+            f"--config=configs/finetune.py:{workdir.path}"
         )
     begun = Experiment.from_mapping(config)
     for section, names in FIXED.items():
@@ -227,11 +236,12 @@ def _check_start(experiment: Experiment) -> None:
     if not start:
         return
     found, wanted = WorkDirectory(start).read_model_config(), experiment.model
-    for name in (field.name for field in dataclasses.fields(wanted) if field.name not in OF_TRAINING):
+    may_differ = OF_TRAINING + (SIZES if experiment.data.new_language_like else ())
+    for name in (field.name for field in dataclasses.fields(wanted) if field.name not in may_differ):
         if getattr(found, name) != getattr(wanted, name):
             raise ValueError(
                 f"model.{name} is {getattr(wanted, name)!r}, in training.start_from = {start} it is "
-                f"{getattr(found, name)!r}: use the same value, as configs/finetune_opus_mt.py does"
+                f"{getattr(found, name)!r}: use the same value, as configs/finetune.py does"
             )
 
 

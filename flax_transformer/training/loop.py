@@ -23,6 +23,7 @@ from flax_transformer.monitoring.profile import Profile
 from flax_transformer.monitoring.provenance import provenance
 from flax_transformer.monitoring.report import TITLES, Report
 from flax_transformer.monitoring.utilization import Work, device_memory_peak
+from flax_transformer.new_languages import start_new_languages
 from flax_transformer.processes import hosts
 from flax_transformer.processes.interruption import Interrupted, Interruption
 from flax_transformer.processes.lock import TrainingLock
@@ -238,7 +239,9 @@ class _Training:
         """Replaces the parameters of a new state by those of `training.start_from`, if it is set."""
         if not self.config.start_from:
             return state
-        params = self.parallelism.place(TrainedModel.load(self.config.start_from).params)
+        model, like = TrainedModel.load(self.config.start_from), self.materials.experiment.data.new_language_like
+        params = model.params if not like else start_new_languages(model, self.materials.vocabularies, like)
+        params = self.parallelism.place(params)
         return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
     def _trees(self, state: TrainState) -> dict[str, PyTree]:

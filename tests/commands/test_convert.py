@@ -21,7 +21,7 @@ def test_to_marian_and_back_translates_as_before(run, workdir, source, tmp_path)
     assert command[:2] == ["flax-transformer", "translate"]
     again = run(*[str(source) if word == "--input=FILE" else word for word in command[1:-1]], "--input", source)
     assert again == before
-    assert "--config=finetune_opus_mt:" in said
+    assert "--config=finetune:" in said
     assert VocabularyPair.load(tmp_path / "work").source.size == 110
 
 

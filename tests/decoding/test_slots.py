@@ -91,6 +91,7 @@ class Slots:
         used = np.full(devices, slots // devices, "int32")
         pool = encode(self.models, tokens, used, configs=self.configs, mesh=self.mesh)
         tenants = Tenants(
+            given=np.zeros(slots, np.int32),
             active=self.active.copy(),
             limits=self.limits.copy(),
             num_return=self.num_return,

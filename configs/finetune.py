@@ -1,13 +1,17 @@
-"""Continues to train a converted OPUS-MT model, or any model in a work directory, on two text files of your own.
+"""Continues to train a converted model (OPUS-MT, M2M100, NLLB), or any work directory's, on two text files of your own.
 
     flax-transformer convert from-marian downloads/opus-mt-en-de runs/opus
-    python train.py --config=configs/finetune_opus_mt.py:runs/opus --workdir=runs/finetuned
+    python train.py --config=configs/finetune.py:runs/opus --workdir=runs/finetuned
 
 The texts are `data/train.source` and `data/train.target`, and in the same folder those of `valid` and `test`. To use
 others, give e.g. `--config.data.train=files:mine.en,mine.de --config.data.valid= --config.data.test=`. Model and
 vocabulary are those of the work directory after the colon; the schedule starts from the beginning.
 `--config.training.freeze=embeddings`, `=encoder` or `=embeddings,encoder` leaves these parameters unchanged. The
 learning rate is much lower than for a new model; a batch has about 4,000 tokens on each side.
+
+M2M100 and NLLB need the languages: `--config.data.source_language=kan_Knda --config.data.target_language=eng_Latn`. For
+a language that the model does not know, also name a similar one that it knows, whose embedding its token begins with:
+`--config.data.source_language=tcy_Knda --config.data.new_language_like=kan_Knda`.
 """
 
 import dataclasses

@@ -1,0 +1,109 @@
+"""Runs commands on a work directory whose model knows languages by code."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from flax_transformer.decoding.translator import Translator
+from flax_transformer.interop.nllb import to_nllb
+from flax_transformer.trained_model import TrainedModel
+from tests.commands.conftest import lines_of_source, random_params
+from tests.languages import CONFIG, language_pair
+
+PAIR = ("--source_language=kan_Knda", "--target_language=eng_Latn")
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    model = TrainedModel.load(workdir)
+    pair = language_pair(model.vocabularies.source)
+    sizes = {"source_vocab_size": pair.source.size, "target_vocab_size": pair.target.size}
+    config = dataclasses.replace(model.config, **sizes, **CONFIG)
+    return TrainedModel(config, random_params(config, 5), pair)
+
+
+@pytest.fixture(scope="module")
+def many(model, tmp_path_factory):
+    """Its work directory."""
+    path = tmp_path_factory.mktemp("languages") / "work"
+    model.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def target(tmp_path, source):
+    path = tmp_path / "target.txt"
+    path.write_text(source.read_text().replace("\n\n", "\na cat\n"))
+    return path
+
+
+def test_options_name_the_languages_of_a_translation(run, many, model, source):
+    ours = Translator(model, source_language="kan_Knda", target_language="eng_Latn")
+    made = run("translate", "--workdir", many, *PAIR, "--input", source).splitlines()
+    assert made == ours.translate(lines_of_source())
+    (line,) = run("translate", "--workdir", many, PAIR[1], "--format=jsonl", given="kan_Knda a cat\n").splitlines()
+    found = json.loads(line)["hypotheses"][0]
+    assert found["tokens"][0] == "eng_Latn" and found["token_log_probs"][0] == 0
+    assert found["text"] == ours.translate(["a cat"])[0]
+
+
+def test_scores_and_evaluations_are_of_the_same_languages(run, many, model, source, target):
+    ours = Translator(model, source_language="kan_Knda", target_language="eng_Latn")
+    scored = ours.score(lines_of_source(), target.read_text().splitlines())
+    rows = run("score", "--workdir", many, *PAIR, "--source", source, "--target", target).splitlines()
+    np.testing.assert_allclose(
+        [float(row.split("\t")[1]) for row in rows], [each.log_prob for each in scored], atol=1e-4
+    )
+    report = json.loads(
+        run("evaluate", "--workdir", many, *PAIR, "--source", source, "--reference", target, "--output=json")
+    )
+    assert report["sentences"] == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ((PAIR[0],), "the model needs the language of a text: give source_language and target_language"),
+        (("--target_language=eng_Cyrl", PAIR[0]), "knows no language eng_Cyrl: did you mean eng_Latn"),
+    ],
+)
+def test_a_language_that_lacks_or_is_unknown_is_an_error_before_the_output_is_touched(
+    fail, many, source, tmp_path, options, match
+):
+    (tmp_path / "old").write_text("kept")
+    for verb, inputs in (
+        ("translate", ("--input", source, "--output", tmp_path / "old")),
+        ("evaluate", ("--source", source, "--reference", source, "--translations", tmp_path / "old")),
+    ):
+        assert match in fail(verb, "--workdir", many, *options, *inputs)
+        assert (tmp_path / "old").read_text() == "kept"
+
+
+def test_languages_are_an_error_where_no_model_knows_any(fail, run, workdir, many, source):
+    assert "does not know languages by code: leave it out" in fail(
+        "translate", "--workdir", workdir, *PAIR, given="a\n"
+    )
+    # A comparison with a model that knows none is possible.
+    inputs = ("--source", source, "--reference", source, "--output=json")
+    report = json.loads(run("evaluate", "--workdir", many, *PAIR, "--compare", workdir, *inputs))
+    assert report["compare"]["bleu"] == pytest.approx(100, abs=100)
+
+
+def test_a_model_is_converted_by_the_command(run, fail, model, many, tmp_path):
+    to_nllb(model, tmp_path / "downloaded")
+    said = run("convert", "from-nllb", tmp_path / "downloaded", tmp_path / "work")
+    assert "--source_language=CODE --target_language=CODE" in said and "it knows 4 languages: eng_Latn" in said
+    run("convert", "to-nllb", tmp_path / "work", tmp_path / "again")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("downloaded", "again")]
+    assert weights[0] == weights[1]
+    mistakes = [
+        (("from-nllb", tmp_path / "downloaded", tmp_path / "new", "--revision=main"), "--revision applies to models"),
+        (("from-nllb", "nowhere", tmp_path / "new"), "nowhere is not a folder"),
+        (("from-nllb", many, tmp_path / "new"), "model_type|unknown field|lacks"),
+        (("from-nllb", "a", "b", "--checkpoint=best"), "--checkpoint applies to work directories, not to from-nllb"),
+    ]
+    for arguments, match in mistakes:
+        assert any(part in fail("convert", *arguments) for part in match.split("|"))
+    assert not (tmp_path / "new").exists()
