@@ -90,6 +90,7 @@ LAYOUT = {
     "decoding.results": "",
     "decoding.texts": "decoding.results",
     "decoding.unreadable": "data.sentencepiece_vocabulary text.spelling",
+    "decoding.sources": "data.sentencepiece_vocabulary text decoding.unreadable",
     "decoding.next_token": "decoding.settings",
     "decoding.search": "decoding.settings decoding.next_token",
     "decoding.ensemble": "config model stacks",

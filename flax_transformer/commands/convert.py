@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=path,
         metavar="FROM",
-        help="what to read: the folder of a downloaded model, the .npz or .bin file of one, or a work directory; or the "
-        "name of a model to download from the Hugging Face hub, such as facebook/nllb-200-distilled-600M, if there is "
-        "no such folder",
+        help="what to read: the folder of a downloaded model, the .npz or .bin file of one, or a work directory; where "
+        "there is none, the name of a model to download from the Hugging Face hub, e.g. "
+        "facebook/nllb-200-distilled-600M",
     )
     parser.add_argument("target", type=path, metavar="TO", help="the folder to write")
     parser.add_argument(

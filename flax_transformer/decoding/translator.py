@@ -18,11 +18,10 @@ from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.shortlist import Shortlist
+from flax_transformer.decoding.sources import split_sources
 from flax_transformer.decoding.texts import Texts, as_list
-from flax_transformer.decoding.unreadable import UnreadableSentences
 from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
-from flax_transformer.text.spelling import is_blank
-from flax_transformer.text.splitting import join_parts, split_sentence
+from flax_transformer.text.splitting import join_parts
 from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
@@ -193,7 +192,7 @@ class Translator:
         prefixes = [""] * len(sentences) if prefixes is None else as_list("prefixes", prefixes)
         if len(prefixes) != len(sentences):
             raise ValueError(f"there are {len(prefixes)} prefixes for {len(sentences)} sentences: give one for each")
-        all_parts = self._split(sentences)
+        all_parts = split_sources(self.vocabularies.source, sentences, self._ensemble.longest)
         # Where each part comes from: the number of its sentence, and its number within the sentence.
         places = [(number, part) for number, parts in enumerate(all_parts) for part in range(len(parts))]
         begun = self.vocabularies.target.encode(["" if part else prefixes[number] for number, part in places])
@@ -297,35 +296,6 @@ class Translator:
         """
         self._engine.close()
 
-    def _split(self, sentences: Sequence[str]) -> list[list[list[int]]]:
-        """The ids of each sentence, in several parts if it is too long; a blank sentence has no part."""
-        longest = self._ensemble.longest
-        vocabulary = self.vocabularies.source
-        encode = vocabulary.encode
-        languages, texts = zip(*map(vocabulary.split_language, sentences), strict=True) if sentences else ((), ())
-        split: list[list[list[int]]] = [[] for _ in sentences]
-        shown = [number for number, text in enumerate(texts) if not is_blank(text)]
-        for number, ids in zip(shown, encode([sentences[number] for number in shown]), strict=True):
-            split[number] = [ids]
-        unreadable = UnreadableSentences(vocabulary)
-        unreadable.add(sentences)
-        unreadable.warn(stacklevel=3)  # the line that called `hypotheses`
-        for number, sentence in enumerate(sentences):
-            tokens = sum(map(len, split[number]))
-            if tokens > longest:
-                # The token that names the language goes before each part.
-                def begun(part: str, language: str = languages[number]) -> list[int]:
-                    return encode([language + part])[0]
-
-                parts = split_sentence(texts[number], lambda part, begun=begun: len(begun(part)), longest)
-                split[number] = list(map(begun, parts))
-                warnings.warn(
-                    f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
-                    f"{longest}: it is translated in {len(split[number])} parts",
-                    stacklevel=3,  # the line that called `hypotheses`
-                )
-        return split
-
     def _join(self, parts: Sequence[Sequence[Output]], search: SearchSettings, prefix: str) -> list[Translation]:
         """Joins the translations of a sentence's parts: the best ones of all parts, then the second best, and so on."""
         ranks = zip(*parts, strict=False)
@@ -359,7 +329,7 @@ class Translator:
     def _stream(self, sentence: str, search: BeamSearch | Sampling, seed: int) -> Iterator[str]:
         done: list[str] = []
         told = ""
-        for number, part in enumerate(self._split([sentence])[0]):
+        for number, part in enumerate(split_sources(self.vocabularies.source, [sentence], self._ensemble.longest)[0]):
             rngs = _random_keys(search, seed, [(0, number)])
             begun = self.vocabularies.target.encode([""])
             options = {"prefixes": [begun[0][:-1]], "given": self._given(begun), "rngs": rngs}
