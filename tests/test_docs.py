@@ -12,7 +12,11 @@ def test_the_pages_on_reuse_are_tested():
     assert {"assemble.md", "nnx.md", "optax_loop.md"} <= set(PAGES)
 
 
-@pytest.mark.parametrize("page", PAGES)
+# The pages on NNX and on assembling a model run in `make test`.
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page == "optax_loop.md" else page for page in PAGES],
+)
 def test_the_programs_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page}

@@ -24,6 +24,7 @@ def test_a_plan_shows_memory_collectives_and_verdict():
     assert lines[-1].endswith("device memory is unknown, so whether it fits cannot be checked")
 
 
+@pytest.mark.slow
 def test_a_known_vocabulary_size_is_kept():
     small = ["model.d_model=16", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "data.rows=2"]
     counts = []

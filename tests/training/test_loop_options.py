@@ -269,6 +269,7 @@ def test_the_time_for_which_a_save_blocks_training_is_recorded(experiment, tmp_p
     assert all(0 < line["blocked_seconds"] < 10 for line in lines)
 
 
+@pytest.mark.slow
 def test_the_time_to_the_first_step_is_reported(experiment, tmp_path, capsys):
     experiment = without_held_out(experiment)
     train_and_evaluate(with_training(experiment, steps=EVERY), tmp_path)
