@@ -141,7 +141,7 @@ def _describe(model: Any, options: argparse.Namespace) -> str:
     elif options.way == "to-marian":
         lines.append(f"  transformers.MarianMTModel.from_pretrained({options.target!r}), MarianTokenizer likewise")
     elif options.way == "to-marian-native":
-        lines.append(f"  marian-decoder --config {target}/decoder.yml    # input split with source.spm")
+        lines.append(f"  marian-decoder --config {target}/decoder.yml    # with Marian itself")
     elif options.way == "to-nllb":
         lines.append(
             f"  transformers.AutoModelForSeq2SeqLM.from_pretrained({options.target!r}), AutoTokenizer likewise"

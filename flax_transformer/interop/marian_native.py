@@ -125,10 +125,9 @@ def _read_ids(file: epath.Path) -> dict[str, int]:
     """The id of each piece in Marian's files."""
     if file.suffix == ".spm":
         try:
-            processor = read_pieces(_content(file))
+            return {piece: number for number, piece in enumerate(_numbered(_content(file)))}
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        return {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
     if file.suffix not in (".yml", ".yaml", ".json"):
         raise ValueError(f"{file} is a vocabulary that cannot be converted: only .spm, .yml and .json can")
     content = _content(file)
@@ -139,6 +138,12 @@ def _read_ids(file: epath.Path) -> dict[str, int]:
     if not isinstance(ids, dict) or not all(re.fullmatch(r"[0-9]{1,9}", str(number)) for number in ids.values()):
         raise ValueError(f"{file} is no list of pieces and their ids: download it again")
     return {piece: int(number) for piece, number in ids.items()}
+
+
+def _numbered(model: bytes) -> list[str]:
+    """The pieces of a serialised SentencePiece model in the order of its own ids."""
+    processor = read_pieces(model)
+    return processor.id_to_piece(list(range(processor.get_piece_size())))
 
 
 def _content(file: epath.Path) -> bytes:
@@ -190,6 +195,9 @@ def to_marian_native(model: TrainedModel, folder: epath.PathLike) -> None:
     settings = write_options(config, sizes, bias=bias)
     items = to_items(config, model.params, sizes, bias=bias)
     unknown = sides[1].unk_id in config.suppressed_ids
+    # Where the SentencePiece models give the ids, Marian splits the text itself.
+    own = all(_numbered(side.pieces_model) == pieces for side, pieces in zip(sides, lists, strict=True))
+    vocabularies = (SOURCE_PIECES, TARGET_PIECES) if own else LISTS
     with new_folder(folder) as draft:
         (draft / MODEL).write_bytes(write_npz(items, settings))
         for name, side in zip((SOURCE_PIECES, TARGET_PIECES), sides, strict=True):
@@ -198,7 +206,7 @@ def to_marian_native(model: TrainedModel, folder: epath.PathLike) -> None:
             lines = (f"{_quoted(piece)}: {number}\n" for number, piece in enumerate(pieces))
             (draft / name).write_text("".join(lines), encoding="utf-8")
         (draft / SETTINGS).write_text(
-            f"relative-paths: true\nmodels:\n  - {MODEL}\nvocabs:\n  - {LISTS[0]}\n  - {LISTS[1]}\n"
+            f"relative-paths: true\nmodels:\n  - {MODEL}\nvocabs:\n  - {vocabularies[0]}\n  - {vocabularies[1]}\n"
             f"beam-size: 4\nnormalize: 1\nallow-unk: {'false' if unknown else 'true'}\n"
         )
 

@@ -24,6 +24,7 @@ def pieces_model(size, reverse=False):
         sentence_iterator=iter(lines),
         model_writer=model,
         vocab_size=size,
+        model_type="bpe",
         pad_id=-1,
         bos_id=-1,
         eos_id=0,

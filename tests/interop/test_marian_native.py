@@ -237,7 +237,7 @@ REFUSED = [
     ({"transformer-dim-ffn": 10**17}, "d_ff is"),
     ({"transformer-heads": 3}, "num_heads = 3"),
     ({"dim-emb": 18}, "does not fit the options in model.npz"),
-    ({"dec-depth": 3}, "the tensor decoder_l3_self_Wq is missing"),
+    ({"dec-depth": 3}, "the tensor decoder_l3_.* is missing"),
     ({"dec-depth": 1}, "the tensor decoder_l2_context_Wk is unknown"),
 ]
 

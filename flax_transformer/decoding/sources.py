@@ -1,0 +1,46 @@
+"""Splits sources into the parts that a model can translate, each as token ids."""
+
+import warnings
+from collections.abc import Sequence
+
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.decoding.unreadable import UnreadableSentences
+from flax_transformer.text.spelling import is_blank
+from flax_transformer.text.splitting import split_sentence
+
+
+def split_sources(vocabulary: Vocabulary, sentences: Sequence[str], longest: int) -> list[list[list[int]]]:
+    """The ids of each sentence, in several parts if it is too long; a blank sentence has no part.
+
+    It warns of sentences that are split, and of those that the vocabulary can hardly read, at the line that called the
+    method of the translator.
+
+    Args:
+        vocabulary: the source's vocabulary.
+        sentences: the sentences; each may begin with a token that names a language, which then goes before each part.
+        longest: the maximum length of a part, in tokens.
+    """
+    encode = vocabulary.encode
+    languages, texts = zip(*map(vocabulary.split_language, sentences), strict=True) if sentences else ((), ())
+    split: list[list[list[int]]] = [[] for _ in sentences]
+    shown = [number for number, text in enumerate(texts) if not is_blank(text)]
+    for number, ids in zip(shown, encode([sentences[number] for number in shown]), strict=True):
+        split[number] = [ids]
+    unreadable = UnreadableSentences(vocabulary)
+    unreadable.add(sentences)
+    unreadable.warn(stacklevel=3)
+    for number, sentence in enumerate(sentences):
+        tokens = sum(map(len, split[number]))
+        if tokens > longest:
+
+            def begun(part: str, language: str = languages[number]) -> list[int]:
+                return encode([language + part])[0]
+
+            parts = split_sentence(texts[number], lambda part, begun=begun: len(begun(part)), longest)
+            split[number] = list(map(begun, parts))
+            warnings.warn(
+                f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
+                f"{longest}: it is translated in {len(split[number])} parts",
+                stacklevel=3,
+            )
+    return split
