@@ -195,7 +195,7 @@ class Translator:
         all_parts = split_sources(self.vocabularies.source, sentences, self._ensemble.longest)
         # Where each part comes from: the number of its sentence, and its number within the sentence.
         places = [(number, part) for number, parts in enumerate(all_parts) for part in range(len(parts))]
-        begun = self.vocabularies.target.encode(["" if part else prefixes[number] for number, part in places])
+        begun = self.vocabularies.target.encode([self._beginning(prefixes[number], part) for number, part in places])
         found = self._engine.search(
             [all_parts[number][part] for number, part in places],
             search,
@@ -305,13 +305,12 @@ class Translator:
         """The text of each part of a translation; the first begins with the prefix exactly as it was given."""
         target = self.vocabularies.target
         texts = target.decode(output.ids for output in outputs)
-        if target.language_ids:
-            _, prefix = target.split_language(prefix)
         if texts and prefix.strip():
             # The decoded prefix has the vocabulary's spelling, and the unknown token for characters that it lacks.
             (begun,) = target.decode([target.encode([prefix])[0][:-1]])
+            written = target.split_language(prefix)[1] if target.language_ids else prefix
             if begun and texts[0].startswith(begun):
-                texts[0] = prefix.strip() + texts[0].removeprefix(begun)
+                texts[0] = written.strip() + texts[0].removeprefix(begun)
         return texts
 
     def _translation(self, outputs: Sequence[Output], search: SearchSettings, prefix: str = "") -> Translation:
@@ -343,6 +342,11 @@ class Translator:
             finally:
                 request.cancel()
             done.append(text)
+
+    def _beginning(self, prefix: str, part: int) -> str:
+        """The text with which the translation of a part of a sentence begins; only the language from the second on."""
+        target = self.vocabularies.target
+        return prefix if part == 0 else target.split_language(prefix)[0] if target.language_ids else ""
 
     def _given(self, targets: Sequence[Sequence[int]]) -> list[int]:
         """How many of each target's first tokens are given, not predicted: the one that names its language."""

@@ -77,7 +77,7 @@ def _slice(
     fits = all(type(number) is int and 0 <= number <= len(data) for number in numbers) and len(shape) <= 8
     if not fits or begin > end:
         raise ValueError(f"a tensor of shape {str(shape)[:60]} is said to be at {str(data_offsets)[:60]}")
-    return str(dtype), shape, data[begin:end]
+    return str(dtype), list(shape), data[begin:end]
 
 
 def _shards(file: epath.Path) -> list[epath.Path]:

@@ -88,7 +88,6 @@ def make(folder, kind, seed, pieces):
         max_position_embeddings=64,
         activation_function="relu",
         tie_word_embeddings=kind == "nllb",
-        max_length=None,
     )
     torch.manual_seed(seed)
     model = transformers.M2M100ForConditionalGeneration(config).eval()
