@@ -9,11 +9,12 @@ import pytest
 from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding import ensemble
 from flax_transformer.decoding.engine import Engine
-from flax_transformer.decoding.ensemble import Ensemble
+from flax_transformer.decoding.ensemble import Ensemble, step_function
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sizes import slot_size
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.model import Transformer
 from flax_transformer.trained_model import TrainedModel
 
 V, PAD, START, EOS = 40, 0, 1, 2
@@ -22,9 +23,7 @@ GREEDY = BeamSearch(beam_size=1, extra_length=5)
 BEAM = BeamSearch(beam_size=4, num_return=3, extra_length=5)
 FIRST = BeamSearch(beam_size=3, stopping="first", extra_length=5, no_repeat_ngram=2, min_length=3)
 SAMPLING = Sampling(num_return=2, extra_length=5, top_k=7)
-every_search = pytest.mark.parametrize(
-    "settings", [GREEDY, BEAM, FIRST, SAMPLING], ids=["greedy", "beam", "first", "sampling"]
-)
+SLOW = pytest.mark.slow
 
 
 def shortlist(lists, first=3, joint=False):
@@ -92,38 +91,58 @@ def test_the_bound_on_the_number_of_ids_holds_for_every_sentence(joint):
     assert size.listed % 64 == 0 and size.listed >= min(200, chosen.most(16, 200) + size.target)
 
 
-@every_search
+@pytest.mark.parametrize("settings", [FIRST, pytest.param(BEAM, marks=SLOW), pytest.param(SAMPLING, marks=SLOW)])
 def test_a_list_of_all_tokens_changes_nothing(find, settings):
     check_same(find(EVERYTHING, settings), find(None, settings))
 
 
-@every_search
+@pytest.mark.parametrize("settings", [GREEDY, BEAM, SAMPLING, pytest.param(FIRST, marks=SLOW)])
 def test_a_search_among_listed_tokens_equals_one_in_which_all_others_are_banned(find, settings):
-    found = find(RANDOM, settings)
-    assert [[ids for ids, _ in each] for each in found] != [[ids for ids, _ in each] for each in find(None, settings)]
-    for number in (0, 3):
-        source = SOURCES[number]
-        banned = tuple(sorted(set(range(V)) - set(RANDOM.allowed(source, V).tolist())))
-        sources = [source] * (number + 1)  # so that the random key is the same
-        check_same([found[number]], [find(None, settings, sources, banned=banned)[number]])
+    source = [SOURCES[3]]
+    found = find(RANDOM, settings, source)
+    assert found[0][0][0] != find(None, settings, source)[0][0][0]
+    banned = tuple(sorted(set(range(V)) - set(RANDOM.allowed(source[0], V).tolist())))
+    check_same(found, find(None, settings, source, banned=banned))
 
 
-@every_search
-def test_neither_neighbours_nor_the_way_logits_are_computed_nor_devices_change_a_result(find, settings, monkeypatch):
+@pytest.mark.parametrize("settings", [BEAM, pytest.param(GREEDY, marks=SLOW), pytest.param(FIRST, marks=SLOW)])
+def test_neither_neighbours_nor_devices_change_a_result(find, settings):
     together = find(RANDOM, settings)
-    if settings is not SAMPLING:  # whose keys go with the numbers of sentences
-        check_same([find(RANDOM, settings, [source])[0] for source in SOURCES], together)
+    check_same([find(RANDOM, settings, [source])[0] for source in SOURCES], together)
     check_same(find(RANDOM, settings, devices=2), together)
-    monkeypatch.setattr(ensemble, "LISTED_ROWS", 0)
-    jax.clear_caches()
-    check_same(find(RANDOM, settings), together)
-    monkeypatch.undo()
-    jax.clear_caches()
+
+
+def listed_logits(models, listed, hypotheses=2):
+    """The first logits [B * N, C] of these tokens after the start."""
+    configs, params = (tuple(each) for each in zip(*models, strict=True))
+    source = np.array([[4, 9, 5, EOS], [6, 3, EOS, PAD]], "int32")
+    states = tuple(
+        Transformer(config).apply(
+            {"params": each}, source, max_length=3, hypotheses=hypotheses, method="start_decoding"
+        )
+        for config, each in zip(configs, params, strict=True)
+    )
+    tokens = np.full(len(source) * hypotheses, START, "int32")
+    step = step_function(params, configs, None if listed is None else np.asarray(listed, "int32"))
+    return np.asarray(step(states, tokens)[1])
+
+
+def test_logits_of_listed_tokens_are_those_of_all_tokens_whichever_way_they_are_computed(make_model, monkeypatch):
+    listed = [[2, 7, 8, 39], [2, 5, -1, -1]]
+    models = [make_model(V, 5, banned_ids=(7,)), make_model(V, 6, tie_embeddings="three_way", output_bias=True)]
+    for chosen in (models[:1], models[1:]):
+        every = listed_logits(chosen, None).reshape(2, 2, V)
+        for rows in (10**6, 0):
+            monkeypatch.setattr(ensemble, "LISTED_ROWS", rows)
+            found = listed_logits(chosen, listed).reshape(2, 2, 4)
+            for sentence, ids in enumerate(listed):
+                kept = [token for token in ids if token >= 0]
+                np.testing.assert_allclose(found[sentence, :, : len(kept)], every[sentence][:, kept], rtol=1e-5)
+                assert (found[sentence, :, len(kept) :] == -np.inf).all()
 
 
 def test_an_ensemble_of_untied_and_tied_models_averages_over_the_listed_tokens(find, model, make_model):
-    models = (model, make_model(V, 6, tie_embeddings="three_way", output_bias=True, banned_ids=()))
-    check_same(find(EVERYTHING, BEAM, models=models), find(None, BEAM, models=models))
+    models = (model, make_model(V, 6, tie_embeddings="three_way", output_bias=True))
     banned = tuple(sorted(set(range(V)) - set(RANDOM.allowed(SOURCES[0], V).tolist())))
     expected = find(None, BEAM, SOURCES[:1], models=models, banned=banned)
     check_same(find(RANDOM, BEAM, SOURCES[:1], models=models), expected)
@@ -147,9 +166,11 @@ def test_a_sentence_that_outgrows_its_slot_keeps_its_list(find):
         assert set(ids) <= {*RANDOM.allowed(source, V).tolist(), EOS}
 
 
-def test_bfloat16_computes_the_logits_of_listed_tokens_as_those_of_all(make_model, find):
+def test_bfloat16_computes_the_logits_of_listed_tokens_as_those_of_all(make_model):
     models = [make_model(V, 5, dtype="bfloat16")]
-    check_same(find(EVERYTHING, GREEDY, models=models), find(None, GREEDY, models=models), atol=1e-2)
+    found, every = listed_logits(models, [range(V)] * 2), listed_logits(models, None)
+    assert found.dtype == np.float32 and not np.array_equal(every, listed_logits([make_model(V, 5)], None))
+    np.testing.assert_allclose(found, every, atol=1e-5)
 
 
 @pytest.fixture
@@ -169,10 +190,11 @@ def test_a_work_directory_keeps_the_shortlist_and_a_translator_may_ignore_it(tra
     without = Translator.from_workdir(tmp_path / "work", devices=devices, shortlist=False)
     plain = Translator(dataclasses.replace(trained, shortlist=None), devices=devices)
     given = Translator(dataclasses.replace(trained, shortlist=None), devices=devices, shortlist=trained.shortlist)
+    sentences = sentences[:2]
     texts = with_list.translate(sentences, GREEDY)
     assert texts != plain.translate(sentences, GREEDY) == without.translate(sentences, GREEDY)
     assert given.translate(sentences, GREEDY) == texts
-    assert "".join(with_list.stream(sentences[1])) == texts[1]
+    assert "".join(with_list.stream(sentences[1], GREEDY)) == texts[1]
     # Given translations are scored over all tokens, whatever the search may choose.
     scores = [each.score(sentences[:1], [texts[0]])[0].log_prob for each in (with_list, plain)]
     assert scores[0] == scores[1]
