@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,7 +68,7 @@ def check_same(found, expected, atol=1e-5):
     assert [[ids for ids, _ in outputs] for outputs in found] == [[ids for ids, _ in outputs] for outputs in expected]
     for outputs, others in zip(found, expected, strict=True):
         for (_, log_probs), (_, other) in zip(outputs, others, strict=True):
-            np.testing.assert_allclose(log_probs, other, atol=atol)
+            np.testing.assert_allclose(log_probs, other, atol=1e-5)
 
 
 def test_a_sentence_may_contain_the_first_ids_the_words_of_its_tokens_and_the_next_ids_up_to_a_multiple_of_eight():
@@ -112,33 +113,42 @@ def test_neither_neighbours_nor_devices_change_a_result(find, settings):
     check_same(find(RANDOM, settings, devices=2), together)
 
 
-def listed_logits(models, listed, hypotheses=2):
-    """The first logits [B * N, C] of these tokens after the start."""
-    configs, params = (tuple(each) for each in zip(*models, strict=True))
-    source = np.array([[4, 9, 5, EOS], [6, 3, EOS, PAD]], "int32")
-    states = tuple(
-        Transformer(config).apply(
-            {"params": each}, source, max_length=3, hypotheses=hypotheses, method="start_decoding"
-        )
-        for config, each in zip(configs, params, strict=True)
-    )
-    tokens = np.full(len(source) * hypotheses, START, "int32")
-    step = step_function(params, configs, None if listed is None else np.asarray(listed, "int32"))
-    return np.asarray(step(states, tokens)[1])
+@pytest.fixture
+def first_logits(monkeypatch):
+    """The logits after the start of two hypotheses for each of two sources: of all tokens, and of listed ones.
+
+    The latter are computed in both ways: from copied rows of the output matrix, and as a choice from all logits.
+    """
+
+    def run(model, listed):
+        config, params = model
+        source = jnp.array([[4, 9, 5, EOS], [6, 3, EOS, PAD]])
+        transformer = Transformer(config)
+
+        def compute(params):
+            state = transformer.apply({"params": params}, source, max_length=3, hypotheses=2, method="start_decoding")
+            for ids, most in ((None, 0), (listed, 10**6), (listed, 0)):
+                monkeypatch.setattr(ensemble, "LISTED_ROWS", most)
+                step = step_function((params,), (config,), ids)
+                yield step((state,), jnp.full(4, START))[1].reshape(2, 2, -1)
+
+        return map(np.asarray, jax.jit(lambda params: tuple(compute(params)))(params))
+
+    return run
 
 
-def test_logits_of_listed_tokens_are_those_of_all_tokens_whichever_way_they_are_computed(make_model, monkeypatch):
-    listed = [[2, 7, 8, 39], [2, 5, -1, -1]]
-    models = [make_model(V, 5, banned_ids=(7,)), make_model(V, 6, tie_embeddings="three_way", output_bias=True)]
-    for chosen in (models[:1], models[1:]):
-        every = listed_logits(chosen, None).reshape(2, 2, V)
-        for rows in (10**6, 0):
-            monkeypatch.setattr(ensemble, "LISTED_ROWS", rows)
-            found = listed_logits(chosen, listed).reshape(2, 2, 4)
-            for sentence, ids in enumerate(listed):
-                kept = [token for token in ids if token >= 0]
-                np.testing.assert_allclose(found[sentence, :, : len(kept)], every[sentence][:, kept], rtol=1e-5)
-                assert (found[sentence, :, len(kept) :] == -np.inf).all()
+@pytest.mark.parametrize(
+    "changes", [{"banned_ids": (7,)}, {"tie_embeddings": "three_way", "output_bias": True, "dtype": "bfloat16"}]
+)
+def test_logits_of_listed_tokens_are_those_of_all_tokens_whichever_way_they_are_computed(
+    make_model, first_logits, changes
+):
+    every, copied, chosen = first_logits(make_model(V, 5, **changes), jnp.array([[2, 7, 8, 39], [2, 5, -1, -1]]))
+    for found in (copied, chosen):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found[0], every[0][:, [2, 7, 8, 39]], atol=1e-5)
+        np.testing.assert_allclose(found[1, :, :2], every[1][:, [2, 5]], atol=1e-5)
+        assert (found[1, :, 2:] == -np.inf).all()
 
 
 def test_an_ensemble_of_untied_and_tied_models_averages_over_the_listed_tokens(find, model, make_model):
@@ -164,13 +174,6 @@ def test_a_sentence_that_outgrows_its_slot_keeps_its_list(find):
     assert all(len(ids) >= 30 for ((ids, _),) in found)
     for source, ((ids, _),) in zip(SOURCES, found, strict=False):
         assert set(ids) <= {*RANDOM.allowed(source, V).tolist(), EOS}
-
-
-def test_bfloat16_computes_the_logits_of_listed_tokens_as_those_of_all(make_model):
-    models = [make_model(V, 5, dtype="bfloat16")]
-    found, every = listed_logits(models, [range(V)] * 2), listed_logits(models, None)
-    assert found.dtype == np.float32 and not np.array_equal(every, listed_logits([make_model(V, 5)], None))
-    np.testing.assert_allclose(found, every, atol=1e-5)
 
 
 @pytest.fixture
