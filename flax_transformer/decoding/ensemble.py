@@ -4,7 +4,6 @@ Glossary: B sentences, N hypotheses of each, V vocabulary, C tokens listed for e
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,17 +100,17 @@ def step_function(models: Models, configs: Configs, listed: Int[Array, "B C"] | 
         listed: the target tokens among which each sentence chooses, then -1. The logits are then [B * N, C], and -inf
             for -1.
     """
-    apply = [
-        functools.partial(Transformer(config).apply, {"params": params})
-        for config, params in zip(configs, models, strict=True)
-    ]
+    numbers = range(len(configs))
+
+    def call(number: int, *arguments: Any, method: str) -> Any:
+        return Transformer(configs[number]).apply({"params": models[number]}, *arguments, method=method)
+
     copies = listed is not None and listed.size <= LISTED_ROWS
-    rows = [each(listed, method="output_rows") if copies else None for each in apply]
+    rows = [call(number, listed, method="output_rows") if copies else None for number in numbers]
 
     def step(states: States, tokens: jax.Array) -> tuple[States, jax.Array]:
         steps = [
-            each(state, tokens[:, None], own, method="decode_step")
-            for each, state, own in zip(apply, states, rows, strict=True)
+            call(number, states[number], tokens[:, None], rows[number], method="decode_step") for number in numbers
         ]
         logits = [logits[:, 0] for _, logits in steps]
         if listed is None:
