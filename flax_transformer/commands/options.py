@@ -266,10 +266,9 @@ def load_translator(models: Sequence[Model], options: argparse.Namespace) -> Any
     for workdir, step in models:
         with explain_damage(workdir):
             loaded.append(TrainedModel.load(workdir, step=step))
+    shortlist: Any = getattr(options, "no_shortlist", True) is False
     if name := getattr(options, "shortlist", None):
         shortlist = read_shortlist(name, joint=loaded[0].vocabularies.shares_ids)
-    else:
-        shortlist = getattr(options, "no_shortlist", True) is False
     return Translator(loaded, batch_tokens=options.batch_tokens, shortlist=shortlist)
 
 

@@ -203,10 +203,11 @@ def read_fairseq_vocabularies(directory: epath.PathLike) -> tuple[FairseqVocabul
         raise ValueError(f"{folder} lacks {PIECES_MODEL}: copy all files of the model")
     try:
         fields = json.loads((folder / DESCRIPTION).read_bytes())
-        named = {name: [*map(_as_text, fields[name])] for name in ("pieces", "languages")}
+        pieces, languages = ([*map(_as_text, fields[name])] for name in ("pieces", "languages"))
         last = fields["language_last"] is True
         model = (folder / PIECES_MODEL).read_bytes()
-        vocabulary = FairseqVocabulary(model, **named, tokenizer=_as_text(fields["tokenizer"]), language_last=last)
+        tokenizer = _as_text(fields["tokenizer"])
+        vocabulary = FairseqVocabulary(model, pieces, languages, tokenizer=tokenizer, language_last=last)
         source = vocabulary.speaking(_as_text(fields["source_language"]))
         return source, vocabulary.as_target().speaking(_as_text(fields["target_language"]))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """Splits sources into the parts that a model can translate, each as token ids."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.decoding.unreadable import UnreadableSentences
@@ -36,8 +36,10 @@ def split_sources(vocabulary: Vocabulary, sentences: Sequence[str], longest: int
             def begun(part: str, language: str = languages[number]) -> list[int]:
                 return encode([language + part])[0]
 
-            parts = split_sentence(texts[number], lambda part, begun=begun: len(begun(part)), longest)
-            split[number] = list(map(begun, parts))
+            def length(part: str, begun: Callable[[str], list[int]] = begun) -> int:
+                return len(begun(part))
+
+            split[number] = list(map(begun, split_sentence(texts[number], length, longest)))
             warnings.warn(
                 f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
                 f"{longest}: it is translated in {len(split[number])} parts",

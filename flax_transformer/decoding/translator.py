@@ -331,8 +331,9 @@ class Translator:
         for number, part in enumerate(split_sources(self.vocabularies.source, [sentence], self._ensemble.longest)[0]):
             rngs = _random_keys(search, seed, [(0, number)])
             begun = self.vocabularies.target.encode([""])
-            options = {"prefixes": [begun[0][:-1]], "given": self._given(begun), "rngs": rngs}
-            (request,) = self._engine.submit([part], search, streams=True, **options)
+            (request,) = self._engine.submit(
+                [part], search, prefixes=[begun[0][:-1]], given=self._given(begun), rngs=rngs, streams=True
+            )
             try:
                 for ids in request:
                     (text,) = self.vocabularies.target.decode([ids])

@@ -94,7 +94,7 @@ def _find_files(path: epath.Path) -> tuple[epath.Path, list[epath.Path]]:
         settings = {} if "vocab" in file.name else read_yaml(file.read_bytes(), file)
         if not isinstance(settings, dict):
             continue
-        lists = settings.get("models"), settings.get("vocabs")
+        lists: list[Any] = [settings.get("models"), settings.get("vocabs")]
         if not all(isinstance(names, list) and names for names in lists):
             continue
         named, vocabularies = ([file_inside(folder, name, file.name) for name in names] for names in lists)

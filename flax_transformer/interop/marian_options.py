@@ -133,9 +133,10 @@ def read_options(settings: bytes, place: object) -> TransformerConfig:
             f"{place}: transformer-decoder-dim-ffn is {options['transformer-decoder-dim-ffn']} and transformer-dim-ffn "
             f"is {d_ff}, but they must be equal"
         )
-    changes = {}
-    if choice("transformer-decoder-autoreg", "self-attention", {"self-attention": "", "rnn": "rnn"}):
-        changes["decoder_autoregression"] = choice("dec-cell", "gru", {"ssru": "ssru"})
+    kinds = {"self-attention": "self_attention", "rnn": "ssru"}
+    autoregression = choice("transformer-decoder-autoreg", "self-attention", kinds)
+    if autoregression == "ssru":
+        choice("dec-cell", "gru", {"ssru": "ssru"})
     tied = flag("tied-embeddings-all") or flag("tied-embeddings")
     shared = flag("tied-embeddings-all") or flag("tied-embeddings-src")
     return TransformerConfig(
@@ -154,7 +155,7 @@ def read_options(settings: bytes, place: object) -> TransformerConfig:
         tie_embeddings=("three_way" if shared else "decoder") if tied else "none",
         output_bias=not flag("output-omit-bias"),
         zero_start=True,
-        **changes,
+        decoder_autoregression=autoregression,
     )
 
 
