@@ -74,8 +74,8 @@ LAYOUT = {
     "interop.marian_items": "",
     "interop.marian_options": "config interop.fields interop.yaml_text interop.marian_items",
     "interop.marian_parameters": "config interop.parameters",
-    "interop.marian_native": "config data trained_model interop.folders interop.yaml_text interop.marian_items "
-    "interop.marian_options interop.marian_parameters",
+    "interop.marian_native": "config data trained_model decoding.shortlist interop.folders interop.yaml_text "
+    "interop.marian_items interop.marian_options interop.marian_parameters interop.marian_shortlist",
     "interop.marian": "config data trained_model interop.folders interop.fields interop.tensor_files "
     "interop.marian_tensors interop.marian_fields interop.marian_native",
     "interop.language_codes": "",

@@ -18,10 +18,12 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.data.marian_vocabulary import SOURCE_PIECES, TARGET_PIECES, MarianVocabulary
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary, read_pieces
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.interop.folders import file_inside, new_folder
 from flax_transformer.interop.marian_items import read_items, write_npz
 from flax_transformer.interop.marian_options import read_options, write_options
 from flax_transformer.interop.marian_parameters import from_items, to_items
+from flax_transformer.interop.marian_shortlist import read_shortlist
 from flax_transformer.interop.yaml_text import read_yaml
 from flax_transformer.trained_model import TrainedModel
 
@@ -76,8 +78,16 @@ def read_native(path: epath.Path) -> TrainedModel:
         suppressed_ids=(pair.target.unk_id,),
     )
     params = from_items(config, tensors, sizes, bias=bias, place=f"the options in {model.name}")
-    # A lexical shortlist (`lex.*.bin` in the folder) belongs here, once `TrainedModel` has one.
-    return TrainedModel(config, params, pair)
+    return TrainedModel(config, params, pair, _read_shortlist(model.parent, pair))
+
+
+def _read_shortlist(folder: epath.Path, vocabularies: VocabularyPair) -> Shortlist | None:
+    """The lexical shortlist that lies beside a model, if there is one."""
+    files = sorted(folder.glob("lex.*.bin"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{folder} has several shortlists ({names}): leave only the one that belongs to the model")
+    return read_shortlist(files[0], joint=vocabularies.shares_ids) if files else None
 
 
 def _models(folder: epath.Path) -> list[epath.Path]:
