@@ -28,7 +28,7 @@ def load(folder):
     return ctranslate2.Translator(str(folder), device="cpu", intra_threads=1, compute_type="float32")
 
 
-# With these seeds outputs end by themselves, after different numbers of tokens. The first two are enough for each commit.
+# With these seeds outputs end by themselves, after different numbers of tokens. Each commit needs no more than two.
 SEEDS = dict(zip(KINDS, (10, 9, 0, 6), strict=False))
 
 
@@ -43,8 +43,8 @@ def both(request, tmp_path_factory):
     folder, _, options = make(path / "downloaded", vocabularies, KINDS[request.param], seed=SEEDS[request.param])
     model = read_marian(folder)
     to_marian_native(model, path / "exported")
-    # CTranslate2 either chooses the unknown token, as here, or gives its probability to others; its converter leaves the
-    # epsilon of its norms as it is for other models.
+    # CTranslate2 either chooses the unknown token, as here, or gives its probability to others; its converter does not
+    # set the epsilon of the norms.
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, suppressed_ids=(), norm_epsilon=1e-5))
     lists = [str(path / "exported" / f"{side}.vocab.yml") for side in ("source", "target")]
     loaded = [model]
