@@ -34,6 +34,8 @@ def pieces_model(size, reverse=False):
     return model.getvalue()
 
 
+END = 3.0  # raises the logit of the end of a sentence
+
 # The options of a model of version 1.9.56, each with the value that it has there.
 OPTIONS = {
     "bert-train-type-embeddings": True,
@@ -146,7 +148,10 @@ def random_tensors(options, seed=0):
         matrix("decoder_ff_logit_out_Wt", target, width, gain=0.5 * target**0.5)
     if not options["output-omit-bias"]:
         vector("decoder_ff_logit_out_b", target)
-        tensors["decoder_ff_logit_out_b"][0, 0] += 2.0
+        tensors["decoder_ff_logit_out_b"][0, 0] += END
+    else:
+        shift = tensors["decoder_top_ln_bias"][0]
+        tensors["decoder_ff_logit_out_Wt"][0] += END * shift / (shift @ shift)
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 

@@ -17,7 +17,7 @@ from flax_transformer.interop.marian_items import read_items
 from tests.interop.marian_reference import OPTIONS, pieces_model, random_tensors, settings, write_bin, write_npz
 from tests.interop.test_marian_native import fails
 
-MUTATIONS = 1000  # of each of the two formats
+MUTATIONS = {write_bin: 1500, write_npz: 500}
 SMALL = {**OPTIONS, "dec-depth": 1}
 
 
@@ -66,27 +66,28 @@ def archive(**members):
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("write", [write_bin, write_npz])
+@pytest.mark.parametrize("write", MUTATIONS)
 def test_mutated_files_are_errors_of_one_line_and_take_no_memory(downloaded, monkeypatch, write):
     monkeypatch.setattr(parameters, "param_shapes", functools.lru_cache(parameters.param_shapes))
     file = downloaded / ("model.bin" if write is write_bin else "model.npz")
     write(file, random_tensors(SMALL), SMALL)
     content, rng, errors = file.read_bytes(), np.random.default_rng(0), 0
     whole = content.index(b"type: transformer") if write is write_bin else 0
-    read_marian(file)
-    tracemalloc.start()
-    for _ in range(MUTATIONS):
+    for _ in range(MUTATIONS[write]):
         file.write_bytes(damaged(content, rng, whole) if write is write_bin else damaged_archive(content, rng))
+        tracemalloc.start()
         try:
+            read_items(epath.Path(file))
+            tracemalloc.stop()
             read_marian(file)
         except ValueError as error:
             errors += 1
             assert "\n" not in str(error) and len(str(error)) < 1000
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+        if tracemalloc.is_tracing():
+            assert tracemalloc.get_traced_memory()[1] < 100 * len(content)
+            tracemalloc.stop()
     file.unlink()
-    assert errors > MUTATIONS // 2
-    assert peak < 64 * 2**20
+    assert errors > MUTATIONS[write] // 2
 
 
 def with_item(name, kind, shape, data, size=None):
@@ -122,9 +123,12 @@ HOSTILE = {
     "multiplier of zero": (with_item("Wemb", 0x4101, (2, 2), bytes(8)), "with the multiplier 0.0"),
     "line break in a name": (with_item("a\nb", 0x0404, (1, 1), bytes(4)), "is no name of a tensor"),
     "the same name twice": (with_item("special:model.yml", 0x0101, (1,), b"a"), "two items of the same name"),
-    "pickled objects": (archive(Wemb=npy(HEADER.format("'|O'", (1,)), b"cos\nsystem\n")), "has the type object"),
+    "pickled objects": (
+        archive(Wemb=npy(HEADER.format("'|O'", (1,)), b"cos\nsystem\n")),
+        "Wemb is no array of numbers",
+    ),
     "npy shape": (archive(Wemb=npy(HEADER.format("'<f4'", (10**9, 10**9)), bytes(16))), "do not fit its shape"),
-    "npy header": (archive(Wemb=npy("__import__('os').system('true')")), "is damaged"),
+    "npy header": (archive(Wemb=npy("__import__('os').system('true')")), "Wemb is no array of numbers"),
     "npy type": (archive(Wemb=npy(HEADER.format("'<i4'", (4,)), bytes(16))), "has type int32, but must be floating"),
     "zip bomb": (archive(Wemb=npy(HEADER.format("'<f4'", (10**7,)), bytes(4 * 10**7))), "much larger than the file"),
     "no settings": (archive(Wemb=npy(HEADER.format("'<f4'", (4,)), bytes(16))), "has no settings"),
@@ -185,11 +189,11 @@ def test_mutations_of_a_real_file_are_errors_of_one_line(tmp_path):
     content, rng = real.read_bytes(), np.random.default_rng(0)
     whole = content.index(b"special:model.yml") + 4000
     file, errors = epath.Path(tmp_path / "model.bin"), 0
-    for _ in range(2 * MUTATIONS):
+    for _ in range(2000):
         file.write_bytes(damaged(content, rng, whole))
         try:
             read_items(file)
         except ValueError as error:
             errors += 1
             assert "\n" not in str(error)
-    assert errors > MUTATIONS
+    assert errors > 1000

@@ -78,7 +78,13 @@ def make(folder, vocabularies, changes=None, write=write_npz, name="model.npz", 
     return folder, tensors, options
 
 
-@pytest.fixture(scope="module", params=KINDS)
+FURTHER = {"before, sources tied, no bias", "after, recurrent"}  # left to `make test-slow`
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=pytest.mark.slow) if kind in FURTHER else kind for kind in KINDS],
+)
 def converted(request, vocabularies, tmp_path_factory):
     """The folder of a model, its tensors, its options, and the work directory made of it."""
     path = tmp_path_factory.mktemp("marian")
@@ -141,7 +147,7 @@ def test_bin_files_hold_the_same_model_as_npz_files(vocabularies, tmp_path, kind
 
     make(tmp_path / "whole", vocabularies, BEFORE)
     make(tmp_path / "small", vocabularies, BEFORE, write=write, name="model.bin")
-    whole, small = read_marian(tmp_path / "whole"), read_marian(tmp_path / "small")
+    whole, small = read_marian(tmp_path / "whole"), read_marian(tmp_path / "small" / "model.bin")
     assert whole.config == small.config
 
     def compare(wanted, found):
@@ -151,11 +157,6 @@ def test_bin_files_hold_the_same_model_as_npz_files(vocabularies, tmp_path, kind
     if kind == "intgemm8":  # as coarse as 127 steps must be, and no finer
         kernel = small.params["encoder"]["layers_0"]["feed_forward"]["inner"]["kernel"]
         assert len(np.unique(kernel)) < 255
-
-
-def test_the_path_of_the_file_is_as_good_as_that_of_the_folder(converted):
-    folder, _, _, path = converted
-    same_tree(read_marian(folder / "model.npz").params, TrainedModel.load(path).params)
 
 
 def test_lists_of_ids_belong_to_the_sentencepiece_models_beside_them(vocabularies, tmp_path):
