@@ -2,7 +2,7 @@
 them, and each text begins with a token that names its language.
 
 The ids are those of "<s>", "<pad>", "</s>", "<unk>", then of the pieces, of the languages, of "<mask>" (NLLB only), and
-of rows of the embeddings that nothing uses, which fairseq calls "madeupword0000" and so on.
+of rows of the embeddings that nothing uses, which fairseq calls "madeupword" and a number.
 """
 
 import difflib
