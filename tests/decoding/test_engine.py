@@ -159,12 +159,12 @@ def test_targets_of_any_lengths_are_scored_and_aligned_as_alone(make_engine):
     together, alone = (Scorer(make_engine(devices=each).ensemble, batch_tokens=64) for each in (8, 1))
     short, long = ([source for source in SOURCES if (len(source) <= 8) == shorter] for shorter in (True, False))
     sources, targets = [*long[:2], *short[:3]], [*long[2:4], *short[3:6]]
-    scored, aligned = together.score(sources, targets), together.align(sources, targets, layer=-1)
+    scored, aligned = together.score(sources, targets, [0] * 5), together.align(sources, targets, layer=-1)
     for source, target, (ids, log_probs), weights in zip(sources, targets, scored, aligned, strict=True):
         assert ids.tolist() == target and log_probs.shape == (len(target),)
         assert weights.shape == (len(target), len(source))
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
-        np.testing.assert_allclose(log_probs, alone.score([source], [target])[0].log_probs, atol=1e-4)
+        np.testing.assert_allclose(log_probs, alone.score([source], [target], [0])[0].log_probs, atol=1e-4)
         np.testing.assert_allclose(weights, alone.align([source], [target], layer=-1)[0], atol=1e-5)
 
 

@@ -30,7 +30,7 @@ def test_sentences_get_about_as_many_slots_as_they_are_until_a_batch_is_full(dev
 def test_the_pool_has_rows_for_every_device_that_hold_the_longest_source(room, devices):
     for slots in (devices, 4 * devices):
         size = slot_size(slots, room, None)
-        assert size == (slots, room, room * 3 // 2)
+        assert size == (slots, room, room * 3 // 2, 0)
         rows, width = pool_shape(size, batch_tokens=2048, devices=devices)
         assert width >= room and rows % devices == 0
         own = rows // devices
@@ -38,4 +38,4 @@ def test_the_pool_has_rows_for_every_device_that_hold_the_longest_source(room, d
 
 
 def test_learned_positions_bound_the_places_of_a_slot():
-    assert slot_size(2, 24, 20) == (2, 20, 20) and slot_size(2, 24, 30) == (2, 24, 30)
+    assert slot_size(2, 24, 20) == (2, 20, 20, 0) and slot_size(2, 24, 30) == (2, 24, 30, 0)
