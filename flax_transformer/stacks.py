@@ -223,10 +223,9 @@ class Decoder(_Stack):
         steps = embeddings.shape[1] // hypotheses
         positions = state.position[:, None] + jnp.arange(embeddings.shape[1]) // hypotheses
         outputs = self._embed(embeddings, positions, deterministic=True)
-        caches = []
-        for layer, memory, cache in zip(
-            self.layers, state.memory, state.recurrent if recurrent else state.target, strict=True
-        ):
+        before: tuple[KVCache | Array, ...] = state.recurrent if recurrent else state.target
+        kept = []
+        for layer, memory, cache in zip(self.layers, state.memory, before, strict=True):
             outputs, cache, _ = layer(
                 outputs,
                 memory,
@@ -236,11 +235,11 @@ class Decoder(_Stack):
                 cache=cache,
                 write_at=state.place * hypotheses,
             )
-            caches.append(cache)
+            kept.append(cache)
         # A longer sentence would overwrite its own beginning, and several positions at once must not go round the end
         # of the ring: NaN makes the mistake visible.
         fits = (state.position + steps <= room) & (state.place + steps <= room)
         outputs = jnp.where(fits[:, None, None], self._finish(outputs), jnp.nan)
         state = state.replace(position=state.position + steps, place=(state.place + steps) % room)
-        caches = tuple(caches)
-        return state.replace(recurrent=caches) if recurrent else state.replace(target=caches), outputs
+        after = {"recurrent" if recurrent else "target": tuple(kept)}
+        return state.replace(**after), outputs

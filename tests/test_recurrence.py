@@ -68,9 +68,9 @@ def test_steps_of_several_hypotheses_continue_each_from_its_own_state(unit, chun
 def test_what_overflows_in_one_sentence_does_not_reach_the_next_one_of_its_row(unit):
     module, variables = unit
     inputs = vectors(B, T, D)
-    outputs, _ = module.apply(variables, inputs, BEGINS)
+    outputs, _ = jax.jit(module.apply)(variables, inputs, BEGINS)
     inputs[0, 1] = np.nan
-    found, _ = module.apply(variables, inputs, BEGINS)
+    found, _ = jax.jit(module.apply)(variables, inputs, BEGINS)
     assert np.isnan(found[0, 1:4]).all() and np.array_equal(found[0, 4:], outputs[0, 4:])
 
 

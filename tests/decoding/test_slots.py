@@ -32,7 +32,7 @@ def model(make_model):
 @pytest.fixture(scope="module")
 def ensemble(make_model, model):
     """Two models that differ in size too; the decoder of the second is recurrent."""
-    return model, make_model(V, 291, d_model=8, num_decoder_layers=2, decoder_autoregression="ssru")
+    return model, make_model(V, 309, d_model=8, num_decoder_layers=2, decoder_autoregression="ssru")
 
 
 def split(models):
