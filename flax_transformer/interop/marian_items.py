@@ -33,7 +33,8 @@ MAX_DIMENSIONS = 8
 MAX_EXPANSION = 32
 # What describes an array in a .npy file; NumPy itself would evaluate it as Python.
 NPY_HEADER = re.compile(
-    rb"\{'descr': '([<>|]?[fiu][1248])', 'fortran_order': (True|False), 'shape': (\((?:[0-9]{1,10},? ?){0,8}\)),? *\}\s*"
+    rb"\{'descr': '([<>|]?[fiu][1248])', 'fortran_order': (True|False), "
+    rb"'shape': (\((?:[0-9]{1,10},? ?){0,8}\)),? *\}\s*"
 )
 DAMAGES = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, LookupError, OverflowError)
 
@@ -165,7 +166,7 @@ def _read_item(file: epath.Path, name: str, kind: int, shape: tuple[int, ...], d
     if kind in FLOATS:
         return values.reshape(shape)
     (multiplier,) = struct.unpack_from("<f", data, count * dtype.itemsize)
-    if not (math.isfinite(multiplier) and multiplier > 0):
+    if not 1e-30 < multiplier < 1e30:
         raise ValueError(f"{name} is quantized with the multiplier {multiplier}")
     values /= np.float32(multiplier)
     # Marian multiplies with the transposed matrices, and keeps the shape as it was; embeddings it also looks up.
