@@ -166,7 +166,7 @@ def _read_item(file: epath.Path, name: str, kind: int, shape: tuple[int, ...], d
     if kind in FLOATS:
         return values.reshape(shape)
     (multiplier,) = struct.unpack_from("<f", data, count * dtype.itemsize)
-    if not (math.isfinite(multiplier) and multiplier > 0):
+    if not 1e-30 < multiplier < 1e30:
         raise ValueError(f"{name} is quantized with the multiplier {multiplier}")
     values /= np.float32(multiplier)
     # Marian multiplies with the transposed matrices, and keeps the shape as it was; embeddings it also looks up.

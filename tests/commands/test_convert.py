@@ -34,6 +34,16 @@ def test_a_checkpoint_can_be_chosen(run, workdir, tmp_path):
     assert contents[0] == (tmp_path / "chosen" / "model.safetensors").read_bytes() != contents[1]
 
 
+def test_to_marian_s_own_format_and_back_translates_as_before(run, broken, source, tmp_path):
+    marian = {"positions": "sinusoidal_tensor2tensor", "norm_epsilon": 1e-6, "zero_start": True}
+    change_config(broken, **marian, start_id=0, suppressed_ids=[3])  # <unk>
+    before = run("translate", "--workdir", broken, "--input", source)
+    said = run("convert", "to-marian-native", broken, tmp_path / "marian")
+    assert "decoder.yml" in said
+    run("convert", "from-marian", tmp_path / "marian" / "model.npz", tmp_path / "work")
+    assert run("translate", "--workdir", tmp_path / "work", "--input", source) == before
+
+
 def test_the_other_conversions_write_what_their_readers_need(run, workdir, tmp_path):
     assert "README.md" in run("convert", "to-ctranslate2", workdir, tmp_path / "ct2", "--quantization=int8")
     assert "weights int8" in (tmp_path / "ct2" / "README.md").read_text()
@@ -49,6 +59,7 @@ def test_the_other_conversions_write_what_their_readers_need(run, workdir, tmp_p
         (("to-marian", "a", "b", "c"), "unexpected argument c"),
         (("to-marian", "a", "b", "--quantization=int8"), "--quantization applies to to-ctranslate2"),
         (("from-marian", "a", "b", "--checkpoint=best"), "--checkpoint applies to work directories"),
+        (("to-marian", "a", "b", "--trained_positions"), "--trained_positions applies to from-marian only"),
         (("to-marian", "nowhere", "b"), "nowhere is not a work directory"),
         (("from-marian", "nowhere", "b"), "nowhere is not a folder"),
     ],
@@ -65,6 +76,6 @@ def test_an_option_that_marian_lacks_is_an_error(fail, broken, tmp_path):
 
 def test_an_existing_folder_is_not_changed(fail, workdir, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    for way in ("to-marian", "to-ctranslate2", "to-stablehlo"):
+    for way in ("to-marian", "to-marian-native", "to-ctranslate2", "to-stablehlo"):
         assert "exists and is not empty" in fail("convert", way, workdir, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

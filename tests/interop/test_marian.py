@@ -114,6 +114,15 @@ def test_a_field_that_cannot_be_converted_is_named_with_its_value(folder, tmp_pa
     fails(folder, tmp_path, match)
 
 
+def test_a_model_may_get_the_positions_that_marian_trained_it_with(folder, tmp_path):
+    usual = read_marian(folder).config
+    assert usual.positions == "sinusoidal_concatenated"
+    trained = from_marian(folder, tmp_path / "work", trained_positions=True).config
+    assert trained == dataclasses.replace(usual, positions="sinusoidal_tensor2tensor")
+    with pytest.raises(ValueError, match="transformers computes the paper's sinusoidal ones"):
+        to_marian(TrainedModel.load(tmp_path / "work"), tmp_path / "again")
+
+
 def found_by(path, sentences):
     return [hypotheses[0] for hypotheses in Translator.from_workdir(path).hypotheses(sentences)]
 

@@ -73,9 +73,10 @@ def test_mutated_files_are_errors_of_one_line_and_take_no_memory(downloaded, mon
     write(file, random_tensors(SMALL), SMALL)
     content, rng, errors = file.read_bytes(), np.random.default_rng(0), 0
     whole = content.index(b"type: transformer") if write is write_bin else 0
-    for _ in range(MUTATIONS[write]):
+    for number in range(MUTATIONS[write]):
         file.write_bytes(damaged(content, rng, whole) if write is write_bin else damaged_archive(content, rng))
-        tracemalloc.start()
+        if number % 10 == 0:  # tracing is slow
+            tracemalloc.start()
         try:
             read_items(epath.Path(file))
             tracemalloc.stop()
