@@ -23,7 +23,7 @@ def language_pair(vocabulary, tokenizer="NllbTokenizer", unused=2, language_last
     pieces = [piece for piece in vocabulary.pieces(range(vocabulary.size)) if piece not in SPECIAL]
     languages = LANGUAGES[tokenizer]
     mask = [MASK] if tokenizer == "NllbTokenizer" else []
-    filling = [f"madeupword{number:04d}" for number in range(unused)]
-    every = [*SPECIAL, *pieces, *languages, *mask, *filling]
+    named = [*SPECIAL, *pieces, *languages, *mask]
+    every = named + [f"madeupword{number}" for number in range(len(named), len(named) + unused)]
     made = FairseqVocabulary(vocabulary.to_bytes(), every, languages, tokenizer, language_last=language_last)
     return VocabularyPair(made, made.as_target())

@@ -116,7 +116,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{side}_language",
             type=filled,
-            default="",
             metavar="CODE",
             help=f"the language of {side}s that do not begin with the token of one, e.g. kan_Knda for NLLB, kn for "
             "M2M100; only for models that know languages by code (default: that of the work directory)",
@@ -252,7 +251,7 @@ def in_languages(translators: Sequence[Any], options: argparse.Namespace) -> lis
     Raises:
         ValueError: the options name languages and no translator knows any, or one does not know these.
     """
-    languages = options.source_language, options.target_language
+    languages = options.source_language or "", options.target_language or ""
     knowing = [bool(translator.vocabularies.target.language_ids) for translator in translators]
     return [
         translator.speaking(*languages) if knows or not any(knowing) else translator

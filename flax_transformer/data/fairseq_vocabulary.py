@@ -2,7 +2,7 @@
 them, and each text begins with a token that names its language.
 
 The ids are those of "<s>", "<pad>", "</s>", "<unk>", then of the pieces, of the languages, of "<mask>" (NLLB only), and
-of rows of the embeddings that nothing uses, which fairseq calls "madeupword0000" and so on.
+of rows of the embeddings that nothing uses, which fairseq calls "madeupword" and a number.
 """
 
 import difflib
@@ -203,10 +203,10 @@ def read_fairseq_vocabularies(directory: epath.PathLike) -> tuple[FairseqVocabul
         raise ValueError(f"{folder} lacks {PIECES_MODEL}: copy all files of the model")
     try:
         fields = json.loads((folder / DESCRIPTION).read_bytes())
-        named = {name: [*map(_as_text, fields[name])] for name in ("pieces", "languages")}
+        pieces, languages = ([*map(_as_text, fields[name])] for name in ("pieces", "languages"))
         last = fields["language_last"] is True
         model = (folder / PIECES_MODEL).read_bytes()
-        vocabulary = FairseqVocabulary(model, **named, tokenizer=_as_text(fields["tokenizer"]), language_last=last)
+        vocabulary = FairseqVocabulary(model, pieces, languages, _as_text(fields["tokenizer"]), language_last=last)
         source = vocabulary.speaking(_as_text(fields["source_language"]))
         return source, vocabulary.as_target().speaking(_as_text(fields["target_language"]))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:

@@ -304,18 +304,21 @@ class Translator:
         for number, sentence in enumerate(sentences):
             tokens = sum(map(len, split[number]))
             if tokens > longest:
-                # The token that names the language goes before each part.
-                def begun(part: str, language: str = languages[number]) -> list[int]:
-                    return encode([language + part])[0]
-
-                parts = split_sentence(texts[number], lambda part, begun=begun: len(begun(part)), longest)
-                split[number] = list(map(begun, parts))
+                split[number] = self._parts(languages[number], texts[number])
                 warnings.warn(
                     f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
                     f"{longest}: it is translated in {len(split[number])} parts",
                     stacklevel=3,  # the line that called `hypotheses`
                 )
         return split
+
+    def _parts(self, language: str, text: str) -> list[list[int]]:
+        """The ids of the parts of a long sentence; the token that names its language goes before each."""
+
+        def ids(part: str) -> list[int]:
+            return self.vocabularies.source.encode([language + part])[0]
+
+        return list(map(ids, split_sentence(text, lambda part: len(ids(part)), self._ensemble.longest)))
 
     def _join(self, parts: Sequence[Sequence[Output]], search: SearchSettings, prefix: str) -> list[Translation]:
         """Joins the translations of a sentence's parts: the best ones of all parts, then the second best, and so on."""
@@ -352,8 +355,8 @@ class Translator:
         for number, part in enumerate(self._split([sentence])[0]):
             rngs = _random_keys(search, seed, [(0, number)])
             begun = self.vocabularies.target.encode([""])
-            options = {"prefixes": [begun[0][:-1]], "given": self._given(begun), "rngs": rngs}
-            (request,) = self._engine.submit([part], search, streams=True, **options)
+            beginning, given = [begun[0][:-1]], self._given(begun)
+            (request,) = self._engine.submit([part], search, prefixes=beginning, given=given, rngs=rngs, streams=True)
             try:
                 for ids in request:
                     (text,) = self.vocabularies.target.decode([ids])
@@ -371,8 +374,7 @@ class Translator:
 
     def _given(self, targets: Sequence[Sequence[int]]) -> list[int]:
         """How many of each target's first tokens are given, not predicted: the one that names its language."""
-        languages = self.vocabularies.target.language_ids
-        return [int(bool(ids) and ids[0] in languages) for ids in targets]
+        return [int(bool(ids) and ids[0] in self.vocabularies.target.language_ids) for ids in targets]
 
     def _encode_pairs(self, sources: Texts, targets: Texts) -> tuple[list[list[int]], list[list[int]]]:
         sources, targets = as_list("sources", sources), as_list("targets", targets, also=Translation)

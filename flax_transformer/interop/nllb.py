@@ -105,8 +105,8 @@ def to_nllb(model: TrainedModel, folder: epath.PathLike) -> None:
     languages = {target.pieces([number])[0]: number for number in target.language_ids}
     fields, searching = write_fields(config, languages.get(target.language))
     with new_folder(folder) as draft:
-        for name, content in stored.items():
-            (draft / name).write_bytes(content)
+        for name, file in stored.items():
+            (draft / name).write_bytes(file)
         (draft / SAFETENSORS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
         for name, content in (
             ("config.json", fields | {"tie_word_embeddings": tied}),

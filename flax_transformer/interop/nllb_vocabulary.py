@@ -4,7 +4,6 @@ The ids of languages are in `tokenizer_config.json` or `tokenizer.json`; if not,
 `special_tokens_map.json` or fairseq lists the languages.
 """
 
-import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -130,8 +129,7 @@ def _in_order(named: list[str], added: Mapping[int, str], size: int) -> list[str
             f"the vocabulary has {len(named) + len(added)} pieces, but the model has {size} embeddings: a file belongs "
             "to another model, download all files again"
         )
-    unused = (f"madeupword{number:04d}" for number in itertools.count())
-    return named + [added.get(number) or next(unused) for number in range(len(named), size)]
+    return named + [added.get(number) or f"madeupword{number}" for number in range(len(named), size)]
 
 
 def files(pair: VocabularyPair, max_length: int) -> dict[str, bytes]:

@@ -107,12 +107,12 @@ def finetune_in_two_parts(finetuning, path, monkeypatch, stop):
     train_and_evaluate(finetuning, path)
 
 
-def check_finetuning(finetuning, tmp_path, monkeypatch, steps):
-    """Trained in one go and in two, then exported, and translated with by transformers if it is installed."""
+def check_finetuning(finetuning, tmp_path, monkeypatch, steps, share):
+    """Trained in one go and in two, the loss falls to a share; then exported, and translated with by transformers."""
     experiment = with_training(finetuning, steps=steps)
     train_and_evaluate(experiment, tmp_path / "whole")
     losses = [loss for _, loss in losses_of(tmp_path / "whole")]
-    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+    assert np.mean(losses[-3:]) < share * np.mean(losses[:3])
     finetune_in_two_parts(experiment, tmp_path / "parts", monkeypatch, stop=steps // 2 + 1)
     assert len(lines_of(tmp_path / "parts", "start")) == 2
     model = latest(tmp_path / "whole")
@@ -136,13 +136,13 @@ def check_finetuning(finetuning, tmp_path, monkeypatch, steps):
 
 @pytest.mark.peers
 def test_finetuning_goes_on_bit_for_bit_and_transformers_translates_with_the_result(finetuning, tmp_path, monkeypatch):
-    check_finetuning(finetuning, tmp_path, monkeypatch, STEPS)
+    check_finetuning(finetuning, tmp_path, monkeypatch, STEPS, 0.97)
 
 
 @pytest.mark.peers
 @pytest.mark.slow
 def test_the_same_of_200_steps_which_learn_the_task(finetuning, tmp_path, monkeypatch):
-    assert check_finetuning(finetuning, tmp_path, monkeypatch, 200)[1] == "seven"
+    assert check_finetuning(finetuning, tmp_path, monkeypatch, 200, 0.5)[1] == "seven"
 
 
 def test_an_unknown_language_is_an_error_before_anything_is_written(finetuning, tmp_path):
