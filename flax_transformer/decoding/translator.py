@@ -351,8 +351,7 @@ class Translator:
 
     def _given(self, targets: Sequence[Sequence[int]]) -> list[int]:
         """How many of each target's first tokens are given, not predicted: the one that names its language."""
-        languages = self.vocabularies.target.language_ids
-        return [int(bool(ids) and ids[0] in languages) for ids in targets]
+        return [int(bool(ids) and ids[0] in self.vocabularies.target.language_ids) for ids in targets]
 
     def _encode_pairs(self, sources: Texts, targets: Texts) -> tuple[list[list[int]], list[list[int]]]:
         sources, targets = as_list("sources", sources), as_list("targets", targets, also=Translation)
