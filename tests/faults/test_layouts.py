@@ -14,7 +14,6 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_eight_devices_then_two_processes_then_one_device_continue_the_same_sequence(unbroken, small_training):
     moved = small_training("moved", training__steps=18, training__checkpoints__every=6)
     for steps, layout in ((6, {"devices": 8}), (12, {"devices": 4, "processes": 2}), (18, {"devices": 1})):

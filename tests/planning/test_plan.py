@@ -82,7 +82,6 @@ def test_work_inside_a_loop_is_counted_once_per_iteration():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_remedies_are_added_until_the_step_fits():
     devices = find_devices("cpu:4")
     (whole,) = plans(EXPERIMENT, devices, None)

@@ -123,7 +123,6 @@ def test_patience_ends_a_training_whose_metric_does_not_improve(losses, ended_at
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_evaluations_and_translations_use_the_moving_average_if_configured(experiment, tmp_path, monkeypatch):
     experiment = with_training(experiment, **{"evaluation.every": 6, "optimizer.ema_decay": 0.9}, weights="ema")
     scored = let_losses_be(monkeypatch, [2.0, 1.0, 7.0])
