@@ -33,8 +33,8 @@ MAX_DIMENSIONS = 8
 MAX_EXPANSION = 32
 # What describes an array in a .npy file; NumPy itself would evaluate it as Python.
 NPY_HEADER = re.compile(
-    rb"\{'descr': '([<>|]?[fiu][1248])', 'fortran_order': (True|False), "
-    rb"'shape': (\((?:[0-9]{1,10},? ?){0,8}\)),? *\}\s*"
+    rb"\{'descr': '([<>|]?(?:f[248]|[iu][1248]))', 'fortran_order': (True|False), "
+    rb"'shape': \((|[0-9]{1,10}(?:, ?[0-9]{1,10}){0,7},?)\),? *\}\s*"
 )
 DAMAGES = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, LookupError, OverflowError)
 

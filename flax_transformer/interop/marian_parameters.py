@@ -53,9 +53,9 @@ def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
         if before:
             named[f"{stack}/norm"] = f"{stack}_top_ln_*"
         for ours, theirs in named.items():
-            leaves = ("scale", "bias") if "*" in theirs else ()
-            yield from ((f"{ours}/{leaf}", theirs.replace("*", leaf)) for leaf in leaves)
-            if not leaves:
+            if "*" in theirs:  # a norm
+                yield from ((f"{ours}/{leaf}", theirs.replace("*", leaf)) for leaf in ("scale", "bias"))
+            else:
                 yield ours, theirs
 
 
