@@ -15,7 +15,7 @@ from flax_transformer.attention import KVCache
 from flax_transformer.config import TransformerConfig
 from flax_transformer.masks import ancestor_mask, causal_mask, combine_masks, padding_mask, segment_mask
 from flax_transformer.positions import Length, check_length
-from flax_transformer.projections import project
+from flax_transformer.projections import project, project_to_rows
 from flax_transformer.stacks import Decoder, DecodingState, Encoder
 from flax_transformer.tokens import Tokens, check_tokens, look_up
 
@@ -214,10 +214,9 @@ class Transformer(nn.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The logits, float32, of the decoder's hidden vectors (section 3.4)."""
         if self.config.tie_embeddings == "none":
-            kernel = self.output_kernel
+            logits = project(hidden, self.output_kernel.astype(hidden.dtype), jnp.float32)
         else:
-            kernel = self._embedding("target").embedding.T
-        logits = project(hidden, kernel.astype(hidden.dtype), jnp.float32)
+            logits = project_to_rows(hidden, self._embedding("target").embedding.astype(hidden.dtype), jnp.float32)
         return logits + self.output_bias if self.config.output_bias else logits
 
     def output_rows(self, ids: Int[Array, "B C"]) -> OutputRows:

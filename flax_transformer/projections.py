@@ -1,4 +1,4 @@
-"""The matrix product of every projection, with a choice of how it is differentiated.
+"""The matrix product of every projection, with a choice of how it is differentiated and how its matrix is stored.
 
 Glossary: D inner width, F outer width.
 """
@@ -19,6 +19,7 @@ Axes = tuple[int, ...]
 
 # Unlike a Python variable, it is part of the key under which `jax.jit` caches traced functions.
 _written_out = jax.make_user_context(default_value=False)
+_kernels_turned = jax.make_user_context(default_value=False)
 
 
 def gradients_written_out() -> AbstractContextManager[None]:
@@ -28,6 +29,14 @@ def gradients_written_out() -> AbstractContextManager[None]:
     products of JAX, which can be transformed in every way.
     """
     return _written_out(True)
+
+
+def kernels_turned() -> AbstractContextManager[None]:
+    """A context in which the kernel of each projection is the transpose, made while tracing, of a matrix stored [F, D].
+
+    The products that are traced inside it read the stored matrices as they are.
+    """
+    return _kernels_turned(True)
 
 
 def project(
@@ -42,7 +51,22 @@ def project(
     """
     if _written_out.value:
         return written_out(inputs, kernel, dtype)
+    if _kernels_turned.value:
+        return project_to_rows(inputs, kernel.T, dtype)
     return _product(inputs, kernel, (inputs.ndim - 1,), (0,), dtype)
+
+
+def project_to_rows(
+    inputs: Float[Array, "*B D"], rows: Float[Array | np.ndarray, "F D"], dtype: DTypeLike | None = None
+) -> Float[Array, "*B F"]:
+    """The product of `inputs` and each row of a matrix, such as an embedding; arguments as in `project`.
+
+    It is `project(inputs, rows.T)`. In the loop of a search, XLA on a CPU would make the transpose anew for each token
+    of a single sentence, which takes several times as long as the product.
+    """
+    if _written_out.value:
+        return written_out(inputs, rows.T, dtype)
+    return _product(inputs, rows, (inputs.ndim - 1,), (1,), dtype)
 
 
 def dense_project(inputs: jax.Array, kernel: Factor, dimensions: Any, precision: Any = None) -> jax.Array:

@@ -93,8 +93,10 @@ LAYOUT = {
     "decoding.sources": "data.sentencepiece_vocabulary text decoding.unreadable",
     "decoding.next_token": "decoding.settings",
     "decoding.search": "decoding.settings decoding.next_token",
-    "decoding.ensemble": "config model stacks",
-    "decoding.slots": "attention config model stacks tokens decoding.settings decoding.search decoding.ensemble",
+    "decoding.turned": "config model projections",
+    "decoding.ensemble": "config stacks decoding.turned",
+    "decoding.slots": "attention config stacks tokens decoding.settings decoding.search decoding.turned "
+    "decoding.ensemble",
     "decoding.moving": "attention stacks decoding.search decoding.ensemble",
     "decoding.sizes": "decoding.shortlist decoding.next_token decoding.slots",
     "decoding.requests": "",
@@ -104,7 +106,7 @@ LAYOUT = {
     "decoding.engine": "positions decoding.settings decoding.shortlist decoding.ensemble decoding.sizes "
     "decoding.requests decoding.waiting decoding.machine",
     "decoding.batching": "",
-    "decoding.scoring": "model positions decoding.ensemble decoding.requests decoding.batching",
+    "decoding.scoring": "positions decoding.turned decoding.ensemble decoding.requests decoding.batching",
     "decoding.translator": "config ranges text trained_model data.vocabulary decoding",
     "processes.__init__": "",
     "processes.interruption": "",

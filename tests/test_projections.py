@@ -1,20 +1,23 @@
 """Tests that the written-out gradients of a training step are mathematically correct, and that only it uses them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from flax_transformer.projections import gradients_written_out, project, written_out
+from flax_transformer.projections import gradients_written_out, kernels_turned, project, project_to_rows, written_out
 
 D, F = 7, 11
 KERNEL = jnp.linspace(0.5, 1, D * F).reshape(D, F)
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 5)])
-@pytest.mark.parametrize("function", [project, written_out])
-def test_product_and_gradients_equal_numpys(function, leading):
+@pytest.mark.parametrize("name", ["project", "written_out", "by_rows", "by_rows_written_out", "turned"])
+def test_product_and_gradients_equal_numpys(name, leading):
+    function = globals()[name]
     rng = np.random.default_rng(0)
     inputs, kernel, weights = (rng.normal(size=shape) for shape in ((*leading, D), (D, F), (*leading, F)))
     outputs, gradients = jax.vjp(function, jnp.asarray(inputs, "float32"), jnp.asarray(kernel, "float32"))
@@ -23,6 +26,20 @@ def test_product_and_gradients_equal_numpys(function, leading):
     np.testing.assert_allclose(to_inputs, weights @ kernel.T, rtol=1e-4, atol=1e-5)
     by_row = inputs.reshape(-1, D).T @ weights.reshape(-1, F)
     np.testing.assert_allclose(to_kernel, by_row, rtol=1e-4, atol=1e-5)
+
+
+def by_rows(inputs, kernel):
+    return project_to_rows(inputs, kernel.T)
+
+
+def by_rows_written_out(inputs, kernel):
+    with gradients_written_out():
+        return project_to_rows(inputs, kernel.T)
+
+
+def turned(inputs, kernel):
+    with kernels_turned():
+        return project(inputs, kernel)
 
 
 def test_second_derivatives_agree_with_finite_differences():
@@ -72,3 +89,15 @@ def test_a_function_traced_by_jit_inside_the_context_is_traced_again_outside():
     outside, tangent = jax.jvp(lambda kernel: compiled(inputs, kernel).sum(), (KERNEL,), (KERNEL,))
     np.testing.assert_allclose(jnp.vdot(inside, KERNEL), tangent, rtol=1e-5)
     np.testing.assert_allclose(outside, tangent, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["by_rows", "turned"])
+def test_a_matrix_that_is_stored_by_rows_is_read_as_it_is_in_a_loop_for_a_single_vector(name):
+    def step(vector, rows):  # the product feeds the next one, as in a search
+        return globals()[name](vector, rows.T)[..., :64] / 64
+
+    def search(vector, rows, steps):
+        return jax.lax.fori_loop(0, steps, lambda _, vector: step(vector, rows), vector)
+
+    program = jax.jit(search).lower(jnp.ones((1, 1, 64)), jnp.ones((1000, 64)), 5).compile().as_text()
+    assert "f32[1000,64]" in program and not re.search(r"f32\[64,1000\]\S* (copy|transpose|fusion)\(", program)

@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Float, Int, PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.model import Transformer
+from flax_transformer.decoding.turned import Turned, opened, turn
 from flax_transformer.stacks import DecodingState
 
 # The config and the parameters of each model; a single model is an ensemble of one.
 Configs = tuple[TransformerConfig, ...]
-Models = tuple[PyTree, ...]
+Models = tuple[PyTree | Turned, ...]
 States = tuple[DecodingState, ...]
 StepFunction = Callable[[States, jax.Array], tuple[States, jax.Array]]
 BATCH_AXIS = "batch"
@@ -36,7 +36,7 @@ class Ensemble:
 
     Attributes:
         configs: the config of each model, with an implementation of attention that these devices can run.
-        models: the parameters of each model, copied to every device.
+        models: the parameters of each model, copied to every device; on CPUs with turned kernels.
         mesh: the devices.
     """
 
@@ -53,6 +53,7 @@ class Ensemble:
         # default device, which may not be one of these.
         attention = "auto" if devices[0].platform == get_default_device().platform else "xla"
         mesh = Mesh(np.array(devices), (BATCH_AXIS,))
+        stored = [turn(params) for params in models] if devices[0].platform == "cpu" else models
         return cls(
             configs=tuple(
                 config
@@ -60,9 +61,14 @@ class Ensemble:
                 else dataclasses.replace(config, attention_implementation=attention)
                 for config in configs
             ),
-            models=tuple(jax.device_put(tuple(models), NamedSharding(mesh, Spec()))),
+            models=tuple(jax.device_put(tuple(stored), NamedSharding(mesh, Spec()))),
             mesh=mesh,
         )
+
+    def params(self, number: int) -> PyTree:
+        """The parameters of a model, as `Transformer` has them."""
+        stored = self.models[number]
+        return stored.original() if isinstance(stored, Turned) else stored
 
     @property
     def longest(self) -> int:
@@ -103,7 +109,8 @@ def step_function(models: Models, configs: Configs, listed: Int[Array, "B C"] | 
     numbers = range(len(configs))
 
     def call(number: int, *arguments: Any, method: str) -> Any:
-        return Transformer(configs[number]).apply({"params": models[number]}, *arguments, method=method)
+        with opened(configs[number], models[number]) as (model, variables):
+            return model.apply(variables, *arguments, method=method)
 
     copies = listed is not None and listed.size <= LISTED_ROWS
     rows = [call(number, listed, method="output_rows") if copies else None for number in numbers]

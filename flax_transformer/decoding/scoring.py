@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from flax_transformer.decoding.batching import bucket, shape_batches
 from flax_transformer.decoding.ensemble import Configs, Ensemble, Models, average, divided, without_banned
 from flax_transformer.decoding.requests import Ids, Output
-from flax_transformer.model import Transformer
+from flax_transformer.decoding.turned import opened
 from flax_transformer.positions import check_length
 
 
@@ -32,10 +32,10 @@ def score_targets(
     """The log-probability of each token of given targets, 0 for padding, from one parallel pass (forced decoding)."""
 
     def run(models, source, target):
-        logits = [
-            without_banned(config, Transformer(config).apply({"params": params}, source, target, deterministic=True))
-            for config, params in zip(configs, models, strict=True)
-        ]
+        logits = []
+        for config, params in zip(configs, models, strict=True):
+            with opened(config, params) as (model, variables):
+                logits.append(without_banned(config, model.apply(variables, source, target, deterministic=True)))
         log_probs = jax.nn.log_softmax(average(logits))
         chosen = jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0]
         return jnp.where(target == configs[0].pad_id, 0.0, chosen)
@@ -61,8 +61,8 @@ def align_targets(
     def run(models, source, target):
         total: Any = 0.0
         for config, params in zip(configs, models, strict=True):
-            model = Transformer(config)
-            _, weights = model.apply({"params": params}, source, target, deterministic=True, return_weights=True)
+            with opened(config, params) as (model, variables):
+                _, weights = model.apply(variables, source, target, deterministic=True, return_weights=True)
             total += weights.cross[layer].mean(axis=1)
         return total / len(models)
 

@@ -76,14 +76,16 @@ class Shortlist:
             source: the ids of the source, including the end of sentence.
             size: the size of the target vocabulary, V.
         """
-        known = [token for token in set(source) if token < self.sources]
-        words = [self.words[self.offsets[token] : self.offsets[token + 1]] for token in known]
-        first = np.arange(min(self.first, size), dtype=np.int32)
-        listed = np.unique(np.concatenate([first, *words, known if self.joint else []]).astype(np.int32))
-        missing = -len(listed) % MULTIPLE
-        # Of so many ids at least the missing ones are not in the list.
-        next_ids = np.arange(self.first, min(self.first + len(listed) + missing, size), dtype=np.int32)
-        return np.sort(np.append(listed, np.setdiff1d(next_ids, listed)[:missing]))
+        listed = np.zeros(size, bool)
+        listed[: self.first] = True
+        for token in set(source):
+            if token < self.sources:
+                listed[self.words[self.offsets[token] : self.offsets[token + 1]]] = True
+                if self.joint:
+                    listed[token] = True
+        missing = -int(listed.sum()) % MULTIPLE
+        listed[self.first + np.flatnonzero(~listed[self.first :])[:missing]] = True
+        return np.flatnonzero(listed).astype(np.int32)
 
     def most(self, source_length: int, size: int) -> int:
         """How many ids a sentence of at most `source_length` tokens may be allowed; `size` as in `allowed`."""

@@ -44,7 +44,7 @@ from flax_transformer.decoding.ensemble import (
 )
 from flax_transformer.decoding.search import Hypotheses, Progress, Search
 from flax_transformer.decoding.settings import BeamSearch, Sampling
-from flax_transformer.model import Transformer
+from flax_transformer.decoding.turned import Turned, opened
 from flax_transformer.stacks import DecodingState, first_ancestors
 from flax_transformer.tokens import Tokens
 
@@ -155,10 +155,10 @@ def encode(models: Models, tokens: Tokens, used: Int[Array, "devices"], *, confi
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Spec(), check_vma=False)(models, tokens, used)
 
 
-def _project_source(config: TransformerConfig, params: PyTree, tokens: Tokens) -> tuple[KVCache, ...]:
-    model, variables = Transformer(config), {"params": params}
-    memory = model.apply(variables, tokens, deterministic=True, method="encode")
-    return model.apply(variables, memory, method="project_memory")
+def _project_source(config: TransformerConfig, params: PyTree | Turned, tokens: Tokens) -> tuple[KVCache, ...]:
+    with opened(config, params) as (model, variables):
+        memory = model.apply(variables, tokens, deterministic=True, method="encode")
+        return model.apply(variables, memory, method="project_memory")
 
 
 @functools.partial(jax.jit, static_argnames=("configs", "settings", "size", "mesh"))

@@ -93,7 +93,7 @@ class Translator:
     @property
     def params(self) -> PyTree:
         """The parameters of the model, or of the first model of an ensemble."""
-        return self._ensemble.models[0]
+        return self._ensemble.params(0)
 
     @property
     def engine(self) -> Engine:

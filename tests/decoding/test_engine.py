@@ -301,9 +301,9 @@ def test_an_error_in_the_middle_is_its_own_sentences_and_the_others_get_their_ou
 )
 def test_a_sentence_that_overflows_float16_ends_at_once_and_spoils_no_other(make_engine, settings, changes):
     engine = make_engine(dtype="float16", **changes)
-    (params,) = engine.ensemble.models
-    embedding = params["source_embedding"]["embedding"]
-    params["source_embedding"]["embedding"] = embedding.at[11].set(1e5)  # infinite in float16
+    (stored,) = engine.ensemble.models
+    embedding = stored.params["source_embedding"]
+    embedding["embedding"] = embedding["embedding"].at[11].set(1e5)  # infinite in float16
     good = [[token for token in source if token != 11] for source in SOURCES]
     bad = [[11, *source] for source in good[::3]]
     both = [source for pair in zip(good, itertools.cycle(bad), strict=False) for source in pair]

@@ -55,7 +55,7 @@ def test_every_line_gets_exactly_its_own_translation(sentences, translations):
 def test_sentences_that_overflow_float16_are_counted_in_a_warning(make_translator, search):
     translator = make_translator(dtype="float16")
     (cat,) = {*translator.vocabularies.source.encode(["cat"])[0]} - {translator.config.eos_id}
-    embedding = translator.params["source_embedding"]
+    embedding = translator.engine.ensemble.models[0].params["source_embedding"]
     embedding["embedding"] = embedding["embedding"].at[cat].set(1e5)  # infinite in float16
     with pytest.warns(
         UserWarning, match=r"^translations of 2 of 5 sentences end early, .* model.dtype, which is float16, to float32"
