@@ -8,6 +8,7 @@ create it.
 import argparse
 import os
 import shlex
+import time
 from typing import Any
 
 from flax_transformer.commands.options import checkpoint, explain_damage, filled, path
@@ -80,11 +81,14 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--revision applies to models that are downloaded from the hub by name: remove it")
     # jax loads here, so that --help answers at once.
     start_devices()
+    import jax
+
     from flax_transformer.interop.folders import check_new_folder
     from flax_transformer.trained_model import TrainedModel
 
     check_new_folder(options.target)
     folder = download(options.source, options.revision or "") if downloads else options.source
+    begun = time.monotonic()
     if way == "from-marian":
         from flax_transformer.interop.marian import from_marian
 
@@ -117,6 +121,9 @@ def run(options: argparse.Namespace) -> None:
 
             to_stablehlo(model, options.target)
     print(_describe(model, options))
+    if way in IMPORTS:
+        count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        print(f"{count:,} parameters, converted in {time.monotonic() - begun:.1f} s")
 
 
 def _describe(model: Any, options: argparse.Namespace) -> str:

@@ -27,6 +27,7 @@ from flax_transformer.decoding.waiting import Waiting
 from flax_transformer.positions import check_length
 
 STEPS = 16  # of a machine in its turn, at most
+STEPS_ALONE = 32  # of one with a single slot on each device, where no other sentence waits for a place
 SHARE = 16  # a machine goes on until one sixteenth of its slots can be filled anew
 FEW = 64  # so few sentences of a smaller room share the slots of a larger one: another program would take longer
 IDLE_S = 5.0  # seconds without work after which the thread ends
@@ -303,7 +304,8 @@ class Engine:
             waits = bool(group.waiting.count(above, room))
             own = machine.size.slots // self.ensemble.mesh.size
             enough = max(1, own // SHARE) if waits else 1
-            machine.dispatch(1 if machine.streams else STEPS, enough, waits=waits)
+            steps = STEPS if own > 1 else STEPS_ALONE
+            machine.dispatch(1 if machine.streams else steps, enough, waits=waits)
         if machine.pending >= self._depth or (machine.pending and not machine.living):
             before = machine.filled, machine.offered
             outgrown = machine.collect()
