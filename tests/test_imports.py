@@ -105,6 +105,7 @@ LAYOUT = {
     "decoding.requests decoding.waiting decoding.machine",
     "decoding.batching": "",
     "decoding.scoring": "model positions decoding.ensemble decoding.requests decoding.batching",
+    "decoding.drafts": "ranges text data.sentencepiece_vocabulary data.vocabulary decoding",
     "decoding.translator": "config ranges text trained_model data.vocabulary decoding",
     "processes.__init__": "",
     "processes.interruption": "",
