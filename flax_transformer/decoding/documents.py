@@ -62,6 +62,8 @@ def divide_documents(texts: Iterable[str], *, markup: bool) -> Documents:
         aligned=tuple(
             needed
             for document in documents
-            for needed in (document.aligned if isinstance(document, MarkupDocument) else [False] * len(document.sentences))
+            for needed in (
+                document.aligned if isinstance(document, MarkupDocument) else [False] * len(document.sentences)
+            )
         ),
     )

@@ -12,6 +12,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.drafts import Draft, as_translation, given_tokens, random_keys
 from flax_transformer.decoding.engine import Engine, check_streaming
 from flax_transformer.decoding.ensemble import Ensemble
+from flax_transformer.decoding.inspection import Inspector
 from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
@@ -80,6 +81,7 @@ class Translator:
             jax.local_devices() if devices is None else devices,
         )
         self._engine = Engine(self._ensemble, batch_tokens=batch_tokens, shortlist=_shortlist(models, shortlist))
+        self._inspector = Inspector(self._ensemble)
         self._scorer = Scorer(self._ensemble, batch_tokens=batch_tokens)
 
     @property
@@ -96,6 +98,11 @@ class Translator:
     def engine(self) -> Engine:
         """The engine that decodes, for callers that have token ids and want to submit sentences one by one."""
         return self._engine
+
+    @property
+    def inspector(self) -> Inspector:
+        """What shows the probabilities of other tokens and all attention weights, for callers that have token ids."""
+        return self._inspector
 
     @classmethod
     def from_workdir(
