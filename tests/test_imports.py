@@ -101,8 +101,9 @@ LAYOUT = {
     "decoding.waiting": "decoding.requests",
     "decoding.machine": "tokens decoding.settings decoding.ensemble decoding.slots decoding.moving decoding.requests "
     "decoding.waiting",
+    "decoding.programs": "decoding.settings decoding.shortlist decoding.ensemble decoding.sizes decoding.machine",
     "decoding.engine": "positions decoding.settings decoding.shortlist decoding.ensemble decoding.sizes "
-    "decoding.requests decoding.waiting decoding.machine",
+    "decoding.requests decoding.waiting decoding.machine decoding.programs",
     "decoding.batching": "",
     "decoding.scoring": "model positions decoding.ensemble decoding.requests decoding.batching",
     "decoding.inspection": "config model positions decoding.ensemble decoding.requests",
@@ -137,14 +138,14 @@ LAYOUT = {
     "serving.metrics": "",
     "serving.languages": "",
     "serving.models": "decoding serving.languages serving.refusals",
+    "serving.preparing": "decoding serving.models",
     "serving.desk": "decoding serving.refusals",
     "serving.parameters": "serving.limits serving.refusals",
     "serving.service": "decoding.settings serving.desk serving.limits serving.metrics serving.models "
     "serving.parameters serving.refusals",
-    "serving.texts": "decoding serving.models serving.refusals serving.service",
+    "serving.texts": "text decoding serving.models serving.refusals serving.service",
     "serving.libretranslate": "text serving.languages serving.models serving.refusals serving.service serving.texts",
-    "serving.pieces": "data.sentencepiece_vocabulary",
-    "serving.exploring": "text decoding serving.libretranslate serving.models serving.parameters serving.pieces "
+    "serving.exploring": "text decoding serving.libretranslate serving.models serving.parameters "
     "serving.refusals serving.service serving.texts",
     "serving.openapi": "decoding.inspection serving.exploring serving.libretranslate serving.limits",
     "serving.application": "serving",

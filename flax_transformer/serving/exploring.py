@@ -16,10 +16,10 @@ from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.serving.libretranslate import check_texts
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.parameters import Parameters
-from flax_transformer.serving.pieces import source_spans, target_spans
 from flax_transformer.serving.refusals import Refusal
 from flax_transformer.serving.service import Call, Json, error_answer
 from flax_transformer.serving.texts import check_sentences
+from flax_transformer.text.alignment import spans
 from flax_transformer.text.documents import divide
 from flax_transformer.text.splitting import join_parts
 
@@ -133,7 +133,7 @@ def _explain(
     translations = [as_translation(vocabularies.target, [output], search) for output in outputs]
     source = draft.sources[0]
     pieces = vocabularies.source.pieces(source)
-    hypotheses = [_hypothesis(model, translation) for translation in translations]
+    hypotheses = [_hypothesis(translation) for translation in translations]
     first = translations[0]
     inspection = model.inspector.inspect(source, first.ids)
     best, log_probs = inspection.candidates()
@@ -150,15 +150,15 @@ def _explain(
         "source": sentence,
         "source_tokens": [
             {"text": piece, "start": start, "end": end}
-            for piece, (start, end) in zip(pieces, source_spans(pieces, sentence), strict=True)
+            for piece, (start, end) in zip(pieces, spans(pieces, sentence), strict=True)
         ],
         "hypotheses": hypotheses,
     }
 
 
-def _hypothesis(model: Served, translation: Translation) -> dict[str, Any]:
-    spans = target_spans(model.translator.vocabularies.target, translation.ids, translation.text)
-    columns = zip(translation.ids, translation.tokens, spans, translation.token_log_probs, strict=True)
+def _hypothesis(translation: Translation) -> dict[str, Any]:
+    places = spans(translation.tokens, translation.text)
+    columns = zip(translation.ids, translation.tokens, places, translation.token_log_probs, strict=True)
     return {
         "text": translation.text,
         "score": round(translation.score, 6),

@@ -137,7 +137,9 @@ class Run:
             words = [mark for mark in self._marks if mark.kind == "words"]
             edges = {edge for span in spans for edge in span}
             # An end of a sentence inside of words that stay: the model cannot see these words.
-            cut = next((mark for mark in words if any(edge in edges for edge in range(mark.place + 1, mark.stop))), None)
+            cut = next(
+                (mark for mark in words if any(edge in edges for edge in range(mark.place + 1, mark.stop))), None
+            )
             if cut is None:
                 break
             self._hide()

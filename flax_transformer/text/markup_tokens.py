@@ -241,7 +241,7 @@ def _etree() -> Any:
     try:
         from lxml import etree
     except ImportError as error:
-        raise ValueError("HTML is read with lxml, which is not installed: pip install 'flax_transformer[markup]'") from (
-            error
-        )
+        raise ValueError(
+            "HTML is read with lxml, which is not installed: pip install 'flax_transformer[markup]'"
+        ) from (error)
     return etree

@@ -70,7 +70,6 @@ def trained():
 def served(trained):
     """It is called English to Kannada, so that both languages differ."""
     translator = Translator(trained, batch_tokens=128, devices=jax.local_devices()[:1])
-    translator.engine.growth = 4
     return Served("en", "kn", translator, translator.inspector, BeamSearch(extra_length=8))
 
 
