@@ -63,8 +63,8 @@ class Inspection:
 
     def candidates(self) -> tuple[Int[np.ndarray, "T C"], Float[np.ndarray, "T C"]]:
         """The most probable tokens at each place of the target, given those before it, and their log-probabilities."""
-        ids, log_probs = jax.device_get((self._seen.ids[0], self._seen.log_probs[0]))
-        return ids[: self.target_size], log_probs[: self.target_size]
+        ids, log_probs = jax.device_get((self._seen.ids, self._seen.log_probs))
+        return ids[0, : self.target_size], log_probs[0, : self.target_size]
 
     def layers(self, kind: str) -> int:
         """How many layers have weights of a kind: "encoder", "decoder" (none if it is recurrent) or "cross"."""
@@ -78,7 +78,8 @@ class Inspection:
         """The weights of a layer's heads; row q belongs to source token q, or to the query that predicts token q."""
         rows = self.source_size if kind == "encoder" else self.target_size
         columns = self.target_size if kind == "decoder" else self.source_size
-        return np.asarray(getattr(self._seen.weights, kind)[layer][0, :, :rows, :columns])
+        # Copied as a whole: to cut it on the device would compile a program for each size.
+        return np.asarray(getattr(self._seen.weights, kind)[layer])[0, :, :rows, :columns]
 
 
 class Inspector:
