@@ -1,8 +1,10 @@
 """`Translator`, which translates, scores and aligns sentences with trained models and their vocabulary."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +14,6 @@ from jaxtyping import PyTree, UInt
 from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.engine import Engine, check_streaming
 from flax_transformer.decoding.ensemble import Ensemble
-from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.search import BROKEN
@@ -20,6 +21,8 @@ from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSetti
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sources import split_sources
 from flax_transformer.decoding.texts import Texts, as_list
+from flax_transformer.decoding.unknown import find_copies
+from flax_transformer.decoding.writing import write_translation, write_translations
 from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
 from flax_transformer.text.splitting import join_parts
 from flax_transformer.trained_model import TrainedModel
@@ -155,10 +158,13 @@ class Translator:
         *,
         prefixes: Texts | None = None,
         seed: int = 0,
+        replace_unknown: bool = False,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """Returns each sentence's best translation, or first sample, in order; arguments as in `hypotheses`."""
-        found = self.hypotheses(sentences, search, prefixes=prefixes, seed=seed, after_batch=after_batch)
+        found = self.hypotheses(
+            sentences, search, prefixes=prefixes, seed=seed, replace_unknown=replace_unknown, after_batch=after_batch
+        )
         return [translations[0].text for translations in found]
 
     def hypotheses(
@@ -168,6 +174,7 @@ class Translator:
         *,
         prefixes: Texts | None = None,
         seed: int = 0,
+        replace_unknown: bool = False,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
         """Returns the translations of each sentence, in order: the best first, or samples in the order they were drawn.
@@ -182,6 +189,8 @@ class Translator:
             search: how to search for translations, and how many to return.
             prefixes: the text with which each translation must begin; an empty one means any.
             seed: the seed of sampling; equal seeds draw equal translations, however the sentences are batched.
+            replace_unknown: whether to copy into the text, in place of each unknown piece, the characters of the source
+                at which the model looked when it wrote that piece; `tokens` keep the piece.
             after_batch: called now and then while sentences are translated; an exception from it ends the search.
 
         Raises:
@@ -213,10 +222,14 @@ class Translator:
                 "it is float32, the parameters are damaged",
                 stacklevel=2,
             )
-        outputs = iter(found)
+        rest = iter(found)
+        outputs = [[next(rest) for _ in parts] for parts in all_parts]
+        copies: Any = itertools.repeat(None)
+        if replace_unknown:
+            copies = find_copies(self.vocabularies, self._scorer, sentences, all_parts, outputs)
         return [
-            self._join([next(outputs) for _ in parts], search, prefix)
-            for parts, prefix in zip(all_parts, prefixes, strict=True)
+            write_translations(self.vocabularies.target, several, search, prefix, own)
+            for several, prefix, own in zip(outputs, prefixes, copies, strict=False)
         ]
 
     def score(self, sources: Texts, targets: Texts, search: SearchSettings = BEAM) -> list[Translation]:
@@ -233,21 +246,22 @@ class Translator:
         """
         source, target = self._encode_pairs(sources, targets)
         outputs = self._scorer.score(source, target, self._given(target))
-        return [self._translation([output], search) for output in outputs]
+        return [write_translation(self.vocabularies.target, [output], search) for output in outputs]
 
-    def align(self, sources: Texts, targets: Texts, *, layer: int = -1) -> list[Alignment]:
+    def align(self, sources: Texts, targets: Texts, *, layer: int | None = -1) -> list[Alignment]:
         """Returns how much each token of given translations attends to each source token.
 
         Args:
             sources: sentences of the source language.
             targets: a translation of each, as in `score`.
-            layer: the decoder layer; -1 is the last.
+            layer: the decoder layer; -1 is the last. `None` chooses for each pair the layer whose heads agree most, and
+                gives heads that are sure more weight, which aligns words better than their mean.
 
         Raises:
             ValueError: as in `score`, or there is no such layer.
         """
         layers = min(config.num_decoder_layers for config in self._ensemble.configs)
-        if not -layers <= layer < layers:
+        if layer is not None and not -layers <= layer < layers:
             raise ValueError(f"layer is {layer}, the decoder has {layers}: choose one from {-layers} to {layers - 1}")
         source, target = self._encode_pairs(sources, targets)
         return [
@@ -295,35 +309,6 @@ class Translator:
         last sentence.
         """
         self._engine.close()
-
-    def _join(self, parts: Sequence[Sequence[Output]], search: SearchSettings, prefix: str) -> list[Translation]:
-        """Joins the translations of a sentence's parts: the best ones of all parts, then the second best, and so on."""
-        ranks = zip(*parts, strict=False)
-        return [self._translation(outputs, search, prefix) for outputs in ranks] or [Translation()]
-
-    def _texts(self, outputs: Sequence[Output], prefix: str) -> list[str]:
-        """The text of each part of a translation; the first begins with the prefix exactly as it was given."""
-        target = self.vocabularies.target
-        texts = target.decode(output.ids for output in outputs)
-        if texts and prefix.strip():
-            # The decoded prefix has the vocabulary's spelling, and the unknown token for characters that it lacks.
-            (begun,) = target.decode([target.encode([prefix])[0][:-1]])
-            written = target.split_language(prefix)[1] if target.language_ids else prefix
-            if begun and texts[0].startswith(begun):
-                texts[0] = written.strip() + texts[0].removeprefix(begun)
-        return texts
-
-    def _translation(self, outputs: Sequence[Output], search: SearchSettings, prefix: str = "") -> Translation:
-        ids = [token for output in outputs for token in output.ids.tolist()]
-        log_probs = [log_prob for output in outputs for log_prob in output.log_probs.tolist()]
-        return Translation(
-            text=join_parts(self._texts(outputs, prefix)),
-            tokens=tuple(self.vocabularies.target.pieces(ids)),
-            ids=tuple(ids),
-            token_log_probs=tuple(log_probs),
-            log_prob=sum(log_probs),
-            score=sum(log_probs) / search.penalty(len(ids)) if ids else 0.0,
-        )
 
     def _stream(self, sentence: str, search: BeamSearch | Sampling, seed: int) -> Iterator[str]:
         done: list[str] = []

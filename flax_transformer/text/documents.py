@@ -28,7 +28,9 @@ _ADDRESS = regex.compile(
 )
 _LETTER = regex.compile(r"\p{L}")
 # Emoji with what belongs to them: the choice of picture, skin colours, joiners, key caps, flags.
-_EMOJI = r"(?:[\p{Extended_Pictographic}\p{Emoji_Presentation}]|[0-9#*]\ufe0f?\u20e3)[\ufe0f\u200d\u20e3\p{Emoji_Modifier}]*"
+_EMOJI = (
+    r"(?:[\p{Extended_Pictographic}\p{Emoji_Presentation}]|[0-9#*]\ufe0f?\u20e3)[\ufe0f\u200d\u20e3\p{Emoji_Modifier}]*"
+)
 _LEADING = regex.compile(rf"(?:\s*{_EMOJI})+\s*", regex.VERSION1)
 _TRAILING = regex.compile(rf"\s*(?:{_EMOJI}\s*)+", regex.VERSION1 | regex.REVERSE)  # matches from the end
 
@@ -84,7 +86,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def check_count(translations: Sequence[str], sentences: Sequence[str]) -> None:
+def check_count(translations: Sequence[object], sentences: Sequence[str]) -> None:
     """Raises ValueError if there is not one translation for each sentence."""
     if len(translations) != len(sentences):
         raise ValueError(f"there are {len(translations)} translations of {len(sentences)} sentences: give one for each")

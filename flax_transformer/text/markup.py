@@ -17,8 +17,8 @@ from flax_transformer.text.splitting import needs_space
 
 # The elements that are parts of a sentence, as HTML has them, and as older pages do.
 _INLINE = frozenset(
-    "a abbr acronym b bdi bdo big blink cite data del dfn em font i ins label mark nobr q rb rp rt rtc ruby s slot small "
-    "span strike strong sub sup time tt u".split()
+    "a abbr acronym b bdi bdo big blink cite data del dfn em font i ins label mark nobr q rb rp rt rtc ruby s slot "
+    "small span strike strong sub sup time tt u".split()
 )
 # Tokens that are no elements with words and still end a sentence.
 _BREAKS = frozenset(

@@ -70,9 +70,9 @@ class _Spread:
         self.source = source
         self._spans = np.array(alignment.source_spans, float).reshape(-1, 2)
         self._sizes = self._spans[:, 1] - self._spans[:, 0]
-        targets = np.array(alignment.target_spans, float).reshape(-1, 2)
-        edges = np.array(words, float).reshape(-1, 2)
-        overlaps = np.minimum(edges[:, None, 1], targets[None, :, 1]) - np.maximum(edges[:, None, 0], targets[None, :, 0])
+        targets = np.array(alignment.target_spans, float).reshape(-1, 2)[None]
+        edges = np.array(words, float).reshape(-1, 2)[:, None]
+        overlaps = np.minimum(edges[..., 1], targets[..., 1]) - np.maximum(edges[..., 0], targets[..., 0])
         weights = np.maximum(overlaps, 0) @ (alignment.weights * (self._sizes > 0))
         total = weights.sum(axis=1, keepdims=True)
         self._weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
