@@ -11,7 +11,7 @@ import threading
 import warnings
 from typing import Any
 
-from flax_transformer.commands.options import checkpoint, explain_damage, filled, path, positive, whole
+from flax_transformer.commands.options import checkpoint, explain_damage, filled, path, positive, true_or_false, whole
 from flax_transformer.commands.process import start_devices
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.files import expand
@@ -118,6 +118,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "where there is a GPU, and each takes longer (default 1024)",
     )
     models.add_argument(
+        "--replace_unknown",
+        type=true_or_false,
+        default=True,
+        metavar="true|false",
+        help="whether characters that a model can only answer with its unknown piece are copied from the source "
+        "(default true)",
+    )
+    models.add_argument(
         "--compile_longest",
         type=positive,
         default=64,
@@ -222,7 +230,9 @@ def run(options: argparse.Namespace) -> None:
     first = "all programs" if options.compile_all else "what single sentences need"
     print(f"compiling {first}; the next start will find most of it in the cache ...", flush=True)
     preparation.begin(everything=options.compile_all)
-    service = Service(models, limits, keys=keys, inside=inside(options.batch_tokens))
+    service = Service(
+        models, limits, keys=keys, inside=inside(options.batch_tokens), replace_unknown=options.replace_unknown
+    )
     server = Server(
         make_application(service, origins=options.cors_origin),
         service,

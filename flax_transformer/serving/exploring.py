@@ -8,11 +8,12 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
-from flax_transformer.decoding.drafts import Draft, as_translation
+from flax_transformer.decoding.drafts import Draft
 from flax_transformer.decoding.inspection import CANDIDATES
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Translation
 from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.writing import write_translation
 from flax_transformer.serving.libretranslate import check_texts
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.parameters import Parameters
@@ -130,7 +131,7 @@ def _explain(
 ) -> dict[str, Any]:
     """A sentence with its translations; runs on a worker thread, because it uses the device."""
     vocabularies = model.translator.vocabularies
-    translations = [as_translation(vocabularies.target, [output], search) for output in outputs]
+    translations = [write_translation(vocabularies.target, [output], search) for output in outputs]
     source = draft.sources[0]
     pieces = vocabularies.source.pieces(source)
     hypotheses = [_hypothesis(translation) for translation in translations]

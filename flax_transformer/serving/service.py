@@ -77,10 +77,19 @@ class Service:
         metrics: the numbers that it counts.
         desk: the queue.
         meter: counts the requests of each client.
+        replace_unknown: whether unknown pieces of translations are replaced by what they translate.
         stopping: whether new requests are refused because the server is about to end.
     """
 
-    def __init__(self, models: Models, limits: Limits, *, keys: Keys | None = None, inside: int = 256):
+    def __init__(
+        self,
+        models: Models,
+        limits: Limits,
+        *,
+        keys: Keys | None = None,
+        inside: int = 256,
+        replace_unknown: bool = True,
+    ):
         """Makes a service without requests.
 
         Args:
@@ -88,8 +97,9 @@ class Service:
             limits: the limits.
             keys: the API keys, if one is needed.
             inside: how many sentences each model's engine has at once.
+            replace_unknown: as in `Translator.hypotheses`.
         """
-        self.models, self.limits, self.keys = models, limits, keys
+        self.models, self.limits, self.keys, self.replace_unknown = models, limits, keys, replace_unknown
         self.metrics, self.stopping = Metrics(), False
         self.desk = Desk(queue=limits.queue_sentences, inside=inside, count_tokens=self.metrics.tokens.inc)
         self.meter = Meter(limits.requests_a_minute)

@@ -48,7 +48,10 @@ async def translate_texts(
     draft = await asyncio.to_thread(model.translator.draft, documents.sentences, search)
     found = await service.desk.decode(model.translator.engine, draft, search)
     service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
-    translations = draft.translations(found)
+    write = model.translator.write
+    translations = await asyncio.to_thread(
+        write, draft, found, replace_unknown=service.replace_unknown, align=model.inspector.align
+    )
     alignments = [
         await asyncio.to_thread(_align, model, sentence, several[0]) if aligned else None
         for sentence, several, aligned in zip(documents.sentences, translations, documents.aligned, strict=True)

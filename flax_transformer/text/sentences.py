@@ -35,8 +35,9 @@ _WITH_LOWER = regex.compile(r"\p{Ll}\s+I\Z")
 # Titles and the like, after which a name comes, as they are written in English, German, Dutch, French, Spanish,
 # Portuguese, Italian and Russian.
 _BEFORE_NAMES = frozenset(
-    "capt cmdr col cpl dipl dr dra drs eng exmo fr gen gov hon hr hrn hs ing lt maj mag mgr mme mr mrs ms mt prof profa "
-    "pres rep rev sen sgt sig sr sra srta st ste str vgl vs cf bzw ca inkl evtl resp проф акад им ул тов гр св".split()
+    "capt cmdr col cpl dipl dr dra drs eng exmo fr gen gov hon hr hrn hs ing lt maj mag mgr mme mr mrs ms mt prof "
+    "profa pres rep rev sen sgt sig sr sra srta st ste str vgl vs cf bzw ca inkl evtl resp "
+    "проф акад им ул тов гр св".split()
 )
 # Words before a number.
 _BEFORE_NUMBERS = frozenset(

@@ -108,7 +108,10 @@ def test_the_attention_of_each_head_is_that_of_the_model(client, served, kind):
     fields = PAIR | {"q": sentence(6), "ids": ids, "kind": kind, "layer": 0}
     shown = client.post("/attention", json=fields).json()
     sizes = {"source": len(told["source_tokens"]), "target": len(ids)}
-    rows, columns = sizes["source" if kind == "encoder" else "target"], sizes["target" if kind == "decoder" else "source"]
+    rows, columns = (
+        sizes["source" if kind == "encoder" else "target"],
+        sizes["target" if kind == "decoder" else "source"],
+    )
     assert (len(shown["rows"]), len(shown["columns"])) == (rows, columns)
     heads = np.array(shown["heads"])
     assert heads.shape == (2, rows, columns)
