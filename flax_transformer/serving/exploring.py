@@ -25,7 +25,6 @@ from flax_transformer.text.documents import divide
 from flax_transformer.text.splitting import join_parts
 
 MAX_BEAM = 8
-GREEDY = BeamSearch(beam_size=1)
 KINDS = ("cross", "encoder", "decoder")
 SENTENCES = 50  # of one request that are explained at once
 PICTURED = (32, 64)  # positions and dimensions whose waves are shown
@@ -47,7 +46,10 @@ def _describe(model: Served) -> dict[str, Any]:
         "decoder_layers": config.num_decoder_layers,
         "heads": config.num_heads,
         "positions": config.positions,
-        "position_waves": model.inspector.position_vectors(PICTURED[0])[:, : PICTURED[1]].round(3).tolist(),
+        "position_waves": model.inspector.position_vectors(PICTURED[0])[:, : PICTURED[1]]
+        .astype(float)
+        .round(3)
+        .tolist(),
         "decoder_self_attention": config.decoder_autoregression == "self_attention",
     }
 
@@ -94,6 +96,8 @@ def _search(parameters: Parameters, model: Served, wanted: int) -> BeamSearch | 
     sampling = parameters.section("sampling")
     if sampling is not None:
         return Sampling(
+            extra_length=model.search.extra_length,
+            max_length=model.search.max_length,
             temperature=sampling.number("temperature", 1.0, 0.0, 100.0),
             top_k=sampling.whole("top_k", 0, 0, model.translator.config.target_vocab_size),
             top_p=sampling.number("top_p", 1.0, 0.0, 1.0),
@@ -221,21 +225,24 @@ async def stream(call: Call) -> Response:
     check_texts(call, [text])
     document = await asyncio.to_thread(divide, text)
     check_sentences(call.service, len(document.sentences))
+    search = model.search.replace(beam_size=1, num_return=1)
     drafts = await asyncio.to_thread(
-        lambda: [model.translator.draft([sentence], GREEDY) for sentence in document.sentences]
+        lambda: [model.translator.draft([sentence], search) for sentence in document.sentences]
     )
-    events = _events(call, model, drafts, document.join)
+    events = _events(call, model, drafts, search, document.join)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
-async def _events(call: Call, model: Served, drafts: Sequence[Draft], join: Any) -> AsyncIterator[bytes]:
+async def _events(
+    call: Call, model: Served, drafts: Sequence[Draft], search: BeamSearch, join: Any
+) -> AsyncIterator[bytes]:
     service, translations = call.service, []
     try:
         async with asyncio.timeout(service.limits.deadline_s):
             for number, draft in enumerate(drafts):
                 text = ""
-                async for parts in service.desk.stream(model.translator.engine, draft, GREEDY):
+                async for parts in service.desk.stream(model.translator.engine, draft, search):
                     text = join_parts(model.translator.vocabularies.target.decode(parts))
                     yield _event("token", {"sentence": number, "text": text})
                 translations.append(text)

@@ -31,7 +31,8 @@ PAGE = "<!doctype html><title>page</title><style>p{color:red}</style><script>let
 
 
 def sentence(number, length=4):
-    return " ".join(np.random.default_rng(number).choice(WORDS, length))
+    """A sentence of random words."""
+    return " ".join(np.random.default_rng(number).choice(WORDS, length)).capitalize() + "."
 
 
 def random_params(config, seed):
@@ -49,7 +50,7 @@ def random_params(config, seed):
 @pytest.fixture(scope="session")
 def trained():
     """A model of random weights for English words."""
-    lines = [f"{sentence(100 + number, 6)}." for number in range(40)]
+    lines = [sentence(100 + number, 6) for number in range(40)]
     vocabularies = VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
     size = vocabularies.source.size
     config = TransformerConfig(
@@ -68,9 +69,12 @@ def trained():
 
 @pytest.fixture(scope="session")
 def served(trained):
-    """It is called English to Kannada, so that both languages differ."""
+    """It is called English to German; few programs serve it, so that tests compile little."""
     translator = Translator(trained, batch_tokens=128, devices=jax.local_devices()[:1])
-    return Served("en", "kn", translator, translator.inspector, BeamSearch(extra_length=8))
+    engine, search = translator.engine, BeamSearch(extra_length=6)
+    engine.programs.only_prepared()
+    engine.programs.prepare(engine.compiled_for(search), 16, 4)
+    return Served("en", "de", translator, translator.inspector, search)
 
 
 @pytest.fixture
