@@ -113,7 +113,7 @@ def make_application(service: Service, *, page: str | None = None, origins: Sequ
         route("/", show_page, "GET", public=True),
         route("/translate", libretranslate.translate, "POST"),
         route("/detect", libretranslate.detect, "POST"),
-        route("/languages", libretranslate.languages, "GET", public=True),
+        route("/languages", libretranslate.languages, "GET", "POST", public=True),  # argostranslate posts
         route("/health", libretranslate.health, "GET", public=True),
         route("/frontend/settings", libretranslate.settings, "GET", public=True),
         route("/models", exploring.models, "GET", public=True),

@@ -60,4 +60,4 @@ def test_libretranslate_of_npm(server, expected, tmp_path):
         """
     )
     done = subprocess.run(["node", "ask.js"], **options)
-    assert done.stdout.strip() == expected, done.stderr
+    assert done.stdout.removesuffix("\n") == expected, done.stderr

@@ -145,10 +145,14 @@ def test_half_a_surrogate_pair_is_answered_with_text_that_utf_8_can_hold(client)
 
 
 def test_languages_detection_health_and_settings(client):
-    assert client.get("/languages").json() == [
-        {"code": "en", "name": "English", "targets": ["de"]},
-        {"code": "de", "name": "German", "targets": []},
-    ]
+    assert (
+        client.get("/languages").json()
+        == client.post("/languages").json()
+        == [
+            {"code": "en", "name": "English", "targets": ["de"]},
+            {"code": "de", "name": "German", "targets": []},
+        ]
+    )
     assert client.get("/health").json() == {"status": "ok"}
     assert ask(client, "/detect", q="a dog runs") == [{"confidence": 100, "language": "en"}]
     assert ask(client, "/detect", q="  ") == []
@@ -166,7 +170,7 @@ def test_languages_detection_health_and_settings(client):
     [
         ("GET", "/translate", 405),
         ("PUT", "/translate", 405),
-        ("POST", "/languages", 405),
+        ("PUT", "/languages", 405),
         ("GET", "/explain", 405),
         ("POST", "/suggest", 404),
         ("POST", "/translate_file", 404),
