@@ -6,6 +6,7 @@ unit of the same number; the last one is behind all.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -14,6 +15,8 @@ from jaxtyping import Float
 
 from flax_transformer.text.alignment import TextAlignment, units
 from flax_transformer.text.markup_tokens import escape
+
+_WORD = re.compile(r"\w")
 
 Side = Literal["inside", "first", "last"]
 
@@ -53,7 +56,7 @@ def insert_markup(nodes: Sequence[Node], source: str, target: str, alignment: Te
     """
     alignment = alignment or TextAlignment.by_position(source, target)
     words = units(target)
-    spread = _Spread(source, alignment, words)
+    spread = _Spread(source, target, alignment, words)
     gaps: dict[Node, tuple[int, int]] = {}
     waiting = [(list(nodes), 0, len(words))]
     while waiting:
@@ -66,7 +69,7 @@ def insert_markup(nodes: Sequence[Node], source: str, target: str, alignment: Te
 class _Spread:
     """How much of each unit of the translation comes from each part of the source."""
 
-    def __init__(self, source: str, alignment: TextAlignment, words: Sequence[tuple[int, int]]):
+    def __init__(self, source: str, target: str, alignment: TextAlignment, words: Sequence[tuple[int, int]]):
         self.source = source
         self._spans = np.array(alignment.source_spans, float).reshape(-1, 2)
         self._sizes = self._spans[:, 1] - self._spans[:, 0]
@@ -76,6 +79,11 @@ class _Spread:
         weights = np.maximum(overlaps, 0) @ (alignment.weights * (self._sizes > 0))
         total = weights.sum(axis=1, keepdims=True)
         self._weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        self.is_word = np.array([bool(_WORD.search(target, *word)) for word in words], bool)
+
+    def has_word(self, node: Node) -> bool:
+        """Whether a node has more than punctuation."""
+        return bool(_WORD.search(self.source, node.start, node.stop))
 
     def share(self, start: int, stop: int) -> Float[np.ndarray, "U"]:
         """Each unit's share that comes from these characters of the source."""
@@ -113,11 +121,13 @@ def _place(siblings: Sequence[Node], low: int, high: int, spread: _Spread, gaps:
     inner = [node for node in with_words if node.side == "inside"]
     for node in sorted(inner, key=lambda node: _best_run(shares[node])[0], reverse=True):
         score, begin, end = _best_run(np.where(taken, -np.inf, shares[node]))
-        if score <= 0 and not taken.all():
-            begin = int(np.argmax(np.where(taken, -1.0, shares[node])))
+        free = ~taken & (spread.is_word[low:high] | ~spread.has_word(node))
+        if score <= 0 or not free[begin:end].any():
+            # It goes around the word that is most its own; but words that must stay replace no other words.
+            if node.verbatim is not None or not free.any():
+                continue
+            begin = int(np.argmax(np.where(free, shares[node], -1.0)))
             end = begin + 1
-        elif score <= 0:
-            continue  # all words are taken: see below
         take(node, begin, end)
     allowed = np.ones(high - low + 1, bool)
     allowed[:start] = allowed[stop + 1 :] = False
@@ -177,15 +187,15 @@ class _Writer:
         if first < last:
             if node.side != "first":
                 self._copy(self._before(first))
-            self._written.append(markup)
             if node.verbatim is not None:
+                self._space(node)
                 self._at = self._behind(last)
+            self._written.append(markup)
             return
         # It has no words: it goes to the word from which no space separates it, and has spaces where it had them.
         apart = node.space_before
         self._copy(min(self._before(first) if apart else self._behind(first), limit))
-        if apart and self._at and not self._target[self._at - 1].isspace():
-            self._written.append(" ")
+        self._space(node)
         self._written.append(markup)
 
     def _close(self, node: Node) -> None:
@@ -194,7 +204,12 @@ class _Writer:
             self._copy(self._behind(last))
         self._written.append(node.closing)
         behind = self._target[self._at : self._at + 1]
-        if first == last and node.space_behind and behind and not behind.isspace():
+        if (first == last or node.verbatim is not None) and node.space_behind and behind and not behind.isspace():
+            self._written.append(" ")
+
+    def _space(self, node: Node) -> None:
+        """Writes a space where one stood before a node and none stands before its place."""
+        if node.space_before and self._at and not self._target[self._at - 1].isspace():
             self._written.append(" ")
 
     def _copy(self, stop: int) -> None:
