@@ -200,9 +200,7 @@ def _check_markup(options: argparse.Namespace) -> None:
     read_tokens("<br>")  # reports that lxml is missing
 
 
-def _translate_page(
-    translator: Any, page: str, search: SearchSettings, options: argparse.Namespace, output: str
-) -> None:
+def _translate_page(translator: Any, page: str, search: Any, options: argparse.Namespace, output: str) -> None:
     # Loads jax, so not for --help.
     from flax_transformer.decoding.documents import translate_documents
 
