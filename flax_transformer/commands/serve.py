@@ -209,7 +209,7 @@ def run(options: argparse.Namespace) -> None:
     from flax_transformer.serving.limits import Limits, read_keys
     from flax_transformer.serving.models import Models
     from flax_transformer.serving.preparing import Preparation
-    from flax_transformer.serving.server import Server
+    from flax_transformer.serving.server import Server, bind
     from flax_transformer.serving.service import Service
 
     named = _named(options)
@@ -222,6 +222,7 @@ def run(options: argparse.Namespace) -> None:
         with open(options.api_keys, encoding="utf-8") as file:
             keys = read_keys(file.read(), options.api_keys)
     search = BeamSearch(beam_size=options.beam_size)
+    listener = bind(options.host, options.port)
     start_devices()
     models = Models(_load(named, search, options))
     warnings.simplefilter("ignore")  # they are about single texts, which are not to be logged
@@ -236,14 +237,13 @@ def run(options: argparse.Namespace) -> None:
     server = Server(
         make_application(service, origins=options.cors_origin),
         service,
-        host=options.host,
-        port=options.port,
+        listener=listener,
         shutdown_s=options.shutdown_seconds,
         connections=options.connections,
         when_ready=lambda address: print(f"ready: {address}", flush=True),
         proxies=options.proxies or "",
     )
-    server.run()
+    server.listen()
     _end(models, preparation)
 
 

@@ -73,18 +73,17 @@ async def explain(call: Call) -> Response:
     if prefix is not None and len(sentences) != 1:
         raise Refusal(400, f"prefix is given, and q has {len(sentences)} sentences: give one sentence")
     copies = wanted if isinstance(search, Sampling) else 1  # samples of one sentence are as many sentences
-    drafts = [
-        await asyncio.to_thread(_draft, model, sentence, copies, search, seed + number, prefix)
-        for number, sentence in enumerate(sentences)
-    ]
+    draft = await asyncio.to_thread(_draft, model, sentences, copies, search, seed, prefix)
     service.check_search(model, search)
-    decode = service.desk.decode
-    found = await asyncio.gather(*(decode(model.translator.engine, draft, search) for draft in drafts))
+    found = await service.desk.decode(model.translator.engine, draft, search)
     service.metrics.sentences.labels(model.name).inc(len(sentences))
     explained = []
-    for number, (sentence, draft, outputs) in enumerate(zip(sentences, drafts, found, strict=True)):
-        hypotheses = [output for several in outputs for output in several][:wanted]
-        described = await asyncio.to_thread(_explain, model, sentence, draft, hypotheses, search, candidates)
+    for number, sentence in enumerate(sentences):
+        own = slice(number * copies, (number + 1) * copies)
+        hypotheses = [output for outputs in found[own] for output in outputs][:wanted]
+        described = await asyncio.to_thread(
+            _explain, model, sentence, draft.sources[own.start], hypotheses, search, candidates
+        )
         described["before"] = document.kept[number]
         described["after"] = document.kept[number + 1] if number + 1 == len(sentences) else ""
         explained.append(described)
@@ -108,12 +107,17 @@ def _search(parameters: Parameters, model: Served, wanted: int) -> BeamSearch | 
 
 
 def _draft(
-    model: Served, sentence: str, copies: int, search: BeamSearch | Sampling, seed: int, prefix: list[int] | None
+    model: Served,
+    sentences: Sequence[str],
+    copies: int,
+    search: BeamSearch | Sampling,
+    seed: int,
+    prefix: list[int] | None,
 ) -> Draft:
-    """What the engine is to decode: one source, or as many equal ones as there are samples."""
-    draft = model.translator.draft([sentence] * copies, search, seed=seed % 2**32)
+    """What the engine is to decode: one source for each sentence, or as many equal ones as there are samples."""
+    draft = model.translator.draft([each for each in sentences for _ in range(copies)], search, seed=seed)
     longest = model.translator.config.max_length
-    if len(draft.sources) != copies:
+    if any(len(parts) != 1 for parts in draft.parts):
         raise Refusal(400, f"a sentence has more than {longest} tokens, which are too many to explain: shorten it")
     if prefix is not None:
         config = model.translator.config
@@ -128,7 +132,7 @@ def _draft(
 def _explain(
     model: Served,
     sentence: str,
-    draft: Draft,
+    source: list[int],
     outputs: Sequence[Output],
     search: BeamSearch | Sampling,
     candidates: int,
@@ -136,7 +140,6 @@ def _explain(
     """A sentence with its translations; runs on a worker thread, because it uses the device."""
     vocabularies = model.translator.vocabularies
     translations = [write_translation(vocabularies.target, [output], search) for output in outputs]
-    source = draft.sources[0]
     pieces = vocabularies.source.pieces(source)
     hypotheses = [_hypothesis(translation) for translation in translations]
     first = translations[0]
@@ -238,6 +241,7 @@ async def _events(
     call: Call, model: Served, drafts: Sequence[Draft], search: BeamSearch, join: Any
 ) -> AsyncIterator[bytes]:
     service, translations = call.service, []
+    service.streams += 1
     try:
         async with asyncio.timeout(service.limits.deadline_s):
             for number, draft in enumerate(drafts):
@@ -252,6 +256,8 @@ async def _events(
         yield _event("error", {"error": f"the answer was not ready within {service.limits.deadline_s:g} seconds"})
     except Exception as error:
         yield _event("error", json.loads(error_answer(service.refuse(error)).body))
+    finally:
+        service.streams -= 1
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

@@ -78,6 +78,7 @@ class Service:
         desk: the queue.
         meter: counts the requests of each client.
         replace_unknown: whether unknown pieces of translations are replaced by what they translate.
+        streams: how many answers are being told token by token.
         stopping: whether new requests are refused because the server is about to end.
     """
 
@@ -103,6 +104,7 @@ class Service:
         self.metrics, self.stopping = Metrics(), False
         self.desk = Desk(queue=limits.queue_sentences, inside=inside, count_tokens=self.metrics.tokens.inc)
         self.meter = Meter(limits.requests_a_minute)
+        self.streams = 0
         self._searches: dict[str, set[BeamSearch | Sampling]] = {}
         self._running: set[asyncio.Task[Response]] = set()
         self.metrics.gauge("sentences_open", "Sentences waiting or being translated.").set_function(
@@ -208,11 +210,17 @@ class Service:
                 each.cancel()
             await asyncio.wait({task, gone})
 
-    async def finish(self, seconds: float) -> None:
-        """Refuses new requests, waits for those that are running, and ends those that take longer than this."""
+    async def finish(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Refuses new requests, waits for those that are running, and ends those that take longer.
+
+        Args:
+            seconds: how long to wait.
+            hurry: says that there is no time to wait any more.
+        """
         self.stopping = True
-        if self._running:
-            await asyncio.wait(self._running, timeout=seconds)
+        end = time.monotonic() + seconds
+        while (self._running or self.streams) and time.monotonic() < end and not hurry():
+            await asyncio.sleep(0.05)
         for task in self._running:
             task.cancel()
 

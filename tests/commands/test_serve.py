@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import socket
 
 import pytest
 
@@ -33,10 +34,21 @@ def test_mistakes_are_told_before_a_model_is_loaded(fail, unloaded, arguments, n
     assert named in fail("serve", *arguments)
 
 
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(fail, unloaded):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened at" in fail("serve", "--workdir=a", f"--port={port}")
+    assert "no.such.host.invalid:8000 cannot be listened at" in fail(
+        "serve", "--workdir=a", "--host=no.such.host.invalid"
+    )
+
+
 def test_a_work_directory_that_does_not_tell_its_languages_is_an_error_that_names_the_options(fail, workdir):
-    assert "does not tell its languages: give --source_language" in fail("serve", f"--workdir={workdir}")
-    assert "does not name two languages" in fail("serve", f"--model=kannada={workdir}")
-    assert "two models for kn-en" in fail("serve", f"--model=kn-en={workdir}", f"--model=kn-en={workdir}")
+    assert "does not tell its languages: give --source_language" in fail("serve", "--port=0", f"--workdir={workdir}")
+    assert "does not name two languages" in fail("serve", "--port=0", f"--model=kannada={workdir}")
+    assert "two models for kn-en" in fail("serve", "--port=0", f"--model=kn-en={workdir}", f"--model=kn-en={workdir}")
 
 
 @pytest.mark.parametrize(

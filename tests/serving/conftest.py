@@ -22,7 +22,7 @@ from flax_transformer.model import Transformer
 from flax_transformer.serving.application import make_application
 from flax_transformer.serving.limits import Limits
 from flax_transformer.serving.models import Models, Served
-from flax_transformer.serving.server import Server
+from flax_transformer.serving.server import Server, bind
 from flax_transformer.serving.service import Service
 from flax_transformer.trained_model import TrainedModel
 
@@ -120,13 +120,12 @@ def make_server(make_service):
         server = Server(
             make_application(service, page=PAGE),
             service,
-            host="127.0.0.1",
-            port=0,
+            listener=bind("127.0.0.1", 0),
             shutdown_s=shutdown_s,
             connections=connections,
             when_ready=lambda address: ready.set(),
         )
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=server.listen)
         thread.start()
         assert ready.wait(20)
         running.append((server, thread))
