@@ -84,7 +84,7 @@ def open_page(browser, address):
         page.on("console", lambda said: faults.append(f"console: {said.text}") if said.type == "error" else None)
         page.on("request", lambda asked: allowed.append(asked.url))
         page.goto(address + fragment)
-        page.wait_for_function("document.querySelector('#source-language').value")
+        page.wait_for_selector("#source-language option", state="attached")
         return page
 
     open_page.faults = faults
@@ -102,10 +102,7 @@ def type_text(page, text=SENTENCE):
 
 
 def settle(page):
-    page.wait_for_function(
-        "document.querySelector('#translation').getAttribute('aria-busy') === 'false'"
-        " && !document.querySelector('.stale') && document.querySelector('.target .word')"
-    )
+    page.wait_for_selector("#desk:not(.waiting):not(:has(.stale)) .target .word")
 
 
 def translation(page):
@@ -180,7 +177,7 @@ def test_the_caret_points_too(open_page):
     page.keyboard.press("Home")
     for _ in range(5):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.querySelector('#mirror .word.pointed')?.textContent === 'old'")
+    page.wait_for_selector("#mirror .word.pointed:text-is('old')")
 
 
 def test_counterparts_are_those_of_the_alignment(open_page):
@@ -364,7 +361,6 @@ def test_a_text_s_markup_stays_text(open_page):
 def test_a_link_opens_the_same_text(open_page):
     page = open_page()
     type_text(page, "the cat & the dog = #1\nis old")
-    page.wait_for_function("location.hash")
     other = open_page(fragment=page.evaluate("location.hash"))
     settle(other)
     assert other.input_value("#source") == page.input_value("#source")
