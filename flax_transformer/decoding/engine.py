@@ -78,6 +78,12 @@ class Engine:
         """The share of slots that held a living sentence, over all steps made while sentences were waiting."""
         return self._filled / max(1, self._offered)
 
+    @property
+    def slots(self) -> tuple[int, int]:
+        """How many slots hold a sentence now, and how many there are."""
+        machines = [machine for group in list(self._groups.values()) for _, machine in list(group.machines)]
+        return sum(machine.living for machine in machines), sum(machine.size.slots for machine in machines)
+
     def submit(
         self,
         sources: Sequence[Ids],

@@ -1,0 +1,78 @@
+"""Translates the texts of a request: into sentences, through the queue, and back into texts."""
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+
+from flax_transformer.decoding.documents import Documents, divide_documents
+from flax_transformer.decoding.results import Translation
+from flax_transformer.serving.models import Served
+from flax_transformer.serving.refusals import Refusal
+from flax_transformer.serving.service import Service
+
+
+@dataclasses.dataclass(frozen=True)
+class Translated:
+    """A text and its translations.
+
+    Attributes:
+        text: the best translation.
+        alternatives: further ones, the better ones first.
+        sentences: the sentences of the text with the translations of each.
+    """
+
+    text: str
+    alternatives: tuple[str, ...]
+    sentences: tuple[tuple[str, tuple[Translation, ...]], ...]
+
+
+async def translate_texts(
+    service: Service, model: Served, texts: Sequence[str], *, markup: bool, alternatives: int
+) -> list[Translated]:
+    """Translates texts of one language.
+
+    Args:
+        service: whose queue is used.
+        model: the model.
+        texts: the texts.
+        markup: whether they are HTML.
+        alternatives: how many alternatives of each are wanted.
+
+    Raises:
+        Refusal: there are too many sentences, or the queue is full.
+    """
+    documents = await asyncio.to_thread(divide_documents, texts, markup=markup)
+    check_sentences(service, len(documents.sentences))
+    search = model.search.replace(num_return=alternatives + 1)
+    draft = await asyncio.to_thread(model.translator.draft, documents.sentences, search)
+    found = await service.desk.decode(model.translator.engine, draft, search)
+    service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
+    return await asyncio.to_thread(_join, documents, draft.translations(found), alternatives)
+
+
+def check_sentences(service: Service, count: int) -> None:
+    """Raises `Refusal` with status 400 if a request has too many sentences."""
+    if count > service.limits.sentences:
+        raise Refusal(
+            400,
+            f"the request has {count} sentences, this server allows {service.limits.sentences}: divide it",
+            reason="too_large",
+        )
+
+
+def _join(documents: Documents, found: Sequence[Sequence[Translation]], alternatives: int) -> list[Translated]:
+    ranks = [
+        documents.join([several[min(rank, len(several) - 1)].text for several in found])
+        for rank in range(alternatives + 1)
+    ]
+    translated, start = [], 0
+    for document, (best, *others) in zip(documents.documents, zip(*ranks, strict=True), strict=True):
+        part = slice(start, start := start + len(document.sentences))
+        translated.append(
+            Translated(
+                best,
+                tuple(dict.fromkeys(other for other in others if other != best)),
+                tuple((sentence, tuple(each)) for sentence, each in zip(document.sentences, found[part], strict=True)),
+            )
+        )
+    return translated
