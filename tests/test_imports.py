@@ -146,6 +146,7 @@ LAYOUT = {
     "serving.pieces": "data.sentencepiece_vocabulary",
     "serving.exploring": "text decoding serving.libretranslate serving.models serving.parameters serving.pieces "
     "serving.refusals serving.service serving.texts",
+    "serving.openapi": "decoding.inspection serving.exploring serving.libretranslate serving.limits",
     "serving.application": "serving",
     "serving.server": "serving.service",
     "planning.__init__": "",

@@ -141,7 +141,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     place.add_argument(
         "--proxies",
         type=filled,
-        default="",
         metavar="ADDRESSES",
         help="proxies in front of it, whose X-Forwarded-For tells the client, e.g. 127.0.0.1",
     )
@@ -220,7 +219,7 @@ def run(options: argparse.Namespace) -> None:
         shutdown_s=options.shutdown_seconds,
         connections=options.connections,
         when_ready=lambda address: print(f"ready: {address}", flush=True),
-        proxies=options.proxies,
+        proxies=options.proxies or "",
     )
     server.run()
     models.close()

@@ -29,6 +29,7 @@ from flax_transformer.positions import check_length
 STEPS = 16  # of a machine in its turn, at most
 SHARE = 16  # a machine goes on until one sixteenth of its slots can be filled anew
 FEW = 64  # so few sentences of a smaller room share the slots of a larger one: another program would take longer
+MANY = 2  # slots for more than so many times as many sentences as there are, are too many
 IDLE_S = 5.0  # seconds without work after which the thread ends
 
 
@@ -40,12 +41,14 @@ class _Group:
         settings: what the program is compiled for.
         waiting: sentences without a slot.
         machines: by the room of their slots, the largest first.
+        current: the machine of each room that takes new sentences; others of the room end those that they have.
         above: the size of source above which a machine takes sentences, by room.
     """
 
     settings: BeamSearch | Sampling
     waiting: Waiting = dataclasses.field(default_factory=Waiting)
     machines: list[tuple[int, Machine]] = dataclasses.field(default_factory=list)
+    current: dict[int, Machine] = dataclasses.field(default_factory=dict)
     above: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -54,7 +57,11 @@ class _Group:
 
 
 class Engine:
-    """Decodes sentences that come at any time. `close` it, or leave it: its thread ends by itself when idle."""
+    """Decodes sentences that come at any time. `close` it, or leave it: its thread ends by itself when idle.
+
+    Attributes:
+        growth: a room has 1, `growth`, `growth`^2, ... slots; with a larger number there are fewer programs.
+    """
 
     def __init__(self, ensemble: Ensemble, *, batch_tokens: int, shortlist: Shortlist | None = None):
         """Makes an engine; nothing runs until a sentence comes.
@@ -65,12 +72,14 @@ class Engine:
             shortlist: chooses the tokens among which each output is searched; `None` allows all of them.
         """
         self.ensemble, self.batch_tokens, self.shortlist = ensemble, batch_tokens, shortlist
+        self.growth = 2
         self._groups: dict[BeamSearch | Sampling, _Group] = {}
         self._changed = threading.Condition()
         self._inbox: list[tuple[BeamSearch | Sampling, Request]] = []
         self._jobs: list[tuple[Callable[[], None], Future[None]]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._submissions = itertools.count(1)
         self._filled = self._offered = 0
 
     @property
@@ -112,6 +121,7 @@ class Engine:
             raise ValueError("sampling needs random keys: give rngs, one for each sentence")
         if streams:
             check_streaming(settings)
+        submission = next(self._submissions)
         requests = [
             Request(
                 source,
@@ -121,6 +131,7 @@ class Engine:
                 num_return=settings.num_return,
                 rng=rngs[number] if rngs is not None else None,
                 streams=streams,
+                submission=submission,
             )
             for number, source in enumerate(sources)
         ]
@@ -304,9 +315,10 @@ class Engine:
 
     def _turn_machine(self, group: _Group, room: int, machine: Machine) -> None:
         above = group.above.get(room, room)
-        machine.fill(group.waiting, above)
+        waiting = group.waiting if group.current.get(room) is machine else Waiting()
+        machine.fill(waiting, above)
         if machine.living:
-            waits = bool(group.waiting.count(above, room))
+            waits = bool(waiting.count(above, room))
             own = machine.size.slots // self.ensemble.mesh.size
             enough = max(1, own // SHARE) if waits else 1
             machine.dispatch(1 if machine.streams else STEPS, enough, waits=waits)
@@ -335,19 +347,15 @@ class Engine:
                 served.append((room, below))
         group.above = dict(served)
         for room, above in served:
-            count = group.waiting.count(above, room)
-            slots = self._slots(group.settings, room, count)
-            # Few sentences would be slow in the many slots that others have left.
-            group.machines = [
-                (other, machine)
-                for other, machine in group.machines
-                if other != room or machine.busy or machine.size.slots == slots
-            ]
+            # A few sentences would be slow in the many slots that others have left, and many need more slots.
             own = [machine for other, machine in group.machines if other == room]
-            if count <= sum(machine.free for machine in own):
-                continue
-            if not own or slots > max(machine.size.slots for machine in own):
-                self._add_machine(group, room, count)
+            demand = group.waiting.count(above, room) + sum(machine.living for machine in own)
+            slots = self._slots(group.settings, room, demand)
+            current = next((machine for machine in own if machine is group.current.get(room)), None)
+            most = self._slots(group.settings, room, MANY * demand) if current and current.busy else slots
+            if current is None or not slots <= current.size.slots <= most:
+                fitting = (machine for machine in own if machine.size.slots == slots)
+                group.current[room] = next(fitting, None) or self._add_machine(group, room, demand)
 
     def _larger(self, group: _Group, machine: Machine, room: int, count: int) -> Machine:
         """A machine with an empty slot and more places, for one of so many sentences that need it."""
@@ -378,6 +386,7 @@ class Engine:
             batch_tokens=self.batch_tokens,
             hypotheses=settings.hypotheses,
             devices=self.ensemble.mesh.size,
+            growth=self.growth,
         )
 
 

@@ -36,6 +36,7 @@ class Request:
         listed: the tokens among which the outputs are chosen, which the engine sets; empty where all are.
         rng: the data of the random key of its samples; `None` if nothing is sampled.
         streams: whether the tokens so far are told.
+        submission: the number of the call that submitted it, counted from 1.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Request:
         num_return: int,
         rng: UInt[np.ndarray, "key"] | None,
         streams: bool,
+        submission: int = 0,
     ):
         """Makes a request that no engine has begun."""
         self.source, self.prefix, self.given = source, prefix, given
         self.limit, self.num_return = limit, num_return
-        self.rng, self.streams = rng, streams
+        self.rng, self.streams, self.submission = rng, streams, submission
         self.listed: Ids | np.ndarray = ()
         self._outputs: Future[list[Output]] = Future()
         self._tokens: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()

@@ -19,8 +19,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flax_transformer.serving import exploring, libretranslate
+from flax_transformer.serving.openapi import describe, describe_in_html
 from flax_transformer.serving.refusals import Refusal
-from flax_transformer.serving.service import Call, Service, Work, error_answer
+from flax_transformer.serving.service import Call, Json, Service, Work, error_answer
 
 PAGE = "page.html"
 HEADERS = {
@@ -93,6 +94,15 @@ def make_application(service: Service, *, page: str | None = None, origins: Sequ
     async def metrics(call: Call) -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    description = describe(service.limits)
+    documentation = describe_in_html(description)
+
+    async def show_spec(call: Call) -> Response:
+        return Json(description)
+
+    async def show_documentation(call: Call) -> Response:
+        return HTMLResponse(documentation)
+
     def route(path: str, work: Work, *methods: str, public: bool = False) -> Route:
         async def endpoint(request: Request) -> Response:
             return await service.answer(request, work, public=public)
@@ -110,6 +120,8 @@ def make_application(service: Service, *, page: str | None = None, origins: Sequ
         route("/explain", exploring.explain, "POST"),
         route("/attention", exploring.attention, "POST"),
         route("/stream", exploring.stream, "GET", "POST"),
+        route("/spec", show_spec, "GET", public=True),
+        route("/docs", show_documentation, "GET", public=True),
         route("/metrics", metrics, "GET", public=True),
     ]
     middleware = [Middleware(SecurityHeaders)]

@@ -16,7 +16,7 @@ import regex
 CLOSING = r"""['"\p{Pi}\p{Pf}\p{Pe}]*(?=\s)"""
 _RUN = r"(?<![\p{Sentence_Terminal}…])[\p{Sentence_Terminal}…]++"  # as one, so that a million dots take no time
 SENTENCE = _RUN + CLOSING
-SENTENCE_WITHOUT_SPACE = r"[\p{Sentence_Terminal}--[.?!]]+[\p{Pf}\p{Pe}]*"
+SENTENCE_WITHOUT_SPACE = r"[\p{Sentence_Terminal}--[.?!]]++[\p{Pf}\p{Pe}]*+"
 
 _END = regex.compile(
     # The sentence continues if lower case follows, as in "e.g. this" and '"Stop!" she said', or if a letter follows a
