@@ -3,6 +3,7 @@
 The translations mean nothing, but they depend on every token of the source.
 """
 
+import contextlib
 import threading
 import time
 from functools import partial
@@ -109,34 +110,48 @@ def client(make_client):
     return make_client()
 
 
-@pytest.fixture
-def make_server(make_service):
-    """Starts a server in a thread, and returns it with its service; arguments as in `make_service`."""
-    running = []
-
-    def make(*more, connections=50, shutdown_s=5.0, **options):
-        service = make_service(*more, **options)
-        ready = threading.Event()
-        server = Server(
-            make_application(service, page=PAGE),
-            service,
-            listener=bind("127.0.0.1", 0),
-            shutdown_s=shutdown_s,
-            connections=connections,
-            when_ready=lambda address: ready.set(),
-        )
-        thread = threading.Thread(target=server.listen)
-        thread.start()
-        assert ready.wait(20)
-        running.append((server, thread))
-        server.service, server.thread = service, thread
-        return server
-
-    yield make
-    for server, thread in running:
+@contextlib.contextmanager
+def serving(service, *, page, connections=50, shutdown_s=5.0):
+    """A server in a thread."""
+    ready = threading.Event()
+    server = Server(
+        make_application(service, page=page),
+        service,
+        listener=bind("127.0.0.1", 0),
+        shutdown_s=shutdown_s,
+        connections=connections,
+        when_ready=lambda address: ready.set(),
+    )
+    thread = threading.Thread(target=server.listen)
+    thread.start()
+    assert ready.wait(20)
+    server.service, server.thread = service, thread
+    try:
+        yield server
+    finally:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def make_server(make_service):
+    """Starts a server in a thread, and returns it with its service; arguments as in `make_service` and `serving`."""
+    with contextlib.ExitStack() as running:
+
+        def make(*more, connections=50, shutdown_s=5.0, **options):
+            service = make_service(*more, **options)
+            started = serving(service, page=PAGE, connections=connections, shutdown_s=shutdown_s)
+            return running.enter_context(started)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def address(served):
+    """The address of a server with the page that comes with the library."""
+    with serving(Service(Models([served]), Limits(), inside=16), page=None) as server:
+        yield server.address
 
 
 def wait_until(condition, seconds=20.0):
