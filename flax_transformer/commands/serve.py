@@ -5,10 +5,13 @@ that translates while you type and shows how. Ends, in order, with Ctrl-C or SIG
 import argparse
 import dataclasses
 import logging
+import os
+import sys
+import threading
 import warnings
 from typing import Any
 
-from flax_transformer.commands.options import checkpoint, explain_damage, filled, path, positive, whole
+from flax_transformer.commands.options import checkpoint, explain_damage, filled, path, positive, true_or_false, whole
 from flax_transformer.commands.process import start_devices
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.files import expand
@@ -31,6 +34,7 @@ examples:
 """
 MEMORY_REMEDY = "lower --batch_tokens or --beam_size"
 SEARCH = BeamSearch()
+ENDING_S = 2.0  # for threads to end once the last request was answered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +118,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "where there is a GPU, and each takes longer (default 1024)",
     )
     models.add_argument(
+        "--replace_unknown",
+        type=true_or_false,
+        default=True,
+        metavar="true|false",
+        help="whether characters that a model can only answer with its unknown piece are copied from the source "
+        "(default true)",
+    )
+    models.add_argument(
         "--compile_longest",
         type=positive,
         default=64,
         metavar="N",
-        help="before it is ready, the server compiles what sentences of up to N tokens need; the first longer one has "
-        "to wait for its program (default 64)",
+        help="the server compiles what sentences of up to N tokens need; the first longer one has to wait for its "
+        "program (default 64)",
+    )
+    models.add_argument(
+        "--compile_all",
+        action="store_true",
+        help="compile everything before it is ready; otherwise only what single sentences need, and the programs for "
+        "many at once while it serves",
     )
 
     place = parser.add_argument_group("the address")
@@ -190,7 +208,8 @@ def run(options: argparse.Namespace) -> None:
     from flax_transformer.serving.application import make_application
     from flax_transformer.serving.limits import Limits, read_keys
     from flax_transformer.serving.models import Models
-    from flax_transformer.serving.server import Server
+    from flax_transformer.serving.preparing import Preparation
+    from flax_transformer.serving.server import Server, bind
     from flax_transformer.serving.service import Service
 
     named = _named(options)
@@ -203,26 +222,39 @@ def run(options: argparse.Namespace) -> None:
         with open(options.api_keys, encoding="utf-8") as file:
             keys = read_keys(file.read(), options.api_keys)
     search = BeamSearch(beam_size=options.beam_size)
+    listener = bind(options.host, options.port)
     start_devices()
     models = Models(_load(named, search, options))
     warnings.simplefilter("ignore")  # they are about single texts, which are not to be logged
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
-    print(f"compiling for {', '.join(model.name for model in models.served)} ...", flush=True)
-    for model in models.served:
-        model.compile(options.compile_longest, options.batch_tokens)
-    service = Service(models, limits, keys=keys, inside=inside(options.batch_tokens))
+    preparation = Preparation(models.served, options.compile_longest)
+    first = "all programs" if options.compile_all else "what single sentences need"
+    print(f"compiling {first}; the next start will find most of it in the cache ...", flush=True)
+    preparation.begin(everything=options.compile_all)
+    service = Service(
+        models, limits, keys=keys, inside=inside(options.batch_tokens), replace_unknown=options.replace_unknown
+    )
     server = Server(
         make_application(service, origins=options.cors_origin),
         service,
-        host=options.host,
-        port=options.port,
+        listener=listener,
         shutdown_s=options.shutdown_seconds,
         connections=options.connections,
         when_ready=lambda address: print(f"ready: {address}", flush=True),
         proxies=options.proxies or "",
     )
-    server.run()
-    models.close()
+    server.listen()
+    _end(models, preparation)
+
+
+def _end(models: Any, preparation: Any) -> None:
+    """Ends all threads; the process ends even if one of them is in the middle of a long compilation."""
+    closing = threading.Thread(target=models.close, daemon=True)
+    closing.start()
+    closing.join(ENDING_S)
+    if not preparation.end(ENDING_S) or closing.is_alive():
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def inside(batch_tokens: int) -> int:

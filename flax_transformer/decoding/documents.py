@@ -7,7 +7,10 @@ elsewhere, calls the two steps: `divide_documents`, and `Documents.join` when it
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from flax_transformer.text.alignment import TextAlignment
+from flax_transformer.decoding.results import Translation
+from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.translator import BEAM, Translator
+from flax_transformer.text.alignment import TextAlignment, spans
 from flax_transformer.text.documents import Document, check_count, divide
 from flax_transformer.text.markup import MarkupDocument, divide_markup
 
@@ -55,15 +58,79 @@ def divide_documents(texts: Iterable[str], *, markup: bool) -> Documents:
         texts: the texts, each of which may have any number of sentences and paragraphs, or none.
         markup: whether they are HTML or XML.
     """
-    documents = tuple(map(divide_markup if markup else divide, texts))
-    return Documents(
-        documents,
-        sentences=tuple(sentence for document in documents for sentence in document.sentences),
-        aligned=tuple(
-            needed
-            for document in documents
-            for needed in (
-                document.aligned if isinstance(document, MarkupDocument) else [False] * len(document.sentences)
-            )
-        ),
+    documents: list[Document | MarkupDocument] = [divide_markup(text) if markup else divide(text) for text in texts]
+    sentences: list[str] = []
+    aligned: list[bool] = []
+    for document in documents:
+        sentences += document.sentences
+        if isinstance(document, MarkupDocument):
+            aligned += document.aligned
+        else:
+            aligned += [False] * len(document.sentences)
+    return Documents(tuple(documents), tuple(sentences), tuple(aligned))
+
+
+def translate_documents(
+    translator: Translator,
+    texts: Iterable[str],
+    search: BeamSearch | Sampling = BEAM,
+    *,
+    markup: bool = False,
+    seed: int = 0,
+    replace_unknown: bool = True,
+) -> list[str]:
+    """Translates texts sentence by sentence; all else in them comes back as it was.
+
+    Args:
+        translator: the translator.
+        texts: the texts.
+        search: how to search for translations; the best one, or the first sample, is taken.
+        markup: whether the texts are HTML or XML.
+        seed: the seed of sampling.
+        replace_unknown: as in `Translator.hypotheses`.
+
+    Raises:
+        ValueError: HTML is to be read and lxml is not installed.
+    """
+    documents = divide_documents(texts, markup=markup)
+    found = translator.hypotheses(documents.sentences, search, seed=seed, replace_unknown=replace_unknown)
+    best = [hypotheses[0] for hypotheses in found]
+    alignments = align_texts(translator, documents.sentences, best, documents.aligned)
+    return documents.join([translation.text for translation in best], alignments)
+
+
+def align_texts(
+    translator: Translator,
+    sentences: Sequence[str],
+    translations: Sequence[Translation],
+    wanted: Sequence[bool] | None = None,
+) -> list[TextAlignment | None]:
+    """The alignments of the texts of sentences and their translations.
+
+    Args:
+        translator: the translator that made the translations.
+        sentences: the sources.
+        translations: a translation of each.
+        wanted: which of them are needed; all if not given.
+
+    Returns:
+        An alignment for each; `None` where none is wanted, and for a sentence that was so long that it was translated
+        in parts.
+    """
+    end = translator.vocabularies.target.eos_id
+    numbers = [
+        number
+        for number, translation in enumerate(translations)
+        if (wanted is None or wanted[number]) and translation.ids.count(end) == 1
+    ]
+    aligned = translator.align(
+        [sentences[number] for number in numbers], [translations[number] for number in numbers], layer=None
     )
+    found: list[TextAlignment | None] = [None] * len(translations)
+    for number, alignment in zip(numbers, aligned, strict=True):
+        found[number] = TextAlignment(
+            tuple(spans(alignment.source_tokens, sentences[number])),
+            tuple(spans(alignment.target_tokens, translations[number].text)),
+            alignment.weights,
+        )
+    return found

@@ -19,10 +19,11 @@ from jaxtyping import Int, UInt
 
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
+from flax_transformer.decoding.programs import Programs
 from flax_transformer.decoding.requests import Ids, Output, Request
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.shortlist import Shortlist
-from flax_transformer.decoding.sizes import pool_shape, rooms_up_to, slot_size, slots_for
+from flax_transformer.decoding.sizes import rooms_up_to
 from flax_transformer.decoding.waiting import Waiting
 from flax_transformer.positions import check_length
 
@@ -60,7 +61,7 @@ class Engine:
     """Decodes sentences that come at any time. `close` it, or leave it: its thread ends by itself when idle.
 
     Attributes:
-        growth: a room has 1, `growth`, `growth`^2, ... slots; with a larger number there are fewer programs.
+        programs: which programs it may use.
     """
 
     def __init__(self, ensemble: Ensemble, *, batch_tokens: int, shortlist: Shortlist | None = None):
@@ -72,7 +73,7 @@ class Engine:
             shortlist: chooses the tokens among which each output is searched; `None` allows all of them.
         """
         self.ensemble, self.batch_tokens, self.shortlist = ensemble, batch_tokens, shortlist
-        self.growth = 2
+        self.programs = Programs(ensemble, batch_tokens=batch_tokens, shortlist=shortlist)
         self._groups: dict[BeamSearch | Sampling, _Group] = {}
         self._changed = threading.Condition()
         self._inbox: list[tuple[BeamSearch | Sampling, Request]] = []
@@ -141,7 +142,7 @@ class Engine:
                 self._check(request)
                 if self.shortlist is not None:
                     request.listed = self._listed(self.shortlist, request)
-                accepted.append((self._compiled_for(settings), request))
+                accepted.append((self.compiled_for(settings), request))
             except ValueError as error:
                 request.fail(error)
         with self._changed:
@@ -180,7 +181,7 @@ class Engine:
 
         def run() -> None:
             for room in rooms_up_to(min(longest, self.ensemble.learned or longest)):
-                self._make_machine(self._compiled_for(settings), room, sentences or self.batch_tokens).compile()
+                self.programs.prepare(self.compiled_for(settings), room, sentences or self.batch_tokens)
 
         done: Future[None] = Future()
         with self._changed:
@@ -242,7 +243,7 @@ class Engine:
         allowed = shortlist.allowed(request.source, config.target_vocab_size)
         return np.union1d(allowed, [*request.prefix, config.eos_id]).astype(np.int32)
 
-    def _compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
+    def compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings of the program: what each request says for itself is left out, and ids that no output contains
         are banned."""
         config = self.ensemble.configs[0]
@@ -338,7 +339,9 @@ class Engine:
     def _make_room(self, group: _Group) -> None:
         """Makes machines for the sentences that wait, if those that are there have too few slots."""
         served: list[tuple[int, int]] = []  # a room, and the size of source above which it takes sentences
-        for below, room in reversed(list(itertools.pairwise([0, *rooms_up_to(group.waiting.longest())]))):
+        for below, room in reversed(
+            list(itertools.pairwise([0, *self.programs.rooms(group.settings, group.waiting.longest())]))
+        ):
             count = group.waiting.count(below, room)
             exists = any(machine.size.slots > 1 for other, machine in group.machines if other == room)
             if served and count < FEW and not exists:
@@ -350,9 +353,9 @@ class Engine:
             # A few sentences would be slow in the many slots that others have left, and many need more slots.
             own = [machine for other, machine in group.machines if other == room]
             demand = group.waiting.count(above, room) + sum(machine.living for machine in own)
-            slots = self._slots(group.settings, room, demand)
+            slots = self.programs.slots(group.settings, room, demand)
             current = next((machine for machine in own if machine is group.current.get(room)), None)
-            most = self._slots(group.settings, room, MANY * demand) if current and current.busy else slots
+            most = self.programs.slots(group.settings, room, MANY * demand) if current and current.busy else slots
             if current is None or not slots <= current.size.slots <= most:
                 fitting = (machine for machine in own if machine.size.slots == slots)
                 group.current[room] = next(fitting, None) or self._add_machine(group, room, demand)
@@ -368,26 +371,9 @@ class Engine:
         """Makes slots for so many sentences, after it has let go of those that nobody uses."""
         for each in self._groups.values():
             each.machines = [(own, machine) for own, machine in each.machines if machine.busy]
-        machine = self._make_machine(group.settings, room, count)
+        machine = self.programs.machine(group.settings, room, count)
         group.machines = sorted([*group.machines, (room, machine)], key=lambda entry: -entry[0])
         return machine
-
-    def _make_machine(self, settings: BeamSearch | Sampling, room: int, count: int) -> Machine:
-        vocab_size = self.ensemble.configs[0].target_vocab_size
-        slots = self._slots(settings, room, count)
-        size = slot_size(slots, room, self.ensemble.learned, self.shortlist, vocab_size)
-        shape = pool_shape(size, batch_tokens=self.batch_tokens, devices=self.ensemble.mesh.size)
-        return Machine(self.ensemble, settings, size, shape)
-
-    def _slots(self, settings: SearchSettings, room: int, count: int) -> int:
-        return slots_for(
-            count,
-            room,
-            batch_tokens=self.batch_tokens,
-            hypotheses=settings.hypotheses,
-            devices=self.ensemble.mesh.size,
-            growth=self.growth,
-        )
 
 
 def check_streaming(settings: SearchSettings) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from flax_transformer.config import WAVES, TransformerConfig
 from flax_transformer.decoding.ensemble import Ensemble, without_banned
 from flax_transformer.decoding.requests import Ids
+from flax_transformer.decoding.scoring import best_aligned
 from flax_transformer.model import AttentionWeights, Transformer
 from flax_transformer.positions import check_length, sinusoidal_positions
 
@@ -30,11 +31,13 @@ class Seen(flax.struct.PyTreeNode):
         ids: the most probable tokens at each place, the most probable one first.
         log_probs: their log-probabilities.
         weights: the attention weights of all layers.
+        alignment: how much each target token attends to each source token, see `best_aligned`.
     """
 
     ids: Int[Array, "1 T C"]
     log_probs: Float[Array, "1 T C"]
     weights: AttentionWeights
+    alignment: Float[Array, "1 T S"]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -45,7 +48,9 @@ def see(params: PyTree, source: Int[Array, "1 S"], target: Int[Array, "1 T"], *,
     )
     log_probs = jax.nn.log_softmax(without_banned(config, logits))
     best, ids = jax.lax.top_k(log_probs, min(CANDIDATES, config.target_vocab_size))
-    return Seen(ids, best, weights)
+    words = (source != config.pad_id) & (source != config.eos_id)
+    alignment = best_aligned(jnp.stack(weights.cross), words, target != config.pad_id)
+    return Seen(ids, best, weights, alignment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +68,23 @@ class Inspection:
 
     def candidates(self) -> tuple[Int[np.ndarray, "T C"], Float[np.ndarray, "T C"]]:
         """The most probable tokens at each place of the target, given those before it, and their log-probabilities."""
-        ids, log_probs = jax.device_get((self._seen.ids[0], self._seen.log_probs[0]))
-        return ids[: self.target_size], log_probs[: self.target_size]
+        ids, log_probs = jax.device_get((self._seen.ids, self._seen.log_probs))
+        return ids[0, : self.target_size], log_probs[0, : self.target_size]
 
     def layers(self, kind: str) -> int:
         """How many layers have weights of a kind: "encoder", "decoder" (none if it is recurrent) or "cross"."""
         return len(getattr(self._seen.weights, kind))
 
     def alignment(self) -> Float[np.ndarray, "T S"]:
-        """How much each target token attends to each source token: the mean of the heads of the last layer."""
-        return self.heads("cross", self.layers("cross") - 1).mean(axis=0)
+        """How much each target token attends to each source token, in the layer that aligns best."""
+        return np.asarray(self._seen.alignment)[0, : self.target_size, : self.source_size]
 
     def heads(self, kind: str, layer: int) -> Float[np.ndarray, "H Q M"]:
         """The weights of a layer's heads; row q belongs to source token q, or to the query that predicts token q."""
         rows = self.source_size if kind == "encoder" else self.target_size
         columns = self.target_size if kind == "decoder" else self.source_size
-        return np.asarray(getattr(self._seen.weights, kind)[layer][0, :, :rows, :columns])
+        # Copied as a whole: to cut it on the device would compile a program for each size.
+        return np.asarray(getattr(self._seen.weights, kind)[layer])[0, :, :rows, :columns]
 
 
 class Inspector:
@@ -97,6 +103,10 @@ class Inspector:
         width = self._width(max(len(source), len(target)))
         pair = (self._padded(ids, width) for ids in (source, target))
         return Inspection(len(source), len(target), see(self._params, *pair, config=self._config))
+
+    def align(self, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[np.ndarray]:
+        """The alignment [T, S] of each pair, one after the other."""
+        return [self.inspect(*pair).alignment() for pair in zip(sources, targets, strict=True)]
 
     def position_vectors(self, count: int) -> Float[np.ndarray, "P D"]:
         """The vectors that are added to the embeddings at the first positions, as many as there are up to `count`."""

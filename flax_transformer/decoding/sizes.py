@@ -23,7 +23,7 @@ def rooms_up_to(tokens: int) -> list[int]:
     return rooms
 
 
-def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, devices: int, growth: int = 2) -> int:
+def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, devices: int) -> int:
     """How many slots so many waiting sentences get: a few more sentences than slots take turns.
 
     Args:
@@ -32,12 +32,11 @@ def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, 
         batch_tokens: source tokens for which there are slots at most, padding included.
         hypotheses: how many hypotheses of each sentence are decoded side by side.
         devices: how many devices share the slots.
-        growth: how many times as many slots the next larger number of slots is.
     """
     full = max(1, batch_tokens * max(1, FULL_ROWS // hypotheses) // (room * devices))
     slots = 1
-    while growth * slots <= full and sentences > (slots + slots // 2) * devices:
-        slots *= growth
+    while 2 * slots <= full and sentences > (slots + slots // 2) * devices:
+        slots *= 2
     return slots * devices
 
 

@@ -9,16 +9,19 @@ from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.decoding.drafts import Draft, as_translation, given_tokens, random_keys
+from flax_transformer.decoding.drafts import Draft, given_tokens, random_keys
 from flax_transformer.decoding.engine import Engine, check_streaming
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.inspection import Inspector
+from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sources import split_sources
 from flax_transformer.decoding.texts import Texts, as_list
+from flax_transformer.decoding.unknown import Align, find_copies
+from flax_transformer.decoding.writing import write_translation
 from flax_transformer.text.splitting import join_parts
 from flax_transformer.trained_model import TrainedModel
 
@@ -159,10 +162,13 @@ class Translator:
         *,
         prefixes: Texts | None = None,
         seed: int = 0,
+        replace_unknown: bool = False,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """Returns each sentence's best translation, or first sample, in order; arguments as in `hypotheses`."""
-        found = self.hypotheses(sentences, search, prefixes=prefixes, seed=seed, after_batch=after_batch)
+        found = self.hypotheses(
+            sentences, search, prefixes=prefixes, seed=seed, replace_unknown=replace_unknown, after_batch=after_batch
+        )
         return [translations[0].text for translations in found]
 
     def hypotheses(
@@ -172,6 +178,7 @@ class Translator:
         *,
         prefixes: Texts | None = None,
         seed: int = 0,
+        replace_unknown: bool = False,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
         """Returns the translations of each sentence, in order: the best first, or samples in the order they were drawn.
@@ -186,6 +193,8 @@ class Translator:
             search: how to search for translations, and how many to return.
             prefixes: the text with which each translation must begin; an empty one means any.
             seed: the seed of sampling; equal seeds draw equal translations, however the sentences are batched.
+            replace_unknown: whether to copy into the text, in place of each unknown piece, the characters of the source
+                at which the model looked when it wrote that piece; `tokens` keep the piece.
             after_batch: called now and then while sentences are translated; an exception from it ends the search.
 
         Raises:
@@ -208,7 +217,7 @@ class Translator:
                 "it is float32, the parameters are damaged",
                 stacklevel=2,
             )
-        return draft.translations(found)
+        return self.write(draft, found, replace_unknown=replace_unknown)
 
     def draft(
         self,
@@ -220,9 +229,31 @@ class Translator:
     ) -> Draft:
         """What the engine is to decode, for callers that submit it themselves; arguments as in `hypotheses`.
 
-        `hypotheses` is this, a search by `engine` and `Draft.translations`. It needs no device.
+        `hypotheses` is this, a search by `engine`, and `write`. It needs no device.
         """
         return Draft(self.vocabularies, self._ensemble.longest, sentences, search, prefixes=prefixes, seed=seed)
+
+    def write(
+        self,
+        draft: Draft,
+        found: Sequence[Sequence[Output]],
+        *,
+        replace_unknown: bool = False,
+        align: Align | None = None,
+    ) -> list[list[Translation]]:
+        """The translations of each sentence of a draft.
+
+        Args:
+            draft: the draft.
+            found: the outputs that the engine found for each of its sources.
+            replace_unknown: as in `hypotheses`.
+            align: aligns outputs that have unknown pieces, if not with this translator's own batches.
+        """
+        copies = None
+        if replace_unknown:
+            align = align or (lambda sources, targets: self._scorer.align(sources, targets, None))
+            copies = find_copies(self.vocabularies, align, draft.sentences, draft.parts, draft.by_part(found))
+        return draft.translations(found, copies)
 
     def score(self, sources: Texts, targets: Texts, search: SearchSettings = BEAM) -> list[Translation]:
         """Scores given translations by forced decoding; `hypotheses` gives its own translations the same scores.
@@ -238,21 +269,22 @@ class Translator:
         """
         source, target = self._encode_pairs(sources, targets)
         outputs = self._scorer.score(source, target, given_tokens(self.vocabularies.target, target))
-        return [as_translation(self.vocabularies.target, [output], search) for output in outputs]
+        return [write_translation(self.vocabularies.target, [output], search) for output in outputs]
 
-    def align(self, sources: Texts, targets: Texts, *, layer: int = -1) -> list[Alignment]:
+    def align(self, sources: Texts, targets: Texts, *, layer: int | None = -1) -> list[Alignment]:
         """Returns how much each token of given translations attends to each source token.
 
         Args:
             sources: sentences of the source language.
             targets: a translation of each, as in `score`.
-            layer: the decoder layer; -1 is the last.
+            layer: the decoder layer; -1 is the last. `None` chooses for each pair the layer whose heads agree most, and
+                gives heads that are sure more weight, which aligns words better than their mean.
 
         Raises:
             ValueError: as in `score`, or there is no such layer.
         """
         layers = min(config.num_decoder_layers for config in self._ensemble.configs)
-        if not -layers <= layer < layers:
+        if layer is not None and not -layers <= layer < layers:
             raise ValueError(f"layer is {layer}, the decoder has {layers}: choose one from {-layers} to {layers - 1}")
         source, target = self._encode_pairs(sources, targets)
         return [

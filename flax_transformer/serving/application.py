@@ -81,11 +81,7 @@ def make_application(service: Service, *, page: str | None = None, origins: Sequ
         page: the page at "/"; the one of this library if not given.
         origins: the origins whose pages may use the server from a browser (CORS), "*" for all; none if empty.
     """
-    if page is None:
-        try:
-            page = read_page()
-        except FileNotFoundError:
-            page = ""
+    page = read_page() if page is None else page
     policy = page_policy(page)
 
     async def show_page(call: Call) -> Response:
@@ -113,7 +109,7 @@ def make_application(service: Service, *, page: str | None = None, origins: Sequ
         route("/", show_page, "GET", public=True),
         route("/translate", libretranslate.translate, "POST"),
         route("/detect", libretranslate.detect, "POST"),
-        route("/languages", libretranslate.languages, "GET", public=True),
+        route("/languages", libretranslate.languages, "GET", "POST", public=True),  # argostranslate posts
         route("/health", libretranslate.health, "GET", public=True),
         route("/frontend/settings", libretranslate.settings, "GET", public=True),
         route("/models", exploring.models, "GET", public=True),

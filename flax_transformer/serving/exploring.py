@@ -8,23 +8,23 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
-from flax_transformer.decoding.drafts import Draft, as_translation
+from flax_transformer.decoding.drafts import Draft
 from flax_transformer.decoding.inspection import CANDIDATES
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Translation
 from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.writing import write_translation
 from flax_transformer.serving.libretranslate import check_texts
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.parameters import Parameters
-from flax_transformer.serving.pieces import source_spans, target_spans
 from flax_transformer.serving.refusals import Refusal
 from flax_transformer.serving.service import Call, Json, error_answer
 from flax_transformer.serving.texts import check_sentences
+from flax_transformer.text.alignment import spans
 from flax_transformer.text.documents import divide
 from flax_transformer.text.splitting import join_parts
 
 MAX_BEAM = 8
-GREEDY = BeamSearch(beam_size=1)
 KINDS = ("cross", "encoder", "decoder")
 SENTENCES = 50  # of one request that are explained at once
 PICTURED = (32, 64)  # positions and dimensions whose waves are shown
@@ -46,7 +46,10 @@ def _describe(model: Served) -> dict[str, Any]:
         "decoder_layers": config.num_decoder_layers,
         "heads": config.num_heads,
         "positions": config.positions,
-        "position_waves": model.inspector.position_vectors(PICTURED[0])[:, : PICTURED[1]].round(3).tolist(),
+        "position_waves": model.inspector.position_vectors(PICTURED[0])[:, : PICTURED[1]]
+        .astype(float)
+        .round(3)
+        .tolist(),
         "decoder_self_attention": config.decoder_autoregression == "self_attention",
     }
 
@@ -70,18 +73,17 @@ async def explain(call: Call) -> Response:
     if prefix is not None and len(sentences) != 1:
         raise Refusal(400, f"prefix is given, and q has {len(sentences)} sentences: give one sentence")
     copies = wanted if isinstance(search, Sampling) else 1  # samples of one sentence are as many sentences
-    drafts = [
-        await asyncio.to_thread(_draft, model, sentence, copies, search, seed + number, prefix)
-        for number, sentence in enumerate(sentences)
-    ]
+    draft = await asyncio.to_thread(_draft, model, sentences, copies, search, seed, prefix)
     service.check_search(model, search)
-    decode = service.desk.decode
-    found = await asyncio.gather(*(decode(model.translator.engine, draft, search) for draft in drafts))
+    found = await service.desk.decode(model.translator.engine, draft, search)
     service.metrics.sentences.labels(model.name).inc(len(sentences))
     explained = []
-    for number, (sentence, draft, outputs) in enumerate(zip(sentences, drafts, found, strict=True)):
-        hypotheses = [output for several in outputs for output in several][:wanted]
-        described = await asyncio.to_thread(_explain, model, sentence, draft, hypotheses, search, candidates)
+    for number, sentence in enumerate(sentences):
+        own = slice(number * copies, (number + 1) * copies)
+        hypotheses = [output for outputs in found[own] for output in outputs][:wanted]
+        described = await asyncio.to_thread(
+            _explain, model, sentence, draft.sources[own.start], hypotheses, search, candidates
+        )
         described["before"] = document.kept[number]
         described["after"] = document.kept[number + 1] if number + 1 == len(sentences) else ""
         explained.append(described)
@@ -93,6 +95,8 @@ def _search(parameters: Parameters, model: Served, wanted: int) -> BeamSearch | 
     sampling = parameters.section("sampling")
     if sampling is not None:
         return Sampling(
+            extra_length=model.search.extra_length,
+            max_length=model.search.max_length,
             temperature=sampling.number("temperature", 1.0, 0.0, 100.0),
             top_k=sampling.whole("top_k", 0, 0, model.translator.config.target_vocab_size),
             top_p=sampling.number("top_p", 1.0, 0.0, 1.0),
@@ -103,12 +107,17 @@ def _search(parameters: Parameters, model: Served, wanted: int) -> BeamSearch | 
 
 
 def _draft(
-    model: Served, sentence: str, copies: int, search: BeamSearch | Sampling, seed: int, prefix: list[int] | None
+    model: Served,
+    sentences: Sequence[str],
+    copies: int,
+    search: BeamSearch | Sampling,
+    seed: int,
+    prefix: list[int] | None,
 ) -> Draft:
-    """What the engine is to decode: one source, or as many equal ones as there are samples."""
-    draft = model.translator.draft([sentence] * copies, search, seed=seed % 2**32)
+    """What the engine is to decode: one source for each sentence, or as many equal ones as there are samples."""
+    draft = model.translator.draft([each for each in sentences for _ in range(copies)], search, seed=seed)
     longest = model.translator.config.max_length
-    if len(draft.sources) != copies:
+    if any(len(parts) != 1 for parts in draft.parts):
         raise Refusal(400, f"a sentence has more than {longest} tokens, which are too many to explain: shorten it")
     if prefix is not None:
         config = model.translator.config
@@ -123,17 +132,16 @@ def _draft(
 def _explain(
     model: Served,
     sentence: str,
-    draft: Draft,
+    source: list[int],
     outputs: Sequence[Output],
     search: BeamSearch | Sampling,
     candidates: int,
 ) -> dict[str, Any]:
     """A sentence with its translations; runs on a worker thread, because it uses the device."""
     vocabularies = model.translator.vocabularies
-    translations = [as_translation(vocabularies.target, [output], search) for output in outputs]
-    source = draft.sources[0]
+    translations = [write_translation(vocabularies.target, [output], search) for output in outputs]
     pieces = vocabularies.source.pieces(source)
-    hypotheses = [_hypothesis(model, translation) for translation in translations]
+    hypotheses = [_hypothesis(translation) for translation in translations]
     first = translations[0]
     inspection = model.inspector.inspect(source, first.ids)
     best, log_probs = inspection.candidates()
@@ -150,15 +158,15 @@ def _explain(
         "source": sentence,
         "source_tokens": [
             {"text": piece, "start": start, "end": end}
-            for piece, (start, end) in zip(pieces, source_spans(pieces, sentence), strict=True)
+            for piece, (start, end) in zip(pieces, spans(pieces, sentence), strict=True)
         ],
         "hypotheses": hypotheses,
     }
 
 
-def _hypothesis(model: Served, translation: Translation) -> dict[str, Any]:
-    spans = target_spans(model.translator.vocabularies.target, translation.ids, translation.text)
-    columns = zip(translation.ids, translation.tokens, spans, translation.token_log_probs, strict=True)
+def _hypothesis(translation: Translation) -> dict[str, Any]:
+    places = spans(translation.tokens, translation.text)
+    columns = zip(translation.ids, translation.tokens, places, translation.token_log_probs, strict=True)
     return {
         "text": translation.text,
         "score": round(translation.score, 6),
@@ -220,21 +228,25 @@ async def stream(call: Call) -> Response:
     check_texts(call, [text])
     document = await asyncio.to_thread(divide, text)
     check_sentences(call.service, len(document.sentences))
+    search = model.search.replace(beam_size=1, num_return=1)
     drafts = await asyncio.to_thread(
-        lambda: [model.translator.draft([sentence], GREEDY) for sentence in document.sentences]
+        lambda: [model.translator.draft([sentence], search) for sentence in document.sentences]
     )
-    events = _events(call, model, drafts, document.join)
+    events = _events(call, model, drafts, search, document.join)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
-async def _events(call: Call, model: Served, drafts: Sequence[Draft], join: Any) -> AsyncIterator[bytes]:
+async def _events(
+    call: Call, model: Served, drafts: Sequence[Draft], search: BeamSearch, join: Any
+) -> AsyncIterator[bytes]:
     service, translations = call.service, []
+    service.streams += 1
     try:
         async with asyncio.timeout(service.limits.deadline_s):
             for number, draft in enumerate(drafts):
                 text = ""
-                async for parts in service.desk.stream(model.translator.engine, draft, GREEDY):
+                async for parts in service.desk.stream(model.translator.engine, draft, search):
                     text = join_parts(model.translator.vocabularies.target.decode(parts))
                     yield _event("token", {"sentence": number, "text": text})
                 translations.append(text)
@@ -244,6 +256,8 @@ async def _events(call: Call, model: Served, drafts: Sequence[Draft], join: Any)
         yield _event("error", {"error": f"the answer was not ready within {service.limits.deadline_s:g} seconds"})
     except Exception as error:
         yield _event("error", json.loads(error_answer(service.refuse(error)).body))
+    finally:
+        service.streams -= 1
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

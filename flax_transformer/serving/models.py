@@ -5,14 +5,11 @@ from collections.abc import Sequence
 
 from flax_transformer.decoding.inspection import Inspector
 from flax_transformer.decoding.settings import BeamSearch
-from flax_transformer.decoding.sizes import SMALLEST_ROOM
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.serving.languages import Detector, language_name
 from flax_transformer.serving.refusals import Refusal
 
 AUTO = "auto"
-GREEDY = BeamSearch(beam_size=1)
-SIZES = (1, 8, 64)  # numbers of sentences for which programs are compiled before the server is ready
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +34,6 @@ class Served:
     def name(self) -> str:
         """What the metrics call it, e.g. "kn-en"."""
         return f"{self.source}-{self.target}"
-
-    def compile(self, longest: int, batch_tokens: int) -> None:
-        """Compiles what sentences of up to `longest` tokens need, one at a time, as many as there are slots, and some.
-
-        Args:
-            longest: in tokens.
-            batch_tokens: that of the translator.
-        """
-        longest = min(longest, self.translator.config.max_length)
-        for sentences in SIZES:
-            if sentences <= batch_tokens // SMALLEST_ROOM:
-                self.translator.compile(self.search, longest=longest, sentences=sentences)
-        self.translator.compile(GREEDY, longest=longest, sentences=1)  # for /stream
-        self.inspector.compile(longest)
 
 
 class Models:

@@ -160,7 +160,10 @@ def describe(limits: Limits) -> Schema:
             "/detect": {
                 "post": _posts("Tells the language of a text.", _object("q", q=TEXT, **key), _array(CONFIDENCE), forms)
             },
-            "/languages": {"get": _gets("The languages that are served.", languages)},
+            "/languages": {
+                "get": _gets("The languages that are served.", languages),
+                "post": _gets("The same, for clients that post.", languages),
+            },
             "/health": {"get": _gets("Says that the server works.", _object("status", status=TEXT))},
             "/frontend/settings": {"get": _gets("What a page needs to know of the server.", SETTINGS)},
             "/models": {"get": _gets("The models that are served.", _array(MODEL))},

@@ -62,6 +62,29 @@ class PatientProtocol(H11Protocol):
             self._timer = None
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, which does not listen yet, so that a mistake shows before anything is compiled.
+
+    Args:
+        host: the address.
+        port: the port; 0 for any that is free.
+
+    Raises:
+        OSError: the address cannot be had; names it.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{host}:{port} cannot be listened at ({reason}): choose another --host or --port") from error
+    return listener
+
+
 class Server(uvicorn.Server):
     """A server that, when it is told to end, first answers what it has.
 
@@ -74,8 +97,7 @@ class Server(uvicorn.Server):
         application: Starlette,
         service: Service,
         *,
-        host: str,
-        port: int,
+        listener: socket.socket,
         shutdown_s: float,
         connections: int,
         when_ready: Callable[[str], None] = lambda address: None,
@@ -86,8 +108,7 @@ class Server(uvicorn.Server):
         Args:
             application: from `make_application`.
             service: its service.
-            host: the address to listen at.
-            port: the port; 0 for any that is free.
+            listener: from `bind`.
             shutdown_s: seconds within which it ends.
             connections: how many connections it has at most; others get status 503.
             when_ready: is called with the address once it listens.
@@ -96,13 +117,11 @@ class Server(uvicorn.Server):
         protocol = type("Protocol", (PatientProtocol,), {"patience_s": service.limits.read_s})
         config = uvicorn.Config(
             application,
-            host=host,
-            port=port,
             http=protocol,
             ws="none",
             lifespan="off",
             access_log=False,  # it would show keys and texts of query strings
-            log_level="warning",
+            log_level="critical",  # all errors are answered, and logged without texts, in `Service`
             server_header=False,
             limit_concurrency=connections,
             timeout_keep_alive=5,
@@ -111,19 +130,24 @@ class Server(uvicorn.Server):
             forwarded_allow_ips=proxies or None,
         )
         super().__init__(config)
+        self._listener = listener
         self._service, self._shutdown_s, self._when_ready = service, shutdown_s, when_ready
         self.address = ""
+
+    def listen(self) -> None:
+        """Serves until it is told to end."""
+        self.run([self._listener])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, and says so."""
         await super().startup(sockets)
-        name, port, *_ = self.servers[0].sockets[0].getsockname()
+        name, port, *_ = self._listener.getsockname()
         self.address = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
         self._when_ready(self.address)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuses new requests and answers those that are running, then stops to listen."""
-        await self._service.finish(max(0.0, self._shutdown_s - 1))
+        await self._service.finish(max(0.0, self._shutdown_s - 1), lambda: self.force_exit)
         await super().shutdown(sockets)
 
     @contextlib.contextmanager

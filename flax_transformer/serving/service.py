@@ -77,10 +77,20 @@ class Service:
         metrics: the numbers that it counts.
         desk: the queue.
         meter: counts the requests of each client.
+        replace_unknown: whether unknown pieces of translations are replaced by what they translate.
+        streams: how many answers are being told token by token.
         stopping: whether new requests are refused because the server is about to end.
     """
 
-    def __init__(self, models: Models, limits: Limits, *, keys: Keys | None = None, inside: int = 256):
+    def __init__(
+        self,
+        models: Models,
+        limits: Limits,
+        *,
+        keys: Keys | None = None,
+        inside: int = 256,
+        replace_unknown: bool = True,
+    ):
         """Makes a service without requests.
 
         Args:
@@ -88,11 +98,13 @@ class Service:
             limits: the limits.
             keys: the API keys, if one is needed.
             inside: how many sentences each model's engine has at once.
+            replace_unknown: as in `Translator.hypotheses`.
         """
-        self.models, self.limits, self.keys = models, limits, keys
+        self.models, self.limits, self.keys, self.replace_unknown = models, limits, keys, replace_unknown
         self.metrics, self.stopping = Metrics(), False
         self.desk = Desk(queue=limits.queue_sentences, inside=inside, count_tokens=self.metrics.tokens.inc)
         self.meter = Meter(limits.requests_a_minute)
+        self.streams = 0
         self._searches: dict[str, set[BeamSearch | Sampling]] = {}
         self._running: set[asyncio.Task[Response]] = set()
         self.metrics.gauge("sentences_open", "Sentences waiting or being translated.").set_function(
@@ -198,11 +210,17 @@ class Service:
                 each.cancel()
             await asyncio.wait({task, gone})
 
-    async def finish(self, seconds: float) -> None:
-        """Refuses new requests, waits for those that are running, and ends those that take longer than this."""
+    async def finish(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Refuses new requests, waits for those that are running, and ends those that take longer.
+
+        Args:
+            seconds: how long to wait.
+            hurry: says that there is no time to wait any more.
+        """
         self.stopping = True
-        if self._running:
-            await asyncio.wait(self._running, timeout=seconds)
+        end = time.monotonic() + seconds
+        while (self._running or self.streams) and time.monotonic() < end and not hurry():
+            await asyncio.sleep(0.05)
         for task in self._running:
             task.cancel()
 

@@ -9,6 +9,7 @@ from flax_transformer.decoding.results import Translation
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.refusals import Refusal
 from flax_transformer.serving.service import Service
+from flax_transformer.text.alignment import TextAlignment, spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,15 @@ async def translate_texts(
     draft = await asyncio.to_thread(model.translator.draft, documents.sentences, search)
     found = await service.desk.decode(model.translator.engine, draft, search)
     service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
-    return await asyncio.to_thread(_join, documents, draft.translations(found), alternatives)
+    write = model.translator.write
+    translations = await asyncio.to_thread(
+        write, draft, found, replace_unknown=service.replace_unknown, align=model.inspector.align
+    )
+    alignments = [
+        await asyncio.to_thread(_align, model, sentence, several[0]) if aligned else None
+        for sentence, several, aligned in zip(documents.sentences, translations, documents.aligned, strict=True)
+    ]
+    return await asyncio.to_thread(_join, documents, translations, alignments, alternatives)
 
 
 def check_sentences(service: Service, count: int) -> None:
@@ -60,9 +69,26 @@ def check_sentences(service: Service, count: int) -> None:
         )
 
 
-def _join(documents: Documents, found: Sequence[Sequence[Translation]], alternatives: int) -> list[Translated]:
+def _align(model: Served, sentence: str, translation: Translation) -> TextAlignment | None:
+    """How the characters of a translation belong to those of its source; `None` if it was translated in parts."""
+    source = model.translator.vocabularies.source
+    (ids,) = source.encode([sentence])
+    if len(ids) > model.translator.config.max_length or not translation.ids:
+        return None
+    weights = model.inspector.inspect(ids, translation.ids).alignment()
+    return TextAlignment(
+        tuple(spans(source.pieces(ids), sentence)), tuple(spans(translation.tokens, translation.text)), weights
+    )
+
+
+def _join(
+    documents: Documents,
+    found: Sequence[Sequence[Translation]],
+    alignments: Sequence[TextAlignment | None],
+    alternatives: int,
+) -> list[Translated]:
     ranks = [
-        documents.join([several[min(rank, len(several) - 1)].text for several in found])
+        documents.join([several[min(rank, len(several) - 1)].text for several in found], alignments)
         for rank in range(alternatives + 1)
     ]
     translated, start = [], 0

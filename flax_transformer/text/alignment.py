@@ -6,7 +6,7 @@ Glossary: S source pieces, T target pieces; a span is the positions of a first c
 import dataclasses
 import itertools
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import regex
@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 Span = tuple[int, int]
 
-_SPACE = "▁"
+_SPACE, _UNKNOWN = "▁", "<unk>"
 _CONTROL = frozenset(("<s>", "</s>", "<pad>", "<mask>"))
 # Characters that vocabularies drop, so that no piece stands for them.
 _DROPPED = regex.compile(r"[\s\u2800\p{Default_Ignorable_Code_Point}\p{Cc}\ufff9-\ufffb]")
@@ -58,7 +58,7 @@ def units(text: str) -> list[Span]:
     return [match.span() for match in _UNIT.finditer(text)]
 
 
-def spans(pieces: Sequence[str], text: str, is_unknown: Callable[[str], bool] = lambda piece: False) -> list[Span]:
+def spans(pieces: Sequence[str], text: str, unknown: Sequence[bool] | None = None) -> list[Span]:
     """The span of characters in `text` for which each piece stands, in order; empty where it stands for none.
 
     Vocabularies compose accents, drop invisible characters and change white space, so pieces and text are compared
@@ -68,31 +68,35 @@ def spans(pieces: Sequence[str], text: str, is_unknown: Callable[[str], bool] = 
     Args:
         pieces: the pieces of the text, as a vocabulary splits it; "▁" is a space.
         text: the text as it was written, before a vocabulary changed its spelling.
-        is_unknown: whether a piece stands for text that it does not name.
+        unknown: which pieces stand for text that they do not name; those that are "<unk>" if not given.
     """
+    unknown = [piece == _UNKNOWN for piece in pieces] if unknown is None else unknown
     plain, origins = _plain(text)
     found: list[Span] = []
     gap: list[str] = []  # pieces that wait for the next one that is found
+    blind = False  # whether one of them is unknown
     place = before = 0  # in the plain text, and in the text, behind the last piece that was found
 
     def fill(after: int) -> None:
         found.extend(_share(text, before, after, gap))
         gap.clear()
 
-    for piece in pieces:
-        letters = "" if is_unknown(piece) or piece in _CONTROL else _plain(piece.replace(_SPACE, " "))[0]
+    for piece, is_unknown in zip(pieces, unknown, strict=True):
+        letters = "" if is_unknown or piece in _CONTROL else _plain(piece.replace(_SPACE, " "))[0]
         if not letters:
             gap.append(piece)
+            blind |= is_unknown
             continue
         # Behind an unknown piece any distance is possible, and at least one character.
-        unknown = any(map(is_unknown, gap))
-        at = plain.find(letters, place + unknown, len(plain) if unknown else place + len(letters) + _REACH)
+        at = plain.find(letters, place + blind, len(plain) if blind else place + len(letters) + _REACH)
         if at < 0:
             gap.append(piece)
+            blind = True
             continue
         span = origins[at][0], origins[at + len(letters) - 1][1]
         fill(span[0])
         found.append(span)
+        blind = False
         place, before = at + len(letters), span[1]
     fill(len(text))
     return found

@@ -86,7 +86,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def check_count(translations: Sequence[str], sentences: Sequence[str]) -> None:
+def check_count(translations: Sequence[object], sentences: Sequence[str]) -> None:
     """Raises ValueError if there is not one translation for each sentence."""
     if len(translations) != len(sentences):
         raise ValueError(f"there are {len(translations)} translations of {len(sentences)} sentences: give one for each")

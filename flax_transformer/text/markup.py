@@ -6,6 +6,7 @@ elements that say `translate="no"` or have the class `notranslate` stay as they 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 
 from flax_transformer.text.alignment import TextAlignment
@@ -15,10 +16,12 @@ from flax_transformer.text.markup_runs import Run, Slot
 from flax_transformer.text.markup_tokens import Token, escape, read_tokens
 from flax_transformer.text.splitting import needs_space
 
+_LETTER = re.compile(r"[^\W\d_]")
+
 # The elements that are parts of a sentence, as HTML has them, and as older pages do.
 _INLINE = frozenset(
-    "a abbr acronym b bdi bdo big blink cite data del dfn em font i ins label mark nobr q rb rp rt rtc ruby s slot small "
-    "span strike strong sub sup time tt u".split()
+    "a abbr acronym b bdi bdo big blink cite data del dfn em font i ins label mark nobr q rb rp rt rtc ruby s slot "
+    "small span strike strong sub sup time tt u".split()
 )
 # Tokens that are no elements with words and still end a sentence.
 _BREAKS = frozenset(
@@ -148,6 +151,14 @@ class _Structure:
         return number in self._breaking
 
 
+def _is_note(tokens: Sequence[Token], start: int, end: int) -> bool:
+    """Whether an element is raised and has no letters, as marks of footnotes and powers are, behind a word."""
+    if tokens[start].name != "sup" or any(_LETTER.search(token.text) for token in tokens[start:end]):
+        return False
+    behind = tokens[end + 1] if end + 1 < len(tokens) else None
+    return behind is None or behind.kind != "text" or not behind.text[0].isalnum()
+
+
 def _divide(tokens: Sequence[Token]) -> Iterator[str | Slot]:
     structure = _Structure(tokens)
     run = Run()
@@ -156,7 +167,7 @@ def _divide(tokens: Sequence[Token]) -> Iterator[str | Slot]:
     while number < len(tokens):
         token = tokens[number]
         apart = False
-        if token.kind == "start" and structure.is_kept(number):
+        if token.kind == "start" and (structure.is_kept(number) or _is_note(tokens, number, structure.end[number])):
             inside = tokens[number : structure.end[number] + 1]
             token = Token("other", "".join(each.raw for each in inside), text="".join(each.text for each in inside))
             apart = structure.breaks(number)

@@ -6,14 +6,17 @@ unit of the same number; the last one is behind all.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from flax_transformer.text.alignment import TextAlignment, units
+from flax_transformer.text.alignment import Span, TextAlignment, units
 from flax_transformer.text.markup_tokens import escape
+
+_WORD = re.compile(r"\w")
 
 Side = Literal["inside", "first", "last"]
 
@@ -53,8 +56,8 @@ def insert_markup(nodes: Sequence[Node], source: str, target: str, alignment: Te
     """
     alignment = alignment or TextAlignment.by_position(source, target)
     words = units(target)
-    spread = _Spread(source, alignment, words)
-    gaps: dict[Node, tuple[int, int]] = {}
+    spread = _Spread(source, target, alignment, words)
+    gaps: dict[Node, Span] = {}
     waiting = [(list(nodes), 0, len(words))]
     while waiting:
         siblings, low, high = waiting.pop()
@@ -66,37 +69,73 @@ def insert_markup(nodes: Sequence[Node], source: str, target: str, alignment: Te
 class _Spread:
     """How much of each unit of the translation comes from each part of the source."""
 
-    def __init__(self, source: str, alignment: TextAlignment, words: Sequence[tuple[int, int]]):
-        self.source = source
-        self._spans = np.array(alignment.source_spans, float).reshape(-1, 2)
-        self._sizes = self._spans[:, 1] - self._spans[:, 0]
-        targets = np.array(alignment.target_spans, float).reshape(-1, 2)
-        edges = np.array(words, float).reshape(-1, 2)
-        overlaps = np.minimum(edges[:, None, 1], targets[None, :, 1]) - np.maximum(edges[:, None, 0], targets[None, :, 0])
-        weights = np.maximum(overlaps, 0) @ (alignment.weights * (self._sizes > 0))
+    def __init__(self, source: str, target: str, alignment: TextAlignment, words: Sequence[Span]):
+        here = units(source)
+        self._starts, self._stops = np.array(here, int).reshape(-1, 2).T
+        weights = alignment.weights.astype(float)
+        # Without a model's pieces the spans are units already; such texts may be long, and products of matrices slow.
+        if alignment.target_spans != tuple(words):
+            weights = _overlaps(words, alignment.target_spans) @ weights
+        if alignment.source_spans != tuple(here):
+            to_source = _overlaps(alignment.source_spans, here)
+            sizes = to_source.sum(axis=1, keepdims=True)
+            weights = weights @ np.divide(to_source, sizes, out=np.zeros_like(to_source), where=sizes > 0)
         total = weights.sum(axis=1, keepdims=True)
-        self._weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        self._weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0).T
+        # Sums over the units of the source before each one, so that any part of it takes one subtraction.
+        self._sums = np.concatenate([np.zeros((1, len(words))), np.cumsum(self._weights, axis=0)])
+        self._words = np.cumsum([0, *(bool(_WORD.search(source, *unit)) for unit in here)])
+        self.is_word = np.array([bool(_WORD.search(target, *word)) for word in words], bool)
 
-    def share(self, start: int, stop: int) -> Float[np.ndarray, "U"]:
-        """Each unit's share that comes from these characters of the source."""
-        overlaps = np.minimum(self._spans[:, 1], stop) - np.maximum(self._spans[:, 0], start)
-        return self._weights @ np.divide(
-            np.maximum(overlaps, 0), self._sizes, out=np.zeros_like(overlaps), where=self._sizes > 0
-        )
+    def share(self, node: Node) -> Float[np.ndarray, "U"]:
+        """Each unit's share that comes from the text of a node."""
+        return self._until(node.stop) - self._until(node.start)
 
-    def border(self, start: int, stop: int) -> Float[np.ndarray, "U"]:
-        """Each unit's share from the source piece before `start`, less that from the piece behind `stop`."""
-        before = np.flatnonzero((self._spans[:, 1] <= start) & (self._sizes > 0))[-1:]
-        behind = np.flatnonzero((self._spans[:, 0] >= stop) & (self._sizes > 0))[:1]
-        return self._weights[:, before].sum(axis=1) - self._weights[:, behind].sum(axis=1)
+    def border(self, node: Node) -> Float[np.ndarray, "U"]:
+        """Each unit's share from the unit of the source before a node, less that from the one behind it."""
+        border = np.zeros(self._weights.shape[1])
+        before = int(np.searchsorted(self._stops, node.start, side="right")) - 1
+        behind = int(np.searchsorted(self._starts, node.stop, side="left"))
+        if before >= 0:
+            border += self._weights[before]
+        if behind < len(self._starts):
+            border -= self._weights[behind]
+        return border
+
+    def has_units(self, node: Node) -> bool:
+        """Whether a node has visible text."""
+        return self._touched(node)[0] < self._touched(node)[1]
+
+    def has_word(self, node: Node) -> bool:
+        """Whether a node has more than punctuation."""
+        first, last = self._touched(node)
+        return bool(self._words[last] > self._words[first])
+
+    def _touched(self, node: Node) -> tuple[int, int]:
+        first = int(np.searchsorted(self._stops, node.start, side="right"))
+        return first, max(first, int(np.searchsorted(self._starts, node.stop, side="left")))
+
+    def _until(self, place: int) -> Float[np.ndarray, "U"]:
+        """Each unit's share from the source before a place."""
+        unit = int(np.searchsorted(self._stops, place, side="right"))
+        if unit == len(self._stops) or self._starts[unit] >= place:
+            return self._sums[unit]
+        part = (place - self._starts[unit]) / (self._stops[unit] - self._starts[unit])
+        return self._sums[unit] + part * self._weights[unit]
 
 
-def _place(siblings: Sequence[Node], low: int, high: int, spread: _Spread, gaps: dict[Node, tuple[int, int]]) -> None:
+def _overlaps(first: Sequence[Span], second: Sequence[Span]) -> Float[np.ndarray, "F G"]:
+    """The number of characters that each span of one list shares with each of another."""
+    one, other = np.array(first, float).reshape(-1, 1, 2), np.array(second, float).reshape(1, -1, 2)
+    return np.maximum(np.minimum(one[..., 1], other[..., 1]) - np.maximum(one[..., 0], other[..., 0]), 0.0)
+
+
+def _place(siblings: Sequence[Node], low: int, high: int, spread: _Spread, gaps: dict[Node, Span]) -> None:
     """Gives each sibling its gaps between `low` and `high`."""
     taken = np.zeros(high - low, bool)
     start, stop = 0, high - low  # what the elements that cross an end of the sentence leave over
-    with_words = [node for node in siblings if units(spread.source[node.start : node.stop])]
-    shares = {node: spread.share(node.start, node.stop)[low:high] for node in with_words}
+    with_words = [node for node in siblings if spread.has_units(node)]
+    shares = {node: spread.share(node)[low:high] for node in with_words}
 
     def take(node: Node, begin: int, end: int) -> None:
         gaps[node] = low + begin, low + end
@@ -113,11 +152,13 @@ def _place(siblings: Sequence[Node], low: int, high: int, spread: _Spread, gaps:
     inner = [node for node in with_words if node.side == "inside"]
     for node in sorted(inner, key=lambda node: _best_run(shares[node])[0], reverse=True):
         score, begin, end = _best_run(np.where(taken, -np.inf, shares[node]))
-        if score <= 0 and not taken.all():
-            begin = int(np.argmax(np.where(taken, -1.0, shares[node])))
+        free = ~taken & (spread.is_word[low:high] | ~spread.has_word(node))
+        if score <= 0 or not free[begin:end].any():
+            # It goes around the word that is most its own; but words that must stay replace no other words.
+            if node.verbatim is not None or not free.any():
+                continue
+            begin = int(np.argmax(np.where(free, shares[node], -1.0)))
             end = begin + 1
-        elif score <= 0:
-            continue  # all words are taken: see below
         take(node, begin, end)
     allowed = np.ones(high - low + 1, bool)
     allowed[:start] = allowed[stop + 1 :] = False
@@ -126,7 +167,7 @@ def _place(siblings: Sequence[Node], low: int, high: int, spread: _Spread, gaps:
             allowed[gaps[node][0] - low + 1 : gaps[node][1] - low] = False
     for node in siblings:
         if node not in gaps:
-            border = np.concatenate([[0.0], np.cumsum(spread.border(node.start, node.stop)[low:high])])
+            border = np.concatenate([[0.0], np.cumsum(spread.border(node)[low:high])])
             gap = int(np.argmax(np.where(allowed, border, -np.inf)))
             take(node, gap, gap)
 
@@ -147,7 +188,7 @@ def _prefix(shares: Float[np.ndarray, "U"]) -> int:
 class _Writer:
     """Writes a translation with its tags, from left to right."""
 
-    def __init__(self, target: str, words: Sequence[tuple[int, int]], gaps: dict[Node, tuple[int, int]]):
+    def __init__(self, target: str, words: Sequence[Span], gaps: dict[Node, Span]):
         self._target, self._words, self._gaps = target, words, gaps
         self._written: list[str] = []
         self._at = 0
@@ -177,15 +218,15 @@ class _Writer:
         if first < last:
             if node.side != "first":
                 self._copy(self._before(first))
-            self._written.append(markup)
             if node.verbatim is not None:
+                self._space(node)
                 self._at = self._behind(last)
+            self._written.append(markup)
             return
         # It has no words: it goes to the word from which no space separates it, and has spaces where it had them.
         apart = node.space_before
         self._copy(min(self._before(first) if apart else self._behind(first), limit))
-        if apart and self._at and not self._target[self._at - 1].isspace():
-            self._written.append(" ")
+        self._space(node)
         self._written.append(markup)
 
     def _close(self, node: Node) -> None:
@@ -194,7 +235,12 @@ class _Writer:
             self._copy(self._behind(last))
         self._written.append(node.closing)
         behind = self._target[self._at : self._at + 1]
-        if first == last and node.space_behind and behind and not behind.isspace():
+        if (first == last or node.verbatim is not None) and node.space_behind and behind and not behind.isspace():
+            self._written.append(" ")
+
+    def _space(self, node: Node) -> None:
+        """Writes a space where one stood before a node and none stands before its place."""
+        if node.space_before and self._at and not self._target[self._at - 1].isspace():
             self._written.append(" ")
 
     def _copy(self, stop: int) -> None:

@@ -137,8 +137,7 @@ class Run:
             words = [mark for mark in self._marks if mark.kind == "words"]
             edges = {edge for span in spans for edge in span}
             # An end of a sentence inside of words that stay: the model cannot see these words.
-            cut = next((mark for mark in words if any(edge in edges for edge in range(mark.place + 1, mark.stop))), None)
-            if cut is None:
+            if not any(edge in edges for mark in words for edge in range(mark.place + 1, mark.stop)):
                 break
             self._hide()
         open_text = list(text)

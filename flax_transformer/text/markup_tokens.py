@@ -1,8 +1,8 @@
 """Reads HTML or XML as a flat list of tokens that is always balanced: tags, text, and what is neither.
 
-A text that is well-formed XML, as most snippets of content systems, strings files and XLIFF are, is read with expat, which
-tells where each tag stands; so all of it that is not translated comes back byte for byte. Everything else is read as
-browsers read HTML, with lxml: tags that lack are added, and tags that close nothing are left out.
+A text that is well-formed XML, as most snippets of content systems, strings files and XLIFF are, is read with expat,
+which tells where each tag stands; so all of it that is not translated comes back byte for byte. Everything else is read
+as browsers read HTML, with lxml: tags that lack are added, and tags that close nothing are left out.
 """
 
 import functools
@@ -241,7 +241,6 @@ def _etree() -> Any:
     try:
         from lxml import etree
     except ImportError as error:
-        raise ValueError("HTML is read with lxml, which is not installed: pip install 'flax_transformer[markup]'") from (
-            error
-        )
+        message = "HTML is read with lxml, which is not installed: pip install 'flax_transformer[markup]'"
+        raise ValueError(message) from error
     return etree

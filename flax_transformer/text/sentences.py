@@ -13,7 +13,7 @@ import regex
 
 # "." and similar marks also occur inside numbers, addresses and names, so white space must follow them. The marks of
 # other scripts do not occur there, and often no white space follows them.
-CLOSING = r"""['"\p{Pi}\p{Pf}\p{Pe}]*(?=\s)"""
+CLOSING = r"""['"\p{Pi}\p{Pf}\p{Pe}]*+(?:\s»)?+(?=\s)"""  # French has a space before "»"
 _RUN = r"(?<![\p{Sentence_Terminal}…])[\p{Sentence_Terminal}…]++"  # as one, so that a million dots take no time
 SENTENCE = _RUN + CLOSING
 SENTENCE_WITHOUT_SPACE = r"[\p{Sentence_Terminal}--[.?!]]++[\p{Pf}\p{Pe}]*+"
@@ -29,14 +29,16 @@ _END = regex.compile(
 # What may stand before a full stop that ends no sentence: the last word, up to the stop.
 _LAST_WORD = regex.compile(r"[^\s\p{Ps}\p{Pi}]*\Z", regex.VERSION1)
 _REACH = 24  # a longer word is no abbreviation
-_INITIAL = regex.compile(r"(?:\p{Lu}\p{M}*-?\.?)*\p{Lu}\p{M}*|(?=\p{Lo})\X|(?:\p{L}{1,2}\.)+\p{L}{1,2}", regex.VERSION1)
+_INITIAL = regex.compile(r"(?:\p{Lu}\p{M}*\.?-?)*\p{Lu}\p{M}*|(?=\p{Lo})\X|(?:\p{L}{1,2}\.)+\p{L}{1,2}", regex.VERSION1)
+_BROKEN = regex.compile(r"\s(?:\p{Lu}\.|\p{Ll}\.|\p{Nd})", regex.VERSION1)  # what follows the "z." of "z. B."
 _WITH_LOWER = regex.compile(r"\p{Ll}\s+I\Z")
 
 # Titles and the like, after which a name comes, as they are written in English, German, Dutch, French, Spanish,
 # Portuguese, Italian and Russian.
 _BEFORE_NAMES = frozenset(
-    "capt cmdr col cpl dipl dr dra drs eng exmo fr gen gov hon hr hrn hs ing lt maj mag mgr mme mr mrs ms mt prof profa "
-    "pres rep rev sen sgt sig sr sra srta st ste str vgl vs cf bzw ca inkl evtl resp проф акад им ул тов гр св".split()
+    "capt cmdr col cpl dipl dr dra drs eng exmo fr gen gov hon hr hrn hs ing lt maj mag mgr mme mr mrs ms mt prof "
+    "profa pres rep rev sen sgt sig sr sra srta st ste str vgl vs cf bzw ca inkl evtl resp "
+    "проф акад им ул тов гр св".split()
 )
 # Words before a number.
 _BEFORE_NUMBERS = frozenset(
@@ -74,6 +76,8 @@ def _is_inside(text: str, match: regex.Match[str]) -> bool:
         return False
     if _INITIAL.fullmatch(word):
         return not _WITH_LOWER.search(before)  # "so am I."
+    if len(word) == 1 and word.islower() and _BROKEN.match(text, match.end()):
+        return True
     following = text[match.end() : match.end() + _REACH].lstrip()[:1]
     return (
         word.lower() in _BEFORE_NAMES

@@ -3,6 +3,7 @@
 The translations mean nothing, but they depend on every token of the source.
 """
 
+import contextlib
 import threading
 import time
 from functools import partial
@@ -22,7 +23,7 @@ from flax_transformer.model import Transformer
 from flax_transformer.serving.application import make_application
 from flax_transformer.serving.limits import Limits
 from flax_transformer.serving.models import Models, Served
-from flax_transformer.serving.server import Server
+from flax_transformer.serving.server import Server, bind
 from flax_transformer.serving.service import Service
 from flax_transformer.trained_model import TrainedModel
 
@@ -31,7 +32,8 @@ PAGE = "<!doctype html><title>page</title><style>p{color:red}</style><script>let
 
 
 def sentence(number, length=4):
-    return " ".join(np.random.default_rng(number).choice(WORDS, length))
+    """A sentence of random words."""
+    return " ".join(np.random.default_rng(number).choice(WORDS, length)).capitalize() + "."
 
 
 def random_params(config, seed):
@@ -49,7 +51,7 @@ def random_params(config, seed):
 @pytest.fixture(scope="session")
 def trained():
     """A model of random weights for English words."""
-    lines = [f"{sentence(100 + number, 6)}." for number in range(40)]
+    lines = [sentence(100 + number, 6) for number in range(40)]
     vocabularies = VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
     size = vocabularies.source.size
     config = TransformerConfig(
@@ -68,10 +70,12 @@ def trained():
 
 @pytest.fixture(scope="session")
 def served(trained):
-    """It is called English to Kannada, so that both languages differ."""
+    """It is called English to German; few programs serve it, so that tests compile little."""
     translator = Translator(trained, batch_tokens=128, devices=jax.local_devices()[:1])
-    translator.engine.growth = 4
-    return Served("en", "kn", translator, translator.inspector, BeamSearch(extra_length=8))
+    engine, search = translator.engine, BeamSearch(extra_length=6)
+    engine.programs.only_prepared()
+    engine.programs.prepare(engine.compiled_for(search), 16, 4)
+    return Served("en", "de", translator, translator.inspector, search)
 
 
 @pytest.fixture
@@ -106,35 +110,48 @@ def client(make_client):
     return make_client()
 
 
-@pytest.fixture
-def make_server(make_service):
-    """Starts a server in a thread, and returns it with its service; arguments as in `make_service`."""
-    running = []
-
-    def make(*more, connections=50, shutdown_s=5.0, **options):
-        service = make_service(*more, **options)
-        ready = threading.Event()
-        server = Server(
-            make_application(service, page=PAGE),
-            service,
-            host="127.0.0.1",
-            port=0,
-            shutdown_s=shutdown_s,
-            connections=connections,
-            when_ready=lambda address: ready.set(),
-        )
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        assert ready.wait(20)
-        running.append((server, thread))
-        server.service, server.thread = service, thread
-        return server
-
-    yield make
-    for server, thread in running:
+@contextlib.contextmanager
+def serving(service, *, page, connections=50, shutdown_s=5.0):
+    """A server in a thread."""
+    ready = threading.Event()
+    server = Server(
+        make_application(service, page=page),
+        service,
+        listener=bind("127.0.0.1", 0),
+        shutdown_s=shutdown_s,
+        connections=connections,
+        when_ready=lambda address: ready.set(),
+    )
+    thread = threading.Thread(target=server.listen)
+    thread.start()
+    assert ready.wait(20)
+    server.service, server.thread = service, thread
+    try:
+        yield server
+    finally:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def make_server(make_service):
+    """Starts a server in a thread, and returns it with its service; arguments as in `make_service` and `serving`."""
+    with contextlib.ExitStack() as running:
+
+        def make(*more, connections=50, shutdown_s=5.0, **options):
+            service = make_service(*more, **options)
+            started = serving(service, page=PAGE, connections=connections, shutdown_s=shutdown_s)
+            return running.enter_context(started)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def address(served):
+    """The address of a server with the page that comes with the library."""
+    with serving(Service(Models([served]), Limits(), inside=16), page=None) as server:
+        yield server.address
 
 
 def wait_until(condition, seconds=20.0):

@@ -156,9 +156,7 @@ def answer(sentences):
             ],
         }
         tokens = [{"text": piece, "start": start, "end": end} for piece, start, end in source_pieces]
-        explained.append(
-            {"source": source, "source_tokens": tokens, "before": "", "after": "", "hypotheses": [best]}
-        )
+        explained.append({"source": source, "source_tokens": tokens, "before": "", "after": "", "hypotheses": [best]})
     return {"sentences": explained}
 
 
@@ -212,9 +210,7 @@ def test_the_caret_points_too(open_page):
 
 def test_counterparts_are_those_of_the_alignment(open_page):
     page = open_page()
-    reply = answer(
-        [("a cat", "um gato", [("▁a", 0, 1), ("▁cat", 2, 5)], [("▁um", 0, 2), ("▁ga", 3, 5), ("to", 5, 7)])]
-    )
+    reply = answer([("a cat", "um gato", [("▁a", 0, 1), ("▁cat", 2, 5)], [("▁um", 0, 2), ("▁ga", 3, 5), ("to", 5, 7)])])
     reply["sentences"][0]["hypotheses"][0]["alignment"] = [[0.9, 0.1], [0.0, 1.0], [0.2, 0.8]]
     page.route(EXPLAIN, lambda route: route.fulfill(json=reply))
     type_text(page, "a cat")
