@@ -22,7 +22,7 @@ def check(text):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_hostile_texts_come_back(seed):
-    for number in range(25):
+    for number in range(13):
         check(plain_text(1000 * seed + number))
 
 
