@@ -99,7 +99,8 @@ def divide_markup(text: str) -> MarkupDocument:
     """Divides HTML or XML, a whole document or a fragment, into sentences and what is kept.
 
     Raises:
-        ValueError: the text is no well-formed XML, and lxml, which reads HTML, is not installed.
+        ValueError: the text is no well-formed XML, and lxml, which reads HTML, is not installed, or its elements are
+            nested more than 2,000 deep.
     """
     return MarkupDocument(tuple(part for part in _divide(read_tokens(text)) if part))
 

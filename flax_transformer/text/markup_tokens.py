@@ -9,7 +9,7 @@ import functools
 import html
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 from xml.parsers import expat
 
@@ -51,7 +51,7 @@ def read_tokens(text: str) -> list[Token]:
     """The tokens of a text: every start has its end, and ends come in the order that nesting wants.
 
     Raises:
-        ValueError: lxml is needed and not installed.
+        ValueError: lxml is needed and not installed, or HTML is nested more than 2,000 deep.
     """
     data = text.encode(errors="replace")
     try:
@@ -156,6 +156,8 @@ def _read_html(data: bytes) -> Iterator[Token]:
     whole = _WHOLE.match(data)
     parser = etree.HTMLParser(encoding="utf-8", huge_tree=True)
     root = etree.fromstring(data if whole else b"<html><body>" + data, parser)
+    if any("depth" in entry.message for entry in parser.error_log):
+        raise ValueError("the markup has elements that are nested more than 2,000 deep: close them, or divide the text")
     if root is None:
         yield Token("other", escape(data.decode()))
         return
@@ -228,7 +230,7 @@ def _markup(comment: Any, data: bytes) -> str:
     return f"<!--{text}-->"
 
 
-def _switch(attributes: Mapping[str, str]) -> bool | None:
+def _switch(attributes: Any) -> bool | None:
     """Whether the attributes of an element switch the translation of its contents on or off."""
     if "notranslate" in attributes.get("class", "").split():
         return False

@@ -19,9 +19,9 @@ SENTENCE = _RUN + CLOSING
 SENTENCE_WITHOUT_SPACE = r"[\p{Sentence_Terminal}--[.?!]]++[\p{Pf}\p{Pe}]*+"
 
 _END = regex.compile(
-    # The sentence continues if lower case follows, as in "e.g. this" and '"Stop!" she said', or if a letter follows a
-    # quotation mark, as in 「はい。」と言った.
-    rf"""{SENTENCE}(?!\s+[\p{{Ps}}\p{{Pi}}"']*\p{{Ll}})|{SENTENCE_WITHOUT_SPACE}(?<![\p{{Pf}}\p{{Pe}}](?=\p{{L}}))"""
+    # The sentence continues if lower case follows, as in "e.g. this" and '"Stop!" she said', or if Hiragana
+    # follows a quotation mark, as in 「はい。」と言った.
+    rf"""{SENTENCE}(?!\s+[\p{{Ps}}\p{{Pi}}"']*\p{{Ll}})|{SENTENCE_WITHOUT_SPACE}(?<![\p{{Pf}}\p{{Pe}}](?=\p{{Hiragana}}))"""
     rf"""|{_RUN}(?<=[?!])(?=[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}])""",
     regex.VERSION1,
 )
