@@ -153,7 +153,7 @@ LAYOUT = {
     "serving.preparing": "decoding serving.models",
     "serving.desk": "decoding serving.refusals",
     "serving.parameters": "serving.limits serving.refusals",
-    "serving.service": "decoding.settings serving.desk serving.limits serving.metrics serving.models "
+    "serving.service": "decoding serving.desk serving.limits serving.metrics serving.models "
     "serving.parameters serving.refusals",
     "serving.texts": "text decoding serving.models serving.refusals serving.service",
     "serving.libretranslate": "text serving.languages serving.models serving.refusals serving.service serving.texts",

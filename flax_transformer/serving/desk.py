@@ -10,6 +10,7 @@ together, so the slots stay few and each step short while small requests come an
 
 import asyncio
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -123,7 +124,7 @@ class Desk:
                     streams=True,
                 )
                 request.when_told(tell)
-                request.when_done(lambda _, tell=tell: tell(None))
+                request.when_done(functools.partial(_tell_end, tell))
                 try:
                     ended = False
                     while not ended:
@@ -208,3 +209,7 @@ class Desk:
         if not job.waiting and job in line.jobs:
             line.jobs.remove(job)  # it needs no more turns
         self._give(engine, line)
+
+
+def _tell_end(tell: Callable[[None], None], request: Request) -> None:
+    tell(None)

@@ -18,7 +18,7 @@ from flax_transformer.serving.libretranslate import check_texts
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.parameters import Parameters
 from flax_transformer.serving.refusals import Refusal
-from flax_transformer.serving.service import Call, Json, error_answer
+from flax_transformer.serving.service import Call, Json
 from flax_transformer.serving.texts import check_sentences
 from flax_transformer.text.alignment import spans
 from flax_transformer.text.documents import divide
@@ -256,7 +256,7 @@ async def _events(
     except TimeoutError:
         yield _event("error", {"error": f"the answer was not ready within {service.limits.deadline_s:g} seconds"})
     except Exception as error:
-        yield _event("error", json.loads(error_answer(service.refuse(error)).body))
+        yield _event("error", {"error": service.refuse(error).message})
     finally:
         service.streams -= 1
 

@@ -35,7 +35,9 @@ def languages_of(config: dict[str, Any]) -> tuple[str, str] | None:
         return source, target
     corpus = data.get("train") or ""
     found = _BUILT_IN.search(corpus) or _FILES.match(corpus)
-    return (found[1], found[2]) if found else None
+    if found and {found[1], found[2]} <= _ENGLISH.languages.keys():  # ".txt" is no language
+        return found[1], found[2]
+    return None
 
 
 def as_pair(text: str) -> tuple[str, str]:

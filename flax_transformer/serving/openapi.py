@@ -221,7 +221,7 @@ def describe_in_html(description: Schema) -> str:
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
             content = operation.get("requestBody", {}).get("content", {})
-            fields = next(iter(content.values()), {}).get("schema", {}).get("properties", {})
+            fields = content and next(iter(content.values()))["schema"]["properties"]
             fields = fields or {each["name"]: {} for each in operation.get("parameters", [])}
             cells = (f"{method.upper()} {path}", operation["summary"], ", ".join(fields))
             rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))

@@ -98,7 +98,7 @@ class Parameters:
         return Parameters(value, typed=self._typed)
 
 
-def _as_number(value: Any, kind: type, typed: bool) -> float | None:
+def _as_number(value: Any, kind: type[int] | type[float], typed: bool) -> float | None:
     if isinstance(value, str) and not typed and len(value) < 40:
         try:
             value = kind(value)

@@ -1,6 +1,7 @@
 """`Service`: what all routes share. It admits requests, and ends each with an answer, an error or a deadline."""
 
 import asyncio
+import functools
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import jax
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.serving.desk import Desk
 from flax_transformer.serving.limits import Keys, Limits, Meter
@@ -25,6 +27,10 @@ from flax_transformer.serving.refusals import Refusal
 SEARCHES = 32  # kinds of searches that each model is compiled for
 CLIENT_GONE = 499  # what the metrics call a request whose client did not wait for the answer
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # jax's word for it
+SLOTS = (
+    ("slots_in_use", "Slots that hold a sentence, by model."),
+    ("slots", "Slots, by model."),
+)
 logger = logging.getLogger("flax_transformer.serving")
 
 
@@ -110,13 +116,10 @@ class Service:
         self.metrics.gauge("sentences_open", "Sentences waiting or being translated.").set_function(
             lambda: self.desk.open
         )
-        for name, meaning, read in (
-            ("slots", "Slots, by model.", lambda engine: engine.slots[1]),
-            ("slots_in_use", "Slots that hold a sentence, by model.", lambda engine: engine.slots[0]),
-        ):
+        for number, (name, meaning) in enumerate(SLOTS):
             gauge = self.metrics.gauge(name, meaning, "model")
             for model in models.served:
-                gauge.labels(model.name).set_function(lambda read=read, engine=model.translator.engine: read(engine))
+                gauge.labels(model.name).set_function(functools.partial(_slots, model.translator.engine, number))
 
     def check_search(self, model: Served, search: BeamSearch | Sampling) -> None:
         """Raises `Refusal` for one more kind of search than a server compiles: it stops all others for seconds."""
@@ -184,7 +187,7 @@ class Service:
 
     async def _within_deadline(self, request: Request, work: Awaitable[Response]) -> Response:
         """Waits for an answer, unless the time is over, the client goes away, or the server ends."""
-        task: asyncio.Task[Response] = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        task: asyncio.Task[Response] = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_until_gone(request))
         self._running.add(task)
         try:
@@ -223,6 +226,10 @@ class Service:
             await asyncio.sleep(0.05)
         for task in self._running:
             task.cancel()
+
+
+def _slots(engine: Engine, number: int) -> int:
+    return engine.slots[number]
 
 
 async def _until_gone(request: Request) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from flax_transformer.decoding.documents import Documents, divide_documents
 from flax_transformer.decoding.results import Translation
@@ -10,6 +12,9 @@ from flax_transformer.serving.models import Served
 from flax_transformer.serving.refusals import Refusal
 from flax_transformer.serving.service import Service
 from flax_transformer.text.alignment import TextAlignment, spans
+
+SHORT = 1000  # characters, which are divided and encoded in a millisecond
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +47,31 @@ async def translate_texts(
     Raises:
         Refusal: there are too many sentences, or the queue is full.
     """
-    documents = await asyncio.to_thread(divide_documents, texts, markup=markup)
+    characters = sum(map(len, texts))
+    documents = await beside(characters, divide_documents, texts, markup=markup)
     check_sentences(service, len(documents.sentences))
     search = model.search.replace(num_return=alternatives + 1)
-    draft = await asyncio.to_thread(model.translator.draft, documents.sentences, search)
+    draft = await beside(characters, model.translator.draft, documents.sentences, search)
     found = await service.desk.decode(model.translator.engine, draft, search)
     service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
-    write = model.translator.write
-    translations = await asyncio.to_thread(
-        write, draft, found, replace_unknown=service.replace_unknown, align=model.inspector.align
+    write, unknown = model.translator.write, model.translator.vocabularies.target.unk_id
+    copied = service.replace_unknown and any((output.ids == unknown).any() for outputs in found for output in outputs)
+    # Copying needs the device, and so a thread, however short the text is.
+    translations = await beside(
+        math.inf if copied else characters, write, draft, found, replace_unknown=copied, align=model.inspector.align
     )
     alignments = [
         await asyncio.to_thread(_align, model, sentence, several[0]) if aligned else None
         for sentence, several, aligned in zip(documents.sentences, translations, documents.aligned, strict=True)
     ]
-    return await asyncio.to_thread(_join, documents, translations, alignments, alternatives)
+    return await beside(characters, _join, documents, translations, alignments, alternatives)
+
+
+async def beside(characters: float, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Calls a function on texts of so many characters: on a thread of its own, unless that would take longer."""
+    if characters <= SHORT:
+        return function(*arguments, **options)
+    return await asyncio.to_thread(function, *arguments, **options)
 
 
 def check_sentences(service: Service, count: int) -> None:

@@ -81,7 +81,7 @@ def _read_xml(data: bytes) -> list[Token]:
     def event(kind: Kind, name: str = "", text: str = "", translate: bool | None = None) -> None:
         events.append((parser.CurrentByteIndex - shift, kind, name.lower(), text, translate))
 
-    def entity(name: str, is_parameter: bool) -> None:
+    def entity(name: str, is_parameter: int) -> None:
         written, decoded = f"&{name};", html.unescape(f"&{name};")
         event("other" if decoded == written else "text", text=decoded)
 
