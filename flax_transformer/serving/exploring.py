@@ -26,6 +26,7 @@ from flax_transformer.text.splitting import join_parts
 
 MAX_BEAM = 8
 KINDS = ("cross", "encoder", "decoder")
+START = "<s>"  # what a decoder sees before the first piece; vocabularies have other names for it, or none
 SENTENCES = 50  # of one request that are explained at once
 PICTURED = (32, 64)  # positions and dimensions whose waves are shown
 
@@ -212,10 +213,10 @@ def _attention(model: Served, text: str, ids: list[int], kind: str, layer: int) 
         raise Refusal(400, f"q {what}")
     source = draft.sources[0]
     heads = model.inspector.inspect(source, ids).heads(kind, layer)
-    pieces = {"source": vocabularies.source.pieces(source), "target": vocabularies.target.pieces(ids)}
+    read, written = vocabularies.source.pieces(source), vocabularies.target.pieces(ids)
     return {
-        "rows": pieces["source" if kind == "encoder" else "target"],
-        "columns": pieces["target" if kind == "decoder" else "source"],
+        "rows": read if kind == "encoder" else written,
+        "columns": [START, *written[:-1]] if kind == "decoder" else read,  # the decoder sees what comes before
         "heads": heads.astype(float).round(4).tolist(),
     }
 

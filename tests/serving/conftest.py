@@ -4,6 +4,7 @@ The translations mean nothing, but they depend on every token of the source.
 """
 
 import contextlib
+import dataclasses
 import threading
 import time
 from functools import partial
@@ -149,8 +150,9 @@ def make_server(make_service):
 
 @pytest.fixture(scope="session")
 def address(served):
-    """The address of a server with the page that comes with the library."""
-    with serving(Service(Models([served]), Limits(), inside=16), page=None) as server:
+    """The address of a server with the page that comes with the library; its translations have some words."""
+    model = dataclasses.replace(served, search=served.search.replace(min_length=4))
+    with serving(Service(Models([model]), Limits(), inside=16), page=None) as server:
         yield server.address
 
 

@@ -3,23 +3,15 @@
 Where a test needs an answer that a random model does not give, it puts its own in the server's place.
 """
 
-import dataclasses
 import json
 import re
 import shutil
-import threading
 import unicodedata
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
 
 import pytest
-
-from flax_transformer.serving.application import make_application
-from flax_transformer.serving.limits import Limits
-from flax_transformer.serving.models import Models
-from flax_transformer.serving.server import Server
-from flax_transformer.serving.service import Service
 
 PAGE = resources.files("flax_transformer") / "serving" / "page.html"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -64,28 +56,6 @@ def test_the_page_obeys_a_strict_policy(elements):
 
 
 @pytest.fixture(scope="module")
-def address(browser, served):
-    """Where a server shows the page; one for all tests, and none where there is no browser."""
-    model = dataclasses.replace(served, search=served.search.replace(min_length=4))
-    service, ready = Service(Models([model]), Limits(), inside=16), threading.Event()
-    server = Server(
-        make_application(service),
-        service,
-        host="127.0.0.1",
-        port=0,
-        shutdown_s=5.0,
-        connections=50,
-        when_ready=lambda address: ready.set(),
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert ready.wait(20)
-    yield server.address + "/"
-    server.should_exit = True
-    thread.join(20)
-
-
-@pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright, which drives browsers, is not installed: `make peers` installs it"
@@ -109,11 +79,11 @@ def open_page(browser, address):
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(6_000)
+        page.set_default_timeout(15_000)
         page.on("pageerror", lambda error: faults.append(f"error: {error}"))
         page.on("console", lambda said: faults.append(f"console: {said.text}") if said.type == "error" else None)
         page.on("request", lambda asked: allowed.append(asked.url))
-        page.goto(address + fragment)
+        page.goto(f"{address}/{fragment}")
         page.wait_for_selector("#source-language option", state="attached")
         return page
 
@@ -169,6 +139,13 @@ def test_a_text_is_translated_while_one_types(open_page):
     assert page.locator(".word.lit").count() == 0
 
 
+def test_what_is_no_sentence_stays(open_page):
+    page, text = open_page(), "😀 12\n\n- 3"
+    page.fill("#source", text)
+    page.wait_for_selector("#desk:not(.waiting) .target:not(.stale)")
+    assert translation(page) == text and page.is_enabled("#copy")
+
+
 def test_the_request_before_is_dropped(open_page):
     page, asked, dropped = open_page(), [], []
     page.on("requestfailed", lambda request: dropped.append(json.loads(request.post_data)["q"]))
@@ -186,18 +163,6 @@ def test_the_request_before_is_dropped(open_page):
     assert dropped == ["the old"]
 
 
-def test_pointing_at_a_word_lights_its_counterparts_on_both_sides(open_page):
-    page = open_page()
-    type_text(page)
-    page.locator(".target .word").first.hover()
-    page.wait_for_selector("#mirror .word.lit")
-    assert "looked at" in page.text_content("#readout")
-    box = page.locator("#mirror .word").nth(1).bounding_box()  # it lies below the textarea
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.wait_for_selector("#mirror .word.pointed")
-    assert page.text_content("#mirror .word.pointed") == "old"
-
-
 def test_the_caret_points_too(open_page):
     page = open_page()
     type_text(page)
@@ -208,7 +173,7 @@ def test_the_caret_points_too(open_page):
     page.wait_for_selector("#mirror .word.pointed:text-is('old')")
 
 
-def test_counterparts_are_those_of_the_alignment(open_page):
+def test_pointing_at_a_word_lights_its_counterparts_by_the_alignment(open_page):
     page = open_page()
     reply = answer([("a cat", "um gato", [("▁a", 0, 1), ("▁cat", 2, 5)], [("▁um", 0, 2), ("▁ga", 3, 5), ("to", 5, 7)])])
     reply["sentences"][0]["hypotheses"][0]["alignment"] = [[0.9, 0.1], [0.0, 1.0], [0.2, 0.8]]
@@ -219,6 +184,10 @@ def test_counterparts_are_those_of_the_alignment(open_page):
     # The weights of a word are the mean of those of its pieces, so 0.9 for "cat"; 0.1 for "a" is too little to light.
     assert page.text_content("#readout") == "gato, 25 % sure; looked at cat 90 % · a 10 %"
     assert page.locator("#mirror .word.lit").all_text_contents() == ["cat"]
+    box = page.locator("#mirror .word").first.bounding_box()  # it lies below the textarea
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#mirror .word.pointed:text-is('a')")
+    assert page.locator(".target .word.lit").all_text_contents() == ["um"]
 
 
 def test_the_copy_of_the_source_lies_exactly_below_it(open_page):
@@ -289,7 +258,10 @@ def test_look_inside(open_page):
         heads.nth(1).click()
         assert heads.nth(1).get_attribute("aria-pressed") == "true"
         assert "Head 1" in page.get_attribute(".large", "aria-label")
-        assert page.locator(".large tbody th").count() > 1
+        rows, columns = (page.locator(f".large {part} th").all_text_contents() for part in ("tbody", "thead"))
+        assert len(rows) > 1
+        if tab == "decoder":
+            assert columns == ["<s>", *rows[:-1]]  # what comes before each piece
         assert "Attention is not an explanation" in page.text_content("#panel")
     page.keyboard.press("Tab")
     page.focus("#tab-decoder")
@@ -338,7 +310,13 @@ def test_the_guided_tour_has_five_steps(open_page):
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_no_width_makes_the_page_scroll_sideways(open_page, width):
     page = open_page(width=width, height=700, touch=True)
-    type_text(page, f"{SENTENCE} {'dog' * 25}\n\nthe cat is up")
+    source, target = "dog" * 60, f"um {'cachorro' * 20}"
+    reply = answer([(source, target, [("▁" + source, 0, len(source))], [("▁um", 0, 2), (target[3:], 3, len(target))])])
+    page.route(EXPLAIN, lambda route: route.fulfill(json=reply))
+    type_text(page, source)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.unroute(EXPLAIN)
+    type_text(page)
     page.click("#open-inside")
     for tab in ("pieces", "cross", "masks", "positions"):
         page.click(f"#tab-{tab}")
@@ -409,7 +387,7 @@ def test_only_the_blocks_that_changed_are_sent_again(open_page):
     page.type("#source", "end")
     page.wait_for_timeout(400)
     settle(page)
-    assert asked[len(paragraphs) :] == [paragraphs[-1] + "end"]
+    assert asked[len(paragraphs) :] == ["end"]
     assert translation(page) == "".join(paragraphs) + "end"
 
 
