@@ -123,9 +123,11 @@ class MarianVocabulary(Vocabulary):
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """See `Vocabulary.decode`."""
-        texts = (self._processor.decode_pieces(self.pieces(self._text_ids(row))) for row in ids)
+        return [self._join(self.pieces(self._text_ids(row))) for row in ids]
+
+    def _join(self, pieces: Sequence[str]) -> str:
         # SentencePiece does not replace the "▁" of a piece that only the other side's model has.
-        return [text.replace("▁", " ").strip() for text in texts]
+        return super()._join(pieces).replace("▁", " ").strip()
 
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """See `Vocabulary.pieces`."""

@@ -140,6 +140,22 @@ class Vocabulary:
         """
         return [self._processor.decode(self._text_ids(row)) for row in ids]
 
+    def decode_with(self, ids: Iterable[SupportsIndex], texts: Iterable[str | None]) -> str:
+        """The sentence of one row, as `decode` returns it, with a text in place of each unknown id, in order.
+
+        Args:
+            ids: the ids.
+            texts: for each unknown id what to write, or `None` to write it as `decode` does.
+        """
+        rest = iter(texts)
+        row = self._text_ids(ids)
+        filled = [next(rest, None) if token == self.unk_id else None for token in row]
+        pieces = self.pieces(row)
+        return self._join([piece if text is None else text for piece, text in zip(pieces, filled, strict=True)])
+
+    def _join(self, pieces: Sequence[str]) -> str:
+        return self._processor.decode_pieces(list(pieces))
+
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """The piece of each id, including special ones, e.g. ["▁a", "</s>"]; "▁" stands for a space."""
         return [self._processor.id_to_piece(int(token)) for token in ids]
