@@ -119,7 +119,8 @@ LAYOUT = {
     "decoding.scoring": "positions decoding.turned decoding.ensemble decoding.requests decoding.batching",
     "decoding.writing": "text data decoding.requests decoding.results decoding.settings",
     "decoding.unknown": "text data decoding.requests decoding.writing",
-    "decoding.inspection": "config model positions decoding.turned decoding.ensemble decoding.requests decoding.scoring",
+    "decoding.inspection": "config model positions decoding.turned decoding.ensemble decoding.requests "
+    "decoding.scoring",
     "decoding.drafts": "ranges text data.sentencepiece_vocabulary data.vocabulary decoding",
     "decoding.translator": "config ranges text trained_model data.vocabulary decoding",
     "decoding.documents": "text decoding.results decoding.settings decoding.translator",

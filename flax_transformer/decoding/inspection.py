@@ -114,7 +114,8 @@ class Inspector:
         """The vectors that are added to the embeddings at the first positions, as many as there are up to `count`."""
         config = self._config
         if config.positions == "learned":
-            return np.asarray(self._ensemble.params(0)["encoder"]["learned_positions"]["embedding"][:count], np.float32)
+            params = self._params.params if isinstance(self._params, Turned) else self._params
+            return np.asarray(params["encoder"]["learned_positions"]["embedding"][:count], np.float32)
         places = jnp.arange(count) + config.position_offset
         return np.asarray(sinusoidal_positions(places, config.d_model, **WAVES[config.positions]), np.float32)
 
