@@ -307,7 +307,9 @@ def test_the_guided_tour_has_five_steps(open_page):
     assert page.locator("#tour").is_hidden()
 
 
-@pytest.mark.parametrize("width", [320, 390, 768])
+@pytest.mark.parametrize(
+    "width", [320, pytest.param(390, marks=pytest.mark.slow), pytest.param(768, marks=pytest.mark.slow)]
+)
 def test_no_width_makes_the_page_scroll_sideways(open_page, width):
     page = open_page(width=width, height=700, touch=True)
     source, target = "dog" * 60, f"um {'cachorro' * 20}"
@@ -369,6 +371,31 @@ def test_a_link_opens_the_same_text(open_page):
     settle(other)
     assert other.input_value("#source") == page.input_value("#source")
     assert translation(other) == translation(page)
+
+
+def test_languages_are_swapped_with_their_texts(open_page):
+    page = open_page()
+    (model,) = page.evaluate("state.models")
+    back = {**model, "source": model["target"], "target": model["source"]}
+    reply = answer([("a", "um", [("▁a", 0, 1)], [("▁um", 0, 2)])])
+    assert page.is_disabled("#swap")  # one direction is served
+    page.route(re.compile("/models$"), lambda route: route.fulfill(json=[model, back]))
+    page.route(EXPLAIN, lambda route: route.fulfill(json=reply))
+    page.reload()
+    page.wait_for_selector("#source-language option >> nth=1", state="attached")
+    type_text(page, "a")
+    page.click("#swap")
+    languages = page.input_value("#source-language"), page.input_value("#target-language")
+    assert languages == (back["source"], back["target"]) and page.input_value("#source") == "um"
+
+
+def test_the_translation_can_be_copied(open_page):
+    page = open_page()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    type_text(page)
+    page.click("#copy")
+    page.wait_for_selector("#done:text-is('Copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == translation(page)
 
 
 def test_only_the_blocks_that_changed_are_sent_again(open_page):
