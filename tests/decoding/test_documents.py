@@ -99,8 +99,8 @@ def test_unknown_characters_of_a_prefix_are_the_prefix_s_own(translator):
 
 def test_replacing_changes_nothing_where_nothing_is_unknown(translator, say):
     sentences = [say(number, 5) for number in range(5)]
-    plain = translator.hypotheses(sentences, BeamSearch(beam_size=3, num_return=2))
-    replaced = translator.hypotheses(sentences, BeamSearch(beam_size=3, num_return=2), replace_unknown=True)
+    plain = translator.hypotheses(sentences, GREEDY)
+    replaced = translator.hypotheses(sentences, GREEDY, replace_unknown=True)
     unknown = translator.vocabularies.target.unk_id
     for several, others in zip(plain, replaced, strict=True):
         assert [one.ids for one in several] == [one.ids for one in others]
