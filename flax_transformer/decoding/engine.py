@@ -241,8 +241,7 @@ class Engine:
     def _listed(self, shortlist: Shortlist, request: Request) -> Int[np.ndarray, "C"]:
         """The tokens among which the outputs of a sentence are chosen, in rising order."""
         config = self.ensemble.configs[0]
-        allowed = shortlist.allowed(request.source, config.target_vocab_size)
-        return np.union1d(allowed, [*request.prefix, config.eos_id]).astype(np.int32)
+        return shortlist.allowed(request.source, config.target_vocab_size, also=[*request.prefix, config.eos_id])
 
     def compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings of the program: what each request says for itself is left out, and ids that no output contains

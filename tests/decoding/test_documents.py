@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +85,9 @@ def test_unknown_pieces_are_replaced_by_the_unknown_characters_of_the_source(tra
     sources = ["a ☃☃ cat", "the dog", "it \U0001f600 is"]
     decoded = outputs(translator, "the ♛ cat", "a dog", "♛")
     parts = [[ids] for ids in translator.vocabularies.source.encode(sources)]
-    copies = find_copies(translator.vocabularies, translator._scorer, sources, parts, decoded)
+    copies = find_copies(
+        translator.vocabularies, partial(translator._scorer.align, layer=None), sources, parts, decoded
+    )
     assert copies == [[[["☃☃"]]], [[[]]], [[["\U0001f600"]]]]
     target = translator.vocabularies.target
     said = [write_translations(target, one, GREEDY, "", own)[0] for one, own in zip(decoded, copies, strict=True)]
