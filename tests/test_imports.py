@@ -50,9 +50,10 @@ LAYOUT = {
     "text.markup": "text.splitting text.documents text.alignment text.markup_tokens text.markup_places "
     "text.markup_runs",
     "data.__init__": "",
-    "data.vocabulary_training": "experiment text",
-    "data.sentencepiece_vocabulary": "experiment text data.vocabulary_training",
-    "data.marian_vocabulary": "text data.sentencepiece_vocabulary",
+    "data.sentencepiece_model": "",
+    "data.vocabulary_training": "experiment text data.sentencepiece_model",
+    "data.sentencepiece_vocabulary": "experiment text data.sentencepiece_model data.vocabulary_training",
+    "data.marian_vocabulary": "text data.sentencepiece_model data.sentencepiece_vocabulary",
     "data.fairseq_vocabulary": "data.sentencepiece_vocabulary data.marian_vocabulary",
     "data.vocabulary": "atomic_files experiment data.sentencepiece_vocabulary data.marian_vocabulary "
     "data.fairseq_vocabulary",
@@ -73,26 +74,37 @@ LAYOUT = {
     "trained_model": "config model workdir data.vocabulary decoding.shortlist interop.marian_shortlist",
     "new_languages": "data.vocabulary trained_model",
     "interop.folders": "files atomic_files workdir",
-    "interop.fields": "",
+    "interop.downloaded": "",
+    "interop.fields": "config",
     "interop.yaml_text": "",
-    "interop.parameters": "config trained_model",
-    "interop.tensor_files": "interop.folders",
-    "interop.hub": "",
-    "interop.marian_tensors": "config interop.parameters",
-    "interop.marian_fields": "config interop.fields",
-    "interop.marian_items": "",
-    "interop.marian_options": "config interop.fields interop.yaml_text interop.marian_items",
-    "interop.marian_parameters": "config interop.parameters",
-    "interop.marian_native": "config data trained_model decoding.shortlist interop.folders interop.yaml_text "
-    "interop.marian_items interop.marian_options interop.marian_parameters interop.marian_shortlist",
-    "interop.marian": "config data trained_model interop.folders interop.fields interop.tensor_files "
-    "interop.marian_tensors interop.marian_fields interop.marian_native",
+    "interop.tensor_files": "files interop.downloaded",
+    "interop.parameters": "config trained_model interop.tensor_files",
+    "interop.transformers_fields": "config interop.downloaded interop.fields",
+    "interop.transformers_files": "config data.vocabulary interop.downloaded interop.fields interop.tensor_files "
+    "interop.transformers_fields",
+    "interop.transformers_tensors": "config interop.parameters interop.tensor_files",
+    "interop.marian_native_files": "data.marian_vocabulary interop.downloaded interop.yaml_text",
+    "interop.marian_native_vocabulary": "data interop.downloaded interop.yaml_text",
+    "interop.marian_native_items": "interop.downloaded interop.tensor_files",
+    "interop.marian_native_options": "config interop.fields interop.yaml_text",
+    "interop.marian_native_tensors": "config interop.parameters interop.tensor_files",
+    "interop.marian_native": "config data trained_model interop.folders interop.marian_native_files "
+    "interop.marian_native_vocabulary interop.marian_native_items interop.marian_native_options "
+    "interop.marian_native_tensors interop.marian_shortlist",
+    "interop.marian_fields": "config interop.fields interop.transformers_fields",
+    "interop.marian": "config data trained_model interop.downloaded interop.folders interop.tensor_files "
+    "interop.transformers_files interop.transformers_tensors interop.marian_fields interop.marian_native_files "
+    "interop.marian_native",
     "interop.language_codes": "",
-    "interop.nllb_fields": "config interop.fields interop.marian_fields",
-    "interop.nllb_vocabulary": "data interop.fields interop.language_codes",
-    "interop.nllb": "config data trained_model interop.folders interop.fields interop.tensor_files "
-    "interop.marian_tensors interop.marian_fields interop.nllb_fields interop.nllb_vocabulary",
-    "interop.ctranslate2": "config ranges positions trained_model interop.folders interop.marian_tensors",
+    "interop.nllb_fields": "config interop.fields interop.transformers_fields",
+    "interop.nllb_vocabulary": "data interop.downloaded interop.fields interop.language_codes "
+    "interop.transformers_files",
+    "interop.nllb": "config data trained_model interop.fields interop.folders interop.tensor_files "
+    "interop.transformers_files interop.transformers_tensors interop.nllb_fields interop.nllb_vocabulary",
+    "interop.hub": "data interop.tensor_files interop.transformers_fields interop.transformers_files "
+    "interop.nllb_vocabulary",
+    "interop.ctranslate2": "config ranges data.marian_vocabulary positions trained_model interop.fields "
+    "interop.folders interop.parameters",
     "interop.stablehlo_example": "",
     "interop.stablehlo": "model trained_model interop.folders",
     "decoding.settings": "ranges",

@@ -13,9 +13,9 @@ from etils import epath
 
 from flax_transformer.interop import parameters
 from flax_transformer.interop.marian import read_marian
-from flax_transformer.interop.marian_items import read_items
+from flax_transformer.interop.marian_native_items import read_items
+from tests.interop.conftest import fails
 from tests.interop.marian_reference import OPTIONS, pieces_model, random_tensors, settings, write_bin, write_npz
-from tests.interop.test_marian_native import fails
 
 MUTATIONS = {write_bin: 1500, write_npz: 500}
 SMALL = {**OPTIONS, "dec-depth": 1}
