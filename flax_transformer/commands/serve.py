@@ -34,6 +34,9 @@ examples:
 """
 MEMORY_REMEDY = "lower --batch_tokens or --beam_size"
 SEARCH = BeamSearch()
+# Seconds after which a thread lets another one run. Python's own 5 ms are as long as some steps of a search, whose thread
+# would wait so long for the one that talks to clients.
+SWITCH_S = 0.0005
 ENDING_S = 2.0  # for threads to end once the last request was answered
 
 
@@ -243,6 +246,7 @@ def run(options: argparse.Namespace) -> None:
         when_ready=lambda address: print(f"ready: {address}", flush=True),
         proxies=options.proxies or "",
     )
+    sys.setswitchinterval(SWITCH_S)
     server.listen()
     _end(models, preparation)
 
