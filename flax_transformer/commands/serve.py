@@ -34,8 +34,8 @@ examples:
 """
 MEMORY_REMEDY = "lower --batch_tokens or --beam_size"
 SEARCH = BeamSearch()
-# Seconds after which a thread lets another one run. Python's own 5 ms are as long as some steps of a search, whose thread
-# would wait so long for the one that talks to clients.
+# Seconds after which a thread lets another one run. Python waits 5 ms, as long as a step of a search; the thread
+# of the search would wait so long for the one that talks to clients.
 SWITCH_S = 0.0005
 ENDING_S = 2.0  # for threads to end once the last request was answered
 

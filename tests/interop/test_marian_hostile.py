@@ -132,7 +132,7 @@ HOSTILE = {
     "npy header": (archive(Wemb=npy("__import__('os').system('true')")), "Wemb is no array of numbers"),
     "npy type": (archive(Wemb=npy(HEADER.format("'<i4'", (4,)), bytes(16))), "has type int32, but must be floating"),
     "zip bomb": (archive(Wemb=npy(HEADER.format("'<f4'", (10**7,)), bytes(4 * 10**7))), "much larger than the file"),
-    "no settings": (archive(Wemb=npy(HEADER.format("'<f4'", (4,)), bytes(16))), "has no settings"),
+    "no settings": (archive(Wemb=npy(HEADER.format("'<f4'", (4,)), bytes(16))), "has no options"),
 }
 
 
