@@ -418,6 +418,7 @@ def test_only_the_blocks_that_changed_are_sent_again(open_page):
     assert translation(page) == "".join(paragraphs) + "end"
 
 
+@pytest.mark.slow
 def test_a_very_long_text_keeps_the_page_responsive(open_page):
     """Typing into 60,000 characters takes less than the time in which a person notices a delay."""
     page = open_page()
@@ -438,7 +439,7 @@ def test_a_very_long_text_keeps_the_page_responsive(open_page):
     assert took < 200
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_axe_finds_no_serious_fault(open_page, scheme):
     axe = pytest.importorskip("axe_playwright_python", reason="axe is not installed: `make peers` installs it")
     script = next(Path(axe.__file__).parent.glob("axe*.js")).read_text("utf-8")
