@@ -184,6 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # The options that become fields of `Limits`, which has the same defaults: a test compares them.
 LIMITS: tuple[tuple[str, Any, Any, str], ...] = (
     ("body_bytes", positive, 4 * 2**20, "bytes of a request"),
+    ("queue_bytes", positive, 64 * 2**20, "bytes of all requests that are read or answered"),
     ("characters", positive, 500_000, "characters of all texts of a request"),
     ("texts", positive, 1000, "texts in one list"),
     ("sentences", positive, 10_000, "sentences of a request"),

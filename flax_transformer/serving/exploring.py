@@ -10,16 +10,14 @@ from starlette.responses import Response, StreamingResponse
 
 from flax_transformer.decoding.drafts import Draft
 from flax_transformer.decoding.inspection import CANDIDATES
-from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Translation
 from flax_transformer.decoding.settings import BeamSearch, Sampling
-from flax_transformer.decoding.writing import write_translation
 from flax_transformer.serving.libretranslate import check_texts
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.parameters import Parameters
 from flax_transformer.serving.refusals import Refusal
 from flax_transformer.serving.service import Call, Json
-from flax_transformer.serving.texts import check_sentences
+from flax_transformer.serving.texts import check_sentences, write
 from flax_transformer.text.alignment import spans
 from flax_transformer.text.documents import divide
 from flax_transformer.text.splitting import join_parts
@@ -78,13 +76,12 @@ async def explain(call: Call) -> Response:
     service.check_search(model, search)
     found = await service.desk.decode(model.translator.engine, draft, search)
     service.metrics.sentences.labels(model.name).inc(len(sentences))
+    translations = await write(service, model, draft, found)
     explained = []
     for number, sentence in enumerate(sentences):
         own = slice(number * copies, (number + 1) * copies)
-        hypotheses = [output for outputs in found[own] for output in outputs][:wanted]
-        described = await asyncio.to_thread(
-            _explain, model, sentence, draft.sources[own.start], hypotheses, search, candidates
-        )
+        several = [each for ranks in translations[own] for each in ranks][:wanted]
+        described = await asyncio.to_thread(_explain, model, sentence, draft.sources[own.start], several, candidates)
         described["before"] = document.kept[number]
         described["after"] = document.kept[number + 1] if number + 1 == len(sentences) else ""
         explained.append(described)
@@ -131,16 +128,10 @@ def _draft(
 
 
 def _explain(
-    model: Served,
-    sentence: str,
-    source: list[int],
-    outputs: Sequence[Output],
-    search: BeamSearch | Sampling,
-    candidates: int,
+    model: Served, sentence: str, source: list[int], translations: Sequence[Translation], candidates: int
 ) -> dict[str, Any]:
     """A sentence with its translations; runs on a worker thread, because it uses the device."""
     vocabularies = model.translator.vocabularies
-    translations = [write_translation(vocabularies.target, [output], search) for output in outputs]
     pieces = vocabularies.source.pieces(source)
     hypotheses = [_hypothesis(translation) for translation in translations]
     first = translations[0]

@@ -19,6 +19,7 @@ class Limits:
 
     Attributes:
         body_bytes: the largest body.
+        queue_bytes: the bodies of all requests that are being read or answered; one alone may be larger.
         characters: the characters of all texts of a request.
         texts: the texts in one list.
         sentences: the sentences of a request.
@@ -30,6 +31,7 @@ class Limits:
     """
 
     body_bytes: int = 4 * 2**20
+    queue_bytes: int = 64 * 2**20
     characters: int = 500_000
     texts: int = 1000
     sentences: int = 10_000

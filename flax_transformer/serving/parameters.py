@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -117,8 +117,13 @@ def _shown(value: Any) -> str:
     return written if len(written) <= 60 else f"{written[:60]} …"
 
 
-async def read_parameters(request: Request, limits: Limits) -> Parameters:
+async def read_parameters(request: Request, limits: Limits, hold: Callable[[int], None]) -> Parameters:
     """Reads the body of a request, and its query string where the body lacks a parameter.
+
+    Args:
+        request: the request.
+        limits: the limits.
+        hold: is told how many bytes come, as they come; raises `Refusal` if the server has no room for them.
 
     Raises:
         Refusal: the body is too large (413), came too slowly (408) or is not what its type says (400).
@@ -126,7 +131,7 @@ async def read_parameters(request: Request, limits: Limits) -> Parameters:
     """
     try:
         async with asyncio.timeout(limits.read_s):
-            body = await _read(request, limits.body_bytes)
+            body = await _read(request, limits.body_bytes, hold)
     except TimeoutError as error:
         message = f"the request was not read within {limits.read_s:g} seconds: send it faster"
         raise Refusal(408, message, reason="slow") from error
@@ -142,16 +147,17 @@ async def read_parameters(request: Request, limits: Limits) -> Parameters:
     return Parameters(query, typed=False)
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, most: int, hold: Callable[[int], None]) -> bytes:
     told = request.headers.get("content-length", "0")
     size = int(told) if told.isdecimal() and len(told) < 20 else 0
     chunks: list[bytes] = []
     if size <= most:
         size = 0
         async for chunk in request.stream():
-            chunks.append(chunk)
             if (size := size + len(chunk)) > most:
                 break
+            hold(len(chunk))
+            chunks.append(chunk)
     if size > most:
         raise Refusal(413, f"the request has more than {most} bytes: divide it", reason="too_large")
     return b"".join(chunks)

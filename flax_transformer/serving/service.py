@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.settings import BeamSearch, Sampling
-from flax_transformer.serving.desk import Desk
+from flax_transformer.serving.desk import RETRY_S, Desk
 from flax_transformer.serving.limits import Keys, Limits, Meter
 from flax_transformer.serving.metrics import Metrics
 from flax_transformer.serving.models import Models, Served
@@ -85,6 +85,7 @@ class Service:
         meter: counts the requests of each client.
         replace_unknown: whether unknown pieces of translations are replaced by what they translate.
         streams: how many answers are being told token by token.
+        bytes: how large the bodies are of all requests that are being read or answered.
         stopping: whether new requests are refused because the server is about to end.
     """
 
@@ -110,7 +111,7 @@ class Service:
         self.metrics, self.stopping = Metrics(), False
         self.desk = Desk(queue=limits.queue_sentences, inside=inside, count_tokens=self.metrics.tokens.inc)
         self.meter = Meter(limits.requests_a_minute)
-        self.streams = 0
+        self.streams = self.bytes = 0
         self._searches: dict[str, set[BeamSearch | Sampling]] = {}
         self._running: set[asyncio.Task[Response]] = set()
         self.metrics.gauge("sentences_open", "Sentences waiting or being translated.").set_function(
@@ -153,10 +154,20 @@ class Service:
         return answer
 
     async def _answer(self, request: Request, work: Work, public: bool) -> Response:
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            if self.bytes > held and self.bytes + size > self.limits.queue_bytes:
+                message = f"the server has requests of {self.bytes} bytes and room for {self.limits.queue_bytes}"
+                raise Refusal(503, f"{message}: try again later", reason="queue_full", retry_after=RETRY_S)
+            held += size
+            self.bytes += size
+
         try:
             if self.stopping:
                 raise Refusal(503, "the server is stopping: try again later", reason="stopping", retry_after=5)
-            parameters = await read_parameters(request, self.limits)
+            parameters = await read_parameters(request, self.limits, hold)
             call = Call(self, parameters, self._client(request, parameters, public))
             return await self._within_deadline(request, work(call))
         except ClientDisconnect:
@@ -164,6 +175,8 @@ class Service:
             return Response(status_code=CLIENT_GONE)
         except Exception as error:
             return error_answer(self.refuse(error))
+        finally:
+            self.bytes -= held
 
     def refuse(self, error: Exception) -> Refusal:
         """What a client is told of an error, which is counted, and logged if it is the server's."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from flax_transformer.decoding.documents import Documents, divide_documents
+from flax_transformer.decoding.drafts import Draft
+from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Translation
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.refusals import Refusal
@@ -54,17 +56,24 @@ async def translate_texts(
     draft = await beside(characters, model.translator.draft, documents.sentences, search)
     found = await service.desk.decode(model.translator.engine, draft, search)
     service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
-    write, unknown = model.translator.write, model.translator.vocabularies.target.unk_id
-    copied = service.replace_unknown and any((output.ids == unknown).any() for outputs in found for output in outputs)
-    # Copying needs the device, and so a thread, however short the text is.
-    translations = await beside(
-        math.inf if copied else characters, write, draft, found, replace_unknown=copied, align=model.inspector.align
-    )
+    translations = await write(service, model, draft, found)
     alignments = [
         await asyncio.to_thread(_align, model, sentence, several[0]) if aligned else None
         for sentence, several, aligned in zip(documents.sentences, translations, documents.aligned, strict=True)
     ]
     return await beside(characters, _join, documents, translations, alignments, alternatives)
+
+
+async def write(
+    service: Service, model: Served, draft: Draft, found: Sequence[Sequence[Output]]
+) -> list[list[Translation]]:
+    """The translations of each sentence of a draft, with unknown pieces replaced if the service does so."""
+    unknown = model.translator.vocabularies.target.unk_id
+    copied = service.replace_unknown and any((output.ids == unknown).any() for outputs in found for output in outputs)
+    # Copying needs the device, and so a thread, however short the text is.
+    characters = math.inf if copied else sum(map(len, draft.sentences))
+    align = model.inspector.align
+    return await beside(characters, model.translator.write, draft, found, replace_unknown=copied, align=align)
 
 
 async def beside(characters: float, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:

@@ -1,7 +1,8 @@
 """Divides a text into the sentences that are to be translated and everything between them, which comes back as it was.
 
 Kept are white space, blank lines, the marks of lists ("- ", "2. ", "> "), and what has no letters or is no language:
-emoji, numbers alone, web and e-mail addresses. A line end always ends a sentence.
+emoji, numbers alone, web and e-mail addresses, and words so long that they must be data, such as base64. A line end
+always ends a sentence.
 """
 
 import dataclasses
@@ -27,6 +28,14 @@ _ADDRESS = regex.compile(
     regex.VERSION1,
 )
 _LETTER = regex.compile(r"\p{L}")
+# No word of a language is so long. A model would take minutes for it, and write nonsense.
+_LONGEST_WORD = 500
+# All but space and punctuation, in scripts that have one of them between words.
+_OF_WORD = (
+    r"[^\s\u200b\u2800\p{Terminal_Punctuation}\p{Line_Break=Complex_Context}\p{Script=Tibetan}"
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]"
+)
+_DATA = regex.compile(rf"(?<!{_OF_WORD})(?!\p{{M}}){_OF_WORD}{{{_LONGEST_WORD + 1},}}+", regex.VERSION1)
 # Emoji with what belongs to them: the choice of picture, skin colours, joiners, key caps, flags.
 _EMOJI = (
     r"(?:[\p{Extended_Pictographic}\p{Emoji_Presentation}]|[0-9#*]\ufe0f?\u20e3)[\ufe0f\u200d\u20e3\p{Emoji_Modifier}]*"
@@ -97,8 +106,9 @@ def _spans_of_line(line: str, offset: int) -> list[tuple[int, int]]:
     while mark := _LIST_MARK.match(line, begin):
         begin = mark.end()
     text = line[begin:]
+    data = [edge for match in _DATA.finditer(text) for edge in match.span()]
     spans = []
-    for start, stop in itertools.pairwise(sorted({0, *sentence_ends(text), len(text)})):
+    for start, stop in itertools.pairwise(sorted({0, *sentence_ends(text), *data, len(text)})):
         start, stop = _without_edges(text, start, stop)
         if _has_language(text[start:stop]):
             spans.append((offset + begin + start, offset + begin + stop))
@@ -117,5 +127,7 @@ def _without_edges(text: str, start: int, stop: int) -> tuple[int, int]:
 
 
 def _has_language(sentence: str) -> bool:
-    """Whether a sentence has a letter outside of addresses."""
+    """Whether a sentence has a letter outside of addresses and is not a word of more letters than words have."""
+    if _DATA.fullmatch(sentence):
+        return False
     return bool(_LETTER.search(sentence)) and bool(_LETTER.search(_ADDRESS.sub("", sentence)))

@@ -1,64 +1,24 @@
-"""Provides work directories with small random models, and fixtures that run commands on them.
-
-Their translations mean nothing, but they depend on every token of the source, so that any mix-up changes them.
-"""
+"""Provides work directories with small random models, and fixtures that run commands on them."""
 
 import dataclasses
 import io
 import shutil
 import sys
-from functools import partial
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from flax_transformer.__main__ import main
-from flax_transformer.config import TransformerConfig
-from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
-from flax_transformer.experiment import VocabularyConfig
-from flax_transformer.model import Transformer
 from flax_transformer.trained_model import TrainedModel
 from flax_transformer.workdir import WorkDirectory
-
-WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
-
-
-def sentence(number, length):
-    return " ".join(np.random.default_rng(number).choice(WORDS, length))
-
-
-def random_params(config, seed):
-    """Matrices large enough that the model is confident, and that its outputs differ between sources."""
-    tokens, rng = jnp.ones((1, 2), jnp.int32), np.random.default_rng(seed)
-    shapes = jax.eval_shape(partial(Transformer(config).init, deterministic=True), jax.random.key(0), tokens, tokens)
-
-    def fill(path, leaf):
-        constants = {"scale": np.ones, "bias": np.zeros}
-        return jnp.asarray(constants.get(path[-1].key, partial(rng.normal, 0.0, 0.7))(leaf.shape), "float32")
-
-    return jax.tree_util.tree_map_with_path(fill, shapes["params"])
+from tests.small_models import random_params, say, small_config, word_vocabularies
 
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     """A work directory with the checkpoints 1, the best by BLEU, 2 and 3, as text."""
-    lines = [sentence(100 + number, 6) for number in range(40)]
-    vocabularies = VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
-    size = vocabularies.source.size
-    config = TransformerConfig(
-        source_vocab_size=size,
-        target_vocab_size=size,
-        d_model=16,
-        num_heads=2,
-        d_ff=24,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        max_length=40,
-        tie_embeddings="none",  # otherwise the model would repeat its last token
-    )
+    vocabularies = word_vocabularies()
+    config = small_config(vocabularies.source.size, max_length=40)
     workdir = WorkDirectory(tmp_path_factory.mktemp("work") / "run")
     workdir.write_config({"model": dataclasses.asdict(config), "training": {"evaluation": {"best_metric": "bleu"}}})
     workdir.write_vocabularies(vocabularies)
@@ -90,7 +50,7 @@ def source(tmp_path):
 
 
 def lines_of_source():
-    return [sentence(number, length) for number, length in enumerate([3, 7, 1, 0, 5, 2, 4])]
+    return [say(number, length) for number, length in enumerate([3, 7, 1, 0, 5, 2, 4])]
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.interop.nllb import to_nllb
 from flax_transformer.trained_model import TrainedModel
-from tests.commands.conftest import lines_of_source, random_params
+from tests.commands.conftest import lines_of_source
 from tests.languages import CONFIG, language_pair
+from tests.small_models import random_params
 
 PAIR = ("--source_language=kan_Knda", "--target_language=eng_Latn")
 

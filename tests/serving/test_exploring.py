@@ -62,6 +62,17 @@ def test_another_token_as_prefix_leads_to_another_translation_that_begins_with_i
     assert changed["hypotheses"][0]["text"] != told["hypotheses"][0]["text"]
 
 
+def test_unknown_pieces_are_copied_from_the_source_as_in_translate(client, served):
+    unknown = served.translator.vocabularies.target.unk_id
+    (told,) = explain(client, q="a ☃ dog", prefix=[unknown], hypotheses=2)["sentences"]
+    for hypothesis in told["hypotheses"]:
+        text, first = hypothesis["text"], hypothesis["tokens"][0]
+        assert first["id"] == unknown and text[first["start"] : first["end"]] == "☃" and "⁇" not in text
+    client.service.replace_unknown = False
+    (told,) = explain(client, q="a ☃ dog", prefix=[unknown])["sentences"]
+    assert told["hypotheses"][0]["text"].lstrip().startswith("⁇")
+
+
 def test_samples_depend_on_the_seed_alone(client):
     fields = {"q": sentence(5), "sampling": {"temperature": 2.0}, "hypotheses": 3}
     first, again, other = (explain(client, **fields, seed=seed)["sentences"][0] for seed in (1, 1, 2))

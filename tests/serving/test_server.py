@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import pytest
 
 from flax_transformer.decoding.machine import Machine
@@ -134,6 +137,19 @@ def test_a_connection_in_use_is_not_hung_up_on(make_server):
         assert answer.startswith(b"HTTP/1.1 200")
 
 
+def test_all_bodies_together_have_a_limit_which_one_alone_may_exceed(make_server):
+    server = make_server(queue_bytes=1000)
+    slow = connect(server)
+    slow.sendall(head(900) + b"a" * 600)
+    wait_until(lambda: server.service.bytes == 600)
+    status, answer = post(server.address, q="1 " * 300)
+    assert status == 503 and "600 bytes and room for 1000" in answer["error"]
+    assert post(server.address)[0] == 200
+    slow.close()
+    wait_until(lambda: server.service.bytes == 0)
+    assert post(server.address, q="1 " * 1000)[0] == 200 and server.service.bytes == 0
+
+
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(make_server):
     server = make_server(body_bytes=1000)
     connection = connect(server)
@@ -161,6 +177,86 @@ def test_beyond_its_connections_a_server_refuses(make_server):
         each.close()
     wait_until(lambda: len(server.server_state.connections) <= 1)
     assert post(server.address)[0] == 200
+
+
+def no_memory():
+    """More than any device has; jax's own error."""
+    return jnp.zeros(2**50, "int8").block_until_ready()
+
+
+def no_such_key():
+    """An error whose message has a text of the request."""
+    return {}[FIELDS["q"]]
+
+
+@pytest.mark.parametrize(("failing", "status", "told"), [(no_memory, 503, "memory"), (no_such_key, 500, "KeyError")])
+def test_an_error_of_the_device_ends_what_it_decodes_and_nothing_else(
+    make_server, monkeypatch, caplog, failing, status, told
+):
+    server, go_on = make_server(), threading.Event()
+
+    def fail(machine):
+        assert go_on.wait(20)
+        failing()
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(Machine, "collect", fail)
+        asked = [pool.submit(post, server.address, path) for path in ("/translate", "/explain") * 3]
+        body = json.dumps(FIELDS).encode()
+        stream = connect(server)
+        stream.sendall(head(len(body), "/stream") + body)
+        wait_until(lambda: server.service.desk.open == 7)
+        go_on.set()
+        answers = [each.result() for each in asked]
+        events = stream.recv(65536)
+        while b"event: error" not in events:
+            events += stream.recv(65536)
+    assert [code for code, _ in answers] == [status] * 6 and all(told in answer["error"] for _, answer in answers)
+    assert told.encode() in events and b"event: done" not in events
+    assert "dog" not in caplog.text
+    engine = server.service.models.served[0].translator.engine
+    assert server.service.desk.open == 0 and engine.slots[0] == 0
+    assert [post(server.address, path)[0] for path in ("/translate", "/explain")] == [200, 200]
+
+
+@contextlib.contextmanager
+def load(address, end):
+    """Eight clients ask again and again until nobody listens; yields the statuses of their answers.
+
+    `end` makes the server end, whatever happens before. What is no answer, such as half of one, is raised at the end.
+    """
+    statuses = []
+
+    def ask(number):
+        while True:
+            try:
+                statuses.append(post(address, q=sentence(number))[0])
+            except (ConnectionError, urllib.error.URLError):
+                return
+
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(ask, number) for number in range(8)]
+        try:
+            yield statuses
+        finally:
+            end()
+    for each in asked:
+        each.result()
+
+
+def test_a_server_that_is_told_to_end_under_load_loses_no_answer_that_was_begun(make_server):
+    server = make_server()
+
+    def end():
+        server.should_exit = True
+
+    with load(server.address, end) as statuses:
+        wait_until(lambda: len(statuses) > 40)
+    server.thread.join(20)
+    assert not server.thread.is_alive() and server.service.desk.open == 0
+    assert statuses.count(200) > 40 and set(statuses) <= {200, 503}
+    samples = [sample for family in server.service.metrics.requests.collect() for sample in family.samples]
+    assert sum(sample.value for sample in samples if sample.name.endswith("_total")) == len(statuses)
 
 
 def test_a_server_that_is_told_to_end_answers_what_it_has_and_refuses_the_rest(make_server, held):
@@ -208,27 +304,13 @@ def test_sigterm_under_load_loses_no_answer_that_was_begun(workdir):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         address = next(found[1] for line in process.stdout if (found := re.match(r"ready: (\S+)", line)))
-        answers, ended = [], threading.Event()
-
-        def ask(number):
-            while not ended.is_set():
-                try:
-                    answers.append(post(address, q=sentence(number))[0])
-                except OSError:  # it listens no more
-                    return
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: len(answers) > 20, 120)
-        begun = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
-        assert time.monotonic() - begun < 14
-        ended.set()
-        for thread in threads:
-            thread.join()
+        with load(address, process.kill) as statuses:
+            wait_until(lambda: len(statuses) > 20, 120)
+            begun = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=60)
+            took = time.monotonic() - begun
     finally:
         process.kill()
     assert process.returncode == 0 and errors == ""
-    assert answers.count(200) > 20 and set(answers) <= {200, 503}
+    assert took < 20 and statuses.count(200) > 20 and set(statuses) <= {200, 503}

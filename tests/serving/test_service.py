@@ -2,8 +2,10 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from flax_transformer.decoding.inspection import Inspector
 from flax_transformer.decoding.machine import Machine
 from flax_transformer.serving.application import page_policy
 from flax_transformer.serving.limits import Keys, Limits, Meter, read_keys
@@ -191,6 +193,18 @@ def test_an_error_of_the_engine_is_told_without_its_texts_and_the_next_request_i
     assert answer.status_code == status and told in answer.json()["error"]
     assert "secret" not in answer.text + caplog.text and "dog" not in caplog.text
     assert client.post(path, json=FIELDS).status_code == 200
+
+
+def test_an_error_of_the_pass_that_explains_is_told_too(make_client, monkeypatch):
+    client = make_client()
+    with monkeypatch.context() as patch:
+        # More than any device has.
+        patch.setattr(Inspector, "inspect", lambda *arguments: jnp.zeros(2**50, "int8").block_until_ready())
+        for path, fields in (("/explain", {}), ("/attention", {"ids": [5, 2]}), ("/translate", {"format": "html"})):
+            answer = client.post(path, json=FIELDS | {"q": "a <b>dog</b> runs"} | fields)
+            assert answer.status_code == 503 and "too little memory" in answer.json()["error"]
+            assert answer.headers["Retry-After"]
+    assert client.post("/explain", json=FIELDS).status_code == 200 and client.service.desk.open == 0
 
 
 def test_metrics_count_what_happened_and_tell_no_texts(make_client):

@@ -57,6 +57,21 @@ def test_what_has_no_words_has_no_sentence(text):
     assert divide(text).sentences == () and divide(text).join([]) == text
 
 
+@pytest.mark.parametrize("word", ["a" * 5000, "aB3+/" * 200 + "==", "ನಮಸ್ಕಾರ" * 100, "☃x" * 300])
+def test_a_word_that_is_too_long_for_a_language_stays(word):
+    document = divide(f"The key is {word}, see below. Good.")
+    assert document.sentences == ("The key is", ", see below.", "Good.")
+    assert document.join(["A", "B", "C"]) == f"A {word}B C"
+    assert divide(word).sentences == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 500, "你好" * 400, "สวัสดี" * 200, "はいそうです" * 200, "word," * 300, "a " * 600 + "b", "ሰላም፡" * 300]
+)
+def test_long_texts_of_words_or_without_spaces_are_sentences(text):
+    assert divide(text).sentences == (text,)
+
+
 def test_sentences_without_space_between_get_one_where_the_translation_needs_it():
     document = divide("你好。再见。\n好。")
     assert document.join(["Hello.", "Bye.", "Good."]) == "Hello. Bye.\nGood."

@@ -1,22 +1,22 @@
-"""Drives the page in Debian's Chromium, against a server whose small model has random weights.
+"""Drives the page in Debian's Chromium: a text is typed, and its translation comes, is pointed at, copied and linked.
 
-Where a test needs an answer that a random model does not give, it puts its own in the server's place.
+The small model of the server has random weights. Where a test needs an answer that such a model does not give, it puts
+its own in the server's place.
 """
 
+import dataclasses
 import json
 import re
-import shutil
 import unicodedata
 from html.parser import HTMLParser
 from importlib import resources
-from pathlib import Path
 
 import pytest
 
+from flax_transformer.serving.limits import Keys
+from tests.serving.page.conftest import EXPLAIN, SENTENCE, answer, settle, translation, type_text
+
 PAGE = resources.files("flax_transformer") / "serving" / "page.html"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-SENTENCE = "the old dog runs fast"
-EXPLAIN = re.compile("/explain$")
 
 
 class Elements(HTMLParser):
@@ -53,81 +53,6 @@ def test_the_page_obeys_a_strict_policy(elements):
     assert "style" not in names and not any(name.startswith("on") for name in names)
     dangerous = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function"
     assert not re.search(dangerous, PAGE.read_text("utf-8"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright, which drives browsers, is not installed: `make peers` installs it"
-    )
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: `apt-get install chromium` installs it")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser, address):
-    """Opens the page in a window of some size and scheme; no test may log an error or ask another host."""
-    contexts, faults, allowed = [], [], []
-
-    def open_page(width=1200, height=900, scheme="light", fragment="", touch=False):
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=touch, reduced_motion="reduce"
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        page.on("pageerror", lambda error: faults.append(f"error: {error}"))
-        page.on("console", lambda said: faults.append(f"console: {said.text}") if said.type == "error" else None)
-        page.on("request", lambda asked: allowed.append(asked.url))
-        page.goto(f"{address}/{fragment}")
-        page.wait_for_selector("#source-language option", state="attached")
-        return page
-
-    open_page.faults = faults
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert faults == []
-    assert all(url.startswith((address, "data:")) for url in allowed)
-
-
-def type_text(page, text=SENTENCE):
-    """Types a text and waits for its translation."""
-    page.fill("#source", text)
-    settle(page)
-
-
-def settle(page):
-    page.wait_for_selector("#desk:not(.waiting):not(:has(.stale)) .target .word")
-
-
-def translation(page):
-    return page.evaluate("[...document.querySelectorAll('.target')].map((one) => one.textContent).join('')")
-
-
-def answer(sentences):
-    """An answer of /explain: for each sentence its source, target, source pieces and target pieces with spans."""
-    explained = []
-    for source, target, source_pieces, target_pieces in sentences:
-        best = {
-            "text": target,
-            "score": -0.5,
-            "log_prob": -2.0,
-            "tokens": [
-                {"id": 7, "piece": piece, "start": start, "end": end, "probability": 0.5, "candidates": []}
-                for piece, start, end in target_pieces
-            ],
-            "alignment": [
-                [float(row == column) for column in range(len(source_pieces))] for row in range(len(target_pieces))
-            ],
-        }
-        tokens = [{"text": piece, "start": start, "end": end} for piece, start, end in source_pieces]
-        explained.append({"source": source, "source_tokens": tokens, "before": "", "after": "", "hypotheses": [best]})
-    return {"sentences": explained}
 
 
 def test_a_text_is_translated_while_one_types(open_page):
@@ -213,125 +138,6 @@ def test_no_letter_is_torn_apart(open_page):
     assert translation(page) == target
 
 
-def test_by_keyboard_to_another_word_and_back(open_page):
-    page = open_page()
-    type_text(page)
-    before = translation(page)
-    page.locator(".target .word").first.focus()
-    page.keyboard.press("ArrowRight")
-    second = page.evaluate("document.activeElement.textContent")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#choices:not([hidden])")
-    assert page.locator("#choices li").count() == 5
-    page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.textContent") == second
-    assert page.locator("#choices").is_hidden() and translation(page) == before
-
-
-def test_choosing_another_word_translates_on_from_there(open_page):
-    page, asked = open_page(), []
-    type_text(page)
-    before = translation(page)
-    page.on("request", lambda request: asked.append(request.post_data) if EXPLAIN.search(request.url) else None)
-    page.locator(".target .word").nth(1).click()
-    other = page.locator("#choices li button:not([aria-current]):not([disabled])").first
-    other.click()
-    page.wait_for_selector("#undo:not([hidden])")
-    settle(page)
-    prefixes = [json.loads(body)["prefix"] for body in asked]
-    first_ids = page.evaluate("state.current.data.hypotheses[0].tokens.map(({id}) => id)")
-    assert first_ids[: len(prefixes[0])] == prefixes[0]
-    page.click("#undo")
-    assert translation(page) == before
-
-
-def test_look_inside(open_page):
-    page = open_page()
-    type_text(page)
-    page.click("#open-inside")
-    assert page.locator("#panel .chips li").count() > 2
-    for tab in ("cross", "encoder", "decoder"):
-        page.click(f"#tab-{tab}")
-        page.wait_for_selector(f"#panel[aria-labelledby=tab-{tab}] .heads button")
-        heads = page.locator(".heads button")
-        assert heads.count() == 1 + page.evaluate("model().heads")
-        heads.nth(1).click()
-        assert heads.nth(1).get_attribute("aria-pressed") == "true"
-        assert "Head 1" in page.get_attribute(".large", "aria-label")
-        rows, columns = (page.locator(f".large {part} th").all_text_contents() for part in ("tbody", "thead"))
-        assert len(rows) > 1
-        if tab == "decoder":
-            assert columns == ["<s>", *rows[:-1]]  # what comes before each piece
-        assert "Attention is not an explanation" in page.text_content("#panel")
-    page.keyboard.press("Tab")
-    page.focus("#tab-decoder")
-    page.keyboard.press("ArrowRight")
-    assert page.locator("#panel figure").count() == 3  # the masks
-    page.keyboard.press("ArrowRight")
-    assert page.locator("#panel canvas").count() == 2  # the positions
-
-
-def test_a_map_shows_the_weights_of_the_server(open_page):
-    page = open_page()
-    rows, columns = ["▁um", "</s>"], ["▁a", "▁cat", "</s>"]
-    weights = [[[0.5, 0.25, 0.25], [0.1, 0.0, 0.9]], [[0.1, 0.75, 0.15], [0.3, 0.0, 0.7]]]
-    page.route(
-        re.compile("/attention$"),
-        lambda route: route.fulfill(json={"rows": rows, "columns": columns, "heads": weights}),
-    )
-    type_text(page)
-    page.click("#open-inside")
-    page.click("#tab-cross")
-    cells = page.locator(".large tbody td")
-    page.wait_for_selector(".large tbody td")
-    assert cells.all_text_contents() == ["30", "50", "20", "20", "", "80"]  # the mean of both heads, in percent
-    page.locator(".heads button").nth(2).click()
-    assert cells.all_text_contents() == ["10", "75", "15", "30", "", "70"]
-    assert page.locator(".large thead th").all_text_contents() == columns
-
-
-def test_the_guided_tour_has_five_steps(open_page):
-    page = open_page(fragment="#" + "text=the%20old%20dog")
-    settle(page)
-    page.click("#start-tour")
-    titles = []
-    for step in range(1, 6):
-        assert f"{step} of 5" in page.text_content("#tour")
-        titles.append(page.text_content("#tour h2"))
-        if step == 4:
-            assert page.locator("#choices li").count() == 5
-        if step < 5:
-            page.click("#tour .main")
-    assert len(set(titles)) == 5
-    page.keyboard.press("Escape")
-    assert page.locator("#tour").is_hidden()
-
-
-@pytest.mark.parametrize(
-    "width", [320, pytest.param(390, marks=pytest.mark.slow), pytest.param(768, marks=pytest.mark.slow)]
-)
-def test_no_width_makes_the_page_scroll_sideways(open_page, width):
-    page = open_page(width=width, height=700, touch=True)
-    source, target = "dog" * 60, f"um {'cachorro' * 20}"
-    reply = answer([(source, target, [("▁" + source, 0, len(source))], [("▁um", 0, 2), (target[3:], 3, len(target))])])
-    page.route(EXPLAIN, lambda route: route.fulfill(json=reply))
-    type_text(page, source)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.unroute(EXPLAIN)
-    type_text(page)
-    page.click("#open-inside")
-    for tab in ("pieces", "cross", "masks", "positions"):
-        page.click(f"#tab-{tab}")
-        page.wait_for_selector("#panel > *")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.locator(".target .word").last.click()
-    box = page.locator("#choices").bounding_box()
-    assert box["x"] >= 0 and box["x"] + box["width"] <= width
-    page.keyboard.press("Escape")
-    page.click("#start-tour")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
 def test_errors_are_shown_as_text_and_can_be_tried_again(open_page):
     page = open_page()
     said = "<img src=x onerror=alert(1)> too many requests"
@@ -353,6 +159,56 @@ def test_a_server_that_is_gone_is_an_error_of_one_sentence(open_page):
     page.wait_for_selector("#fault button")
     assert page.text_content("#fault span") == "The server does not answer. Is it still running?"
     assert len(open_page.faults) == 1 and "ERR_FAILED" in open_page.faults.pop()
+
+
+def test_where_the_server_wants_a_key_the_page_asks_for_it(open_page, serve_page):
+    page = open_page(at=serve_page(keys=Keys(["the-right-key"])))
+    assert page.locator("#key-form").is_visible()
+    page.fill("#source", SENTENCE)
+    page.wait_for_selector("#fault span:has-text('needs an API key')")
+    page.fill("#key", "another-key")
+    page.click("#key-form button")
+    page.wait_for_selector("#fault span:has-text('the API key is not known')")
+    page.fill("#key", "the-right-key")
+    page.keyboard.press("Enter")
+    settle(page)
+    assert translation(page).strip() and page.text_content("#fault") == ""
+    assert "right" not in page.url and page.evaluate("localStorage.length + sessionStorage.length") == 0
+    assert all("403" in fault for fault in open_page.faults) and len(open_page.faults) == 2  # the browser's own lines
+    open_page.faults.clear()
+
+
+def test_too_many_requests_are_told_and_the_translation_before_stays(open_page, serve_page):
+    page = open_page(at=serve_page(requests_a_minute=1))
+    type_text(page)
+    before = translation(page)
+    page.fill("#source", f"{SENTENCE} again")
+    page.wait_for_selector("#fault span:has-text('too many requests: 1 a minute')")
+    assert translation(page) == before and page.locator(".target.stale").count() == 1
+    assert page.locator("#fault button").is_enabled() and not page.locator("#desk.waiting").count()
+    assert len(open_page.faults) == 1 and "429" in open_page.faults.pop()
+
+
+def test_the_language_is_detected_where_several_are_served(open_page, serve_page, model_of_page):
+    pairs = (("fr", "de"), ("de", "en"))
+    others = [dataclasses.replace(model_of_page, source=source, target=target) for source, target in pairs]
+    page, asked = open_page(at=serve_page(*others)), []
+    page.on("request", lambda request: asked.append(request.post_data_json) if EXPLAIN.search(request.url) else None)
+    page.select_option("#source-language", "auto")
+    assert page.text_content("#source-language option:checked") == "Detect language"
+    for text, origin, goal in (
+        ("nous allons à la mer", "fr", "de"),
+        ("we are going to the sea", "en", "de"),
+        ("wir fahren ans Meer", "de", "en"),  # German is the target no more
+    ):
+        type_text(page, text)
+        assert [asked[-1][name] for name in ("q", "source", "target")] == [text, origin, goal]
+        assert page.input_value("#target-language") == goal and page.get_attribute("#source", "lang") == origin
+        detected = page.text_content("#source-language option:checked")
+        assert detected == {"fr": "French", "en": "English", "de": "German"}[origin] + " (detected)"
+    assert "from=auto" in page.url
+    page.click("#swap")
+    assert (page.input_value("#source-language"), page.input_value("#target-language")) == ("en", "de")
 
 
 def test_a_text_s_markup_stays_text(open_page):
@@ -437,27 +293,3 @@ def test_a_very_long_text_keeps_the_page_responsive(open_page):
         " document.body.getBoundingClientRect(); return performance.now() - start; })()"
     )
     assert took < 200
-
-
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
-def test_axe_finds_no_serious_fault(open_page, scheme):
-    axe = pytest.importorskip("axe_playwright_python", reason="axe is not installed: `make peers` installs it")
-    script = next(Path(axe.__file__).parent.glob("axe*.js")).read_text("utf-8")
-    page = open_page(scheme=scheme)
-    page.evaluate(script)
-
-    def check(state):
-        found = page.evaluate("axe.run(document)")["violations"]
-        found = [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found]
-        assert found == [], state
-
-    check("empty")
-    type_text(page)
-    page.click("#open-inside")
-    page.click("#tab-cross")
-    page.wait_for_selector("#panel .large")
-    page.locator(".target .word").first.click()
-    check("attention, pointing and choices")
-    page.click("#tab-masks")
-    page.click("#start-tour")
-    check("masks and tour")
