@@ -13,6 +13,7 @@ from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.files import Named, check_inputs, same_file, work_directory_of
+from flax_transformer.monitoring.provenance import OF_TEXTS, other_versions
 from flax_transformer.processes import hosts
 from flax_transformer.training.early_checks import check_ahead
 from flax_transformer.training.parallel import Parallelism
@@ -259,8 +260,10 @@ def _check_fingerprints(
     changed = {name for name, found in fingerprints.items() if begun.get(name, found) != found}
     if changed and not accept_changed_corpus:
         specs = " and ".join(f"data.{name} ({getattr(experiment.data, name)})" for name in sorted(changed))
+        other = other_versions(workdir.read_metrics(), OF_TEXTS)
+        remedy = f"{other}: install that version again" if other else "put the text back"
         raise ValueError(
-            f"{specs} has another text than when training last ran in {workdir.path}: put the text back, give another "
+            f"{specs} has another text than when training last ran in {workdir.path}: {remedy}, give another "
             "--workdir, or go on with the new text by --accept_changed_corpus"
         )
     return begun, changed

@@ -135,6 +135,15 @@ def test_an_edited_text_is_refused_until_it_is_restored_or_accepted(split, exper
     refused(experiment, path, message)
 
 
+def test_a_text_that_another_version_of_a_package_makes_is_blamed_on_the_version(experiment, path, edit):
+    edit("train")
+    workdir = WorkDirectory(path)
+    (start,) = lines_of(path, "start")
+    assert start["versions"]["babel"] and start["versions"]["tensorflow-datasets"]
+    workdir.append_metrics(start | {"versions": start["versions"] | {"babel": "2.0"}})
+    refused(experiment, path, r"babel was 2\.0 then and is [\d.]+ now: install that version again, give another")
+
+
 def test_both_texts_are_named_if_both_were_edited(experiment, path, edit):
     edit("train"), edit("valid")
     refused(experiment, path, r"^data\.train \(.*train\.out\) and data\.valid \(.*valid\.out\) has another text")
