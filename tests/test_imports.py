@@ -126,8 +126,9 @@ LAYOUT = {
     "training.parallel": "monitoring.utilization",
     "training.step_statistics": "data.batch monitoring.utilization training.step",
     "training.early_checks": "experiment workdir processes.hosts",
+    "training.notices": "experiment data.corpus training.optimizer",
     "training.inputs": "bleu experiment files data workdir processes.hosts monitoring.provenance training.parallel "
-    "training.early_checks",
+    "training.early_checks training.notices",
     "training.evaluation": "bleu config positions experiment text data decoding trained_model processes.hosts "
     "monitoring.report training.loss",
     "training.loop": "experiment text model checkpoints workdir trained_model new_languages processes monitoring "

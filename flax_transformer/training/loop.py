@@ -31,6 +31,7 @@ from flax_transformer.text.spelling import in_one_cell
 from flax_transformer.trained_model import TrainedModel, param_shapes
 from flax_transformer.training.evaluation import Evaluation, Scores, show_samples, show_test
 from flax_transformer.training.inputs import Materials, check_paths, load_texts, prepare
+from flax_transformer.training.notices import notice_of_other_rate
 from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import (
@@ -169,6 +170,9 @@ class _Training:
             hosts.say(
                 f"{parameters:,} parameters, {self.parallelism}{micro_batches}, steps {first} to {self.config.steps}"
             )
+            before = self.materials.before
+            if first and before and (told := notice_of_other_rate(before, self.materials.experiment, first)):
+                hosts.say(told)
             if told := self.profile.missed(first + 1, self.config.steps):
                 hosts.say(told)
             with (

@@ -203,7 +203,7 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_training_and_translat
 def test_a_changed_setting_that_must_stay_the_same_is_refused(section, name, value, experiment, path):
     found = operator.attrgetter(name)(getattr(experiment, section))
     other = change(experiment, section, **{name: value})
-    message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, or give another"
+    message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, give another"
     refused(other, path, f"^{re.escape(message)}")
 
 
@@ -218,6 +218,15 @@ def test_a_training_whose_config_has_old_names_is_held_to_its_settings_and_goes_
     refused(other, path, "was begun with training.optimizer.clip_norm = 0.0, now it is 1.0: set it back")
     train_and_evaluate(experiment, path)
     assert json.loads(file.read_bytes()) == config
+
+
+def test_all_settings_that_must_stay_the_same_are_named_at_once(experiment, path):
+    other = change(change(experiment, "model", d_ff=16, norm="pre"), "training", seed=3)
+    message = (
+        "model.d_ff = 12, now it is 16; with model.norm = 'post', now it is 'pre'; with training.seed = 0, now it is "
+        "3: set them back"
+    )
+    refused(other, path, re.escape(message))
 
 
 def test_the_implementation_of_attention_may_change(experiment, path):
