@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flax_transformer.commands.config import config_of, read_config
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
@@ -227,6 +228,12 @@ def test_all_settings_that_must_stay_the_same_are_named_at_once(experiment, path
         "3: set them back"
     )
     refused(other, path, re.escape(message))
+
+
+def test_a_training_goes_on_with_what_its_work_directory_says(path):
+    settings = read_config(config_of(str(path)), [("training.steps", "2")])
+    train_and_evaluate(Experiment.from_mapping(settings), path)
+    assert [line["step"] for line in lines_of(path, "train")] == [1, 2]
 
 
 def test_the_implementation_of_attention_may_change(experiment, path):
