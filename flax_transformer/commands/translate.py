@@ -1,5 +1,5 @@
-"""Translates a file or standard input line by line; every line, even an empty one,
-gives one line of output. With --interactive, translates what you type.
+"""Translates sentences, a file or standard input line by line; every line, even an empty
+one, gives one line of output. With --interactive, translates what you type.
 """
 
 import argparse
@@ -51,6 +51,7 @@ with such a token begins; other lines are in the languages of the two options.
 Line ends within a translation, and tabs in tsv, are written as spaces; jsonl keeps them.
 
 examples:
+  flax-transformer translate --workdir=runs/mine "A dog runs." "Two men talk."
   flax-transformer translate --workdir=runs/mine --input=letters.en --output=letters.de
   echo "A dog runs." | flax-transformer translate --workdir=runs/mine
   flax-transformer translate --workdir=runs/mine --interactive
@@ -65,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
     text = parser.add_argument_group("the text")
+    text.add_argument(
+        "sentences",
+        nargs="*",
+        metavar="SENTENCE",
+        help="the sentences to translate, each in quotes, after the options; without any, --input is read",
+    )
     text.add_argument(
         "--input", type=path, metavar="FILE", help="UTF-8 text, one sentence per line; standard input if not given"
     )
@@ -123,12 +130,17 @@ def run(options: argparse.Namespace) -> None:
         return
     _check_format(options, search)
     source, output = options.input or STANDARD, options.output or STANDARD
-    inputs = [("--input", source)] + ([("--prefixes", options.prefixes)] if options.prefixes else [])
+    given = options.sentences
+    if given and (options.input or options.prefixes):
+        name = "input" if options.input else "prefixes"
+        raise ValueError(f"--{name} names a file, but there are sentences on the command line too: remove one of them")
+    inputs = [] if given else [("--input", source)]
+    inputs += [("--prefixes", options.prefixes)] if options.prefixes else []
     check_inputs(inputs)
     also_read = [("--shortlist", options.shortlist)] if options.shortlist else []
     check_output("--output", output, inputs + also_read, options.workdir)
-    total = count_lines(*(name for _, name in inputs))
-    if source == STANDARD and sys.stdin.isatty():
+    total = len(given) or count_lines(*(name for _, name in inputs))
+    if not given and source == STANDARD and sys.stdin.isatty():
         print("type sentences and end with Ctrl-D; --interactive answers each at once", file=sys.stderr)
     (translator,) = in_languages([load_translator(models, options)], options)
     if not options.prefixes:
@@ -136,7 +148,10 @@ def run(options: argparse.Namespace) -> None:
     if options.alignment is not None:
         # Reports a layer that does not exist now, not after the first chunk.
         translator.align([], [], layer=options.alignment)
-    lines = read_pairs(source, options.prefixes) if options.prefixes else ((line, "") for line in read_lines(source))
+    if options.prefixes:
+        lines = read_pairs(source, options.prefixes)
+    else:
+        lines = ((line, "") for line in given or read_lines(source))
     write_lines = FORMATS[options.format or "text"]
     done, unreadable = 0, UnreadableSentences(translator.vocabularies.source)
     with open_output(output) as file, progress_bar(total, beside=output) as bar, unreadable.warning_once():
@@ -166,6 +181,8 @@ def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:
 
 
 def _check_interactive(options: argparse.Namespace) -> None:
+    if options.sentences:
+        raise ValueError("there are sentences on the command line, and --interactive asks for them: remove one of them")
     for name in ("input", "output", "format", "alignment", "prefixes"):
         if getattr(options, name) is not None:
             raise ValueError(
