@@ -117,7 +117,7 @@ LAYOUT = {
     "monitoring.profile": "",
     "monitoring.provenance": "",
     "monitoring.tensorboard": "",
-    "monitoring.report": "workdir monitoring.tensorboard",
+    "monitoring.report": "text.spelling workdir monitoring.tensorboard",
     "training.__init__": "",
     "training.loss": "",
     "training.loss_scale": "",
