@@ -1,5 +1,6 @@
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ ABOVE = "every row above"
 # The rows of the library from the bottom of the dependencies up, and the rows that each may import. The name of a
 # folder stands for all its files. The `__init__` of a folder runs before any file in it, so it imports nothing.
 LAYOUT = {
+    "checking": "",
     "files": "",
     "atomic_files": "",
     "tokens": "",
@@ -286,6 +288,37 @@ def test_a_wrong_shape_is_an_error_while_tests_run():
     assert dot_product_attention(jnp.zeros((2, 5, 3, 4)), memory, memory).shape == (2, 5, 3, 4)
     with pytest.raises(jaxtyping.TypeCheckError):
         dot_product_attention(jnp.zeros((5, 3, 4)), memory, memory)
+
+
+def test_without_the_checks_a_wrong_rank_is_an_error_that_says_what_to_give():
+    query, memory = jnp.zeros((2, 5, 3, 4)), jnp.zeros((2, 7, 3, 4))
+    unchecked = inspect.unwrap(dot_product_attention)
+    for arguments in ((query[0], memory, memory), (query, memory[0], memory[0]), (query, memory[..., :3], memory)):
+        with pytest.raises(ValueError, match=r"give \[B, Q, H, K\] and twice \[B, M, H, K\]"):
+            unchecked(*arguments)
+    split = inspect.unwrap(flax_transformer.MultiHeadAttention._split_heads)
+    with pytest.raises(ValueError, match=r"give \[B, positions, D\]"):
+        split(flax_transformer.MultiHeadAttention(d_model=4, num_heads=2), jnp.zeros((5, 4)))
+
+
+def test_checks_are_switched_on_only_before_the_modules_that_they_check():
+    code = """
+from flax_transformer.checking import check_shapes
+check_shapes()
+import jax, jaxtyping
+from flax_transformer import Transformer, TransformerConfig
+config = TransformerConfig.tiny(source_vocab_size=9, target_vocab_size=9, num_encoder_layers=1, num_decoder_layers=1)
+tokens = jax.numpy.ones((2, 5), "int32")
+variables = Transformer(config).init(jax.random.key(0), tokens, tokens, deterministic=True)
+for call, error in ((lambda: Transformer(config).apply(variables, tokens[0], tokens, deterministic=True),
+                     jaxtyping.TypeCheckError), (check_shapes, RuntimeError)):
+    try:
+        call()
+    except error as caught:
+        print(type(caught).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["TypeCheckError", "RuntimeError"], done.stderr
 
 
 def test_a_wrong_shape_in_a_tree_is_an_error_too_and_a_placeholder_of_jaxs_is_none():
