@@ -6,17 +6,33 @@ verb=$1
 shift
 
 running() {
-  # After a reboot the number may belong to another process.
+  # After a reboot the number may belong to another process. When training has ended, its log is still being copied.
   local pid
-  pid=$(cat train.pid 2>/dev/null) && grep -aqs train.py "/proc/$pid/cmdline"
+  [[ $(find train.saving -mmin -2 2>/dev/null) ]] ||
+    { pid=$(cat train.pid 2>/dev/null) && grep -aqs train.py "/proc/$pid/cmdline"; }
 }
 
+storage() { gcloud storage "$@" --quiet 2>/dev/null; }
+
 case $verb in
-  install)
+  install) # WORKDIR [DATA]: DATA is a folder of prepared data sets in a bucket
     # The machines have Ubuntu 22.04 with Python 3.10. The library needs 3.11, which uv installs without root.
     curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv venv --clear --seed --python=3.12 .venv
-    .venv/bin/python -m pip install --quiet '.[tpu,gcs]'
+    # All workers, and those of later machines, get the versions of the first installation.
+    lock=$1/versions.txt locked=()
+    if storage cp "$lock" versions.txt; then locked=(--constraint=versions.txt); fi
+    .venv/bin/python -m pip install --quiet '.[tpu,gcs]' ${locked[@]+"${locked[@]}"}
+    .venv/bin/python -m pip freeze --exclude=flax_transformer >versions.txt
+    storage cp --no-clobber versions.txt "$lock" || :
+    storage cat "$lock" | cmp -s - versions.txt || {
+      echo "$HOSTNAME: the installed versions are not those of $lock, or the bucket cannot be written to" >&2
+      exit 1
+    }
+    if [[ ${2-} ]]; then
+      mkdir -p ~/tensorflow_datasets
+      gcloud storage rsync --recursive --quiet "$2" ~/tensorflow_datasets
+    fi
     touch .venv/installed
     ;;
   run) # train.py ARGUMENT ...
@@ -24,20 +40,30 @@ case $verb in
       echo "$HOSTNAME: a training is already running here: stop it first" >&2
       exit 1
     fi
-    rm -f train.pid train.status
+    rm -f train.pid train.status train.saving
+    workdir=
+    for argument; do [[ $argument != --workdir=* ]] || workdir=${argument#*=}; done
+    # One log for each machine, named by the time of its first training.
+    [[ -e log.name ]] || echo "logs/$(date -u +%Y%m%dT%H%M%SZ)-$HOSTNAME.log" >log.name
     # It outlives the connection. With JAX_PLATFORMS, a worker that does not get its TPU ends with an error instead of
-    # training on its CPU.
+    # training on its CPU. Gloo, with which CPUs talk to each other, reports each connection; that is left out.
     (
       trap '' HUP
-      JAX_PLATFORMS=tpu,cpu .venv/bin/python "$@" &
-      echo $! >train.pid
-      wait $! && status=0 || status=$?
+      keep_log() { timeout 60 gcloud storage cp --quiet train.log "$workdir/$(cat log.name)" >/dev/null 2>&1 || :; }
+      JAX_PLATFORMS=tpu,cpu .venv/bin/python "$@" > >(grep --line-buffered -av '^\[Gloo\]') 2>&1 &
+      pid=$!
+      echo $pid >train.pid
+      while sleep "${LOG_EVERY:-60}" && kill -0 $pid; do keep_log; done 2>/dev/null &
+      wait $pid && status=0 || status=$?
+      touch train.saving
+      keep_log
       echo "$status" >train.status
+      rm train.saving
     ) </dev/null >>train.log 2>&1 &
     ;;
   stop)
     # Waits until train.py has finished its step and written a checkpoint.
-    running && kill -TERM "$(cat train.pid)"
+    running && kill -TERM "$(cat train.pid)" 2>/dev/null || :
     while ((SECONDS < 600)); do
       running || exit 0
       sleep 0.2

@@ -34,6 +34,19 @@ import contextlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 home = Path("{home}")
+if sys.argv[1] == "storage":  # a bucket is a folder; `cp` and `rsync` have as their last two words what and where
+    _, _, verb, *words = [word for word in sys.argv if word not in ("--quiet", "--recursive")]
+    places = [Path(word.replace("gs://", f"{{home}}/buckets/")) for word in words if not word.startswith("--")]
+    if verb == "cat":
+        sys.exit(print(places[0].read_text(), end=""))
+    if not places[0].exists():
+        sys.exit("not found")
+    places[1].parent.mkdir(parents=True, exist_ok=True)
+    if verb == "rsync":
+        shutil.copytree(*places, dirs_exist_ok=True)
+    elif not ("--no-clobber" in words and places[1].exists()):
+        shutil.copy(*places)
+    sys.exit()
 _, _, _, verb, subject, *_ = arguments = sys.argv[1:]
 with open(home / "calls", "a") as calls:
     print(json.dumps(arguments), file=calls)
@@ -87,7 +100,10 @@ chmod +x ~/.local/bin/uv
 END
 """
 PYTHON = """#!/bin/bash
+[ "$3" != install ] || echo "${{@:5}}" >>{home}/installed-$HOSTNAME
+[ "$3" != freeze ] || cat {home}/versions-$HOSTNAME 2>/dev/null || echo jax==1
 [ "$1" != -m ] || exit 0
+echo "[Gloo] Rank 0 is connected to 1 peer ranks."
 {{ printf '%s\\0' "$JAX_PLATFORMS" "$@"; echo; }} >>{home}/trained-$HOSTNAME
 how=$(sed -n "$(wc -l <{home}/trained-$HOSTNAME)p" {home}/trainings)
 [ "$how" = endless ] || exit "$how"
@@ -123,7 +139,7 @@ class Cloud:
 
     def __call__(self, *arguments, path=f"{{home}}/bin:{os.environ['PATH']}", status=0, **options):
         """Runs the script and returns what it prints; `status` is the expected exit status."""
-        environment = {"PATH": path.format(home=self.home), "POLL": "0.01"} | OPTIONS | options
+        environment = {"PATH": path.format(home=self.home), "POLL": "0.01", "LOG_EVERY": "0.05"} | OPTIONS | options
         command = ["bash", self.repository / "cloud/tpu_vm.sh", *arguments]
         ended = subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=60)
         assert ended.returncode == status, ended.stdout + ended.stderr

@@ -115,3 +115,24 @@ def test_keep_ends_with_the_error_of_the_worker_that_ended_the_others(cloud):
     for worker, ended in enumerate(["134", "1"]):
         (cloud.home / f"machines/{worker}/my-tpu/train.status").write_text(ended)
     assert "ended with status 1;" in cloud("keep", status=1, PATIENCE="2")
+
+
+def test_keep_stops_the_training_when_the_time_is_up(cloud):
+    cloud("keep", "--max-hours=2", status=124, HOUR="2")
+    assert changes(cloud.calls) == [*BEGIN, "stop"]
+    assert cloud.log(0) == cloud.log(1) == "a checkpoint\n"
+    cloud("run")
+    cloud("keep", "--max-hours=1", "--delete-when-done", status=124, HOUR="1")
+    assert changes(cloud.calls)[-2:] == ["stop", "delete"]
+    assert "whole number of hours" in cloud("keep", "--max-hours=0.5", status=2)
+
+
+def test_logs_and_versions_outlive_the_machines(cloud):
+    bucket = cloud.home / "buckets/bucket/runs/first"
+    cloud.plays("ACTIVE ACTIVE ACTIVE SUSPENDED ACTIVE", "endless 0")
+    cloud("keep")
+    logs = sorted((bucket / "logs").iterdir())
+    assert len(logs) >= 2 and {log.name[-6:] for log in logs} == {"-0.log", "-1.log"}
+    assert (bucket / "versions.txt").read_text() == "jax==1\n"
+    first, second = (cloud.home / "installed-0").read_text().splitlines()
+    assert "--constraint" not in first and second.endswith("--constraint=versions.txt")

@@ -103,6 +103,39 @@ def test_each_worker_trains_with_exactly_the_given_arguments(cloud):
     assert "already running" in cloud("run", status=1)
 
 
+def test_the_log_is_kept_in_the_bucket_without_what_gloo_says(cloud):
+    for verb in ("copy", "install", "run"):
+        cloud(verb)
+    soon(lambda: cloud.trained(0) and cloud.trained(1))
+    cloud("stop")
+    soon(lambda: "0: ended 143" in cloud("status"))
+    (log,) = (cloud.home / "buckets/bucket/runs/first/logs").glob("*-0.log")
+    assert log.read_text() == cloud.log(0) == "a checkpoint\n"
+
+
+def test_workers_with_other_versions_than_the_bucket_has_are_not_used(cloud):
+    cloud("copy")
+    lock = cloud.home / "buckets/bucket/runs/first/versions.txt"
+    lock.parent.mkdir(parents=True)
+    lock.write_text("jax==1\n")
+    (cloud.home / "versions-1").write_text("jax==2\n")
+    cloud("install", status=1)
+    assert cloud("status").count("copied") == 1
+    (cloud.home / "versions-1").unlink()
+    cloud("install")
+    assert cloud("status").count("installed") == 2
+
+
+def test_each_worker_copies_the_prepared_data_sets(cloud):
+    (cloud.home / "buckets/bucket/tfds/wmt14").mkdir(parents=True)
+    (cloud.home / "buckets/bucket/tfds/wmt14/text").write_text("text")
+    cloud("copy")
+    cloud("install", "--tfds=gs://bucket/tfds")
+    for worker in range(2):
+        assert (cloud.home / f"machines/{worker}/tensorflow_datasets/wmt14/text").read_text() == "text"
+    assert "gs://BUCKET/FOLDER" in cloud("install", "--tfds=data", status=2)
+
+
 def test_copy_includes_tracked_files_and_the_given_data(cloud):
     def copied():
         folder = cloud.home / "machines/1/my-tpu"
