@@ -47,7 +47,7 @@ def other_versions(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
         lines: those of `metrics.jsonl`.
         names: the packages.
     """
-    before = next((line["versions"] for line in reversed(lines) if line.get("kind") == "start"), {})
+    before: Mapping[str, str] = next((line["versions"] for line in reversed(lines) if line.get("kind") == "start"), {})
     now = versions()
     changed = [name for name in names if before.get(name, now.get(name)) != now.get(name)]
     return " and ".join(f"{name} was {before[name]} then and is {now.get(name, 'missing')} now" for name in changed)

@@ -31,7 +31,7 @@ def record_test(workdir: WorkDirectory, step: int, scores: Mapping[str, Any], sa
         scores: by name.
         samples: for each source its text, its reference and its translation.
     """
-    workdir.append_metrics({"kind": "test", "step": step} | scores)
+    workdir.append_metrics({"kind": "test", "step": step, **scores})
     with open_events(workdir.path / "tensorboard") as events:
         for name in TITLES:
             events.add_scalar(f"test/{name}", scores[name], step)

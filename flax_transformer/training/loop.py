@@ -171,8 +171,8 @@ class _Training:
                 f"{parameters:,} parameters, {self.parallelism}{micro_batches}, steps {first} to {self.config.steps}"
             )
             before = self.materials.before
-            if first and before and (told := notice_of_other_rate(before, self.materials.experiment, first)):
-                hosts.say(told)
+            if first and before and (jump := notice_of_other_rate(before, self.materials.experiment, first)):
+                hosts.say(jump)
             if told := self.profile.missed(first + 1, self.config.steps):
                 hosts.say(told)
             with (
