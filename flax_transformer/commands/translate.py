@@ -35,6 +35,7 @@ from flax_transformer.decoding.settings import SearchSettings
 from flax_transformer.files import STANDARD, check_inputs, check_output
 from flax_transformer.text.spelling import in_one_cell, in_one_line
 
+USAGE = "--workdir=FOLDER [OPTIONS] [SENTENCE ...]"
 EXAMPLES = """\
 formats:
   text      the best translation of each line

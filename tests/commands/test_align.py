@@ -15,8 +15,9 @@ def size(path):
 
 
 def test_the_translation_is_printed_and_its_attention_drawn(run, workdir, tmp_path):
-    translated = run("translate", f"--workdir={workdir}", "red cat runs")
-    aligned = run("align", f"--workdir={workdir}", f"--output={tmp_path / 'a.png'}", "red cat runs")
+    short = f"--workdir={workdir}", "--max_length=5"
+    translated = run("translate", *short, "red cat runs")
+    aligned = run("align", *short, f"--output={tmp_path / 'a.png'}", "red cat runs")
     assert aligned == translated != "\n"
     # A longer translation has more rows.
     given = "red cat runs " * 6

@@ -295,6 +295,7 @@ def test_greedy_takes_the_most_probable_token_each_time():
         tokens = ()
         while EOS not in tokens:
             log_probs = language.log_probs(sentence, tokens)
+            log_probs[START] = -np.inf
             tokens += (EOS if len(tokens) == limit - 1 else int(log_probs.argmax()),)
         assert outputs(found, sentence) == [tokens]
         expected = paper_score(language.log_prob(sentence, tokens), len(tokens))
