@@ -126,7 +126,7 @@ def test_the_curve_of_a_training_has_the_losses_that_count():
         {"kind": "train", "step": 5, "loss": 9.0, "cross_entropy": 3.5},
         {"kind": "train", "step": 15, "loss": 9.0, "cross_entropy": 2.0},
     ]
-    (axes,) = panels(plots.plot_training(lines))
+    (axes,) = plots.plot_training(lines).axes
     drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.get_lines()}
     assert drawn == {"train": (5, 15, 3.5, 2.0), "valid": (10, 2.5)}
     with pytest.raises(ValueError, match="train first"):

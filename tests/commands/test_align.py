@@ -15,7 +15,7 @@ def size(path):
 
 
 def test_the_translation_is_printed_and_its_attention_drawn(run, workdir, tmp_path):
-    short = f"--workdir={workdir}", "--max_length=5"
+    short = f"--workdir={workdir}", "--min_length=3", "--max_length=5"
     translated = run("translate", *short, "red cat runs")
     aligned = run("align", *short, f"--output={tmp_path / 'a.png'}", "red cat runs")
     assert aligned == translated != "\n"
