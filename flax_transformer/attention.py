@@ -214,9 +214,7 @@ class MultiHeadAttention(nn.Module):
 
     def _split_heads(self, inputs: Float[Array, "B P D"]) -> Float[Array, "B P H K"]:
         if inputs.ndim != 3:
-            raise ValueError(
-                f"inputs or memory have shape {inputs.shape}: give [B, positions, D], e.g. x[None]"
-            )
+            raise ValueError(f"inputs or memory have shape {inputs.shape}: give [B, positions, D], e.g. x[None]")
         return inputs.reshape(*inputs.shape[:2], self.num_heads, self.d_model // self.num_heads)
 
     def project_memory(self, memory: Float[Array, "B M D"]) -> KVCache:
