@@ -27,6 +27,7 @@ VERBS = {
     "translate": "translate a file, standard input, or sentences typed at a prompt",
     "align": "draw where a model looks while it translates a sentence",
     "evaluate": "score a model on a test set with BLEU, chrF and TER, or compare two models",
+    "serve": "serve models over HTTP: LibreTranslate's API, explanations, and a page to try them",
     "score": "compute the log-probabilities and the perplexity of given translations",
     "average": "average the weights of several checkpoints into one",
     "convert": "import OPUS-MT (Marian), M2M100 and NLLB models; export to CTranslate2, Marian, NLLB and StableHLO",

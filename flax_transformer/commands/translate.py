@@ -30,9 +30,10 @@ from flax_transformer.commands.options import (
     search_settings,
     whole,
 )
-from flax_transformer.data.lines import read_lines
+from flax_transformer.data.lines import read_lines, read_text
 from flax_transformer.decoding.settings import SearchSettings
 from flax_transformer.files import STANDARD, check_inputs, check_output
+from flax_transformer.text.markup_tokens import read_tokens
 from flax_transformer.text.spelling import in_one_cell, in_one_line
 
 USAGE = "--workdir=FOLDER [OPTIONS] [SENTENCE ...]"
@@ -49,6 +50,8 @@ With a model for many languages, a line that begins with the token of a language
 as "kan_Knda ", is in that language, and so is the translation that a line of --prefixes
 with such a token begins; other lines are in the languages of the two options.
 
+With --markup the whole input is one page of HTML or XML, and so is the output.
+
 Line ends within a translation, and tabs in tsv, are written as spaces; jsonl keeps them.
 
 examples:
@@ -56,6 +59,7 @@ examples:
   flax-transformer translate --workdir=runs/mine --input=letters.en --output=letters.de
   echo "A dog runs." | flax-transformer translate --workdir=runs/mine
   flax-transformer translate --workdir=runs/mine --interactive
+  flax-transformer translate --workdir=runs/mine --markup --input=page.html --output=page.de.html
   flax-transformer translate --workdir=runs/nllb --source_language=kan_Knda --target_language=eng_Latn
   flax-transformer translate --workdir runs/a runs/b --nbest=4 --format=tsv --input=letters.en
 """
@@ -104,6 +108,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file whose line i is the beginning that the translation of line i must have",
     )
+    text.add_argument(
+        "--replace_unknown",
+        action="store_true",
+        help="where the model can only write its unknown piece, copy the characters of the source at which it looked",
+    )
+    text.add_argument(
+        "--markup",
+        action="store_true",
+        help="the input is one page of HTML, or XML, which is divided into sentences: its text is translated, and its "
+        "markup comes back, with tags inside of sentences around the words that belong to them; needs the extra markup",
+    )
     text.add_argument("--interactive", action="store_true", help="translate what you type at a prompt; Ctrl-D ends it")
     text.add_argument(
         "--buffer_lines",
@@ -124,24 +139,23 @@ def run(options: argparse.Namespace) -> None:
 
     search = search_settings(options)
     models = pair_checkpoints(options.workdir, options.checkpoint)
+    _check_sentences(options)
     if options.interactive:
         _check_interactive(options)
         (translator,) = in_languages([load_translator(models, options)], options)
         _converse(translator, search, options.seed)
         return
     _check_format(options, search)
+    _check_markup(options)
     source, output = options.input or STANDARD, options.output or STANDARD
-    given = options.sentences
-    if given and (options.input or options.prefixes):
-        name = "input" if options.input else "prefixes"
-        raise ValueError(f"--{name} names a file, but there are sentences on the command line too: remove one of them")
-    inputs = [] if given else [("--input", source)]
+    inputs = [] if options.sentences else [("--input", source)]
     inputs += [("--prefixes", options.prefixes)] if options.prefixes else []
     check_inputs(inputs)
     also_read = [("--shortlist", options.shortlist)] if options.shortlist else []
     check_output("--output", output, inputs + also_read, options.workdir)
-    total = len(given) or count_lines(*(name for _, name in inputs))
-    if not given and source == STANDARD and sys.stdin.isatty():
+    page = read_text(source) if options.markup else ""
+    total = None if options.markup else len(options.sentences) or count_lines(*(name for _, name in inputs))
+    if not options.sentences and source == STANDARD and sys.stdin.isatty():
         print("type sentences and end with Ctrl-D; --interactive answers each at once", file=sys.stderr)
     (translator,) = in_languages([load_translator(models, options)], options)
     if not options.prefixes:
@@ -149,10 +163,13 @@ def run(options: argparse.Namespace) -> None:
     if options.alignment is not None:
         # Reports a layer that does not exist now, not after the first chunk.
         translator.align([], [], layer=options.alignment)
+    if options.markup:
+        _translate_page(translator, page, search, options, output)
+        return
     if options.prefixes:
         lines = read_pairs(source, options.prefixes)
     else:
-        lines = ((line, "") for line in given or read_lines(source))
+        lines = ((line, "") for line in options.sentences or read_lines(source))
     write_lines = FORMATS[options.format or "text"]
     done, unreadable = 0, UnreadableSentences(translator.vocabularies.source)
     with open_output(output) as file, progress_bar(total, beside=output) as bar, unreadable.warning_once():
@@ -160,7 +177,13 @@ def run(options: argparse.Namespace) -> None:
             sentences = [sentence for sentence, _ in chunk]
             prefixes = [prefix for _, prefix in chunk] if options.prefixes else None
             # A sentence that is repeated in a later chunk gets different samples.
-            found = translator.hypotheses(sentences, search, prefixes=prefixes, seed=(options.seed + done) % 2**32)
+            found = translator.hypotheses(
+                sentences,
+                search,
+                prefixes=prefixes,
+                seed=(options.seed + done) % 2**32,
+                replace_unknown=options.replace_unknown,
+            )
             described = _describe(translator, sentences, found, options.alignment)
             lacking = unreadable.add(sentences)
             rows = zip(sentences, lacking, described, strict=True)
@@ -172,6 +195,12 @@ def run(options: argparse.Namespace) -> None:
             done += len(chunk)
 
 
+def _check_sentences(options: argparse.Namespace) -> None:
+    for name in ("input", "prefixes", "markup", "interactive"):
+        if options.sentences and getattr(options, name):
+            raise ValueError(f"--{name} cannot be combined with sentences on the command line: remove one of them")
+
+
 def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:
     if search.num_return > 1 and options.format in (None, "text"):
         raise ValueError(
@@ -181,13 +210,36 @@ def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:
         raise ValueError("--alignment needs --format=jsonl: text and tsv have no place for it")
 
 
+def _check_markup(options: argparse.Namespace) -> None:
+    if not options.markup:
+        return
+    for name in ("format", "alignment", "prefixes"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for lines, and --markup translates a whole page: remove one of them")
+    read_tokens("<br>")  # reports that lxml is missing
+
+
+def _translate_page(translator: Any, page: str, search: Any, options: argparse.Namespace, output: str) -> None:
+    # Loads jax, so not for --help.
+    from flax_transformer.decoding.documents import translate_documents
+
+    (translated,) = translate_documents(
+        translator, [page], search, markup=True, seed=options.seed, replace_unknown=options.replace_unknown
+    )
+    with open_output(output) as file:
+        file.write(translated.encode())
+
+
 def _check_interactive(options: argparse.Namespace) -> None:
-    if options.sentences:
-        raise ValueError("there are sentences on the command line, and --interactive asks for them: remove one of them")
     for name in ("input", "output", "format", "alignment", "prefixes"):
         if getattr(options, name) is not None:
             raise ValueError(
                 f"--{name} cannot be combined with --interactive, which translates what you type: remove one of them"
+            )
+    for name in ("markup", "replace_unknown"):
+        if getattr(options, name):
+            raise ValueError(
+                f"--{name} cannot be combined with --interactive, which shows words as they come: remove one"
             )
 
 

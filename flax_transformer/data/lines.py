@@ -38,13 +38,17 @@ def read_lines(path: str) -> Iterator[str]:
     Raises:
         ValueError: the file cannot be read or is not UTF-8; names the line.
     """
-    if path == STANDARD:
-        if sys.stdin is None:
-            raise ValueError("standard input is closed: name a file")
-        yield from _decode(sys.stdin.buffer, path)
-        return
-    with _open(path) as file:
-        yield from _decode(file, path)
+    for line in _read(path):
+        yield line.removesuffix("\n").removesuffix("\r")
+
+
+def read_text(path: str) -> str:
+    """All of a UTF-8 file, line ends included, without a byte order mark; "-" is standard input.
+
+    Raises:
+        ValueError: as in `read_lines`.
+    """
+    return "".join(_read(path))
 
 
 def read_columns(path: str) -> Iterator[tuple[str, str]]:
@@ -57,6 +61,17 @@ def read_columns(path: str) -> Iterator[tuple[str, str]]:
                 f"{shown(path)}:{number}: there is no tab{spaces}: write the source, a tab, and the target"
             )
         yield columns[0], columns[1]
+
+
+def _read(path: str) -> Iterator[str]:
+    """The lines of a file with their ends."""
+    if path == STANDARD:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: name a file")
+        yield from _decode(sys.stdin.buffer, path)
+        return
+    with _open(path) as file:
+        yield from _decode(file, path)
 
 
 def _open(path: str) -> BinaryIO:
@@ -73,7 +88,7 @@ def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
             _check_first(line, path)
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
-            yield line.decode().removesuffix("\n").removesuffix("\r")
+            yield line.decode()
         except UnicodeDecodeError as error:
             found = f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8"
             raise ValueError(f"{shown(path)}:{number}: {found}: convert it to UTF-8, e.g. with iconv") from error

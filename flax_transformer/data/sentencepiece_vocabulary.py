@@ -11,8 +11,7 @@ and decomposed accents, a tab and a space, or a word with and without a byte ord
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
-import sentencepiece
-
+from flax_transformer.data.sentencepiece_model import read_processor
 from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
@@ -53,9 +52,9 @@ class Vocabulary:
         Raises:
             ValueError: the bytes are not a SentencePiece model, or ids 0 to 3 have other meanings in it.
         """
-        self._processor = read_pieces(model)
+        self._processor = read_processor(model)
         self._model = model
-        self._spelling = Spelling(self._knows, self.pieces(range(self.size)))
+        self._spelling = Spelling(self._knows, self.all_pieces())
         expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
         processor = self._processor
         found = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
@@ -140,9 +139,29 @@ class Vocabulary:
         """
         return [self._processor.decode(self._text_ids(row)) for row in ids]
 
+    def decode_with(self, ids: Iterable[SupportsIndex], texts: Iterable[str | None]) -> str:
+        """The sentence of one row, as `decode` returns it, with a text in place of each unknown id, in order.
+
+        Args:
+            ids: the ids.
+            texts: for each unknown id what to write, or `None` to write it as `decode` does.
+        """
+        rest = iter(texts)
+        row = self._text_ids(ids)
+        filled = [next(rest, None) if token == self.unk_id else None for token in row]
+        pieces = self.pieces(row)
+        return self._join([piece if text is None else text for piece, text in zip(pieces, filled, strict=True)])
+
+    def _join(self, pieces: Sequence[str]) -> str:
+        return self._processor.decode_pieces(list(pieces))
+
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """The piece of each id, including special ones, e.g. ["▁a", "</s>"]; "▁" stands for a space."""
         return [self._processor.id_to_piece(int(token)) for token in ids]
+
+    def all_pieces(self) -> list[str]:
+        """The pieces in the order of their ids."""
+        return self.pieces(range(self.size))
 
     def _text_ids(self, row: Iterable[SupportsIndex]) -> list[int]:
         ids = []
@@ -164,13 +183,3 @@ class Vocabulary:
             ValueError: there is no text, or `config.size` does not fit it; names the limit and the setting to change.
         """
         return Vocabulary(train_pieces(sentences, config, (cls.pad_id, cls.bos_id, cls.eos_id, cls.unk_id)))
-
-
-def read_pieces(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    """Reads a serialised SentencePiece model; raises ValueError if the bytes are not one."""
-    if not model:  # SentencePiece accepts an empty model, and fails only when it is used.
-        raise ValueError("the SentencePiece model has 0 bytes: the file is empty, train the vocabulary again")
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise ValueError(f"these {len(model)} bytes are not a SentencePiece model: {error}") from error

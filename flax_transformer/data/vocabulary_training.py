@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from flax_transformer.data.sentencepiece_model import pieces_of
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import training_text
 
@@ -77,7 +78,7 @@ def _train(sentences: Sequence[str], config: VocabularyConfig, special_ids: tupl
         )
     except RuntimeError as error:
         raise ValueError(_explain(str(error), config)) from error
-    size = len(_pieces(model.getvalue()))
+    size = len(pieces_of(model.getvalue()))
     if size > config.size:
         raise ValueError(_too_small(size, config))
     return _with_reserved(model.getvalue(), stand_in)
@@ -102,14 +103,9 @@ def _with_reserved(model: bytes, stand_in: str) -> bytes:
     return read.SerializeToString(deterministic=True)
 
 
-def _pieces(model: bytes) -> list[str]:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return [processor.id_to_piece(number) for number in range(processor.get_piece_size())]
-
-
 def _characters_known(model: bytes) -> set[str]:
     """The characters that the model can write: the pieces of one character, and the space."""
-    return {piece for piece in _pieces(model) if len(piece) == 1} | {" "}
+    return {piece for piece in pieces_of(model) if len(piece) == 1} | {" "}
 
 
 def _characters(texts: Iterable[str]) -> set[str]:
