@@ -29,9 +29,9 @@ help:
 
 # Stamps: each is made again only when what it was made from has changed.
 $(VENV)/library.stamp: pyproject.toml
-	@echo "Installing flax_transformer and what it needs into $(VENV): some 90 packages, a few minutes the first time ..."
+	@echo "Installing flax_transformer and what it needs into $(VENV): some 80 packages, a few minutes the first time ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable ".[plots,interop,tensorboard]"
+	@$(PIP) --editable ".[plots]"
 	@touch $@
 
 $(VENV)/tools.stamp: $(VENV)/library.stamp

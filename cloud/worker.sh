@@ -5,11 +5,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 verb=$1
 shift
 
-running() {
-  # After a reboot the number may belong to another process. When training has ended, its log is still being copied.
+running() { # the shell that `run` left behind: it ends when the training has ended and its log is in the bucket
+  # After a reboot the number may belong to another process.
   local pid
-  [[ $(find train.saving -mmin -2 2>/dev/null) ]] ||
-    { pid=$(cat train.pid 2>/dev/null) && grep -aqs train.py "/proc/$pid/cmdline"; }
+  pid=$(cat train.shell 2>/dev/null) && grep -aqs train.py "/proc/$pid/cmdline"
 }
 
 storage() { gcloud storage "$@" --quiet 2>/dev/null; }
@@ -40,30 +39,35 @@ case $verb in
       echo "$HOSTNAME: a training is already running here: stop it first" >&2
       exit 1
     fi
-    rm -f train.pid train.status train.saving
+    rm -f train.pid train.status
     workdir=
     for argument; do [[ $argument != --workdir=* ]] || workdir=${argument#*=}; done
     # One log for each machine, named by the time of its first training.
     [[ -e log.name ]] || echo "logs/$(date -u +%Y%m%dT%H%M%SZ)-$HOSTNAME.log" >log.name
     # It outlives the connection. With JAX_PLATFORMS, a worker that does not get its TPU ends with an error instead of
-    # training on its CPU. Gloo, with which CPUs talk to each other, reports each connection; that is left out.
+    # training on its CPU.
     (
       trap '' HUP
       keep_log() { timeout 60 gcloud storage cp --quiet train.log "$workdir/$(cat log.name)" >/dev/null 2>&1 || :; }
-      JAX_PLATFORMS=tpu,cpu .venv/bin/python "$@" > >(grep --line-buffered -av '^\[Gloo\]') 2>&1 &
+      nap() { sleep "${LOG_EVERY:-60}" & }
+      JAX_PLATFORMS=tpu,cpu .venv/bin/python "$@" &
       pid=$!
       echo $pid >train.pid
-      while sleep "${LOG_EVERY:-60}" && kill -0 $pid; do keep_log; done 2>/dev/null &
+      nap
+      while wait -n; kill -0 $pid 2>/dev/null; do # the nap is over, the training is not
+        keep_log
+        nap
+      done
       wait $pid && status=0 || status=$?
-      touch train.saving
+      kill $! 2>/dev/null || :
       keep_log
       echo "$status" >train.status
-      rm train.saving
     ) </dev/null >>train.log 2>&1 &
+    echo $! >train.shell
     ;;
   stop)
     # Waits until train.py has finished its step and written a checkpoint.
-    running && kill -TERM "$(cat train.pid)" 2>/dev/null || :
+    running && kill -TERM "$(cat train.pid)"
     while ((SECONDS < 600)); do
       running || exit 0
       sleep 0.2
@@ -85,5 +89,7 @@ case $verb in
     fi
     echo "$HOSTNAME: $how"
     ;;
-  follow) tail -n 100 -F train.log ;;
+  follow) # without the lines in which Gloo, by which CPUs talk to each other, reports each connection
+    tail -n 100 -F train.log | grep --line-buffered -av '^\[Gloo\]'
+    ;;
 esac

@@ -225,10 +225,7 @@ def plot_training(lines: Iterable[Mapping[str, Any]]) -> Figure:
 
 def picture_formats() -> list[str]:
     """The endings of file names in which a figure can be written, e.g. png, svg and pdf."""
-    known = Figure().canvas.get_supported_filetypes()
-    return sorted(
-        known, key=lambda ending: (ending not in ("png", "svg", "pdf"), ending != "png", ending != "svg", ending)
-    )
+    return sorted(Figure().canvas.get_supported_filetypes())
 
 
 def _tidy_lines(axes: Axes) -> None:

@@ -264,7 +264,7 @@ def _print_text(
         print()
     for name, signature in signatures.items():
         print(f"{name:<6}{signature}")
-    print(f"found by {search}")
+    print(f"translated with {search}")
 
 
 def _verdict(name: str, systems: Sequence[System], p_value: float) -> str:

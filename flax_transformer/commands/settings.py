@@ -115,5 +115,5 @@ def _page() -> str:
         lines += ["", f"## {name}", "", purpose, "", "| setting | default | allowed | meaning |", "|---|---|---|---|"]
         for setting in settings:
             cells = (f"`{setting.name}`", f"`{setting.default}`", setting.allowed, setting.meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace(" * ", " × ") for cell in cells) + " |")
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

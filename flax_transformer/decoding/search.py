@@ -76,8 +76,8 @@ class Search:
         step_fn: takes the state and the last tokens [B * N], and returns the next state and logits [B * N, V].
         limits: the maximum length of each sentence's output, in tokens including the end of sentence, which is forced
             there.
-        settings: the settings of the search; N is `settings.hypotheses`. Its `max_length` limits all sentences; its
-            `extra_length` is not used here, where no lengths of sources are known.
+        settings: the settings of the search; N is `settings.hypotheses`. Its `max_length` limits all sentences too; its
+            `extra_length` does not matter, since a search does not know how long the sources are.
         max_length: the number of tokens for which there is room, L: the largest limit, or less if the caller searches
             the sentences that `open` reports again.
         start_id: the token before the first; it is not chosen later unless it is `eos_id` too.
@@ -186,12 +186,14 @@ class Search:
         state, logits = self.step_fn(progress.state, last.reshape(-1))
         logits = logits.reshape(*tokens.shape[:2], -1).astype(jnp.float32)
         banned = self.settings.banned
+        if self.start_id not in (self.eos_id, *banned):
+            banned = (*banned, self.start_id)
         allowed = allowed_tokens(
             tokens,
             progress.step,
             self._limits,
             self.prefix,
-            self.settings.replace(banned=(*banned, *{self.start_id} - {self.eos_id, *banned})),
+            self.settings.replace(banned=banned),
             vocab_size=logits.shape[-1],
             eos_id=self.eos_id,
             pad_id=self.pad_id,

@@ -117,7 +117,7 @@ class Sampling(SearchSettings):
 
 
 def in_words(search: SearchSettings) -> str:
-    """Which search it is, e.g. "greedy search", "beam of 4, alpha 0.6" or "sampling, temperature 0.7"."""
+    """Which search it is, e.g. "greedy search", "a beam of 4, alpha 0.6" or "sampling, temperature 0.7"."""
     if isinstance(search, Sampling):
         return f"sampling, temperature {search.temperature:g}"
-    return "greedy search" if search.hypotheses == 1 else f"beam of {search.hypotheses}, alpha {search.alpha:g}"
+    return "greedy search" if search.hypotheses == 1 else f"a beam of {search.hypotheses}, alpha {search.alpha:g}"

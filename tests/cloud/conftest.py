@@ -27,26 +27,30 @@ OPTIONS = {
 BEGIN = ["scp", "tar", "install", "run"]
 TRAIN = ["train.py", "--distributed", "--config=configs/some.py:small", "--workdir=gs://bucket/runs/first"]
 
+# A bucket is a folder. The last words of `cp` and `rsync` say what is copied and where.
+STORAGE = """#!/bin/bash
+[ "$1" = storage ] || exec {home}/bin/tpus "$@"
+words=() keep=
+for word in "${{@:3}}"; do
+  case $word in
+    gs://*) words+=("{home}/buckets/${{word#gs://}}") ;;
+    --no-clobber) keep=$word ;;
+    --*) ;;
+    *) words+=("$word") ;;
+  esac
+done
+[ "$2" != cat ] || exec cat "${{words[0]}}"
+mkdir -p "$(dirname "${{words[1]}}")"
+cp --recursive --no-target-directory $keep "${{words[@]}}"
+"""
+
 # It records each call, fails if `failing` says so, and reports one state after another, the last one forever, and
 # NOT_FOUND until `create` is called.
-GCLOUD = """#!{python} -IS
+TPUS = """#!{python} -IS
 import contextlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 home = Path("{home}")
-if sys.argv[1] == "storage":  # a bucket is a folder; `cp` and `rsync` have as their last two words what and where
-    _, _, verb, *words = [word for word in sys.argv if word not in ("--quiet", "--recursive")]
-    places = [Path(word.replace("gs://", f"{{home}}/buckets/")) for word in words if not word.startswith("--")]
-    if verb == "cat":
-        sys.exit(print(places[0].read_text(), end=""))
-    if not places[0].exists():
-        sys.exit("not found")
-    places[1].parent.mkdir(parents=True, exist_ok=True)
-    if verb == "rsync":
-        shutil.copytree(*places, dirs_exist_ok=True)
-    elif not ("--no-clobber" in words and places[1].exists()):
-        shutil.copy(*places)
-    sys.exit()
 _, _, _, verb, subject, *_ = arguments = sys.argv[1:]
 with open(home / "calls", "a") as calls:
     print(json.dumps(arguments), file=calls)
@@ -127,7 +131,7 @@ class Cloud:
         for worker in range(2):
             (home / f"machines/{worker}").mkdir(parents=True)
         (home / "bin").mkdir()
-        for name, text in {"bin/gcloud": GCLOUD, "bin/curl": CURL, "python": PYTHON}.items():
+        for name, text in {"bin/gcloud": STORAGE, "bin/tpus": TPUS, "bin/curl": CURL, "python": PYTHON}.items():
             (home / name).write_text(text.format(home=home, python=sys.executable))
             (home / name).chmod(0o755)
         self.plays()
@@ -139,7 +143,7 @@ class Cloud:
 
     def __call__(self, *arguments, path=f"{{home}}/bin:{os.environ['PATH']}", status=0, **options):
         """Runs the script and returns what it prints; `status` is the expected exit status."""
-        environment = {"PATH": path.format(home=self.home), "POLL": "0.01", "LOG_EVERY": "0.05"} | OPTIONS | options
+        environment = {"PATH": path.format(home=self.home), "POLL": "0.01"} | OPTIONS | options
         command = ["bash", self.repository / "cloud/tpu_vm.sh", *arguments]
         ended = subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=60)
         assert ended.returncode == status, ended.stdout + ended.stderr
@@ -159,6 +163,10 @@ class Cloud:
         """JAX_PLATFORMS and the arguments of each training."""
         path = self.home / f"trained-{worker}"
         return [line.split("\0")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def bucket(self, name):
+        """A file or folder of the work directory."""
+        return self.home / "buckets/bucket/runs/first" / name
 
     def log(self, worker=0):
         path = self.home / f"machines/{worker}/my-tpu/train.log"
