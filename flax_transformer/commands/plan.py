@@ -162,7 +162,7 @@ def _hours(steps: int, seconds: float, price_per_hour: float | None) -> str:
     """How long the steps take, and what that costs if a price is given."""
     hours = steps * seconds / 3600
     cost = "" if price_per_hour is None else f", which cost {hours * price_per_hour:,.2f} at {price_per_hour:g} an hour"
-    return f"{steps:,} steps      at least {hours:,.1f} hours{cost}"
+    return f"{f'{steps:,} steps':<17} at least {hours:,.1f} hours{cost}"
 
 
 def _gb(number: float) -> str:

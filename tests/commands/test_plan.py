@@ -27,7 +27,7 @@ def test_a_plan_shows_memory_collectives_and_verdict():
 
 
 def test_hours_and_costs_are_those_of_all_steps():
-    assert _hours(300_000, 0.1304, None) == "300,000 steps      at least 10.9 hours"
+    assert _hours(300_000, 0.1304, None) == "300,000 steps     at least 10.9 hours"
     assert _hours(36_000, 0.1, 4.8).endswith("at least 1.0 hours, which cost 4.80 at 4.8 an hour")
 
 
