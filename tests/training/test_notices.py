@@ -66,10 +66,10 @@ def test_another_number_of_steps_is_told_of_if_it_changes_the_rate(name, jumps, 
 
 
 def test_a_training_that_continues_tells_of_its_rate_and_its_devices(experiment, tmp_path, capsys):
-    first = with_training(without_held_out(experiment), steps=4, **{"schedule.name": "cosine"})
+    first = with_training(without_held_out(experiment), steps=6, **{"schedule.name": "cosine"})
     train_and_evaluate(first, tmp_path)
     assert "empty rows" not in capsys.readouterr().out
-    train_and_evaluate(with_training(first, steps=5, **{"parallelism.layout": "auto"}), tmp_path)
+    train_and_evaluate(with_training(first, steps=9, **{"parallelism.layout": "auto"}), tmp_path)
     told = capsys.readouterr().out
-    assert "training.steps was 4 and is 5, where cosine ends" in told
+    assert "training.steps was 6 and is 9, where cosine ends" in told
     assert "data.rows = 4 on 8 devices: 4 empty rows" in told
