@@ -122,10 +122,10 @@ def test_keep_stops_the_training_when_the_time_is_up(cloud):
         cloud(verb)
     soon(lambda: cloud.trained(0) and cloud.trained(1))
     cloud("keep", "--max-hours=2", status=124, HOUR="0")
-    assert changes(cloud.calls[3:]) == ["stop"]
+    assert changes(cloud.calls[4:]) == ["stop"]
     assert cloud.log(0).endswith("a checkpoint\n") and cloud.log(1).endswith("a checkpoint\n")
     cloud("keep", "--max-hours=2", "--delete-when-done", status=124, HOUR="0")
-    assert changes(cloud.calls[4:]) == ["stop", "delete"]
+    assert changes(cloud.calls[4:]) == ["stop", "stop", "delete"]
     assert "whole number of hours" in cloud("keep", "--max-hours=0.5", status=2)
 
 
