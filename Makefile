@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart serve test test-slow test-faults test-wheel check peers release address clean
+.PHONY: help venv quickstart serve test test-slow test-faults test-wheel check peers release settings address clean
 
 help:
 	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
@@ -23,14 +23,15 @@ help:
 	@echo "make check       ruff and mypy"
 	@echo "make peers       installs the libraries that some tests compare with"
 	@echo "make release     builds sdist and wheel into dist/, checks them and tries the wheel in a new environment"
+	@echo "make settings    writes docs/settings.md from the settings in the library"
 	@echo "make address REPOSITORY=OWNER/NAME  puts the address on GitHub into README, notebook and package"
 	@echo "make clean       removes .venv, caches and build products; runs/ stays"
 
 # Stamps: each is made again only when what it was made from has changed.
 $(VENV)/library.stamp: pyproject.toml
-	@echo "Installing flax_transformer and what it needs into $(VENV): some 70 packages, a few minutes the first time ..."
+	@echo "Installing flax_transformer and what it needs into $(VENV): some 80 packages, a few minutes the first time ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable .
+	@$(PIP) --editable ".[plots]"
 	@touch $@
 
 $(VENV)/tools.stamp: $(VENV)/library.stamp
@@ -80,6 +81,9 @@ release: $(VENV)/tools.stamp
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	PYTHON=$(abspath $(BIN)/python) .ci/try_wheel dist/*.whl
+
+settings: $(VENV)/library.stamp
+	$(BIN)/python -m flax_transformer train --list_settings=markdown > docs/settings.md
 
 address:
 	@test -n "$(REPOSITORY)" || { echo "give the repository on GitHub: make address REPOSITORY=OWNER/NAME"; exit 1; }

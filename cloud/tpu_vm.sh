@@ -20,8 +20,10 @@ usage='cloud/tpu_vm.sh VERB [OPTION ...] [-- ARGUMENT OF train.py ...]
   --on-demand            use on-demand machines, not spot ones
   --create-flag=FLAG     add a flag to `gcloud compute tpus queued-resources create`; may be repeated
   --data=PATH            also copy this file or folder, which git does not track; may be repeated
+  --tfds=gs://...        with install, resume and keep: a folder of prepared TFDS data sets, which each worker copies
   --worker=N             the worker whose log is shown, or all (default 0)
-  --delete-when-done     with keep: delete the machines when the training is done
+  --delete-when-done     with keep: delete the machines when the training is done or the time is up
+  --max-hours=N          with keep: stop the training after this many hours of keep
   --dry-run              print the commands without running them'
 
 say() { echo "tpu_vm.sh: $1"; }
@@ -34,9 +36,9 @@ die() { # MESSAGE [STATUS]
 : "${NAME:=}" "${ZONE:=}" "${PROJECT:=}" "${ACCELERATOR_TYPE:=}" "${RUNTIME_VERSION:=}" "${CONFIG:=}" "${WORKDIR:=}"
 # Seconds between two looks, and how many looks in a row must fail, or find that the training has ended, before `keep`
 # acts on it: when machines are taken away, the training ends before their state changes.
-: "${POLL:=60}" "${PATIENCE:=5}"
+: "${POLL:=60}" "${PATIENCE:=5}" "${HOUR:=3600}"
 # Arrays are expanded as ${a[@]+"${a[@]}"}, since bash before 4.4, as on macOS, treats empty ones as unset.
-data=() extra=() create_flags=() spot=--spot worker=0 dry_run='' delete_when_done=''
+data=() extra=() create_flags=() spot=--spot worker=0 dry_run='' delete_when_done='' tfds='' max_hours=''
 
 need() {
   local variable
@@ -59,9 +61,14 @@ need_machines() {
   esac
 }
 
-need_training() {
-  need CONFIG WORKDIR
+need_bucket() {
+  need WORKDIR
   [[ $WORKDIR == gs://?* ]] || die "--workdir is $WORKDIR: all workers must share it, so give gs://BUCKET/FOLDER"
+}
+
+need_training() {
+  need CONFIG
+  need_bucket
   git ls-files --error-unmatch -- "${CONFIG%%:*}" >/dev/null 2>&1 ||
     die "--config is $CONFIG, a file that git does not track, so it is not copied: give one of configs/, or git add it"
 }
@@ -127,7 +134,7 @@ send() { # what was packed last, so that later edits do not slip into a training
 
 copy() { pack && send; }
 
-install() { on all install; }
+install() { on all install "$WORKDIR" ${tfds:+"$tfds"}; }
 
 run() { on all run train.py --distributed "--config=$CONFIG" "--workdir=$WORKDIR" ${extra[@]+"${extra[@]}"}; }
 
@@ -189,6 +196,13 @@ tend() { # one look of `keep`, whose variables it changes, and what follows from
   esac
 }
 
+time_is_up() {
+  say "$max_hours hours are over: stopping the training"
+  stop || say 'it could not be stopped; the steps since its last checkpoint are lost if the machines are deleted'
+  if [[ $delete_when_done ]]; then delete; else say "$NAME costs money until you delete it"; fi
+  exit 124
+}
+
 keep() {
   local state='' ended=0 restarts=0 failures=0 failure
   [[ ! $dry_run ]] || { describe && look && resume && return; }
@@ -202,6 +216,7 @@ keep() {
     state=''
   fi
   while :; do
+    [[ ! $max_hours ]] || ((SECONDS < max_hours * HOUR)) || time_is_up
     failure=0
     tend || failure=$?
     failures=$((failure ? failures + 1 : 0))
@@ -216,7 +231,8 @@ case $verb in
   create) needs=(machines) ;;
   run) needs=(training) ;;
   resume | keep) needs=(machines training) ;;
-  copy | install | follow | status | stop | delete) needs=() ;;
+  install) needs=(bucket) ;;
+  copy | follow | status | stop | delete) needs=() ;;
   *) die "${verb:-nothing} is not a verb: give create, copy, install, run, follow, status, stop, resume, keep, delete" ;;
 esac
 while shift && (($#)); do
@@ -227,6 +243,14 @@ while shift && (($#)); do
       printf -v "${variable#__}" %s "$value"
       ;;
     --worker=*) worker=$value ;;
+    --max-hours=*)
+      [[ $value =~ ^[1-9][0-9]*$ ]] || die "--max-hours is $value: give a whole number of hours"
+      max_hours=$value
+      ;;
+    --tfds=*)
+      [[ $value == gs://?* ]] || die "--tfds is $value: give the folder in a bucket, gs://BUCKET/FOLDER"
+      tfds=$value
+      ;;
     --create-flag=*) create_flags+=("$value") ;;
     --data=*)
       [[ -e $value && $value != /* && $value != *..* ]] ||

@@ -25,6 +25,7 @@ PROGRAM = "flax-transformer"
 VERBS = {
     "train": "train a model on a corpus, or continue a training that was stopped",
     "translate": "translate a file, standard input, or sentences typed at a prompt",
+    "align": "draw where a model looks while it translates a sentence",
     "evaluate": "score a model on a test set with BLEU, chrF and TER, or compare two models",
     "serve": "serve models over HTTP: LibreTranslate's API, explanations, and a page to try them",
     "score": "compute the log-probabilities and the perplexity of given translations",

@@ -57,9 +57,11 @@ def dot_product_attention(
         weights.
 
     Raises:
-        ValueError: the mask does not have four dimensions that broadcast, is boolean or of integers, or is known to
-            hold anything but 0 and -inf; or "cudnn" is asked for where it cannot run.
+        ValueError: query, key and value do not have these four dimensions; the mask does not have four dimensions that
+            broadcast, is boolean or of integers, or is known to hold anything but 0 and -inf; or "cudnn" is asked for
+            where it cannot run.
     """
+    _check_shapes(query, key, value)
     if mask is not None:
         check_mask(mask)
         full = (*query.shape[:1], query.shape[2], query.shape[1], key.shape[1])
@@ -83,6 +85,16 @@ def dot_product_attention(
         kept = dropout(weights, dropout_rate, dropout_rng)
     gathered = jnp.einsum("bhqm,bmhk->bhqk", kept.astype(value.dtype), value).swapaxes(1, 2)
     return (gathered, weights) if return_weights else gathered
+
+
+def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    shapes = query.shape, key.shape, value.shape
+    is_right = all(len(shape) == 4 for shape in shapes) and key.shape == value.shape
+    if not (is_right and (query.shape[0], *query.shape[2:]) == (key.shape[0], *key.shape[2:])):
+        raise ValueError(
+            f"query, key and value have shapes {', '.join(map(str, shapes))}: give [B, Q, H, K] and twice "
+            "[B, M, H, K]; MultiHeadAttention makes them from [B, Q, D] and [B, M, D]"
+        )
 
 
 def _cudnn_attention(
@@ -201,6 +213,8 @@ class MultiHeadAttention(nn.Module):
         )
 
     def _split_heads(self, inputs: Float[Array, "B P D"]) -> Float[Array, "B P H K"]:
+        if inputs.ndim != 3:
+            raise ValueError(f"inputs or memory have shape {inputs.shape}: give [B, positions, D], e.g. x[None]")
         return inputs.reshape(*inputs.shape[:2], self.num_heads, self.d_model // self.num_heads)
 
     def project_memory(self, memory: Float[Array, "B M D"]) -> KVCache:

@@ -48,11 +48,11 @@ class TransformerConfig:
             "ssru", a recurrent unit that makes each step of a search cheaper (`recurrence.SSRU`; Marian's option
             `transformer-decoder-autoreg: rnn`).
         norm: "post", the paper's LayerNorm(x + Sublayer(x)), or "pre", x + Sublayer(LayerNorm(x)) and a final norm.
-        activation: "relu" (the paper's), "gelu" (exact, not the tanh approximation), "quick_gelu" (x * sigmoid(
-            1.702 x), which Marian calls gelu) or "swish".
+        activation: "relu" (the paper's), "gelu" (exact, not the tanh approximation), "quick_gelu" (x times
+            sigmoid(1.702 x), which Marian calls gelu) or "swish".
         positions: "sinusoidal" (interleaved, section 3.5), "sinusoidal_concatenated" (the same waves, sines in the
             first half, as in transformers' MarianMTModel), "sinusoidal_tensor2tensor" (sines in the first half, and
-            wavelengths that end exactly at 10000 * 2 pi, as in tensor2tensor, fairseq and Marian) or "learned".
+            wavelengths that end exactly at 10000 times 2 pi, as in tensor2tensor, fairseq and Marian) or "learned".
         position_offset: the position of a sentence's first token; 2 in M2M100 and NLLB. Learned positions begin at 0.
         max_length: the number of learned positions; also the maximum length of a sentence in tokens. Training leaves
             out pairs with a longer sentence; a translator splits it.

@@ -1,4 +1,4 @@
-"""Draws masks, position vectors, learning-rate schedules and attention weights with matplotlib.
+"""Draws masks, position vectors, learning-rate schedules, losses and attention weights with matplotlib.
 
 The figures do not use pyplot, so you need not close them: `figure.savefig(path)` writes one to a file, and a notebook
 that has run `%matplotlib inline` shows it if it is the value of a cell.
@@ -9,7 +9,7 @@ import functools
 import math
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,11 +138,7 @@ def plot_schedules(schedules: Mapping[str, Callable[[Any], Any]], steps: int) ->
         axes.plot(updates, rates, label=name, color=LINES[number % len(LINES)], linewidth=2)
     axes.set(title="Learning rate", xlabel="update", ylabel="learning rate", ylim=(0, None))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    axes.margins(x=0.01)
-    axes.grid(color=HIDDEN)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    _tidy_lines(axes)
     return figure
 
 
@@ -188,12 +184,56 @@ def plot_attention(
         _separate_cells(axes, head.shape, HIDDEN)
         _label_positions(axes.yaxis, target_tokens, targets, "target_tokens", "rows of weights")
         _label_positions(axes.xaxis, source_tokens, sources, "source_tokens", "columns of weights")
-        axes.set_xlabel("source")
+        axes.set_xlabel("memory position: source")
     for axes in grid[:, 0]:
-        axes.set_ylabel("target")
+        axes.set_ylabel("query: target")
     figure.suptitle(title)
     _tidy_bar(figure.colorbar(image, ax=grid.ravel().tolist(), label="weight", aspect=28, pad=0.02))
     return figure
+
+
+def plot_training(lines: Iterable[Mapping[str, Any]]) -> Figure:
+    """Draws how the loss of training and that of the validation corpus fell.
+
+    Both are cross-entropy in nats per token; training's is measured with dropout, so it may be the higher one.
+
+    Args:
+        lines: those of `metrics.jsonl`, as `WorkDirectory.read_metrics` returns them; of lines of one step the last
+            counts.
+
+    Raises:
+        ValueError: no line has a loss.
+    """
+    curves: dict[str, dict[int, float]] = {"train": {}, "valid": {}}
+    for line in lines:
+        # A line has null where all updates were skipped.
+        loss = line.get("cross_entropy" if line.get("kind") == "train" else "loss")
+        if line.get("kind") in curves and loss is not None:
+            curves[line["kind"]][line["step"]] = loss
+    if not any(curves.values()):
+        raise ValueError("no line has a loss of training or of a validation corpus: train first")
+    figure, grid = _panels(1, 1, (6.4, 3.2))
+    axes = grid[0, 0]
+    for (name, curve), color in zip(curves.items(), LINES, strict=False):
+        steps = sorted(curve)
+        marker = "o" if name == "valid" else None
+        axes.plot(steps, [curve[step] for step in steps], label=name, color=color, linewidth=2, marker=marker)
+    axes.set(title="Loss", xlabel="update", ylabel="nats per token", ylim=(0, None))
+    _tidy_lines(axes)
+    return figure
+
+
+def picture_formats() -> list[str]:
+    """The endings of file names in which a figure can be written, e.g. png, svg and pdf."""
+    return sorted(Figure().canvas.get_supported_filetypes())
+
+
+def _tidy_lines(axes: Axes) -> None:
+    axes.margins(x=0.01)
+    axes.grid(color=HIDDEN)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
 
 
 def _check_some(mapping: Mapping[str, Any], name: str) -> None:

@@ -10,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-import jaxtyping
 import pytest
 
 from tests.xla_flags import QUICK_COMPILING
@@ -40,8 +39,7 @@ for name in ("jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "beartyp
     importlib.import_module(name)
 
 # From here on every call of the library is held against its signature, shapes included.
-CHECKER = "importlib.import_module('tests.checker').check"  # jaxtyping wants text; jax is imported with the library
-jaxtyping.install_import_hook("flax_transformer", CHECKER)
+importlib.import_module("flax_transformer.checking").check_shapes()
 
 
 # Tracing makes very many objects that live on, and to look through all of them for cycles again and again takes a sixth

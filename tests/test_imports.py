@@ -1,5 +1,6 @@
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import flax_transformer
 from flax_transformer.attention import dot_product_attention
+from flax_transformer.checking import check_shapes
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flax_transformer"
@@ -20,6 +22,7 @@ ABOVE = "every row above"
 # The rows of the library from the bottom of the dependencies up, and the rows that each may import. The name of a
 # folder stands for all its files. The `__init__` of a folder runs before any file in it, so it imports nothing.
 LAYOUT = {
+    "checking": "",
     "files": "",
     "atomic_files": "",
     "tokens": "",
@@ -146,7 +149,7 @@ LAYOUT = {
     "monitoring.profile": "",
     "monitoring.provenance": "",
     "monitoring.tensorboard": "",
-    "monitoring.report": "workdir monitoring.tensorboard",
+    "monitoring.report": "text.spelling workdir monitoring.tensorboard",
     "training.__init__": "",
     "training.loss": "",
     "training.loss_scale": "",
@@ -155,7 +158,9 @@ LAYOUT = {
     "training.parallel": "monitoring.utilization",
     "training.step_statistics": "data.batch monitoring.utilization training.step",
     "training.early_checks": "experiment workdir processes.hosts",
-    "training.inputs": "bleu experiment files data workdir processes.hosts training.parallel training.early_checks",
+    "training.notices": "experiment data.corpus training.optimizer",
+    "training.inputs": "bleu experiment files data workdir processes.hosts monitoring.provenance training.parallel "
+    "training.early_checks training.notices",
     "training.evaluation": "bleu config positions experiment text data decoding trained_model processes.hosts "
     "monitoring.report training.loss",
     "training.loop": "experiment text model checkpoints workdir trained_model new_languages processes monitoring "
@@ -331,6 +336,22 @@ def test_a_wrong_shape_is_an_error_while_tests_run():
     assert dot_product_attention(jnp.zeros((2, 5, 3, 4)), memory, memory).shape == (2, 5, 3, 4)
     with pytest.raises(jaxtyping.TypeCheckError):
         dot_product_attention(jnp.zeros((5, 3, 4)), memory, memory)
+
+
+def test_without_the_checks_a_wrong_rank_is_an_error_that_says_what_to_give():
+    query, memory = jnp.zeros((2, 5, 3, 4)), jnp.zeros((2, 7, 3, 4))
+    unchecked = inspect.unwrap(dot_product_attention)
+    for arguments in ((query[0], memory, memory), (query, memory[0], memory[0]), (query, memory[..., :3], memory)):
+        with pytest.raises(ValueError, match=r"give \[B, Q, H, K\] and twice \[B, M, H, K\]"):
+            unchecked(*arguments)
+    split = inspect.unwrap(flax_transformer.MultiHeadAttention._split_heads)
+    with pytest.raises(ValueError, match=r"give \[B, positions, D\]"):
+        split(flax_transformer.MultiHeadAttention(d_model=4, num_heads=2), jnp.zeros((5, 4)))
+
+
+def test_checks_are_switched_on_only_before_the_modules_that_they_check():
+    with pytest.raises(RuntimeError, match="is imported already and would not be checked"):
+        check_shapes()
 
 
 def test_a_wrong_shape_in_a_tree_is_an_error_too_and_a_placeholder_of_jaxs_is_none():

@@ -2,10 +2,13 @@
 
 import ast
 import json
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
+from babel.lists import format_list
 
+from flax_transformer.data import locale_phrases
 from flax_transformer.workdir import WorkDirectory
 from tests.xla_flags import QUICK_COMPILING
 
@@ -84,12 +87,41 @@ def figures(cell_outputs):
 
 def test_the_quick_start_draws_masks_positions_schedules_and_attention(outputs):
     drawn = {name for name, cell_outputs in outputs.items() if figures(cell_outputs)}
-    assert {"plot-masks", "plot-positions", "plot-schedule", "lesson-plot", "plot-attention"} <= drawn
+    wanted = "plot-masks plot-positions plot-schedule lesson-plot plot-curve plot-alignment plot-attention"
+    assert set(wanted.split()) <= drawn
 
 
 def test_the_quick_start_translates_held_out_phrases(outputs):
     for name in ("source", "reference", "translation"):
         assert sum(line.split()[:1] == [name] for line in text(outputs["translate"]).splitlines()) == 8
+
+
+def test_the_quick_start_translates_a_phrase_of_one_s_own(outputs):
+    assert text(outputs["own-phrase"]).endswith("\n")
+
+
+def test_the_glosses_of_the_quick_start_are_what_the_locale_data_says():
+    (cell,) = (cell for cell in read("quickstart.ipynb").cells if cell.id == "glosses")
+    rows = [line.strip("| ").split(" | ") for line in cell.source.splitlines() if line.startswith("| ")][1:]
+    kannada, english = (locale_phrases._locale(name) for name in ("kn", "en"))
+    kinds = {kind.label: kind for kind in (*locale_phrases.NAMES, *locale_phrases.VALUES)}
+    written = [
+        ("relative time", ("year", timedelta(days=-46 * 365))),
+        ("relative time", ("hour", timedelta(hours=5))),
+        ("long date", date(2005, 5, 11)),
+        ("quantity", ("duration-day", 3)),
+    ]
+    pairs = {tuple(kinds[kind].write(locale, thing) for locale in (kannada, english)) for kind, thing in written}
+    for names in (("language", "en", "to", "standard"), ("place", "IN", "FR", "or")):
+        kind, *codes, style = names
+        parts = [[kinds[kind].write(locale, code) for code in codes] for locale in (kannada, english)]
+        joined = [
+            format_list(part, style, locale=locale) for part, locale in zip(parts, (kannada, english), strict=True)
+        ]
+        pairs.add(tuple(joined))
+    for shown, _, meaning in rows:
+        (target,) = (target for source, target in pairs if source == shown)
+        assert target in meaning
 
 
 def test_only_a_mask_before_the_softmax_hides_the_future_in_the_lesson_of_the_quick_start(outputs):

@@ -117,6 +117,22 @@ def test_no_schedule_and_no_steps_are_refused(schedules, steps):
         plots.plot_schedules(schedules, steps)
 
 
+def test_the_curve_of_a_training_has_the_losses_that_count():
+    lines = [
+        {"kind": "start", "step": 0},
+        {"kind": "train", "step": 5, "loss": 9.0, "cross_entropy": 3.0},
+        {"kind": "train", "step": 10, "loss": 9.0, "cross_entropy": None},
+        {"kind": "valid", "step": 10, "loss": 2.5},
+        {"kind": "train", "step": 5, "loss": 9.0, "cross_entropy": 3.5},
+        {"kind": "train", "step": 15, "loss": 9.0, "cross_entropy": 2.0},
+    ]
+    (axes,) = plots.plot_training(lines).axes
+    drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.get_lines()}
+    assert drawn == {"train": (5, 15, 3.5, 2.0), "valid": (10, 2.5)}
+    with pytest.raises(ValueError, match="train first"):
+        plots.plot_training(lines[:1])
+
+
 @pytest.mark.parametrize("heads", [1, 7])  # seven panels take two rows and leave one place empty
 def test_each_head_is_a_panel_with_tokens_on_both_axes_and_weights_from_zero_to_one(heads):
     weights = random_weights(heads, 7, 5)
@@ -128,9 +144,9 @@ def test_each_head_is_a_panel_with_tokens_on_both_axes_and_weights_from_zero_to_
     for axes in drawn:
         assert axes.images[0].get_clim() == (0, 1)
         assert labels(axes.xaxis) == SOURCE
-        assert axes.get_xlabel() == "source"
+        assert axes.get_xlabel() == "memory position: source"
     assert labels(drawn[0].yaxis) == TARGET
-    assert drawn[0].get_ylabel() == "target"
+    assert drawn[0].get_ylabel() == "query: target"
     draw(figure)
 
 

@@ -1,13 +1,14 @@
 """Reads the config that --config names and applies the settings that the command line changes.
 
-A config is a Python file whose function `get_config` returns an experiment as a `ConfigDict`. The files of the folder
-`configs/` come with the library, so they can be given by name.
+A config is a Python file whose function `get_config` returns an experiment as a `ConfigDict`, or the `config.json` of a
+work directory. The files of the folder `configs/` come with the library, so they can be given by name.
 """
 
 import argparse
 import collections.abc
 import contextlib
 import difflib
+import json
 import re
 import runpy
 import traceback
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_transformer.commands.options import BOOLEANS, filled
+from flax_transformer.commands.settings import ListSettings
 from flax_transformer.files import expand
 from flax_transformer.ranges import check_value, setting_fields
 
@@ -28,17 +30,47 @@ CHANGE = re.compile(r"--config\.(?P<name>[^=]+)(=(?P<value>.*))?|--noconfig\.(?P
 Change = tuple[str, str]
 
 
-def add_config_option(parser: argparse.ArgumentParser) -> None:
-    """Declares --config. A parser that has it also accepts --config.SECTION.KEY=VALUE."""
+def add_config_option(parser: argparse.ArgumentParser, *, otherwise: str = "") -> None:
+    """Declares --config and --list_settings. A parser that has them also accepts --config.SECTION.KEY=VALUE.
+
+    Args:
+        parser: the parser.
+        otherwise: what is meant without --config, for --help; it is required if this is not given.
+    """
     parser.add_argument(
         "--config",
         type=filled,
-        required=True,
+        required=not otherwise,
         metavar="CONFIG",
-        help=f"the experiment: the path of a config file, or one of {', '.join(config_names())}; text after a colon is "
-        "passed to its function get_config, e.g. finetune:runs/opus",
+        help=f"the experiment: one of {', '.join(config_names())}, the path of a config file, or the config.json of a "
+        "work directory; text after a colon is passed to the function get_config of the file, e.g. finetune:runs/opus"
+        + (f" ({otherwise})" if otherwise else ""),
+    )
+    parser.add_argument(
+        "--list_settings",
+        action=ListSettings,
+        nargs="?",
+        choices=("text", "markdown"),
+        help="list all settings of a config with their defaults and meaning, and exit",
     )
     parser.set_defaults(changes=[])
+
+
+def config_of(workdir: str) -> str:
+    """The config with which the training in a work directory goes on.
+
+    Raises:
+        ValueError: there is no training.
+    """
+    from etils import epath  # not for --help
+
+    config = f"{workdir.rstrip('/')}/config.json"
+    if epath.Path(config).exists():
+        return config
+    raise ValueError(
+        f"--config is missing, and {workdir} has no training that could go on without it: name the experiment, e.g. "
+        f"--config=quickstart; the library has {', '.join(config_names())}"
+    )
 
 
 def config_names() -> list[str]:
@@ -154,6 +186,8 @@ def _load(config: str) -> Any:
 
     from flax_transformer.experiment import MOVED, by_new_names
 
+    if config.endswith(".json"):
+        return ConfigDict(by_new_names(_read_json(config)))
     name, colon, argument = config.partition(":")
     path = str(_find(name))
     try:
@@ -171,6 +205,23 @@ def _load(config: str) -> Any:
         where = f"{path}, line {lines[-1]}" if lines else path
         moved = [f" (training.{old} is training.{new} now)" for old, new in MOVED.items() if f"'{old}'" in str(error)]
         raise ValueError(f"--config={config}: {where}: {type(error).__name__}: {error}{''.join(moved)}") from error
+
+
+def _read_json(config: str) -> dict[str, Any]:
+    """The settings of a training in the `config.json` of its work directory."""
+    from etils import epath
+
+    try:
+        settings = json.loads(epath.Path(expand(config)).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config={config} cannot be read ({error}): give the one of a work directory") from error
+    if not isinstance(settings, dict) or "training" not in settings:
+        folder = config.removesuffix("config.json").rstrip("/") or "."
+        raise ValueError(
+            f"--config={config} describes a model and no training: train it further in another --workdir with "
+            f"--config=finetune:{folder}"
+        )
+    return settings
 
 
 def _with_references(settings: Any) -> dict[str, Any]:

@@ -30,12 +30,15 @@ from flax_transformer.commands.options import (
     search_settings,
 )
 from flax_transformer.data.corpus import corpus_files, load_corpus
-from flax_transformer.decoding.settings import SearchSettings
+from flax_transformer.decoding.settings import SearchSettings, in_words
 from flax_transformer.decoding.unreadable import UnreadableSentences
 from flax_transformer.files import STANDARD, Named, check_inputs, check_output
 from flax_transformer.text.spelling import comparable, in_one_line
 
 EXAMPLES = """\
+Training tests with the search of training.evaluation, by default greedy search, which is
+--beam_size=1 here, where the default is a beam of 4: so the scores of both differ.
+
 length is the number of tokens in the translations divided by that in the references, as
 BLEU counts them; sentences/s includes the time for compiling.
 
@@ -172,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
     if len(systems) == 2:
         p_values, signatures = _compare(systems, references, metrics)
     show = _print_json if options.output == "json" else _print_text
-    show(systems, p_values, signatures)
+    show(systems, p_values, signatures, in_words(search))
 
 
 def _metrics(tokenize: str, references: list[str]) -> dict[str, Metric]:
@@ -245,7 +248,9 @@ def _compare(
     return p_values, {name: str(signatures[score.name]) for name, score in systems[0].scores.items()}
 
 
-def _print_text(systems: Sequence[System], p_values: Mapping[str, float], signatures: Mapping[str, str]) -> None:
+def _print_text(
+    systems: Sequence[System], p_values: Mapping[str, float], signatures: Mapping[str, str], search: str
+) -> None:
     print("".join(f"{name:>8}" for name in signatures) + f"{'length':>8}{'sentences/s':>13}")
     for system in systems:
         scores = "".join(f"{score.score:8.2f}" for score in system.scores.values())
@@ -259,6 +264,7 @@ def _print_text(systems: Sequence[System], p_values: Mapping[str, float], signat
         print()
     for name, signature in signatures.items():
         print(f"{name:<6}{signature}")
+    print(f"translated with {search}")
 
 
 def _verdict(name: str, systems: Sequence[System], p_value: float) -> str:
@@ -276,7 +282,9 @@ def _verdict(name: str, systems: Sequence[System], p_value: float) -> str:
     return f"{name}: {better} is {standing}: {by_chance}."
 
 
-def _print_json(systems: Sequence[System], p_values: Mapping[str, float], signatures: Mapping[str, str]) -> None:
+def _print_json(
+    systems: Sequence[System], p_values: Mapping[str, float], signatures: Mapping[str, str], search: str
+) -> None:
     """One object: the first system's scores, and under "compare" the second's with the p-values."""
     described = [
         {
@@ -289,7 +297,10 @@ def _print_json(systems: Sequence[System], p_values: Mapping[str, float], signat
         }
         for system in systems
     ]
-    report = described[0] | {"signatures": {name.lower(): signature for name, signature in signatures.items()}}
+    report = described[0] | {
+        "search": search,
+        "signatures": {name.lower(): signature for name, signature in signatures.items()},
+    }
     if p_values:
         report["compare"] = described[1] | {"p_values": {name.lower(): p_value for name, p_value in p_values.items()}}
     print(json.dumps(report, indent=2))  # ASCII alone, which is JSON in every terminal's encoding

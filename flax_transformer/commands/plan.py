@@ -12,6 +12,7 @@ from typing import Any
 
 from flax_transformer.commands.config import add_config_option, read_config
 from flax_transformer.commands.process import start_devices
+from flax_transformer.ranges import AT_LEAST_NONE, check_value
 
 EXAMPLES = """examples:
   flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:4x4
@@ -45,6 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use this layout instead of training.parallelism.layout: pmap, data, fsdp, data=2,fsdp=4 or jit",
     )
 
+    parser.add_argument(
+        "--price_per_hour",
+        type=price,
+        metavar="X",
+        help="what all the devices together cost an hour, in any currency, for an estimate of what training costs",
+    )
+
+
+def price(text: str) -> float:
+    """The type of --price_per_hour: a number, at least 0."""
+    try:
+        return check_value("it", float(text), float, AT_LEAST_NONE)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number, {AT_LEAST_NONE}") from error
+
 
 def run(options: argparse.Namespace) -> None:
     """Compiles and prints; raises ValueError that says what to do."""
@@ -75,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     fits = False
     for plan in planning.plans(experiment, devices, memory):
         print()
-        fits = _show(plan, memory)
+        fits = _show(plan, memory, experiment.training.steps, options.price_per_hour)
         sys.stdout.flush()
     if not fits:
         sys.exit(1)
@@ -96,8 +112,15 @@ def _load(options: argparse.Namespace) -> Any:
     )
 
 
-def _show(plan: Any, memory: float | None) -> bool:
-    """Prints one plan; whether it fits."""
+def _show(plan: Any, memory: float | None, steps: int, price_per_hour: float | None) -> bool:
+    """Prints one plan; whether it fits.
+
+    Args:
+        plan: the plan.
+        memory: bytes of a device; `None` if unknown.
+        steps: the number of steps of the training.
+        price_per_hour: of all devices; `None` if not given.
+    """
     micro_batches = f", {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
     empty = f" ({plan.empty_rows} of them empty)" if plan.empty_rows else ""
     print(
@@ -124,12 +147,22 @@ def _show(plan: Any, memory: float | None) -> bool:
         tokens = plan.work.target_slots * (1 - plan.empty_rows / plan.rows) / result.seconds
         print(f"  a step              {1e3 * result.seconds:.1f} ms by the compiler's estimate, without collectives")
         print(f"    target tokens/s   {tokens:,.0f}, if no slot is empty")
+        print(f"    {_hours(steps, result.seconds, price_per_hour)}")
         if plan.work.peak_flops:
             share, peak = plan.work.flops / result.seconds / plan.work.peak_flops, plan.work.peak_flops / plan.devices
             print(f"    utilisation       {share:.0%} of {peak / 1e12:.0f} TFLOP/s (model FLOPs)")
+    elif price_per_hour is not None:
+        print("  hours               unknown: this compiler does not estimate times")
     verdict = "it fits" if memory else "device memory is unknown, so whether it fits cannot be checked"
     print(f"  compiled in {result.compile_seconds:.0f} s; {verdict}")
     return True
+
+
+def _hours(steps: int, seconds: float, price_per_hour: float | None) -> str:
+    """How long the steps take, and what that costs if a price is given."""
+    hours = steps * seconds / 3600
+    cost = "" if price_per_hour is None else f", which cost {hours * price_per_hour:,.2f} at {price_per_hour:g} an hour"
+    return f"{f'{steps:,} steps':<17} at least {hours:,.1f} hours{cost}"
 
 
 def _gb(number: float) -> str:

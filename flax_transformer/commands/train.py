@@ -1,5 +1,5 @@
-"""Trains a Transformer. Run the same command again to continue from the last
-checkpoint.
+"""Trains a Transformer. Run the same command again, or give only --workdir, to continue
+from the last checkpoint.
 
 It writes a checkpoint and ends when it receives SIGTERM, Ctrl-C, SIGHUP (the terminal
 is closed), or one of SIGUSR1, SIGUSR2 and SIGXCPU, which clusters send before they end
@@ -12,19 +12,20 @@ import faulthandler
 import logging
 import sys
 
-from flax_transformer.commands.config import add_config_option, read_config
+from flax_transformer.commands.config import add_config_option, config_of, read_config
 from flax_transformer.commands.options import filled, path, positive, process_number, true_or_false
 from flax_transformer.commands.process import load_jax, start_devices
 from flax_transformer.processes.interruption import Interrupted, Interruption
 
-USAGE = "--config CONFIG --workdir FOLDER [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
+USAGE = "[--config CONFIG] --workdir FOLDER [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
 EXAMPLES = """\
-Every setting of the config can be changed with --config.SECTION.KEY=VALUE; the settings
-are explained in flax_transformer/config.py and flax_transformer/experiment.py.
+Every setting of the config can be changed with --config.SECTION.KEY=VALUE;
+--list_settings lists and explains them all.
 
 examples:
   flax-transformer train --config=quickstart --workdir=runs/quickstart
   flax-transformer train --config=quickstart --workdir=runs/short --config.training.steps=300
+  flax-transformer train --workdir=runs/quickstart     goes on with the settings of that folder
   flax-transformer train --config=finetune:runs/opus --workdir=runs/finetuned
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -38,7 +39,7 @@ MEMORY_REMEDY = "lower training.parallelism.rows_per_device or data.rows"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `train`."""
     parser.set_defaults(mistake_status=1, needs_output=False)
-    add_config_option(parser)
+    add_config_option(parser, otherwise="if it is not given, the training in --workdir goes on with its own settings")
     parser.add_argument(
         "--workdir",
         type=path,
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace, interruption: Interruption) -> None:
-    settings = read_config(options.config, options.changes)
+    settings = read_config(options.config or config_of(options.workdir), options.changes)
     # jax and flax load here, so that --help answers at once.
     load_jax()
     from flax_transformer.experiment import Experiment

@@ -1,5 +1,5 @@
-"""Translates a file or standard input line by line; every line, even an empty one,
-gives one line of output. With --interactive, translates what you type.
+"""Translates sentences, a file or standard input line by line; every line, even an empty
+one, gives one line of output. With --interactive, translates what you type.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from flax_transformer.files import STANDARD, check_inputs, check_output
 from flax_transformer.text.markup_tokens import read_tokens
 from flax_transformer.text.spelling import in_one_cell, in_one_line
 
+USAGE = "--workdir=FOLDER [OPTIONS] [SENTENCE ...]"
 EXAMPLES = """\
 formats:
   text      the best translation of each line
@@ -54,6 +55,7 @@ With --markup the whole input is one page of HTML or XML, and so is the output.
 Line ends within a translation, and tabs in tsv, are written as spaces; jsonl keeps them.
 
 examples:
+  flax-transformer translate --workdir=runs/mine "A dog runs." "Two men talk."
   flax-transformer translate --workdir=runs/mine --input=letters.en --output=letters.de
   echo "A dog runs." | flax-transformer translate --workdir=runs/mine
   flax-transformer translate --workdir=runs/mine --interactive
@@ -69,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
     text = parser.add_argument_group("the text")
+    text.add_argument(
+        "sentences",
+        nargs="*",
+        metavar="SENTENCE",
+        help="the sentences to translate, each in quotes, after the options; without any, --input is read",
+    )
     text.add_argument(
         "--input", type=path, metavar="FILE", help="UTF-8 text, one sentence per line; standard input if not given"
     )
@@ -131,6 +139,7 @@ def run(options: argparse.Namespace) -> None:
 
     search = search_settings(options)
     models = pair_checkpoints(options.workdir, options.checkpoint)
+    _check_sentences(options)
     if options.interactive:
         _check_interactive(options)
         (translator,) = in_languages([load_translator(models, options)], options)
@@ -139,13 +148,14 @@ def run(options: argparse.Namespace) -> None:
     _check_format(options, search)
     _check_markup(options)
     source, output = options.input or STANDARD, options.output or STANDARD
-    inputs = [("--input", source)] + ([("--prefixes", options.prefixes)] if options.prefixes else [])
+    inputs = [] if options.sentences else [("--input", source)]
+    inputs += [("--prefixes", options.prefixes)] if options.prefixes else []
     check_inputs(inputs)
     also_read = [("--shortlist", options.shortlist)] if options.shortlist else []
     check_output("--output", output, inputs + also_read, options.workdir)
     page = read_text(source) if options.markup else ""
-    total = None if options.markup else count_lines(*(name for _, name in inputs))
-    if source == STANDARD and sys.stdin.isatty():
+    total = None if options.markup else len(options.sentences) or count_lines(*(name for _, name in inputs))
+    if not options.sentences and source == STANDARD and sys.stdin.isatty():
         print("type sentences and end with Ctrl-D; --interactive answers each at once", file=sys.stderr)
     (translator,) = in_languages([load_translator(models, options)], options)
     if not options.prefixes:
@@ -156,7 +166,10 @@ def run(options: argparse.Namespace) -> None:
     if options.markup:
         _translate_page(translator, page, search, options, output)
         return
-    lines = read_pairs(source, options.prefixes) if options.prefixes else ((line, "") for line in read_lines(source))
+    if options.prefixes:
+        lines = read_pairs(source, options.prefixes)
+    else:
+        lines = ((line, "") for line in options.sentences or read_lines(source))
     write_lines = FORMATS[options.format or "text"]
     done, unreadable = 0, UnreadableSentences(translator.vocabularies.source)
     with open_output(output) as file, progress_bar(total, beside=output) as bar, unreadable.warning_once():
@@ -180,6 +193,12 @@ def run(options: argparse.Namespace) -> None:
             file.flush()
             bar.update(len(chunk))
             done += len(chunk)
+
+
+def _check_sentences(options: argparse.Namespace) -> None:
+    for name in ("input", "prefixes", "markup", "interactive"):
+        if options.sentences and getattr(options, name):
+            raise ValueError(f"--{name} cannot be combined with sentences on the command line: remove one of them")
 
 
 def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:

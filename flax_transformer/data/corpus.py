@@ -32,7 +32,7 @@ import numpy as np
 
 from flax_transformer.data.lines import read_columns, read_lines
 from flax_transformer.data.locale_phrases import locale_phrases
-from flax_transformer.files import check_inputs, expand, same_file, shown
+from flax_transformer.files import check_inputs, expand, is_remote, same_file, shown
 
 # A quoted path: it comes after the colon or a comma, and before a comma, " + " or the end.
 _QUOTED = re.compile(r'(?:(?<=[:,])|^)\s*"(?:[^"]|"")+"(?=\s*(?:,|$)| +\+ )')
@@ -189,6 +189,12 @@ def _load_tfds(rest: str) -> tuple[list[str], list[str]]:
         raise ValueError(f"corpus 'tfds:{rest}': write tfds:NAME:SPLIT, e.g. tfds:wmt14_translate/de-en:train")
     name, split = named.groups()
     data_dir = options.get("data_dir", os.environ.get("TFDS_DATA_DIR"))
+    if data_dir and is_remote(data_dir):
+        raise ValueError(
+            f"tfds:{name} would be read from {data_dir}, but array_record cannot read from a bucket: copy the folder "
+            "to each machine, e.g. with `gcloud storage rsync --recursive`, and name the copy by data_dir= or "
+            "TFDS_DATA_DIR"
+        )
     builder = _tfds_builder(name, expand(data_dir) if data_dir else None)
     keys: tuple[str, str] = builder.info.supervised_keys or ("", "")
     source, target = options.get("source", keys[0]), options.get("target", keys[1])

@@ -76,10 +76,11 @@ class Search:
         step_fn: takes the state and the last tokens [B * N], and returns the next state and logits [B * N, V].
         limits: the maximum length of each sentence's output, in tokens including the end of sentence, which is forced
             there.
-        settings: the settings of the search; N is `settings.hypotheses`.
+        settings: the settings of the search; N is `settings.hypotheses`. Its `max_length` limits all sentences too; its
+            `extra_length` does not matter, since a search does not know how long the sources are.
         max_length: the number of tokens for which there is room, L: the largest limit, or less if the caller searches
             the sentences that `open` reports again.
-        start_id: the token before the first.
+        start_id: the token before the first; it is not chosen later unless it is `eos_id` too.
         eos_id: the token that ends a sentence.
         pad_id: the token that follows the end of sentence.
         prefix: tokens with which each output must begin, padded; they count in lengths and, but for `given`, in scores.
@@ -165,11 +166,16 @@ class Search:
             return (best > -jnp.inf) & (progress.ended.scores[:, -1] == -jnp.inf)
         # Log-probabilities only fall, so a live hypothesis cannot score better than it would now under the most
         # favourable penalty that is still possible.
-        now, at_limit = self.settings.penalty(progress.step + 1), self.settings.penalty(self.limits)
+        now, at_limit = self.settings.penalty(progress.step + 1), self.settings.penalty(self._limits)
         bound = best / jnp.maximum(now, at_limit)
         last = jnp.broadcast_to(self.settings.num_return if self.num_return is None else self.num_return, bound.shape)
         worst = jnp.take_along_axis(progress.ended.scores, last[:, None] - 1, axis=1)[:, 0]
         return (best > -jnp.inf) & (bound > worst)
+
+    @property
+    def _limits(self) -> Int[Array, "B"]:
+        """The maximum lengths, `settings.max_length` included."""
+        return self.limits if self.settings.max_length is None else jnp.minimum(self.limits, self.settings.max_length)
 
     def _next(self, progress: Progress) -> tuple[PyTree, Float[Array, "B N V"], Float[Array, "B N"]]:
         """The next state; logits, -inf for tokens that may not come; and the term that makes them log-probabilities."""
@@ -179,12 +185,15 @@ class Search:
         last = jnp.where(step == 0, self.start_id, last)
         state, logits = self.step_fn(progress.state, last.reshape(-1))
         logits = logits.reshape(*tokens.shape[:2], -1).astype(jnp.float32)
+        banned = self.settings.banned
+        if self.start_id not in (self.eos_id, *banned):
+            banned = (*banned, self.start_id)
         allowed = allowed_tokens(
             tokens,
             progress.step,
-            self.limits,
+            self._limits,
             self.prefix,
-            self.settings,
+            self.settings.replace(banned=banned),
             vocab_size=logits.shape[-1],
             eos_id=self.eos_id,
             pad_id=self.pad_id,

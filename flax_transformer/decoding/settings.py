@@ -114,3 +114,10 @@ class Sampling(SearchSettings):
     )
     top_k: int = setting(0, AT_LEAST_NONE)
     top_p: float = setting(1.0, Range(above=0, at_most=1))
+
+
+def in_words(search: SearchSettings) -> str:
+    """Which search it is, e.g. "greedy search", "a beam of 4, alpha 0.6" or "sampling, temperature 0.7"."""
+    if isinstance(search, Sampling):
+        return f"sampling, temperature {search.temperature:g}"
+    return "greedy search" if search.hypotheses == 1 else f"a beam of {search.hypotheses}, alpha {search.alpha:g}"

@@ -3,19 +3,41 @@
 import contextlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from flax_transformer.monitoring.tensorboard import open_events
+from flax_transformer.text.spelling import in_one_cell
 from flax_transformer.workdir import WorkDirectory
 
+# What training minimises is smoothed. In TensorBoard `loss` is that of validation too: cross-entropy, not smoothed.
+IN_TENSORBOARD = {"train": {"loss": "smoothed_loss", "cross_entropy": "loss"}}
 TITLES = {"loss": "loss", "bleu": "BLEU", "chrf": "chrF", "exact_match": "exact match"}
 
 
 def format_score(name: str, value: float) -> str:
     """Formats one score for people, e.g. `97.2 %`."""
     return {"loss": f"{value:.3f}", "exact_match": f"{value:.1f} %"}.get(name, f"{value:.1f}")
+
+
+def record_test(workdir: WorkDirectory, step: int, scores: Mapping[str, Any], samples: Sequence[Sequence[str]]) -> None:
+    """Records the scores of the test corpus, and for TensorBoard some sources with references and translations.
+
+    Args:
+        workdir: the work directory.
+        step: that of the checkpoint.
+        scores: by name.
+        samples: for each source its text, its reference and its translation.
+    """
+    workdir.append_metrics({"kind": "test", "step": step, **scores})
+    with open_events(workdir.path / "tensorboard") as events:
+        for name in TITLES:
+            events.add_scalar(f"test/{name}", scores[name], step)
+        rows = [[in_one_cell(text).replace("|", "\\|") for text in sample] for sample in samples]
+        table = [["source", "reference", "translation"], ["---"] * 3, *rows]
+        events.add_text("test/samples", "\n".join(f"| {' | '.join(row)} |" for row in table), step)
 
 
 class Report:
@@ -118,4 +140,4 @@ class Report:
         self._workdir.append_metrics({"kind": kind, "step": step} | metrics)
         if self._events is not None:
             for name, value in metrics.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                self._events.add_scalar(f"{kind}/{IN_TENSORBOARD.get(kind, {}).get(name, name)}", value, step)

@@ -15,7 +15,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.decoding.settings import BeamSearch, in_words
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.decoding.unreadable import UnreadableSentences, UnreadableWarning
 from flax_transformer.experiment import EvaluationConfig
@@ -116,6 +116,7 @@ class Evaluation:
             unreadable.warn()
         self._model_config, self._config = model_config, config
         self._eval_step, self._as_whole = eval_step, as_whole
+        self.search = BeamSearch(beam_size=config.beam_size, alpha=config.alpha)
 
     def score(self, params: PyTree, *, after_batch: Callable[[], None] = lambda: None) -> tuple[Scores, list[str]]:
         """Returns the scores of these parameters, and the translations; with several processes, the same on each.
@@ -137,12 +138,11 @@ class Evaluation:
     def _translate(self, params: PyTree, after_batch: Callable[[], None]) -> list[str]:
         """Translates the source sentences; each process translates its share."""
         translator = Translator(TrainedModel(self._model_config, params, self._vocabularies))
-        search = BeamSearch(beam_size=self._config.beam_size, alpha=self._config.alpha)
         mine = self.source[hosts.index() :: hosts.count()]
         # Closed at once, it gives the memory of its slots back to training.
         with contextlib.closing(translator), warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreadableWarning)  # __init__ has warned once
-            share = translator.translate(mine, search, after_batch=after_batch)
+            share = translator.translate(mine, self.search, after_batch=after_batch)
         translations = [""] * len(self.source)
         for number, made in enumerate(hosts.gather(share)):
             translations[number :: hosts.count()] = made
@@ -157,16 +157,18 @@ def show_samples(source: Sequence[str], references: Sequence[str], translations:
             print(f"  {name:>11}  {text}")
 
 
-def show_test(weights: str, scores: Scores, *, metric: str, seconds: float) -> None:
+def show_test(weights: str, scores: Scores, *, search: BeamSearch, metric: str, seconds: float) -> None:
     """Prints the scores of the test corpus; the last line has the score that chose the checkpoint.
 
     Args:
         weights: which weights were tested, in words.
         scores: the scores of the test corpus.
+        search: with which it was translated.
         metric: `training.evaluation.best_metric`.
         seconds: how long training took.
     """
-    print(f"\ntest corpus, {weights}: BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}")
+    found = f"BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}, loss {scores.loss:.3f}"
+    print(f"\ntest corpus, {weights}, {in_words(search)}: {found}")
     print(f"BLEU signature: {scores.signature}")
     corpus = (
         f"of {scores.sentences} held-out phrases" if metric == "exact_match" else f"on {scores.sentences} sentences"

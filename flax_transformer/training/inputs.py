@@ -13,8 +13,10 @@ from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.files import Named, check_inputs, same_file, work_directory_of
+from flax_transformer.monitoring.provenance import OF_TEXTS, other_versions
 from flax_transformer.processes import hosts
 from flax_transformer.training.early_checks import check_ahead
+from flax_transformer.training.notices import notice_of_rows, warn_of_settings, warn_of_texts
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
@@ -45,6 +47,7 @@ class Materials:
 
     Attributes:
         experiment: with the vocabulary's sizes and BLEU's tokeniser filled in.
+        before: the experiment as it was when training last started; `None` if it is new.
         texts: the corpora by name: "train", and "valid" and "test" if there are any.
         packed: the same corpora, tokenised and packed.
         vocabularies: of both sides.
@@ -52,6 +55,7 @@ class Materials:
     """
 
     experiment: Experiment
+    before: Experiment | None
     texts: dict[str, ParallelText]
     packed: dict[str, PackedCorpus]
     vocabularies: VocabularyPair
@@ -114,9 +118,12 @@ def prepare(
     """
     experiment = _fill_in_tokenizer(experiment, workdir, texts)
     check_ahead(experiment, workdir)
+    if hosts.is_first():
+        warn_of_settings(experiment)
+        warn_of_texts(texts)
     vocabularies = _vocabularies(experiment, workdir, texts["train"])
     experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
-    _check_config(experiment, workdir)
+    before = _check_config(experiment, workdir)
     fingerprints = {name: text.fingerprint() for name, text in texts.items() if name != "test"}
     begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
     micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.parallelism.rows_per_device)
@@ -144,7 +151,9 @@ def prepare(
     hosts.wait("the first process has written what the training is")
     for name in texts:
         hosts.say(_describe(name, texts[name], packed[name], experiment.training.steps))
-    return Materials(experiment, texts, packed, vocabularies, micro_batches)
+    if told := notice_of_rows(experiment.data.rows, packed["train"].batch_rows, parallelism.num_devices):
+        hosts.say(told)
+    return Materials(experiment, before, texts, packed, vocabularies, micro_batches)
 
 
 def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: ParallelText) -> VocabularyPair:
@@ -204,14 +213,17 @@ def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: di
     return experiment.changed({setting: tokenize})
 
 
-def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
+def _check_config(experiment: Experiment, workdir: WorkDirectory) -> Experiment | None:
     """Checks that the settings in `FIXED` are those that the training was started with.
 
     The held-out corpora, the number of steps, rates and intervals may change.
+
+    Returns:
+        The experiment as it was when training last started; `None` if it is new.
     """
     if not workdir.exists:
         _check_start(experiment)
-        return
+        return None
     config = workdir.read_config()
     if "training" not in config:
         raise ValueError(
@@ -219,15 +231,21 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
             f"--config=configs/finetune.py:{workdir.path}"
         )
     begun = Experiment.from_mapping(config)
-    for section, names in FIXED.items():
-        found, wanted = getattr(begun, section), getattr(experiment, section)
-        for name in names or [field.name for field in dataclasses.fields(wanted) if field.name not in FREE]:
-            before, now = operator.attrgetter(name)(found), operator.attrgetter(name)(wanted)
-            if before != now:
-                raise ValueError(
-                    f"{workdir.path} was begun with {section}.{name} = {before!r}, now it is {now!r}: set it back, or "
-                    "give another --workdir"
-                )
+    fixed = [
+        f"{section}.{name}"
+        for section, names in FIXED.items()
+        for name in names or [field.name for field in dataclasses.fields(getattr(begun, section))]
+        if name not in FREE
+    ]
+    pairs = [(name, *(operator.attrgetter(name)(each) for each in (begun, experiment))) for name in fixed]
+    changed = [f"{name} = {found!r}, now it is {wanted!r}" for name, found, wanted in pairs if found != wanted]
+    if changed:
+        it = "it" if len(changed) == 1 else "them"
+        raise ValueError(
+            f"{workdir.path} was begun with {'; with '.join(changed)}: set {it} back, give another --workdir, or go on "
+            "with what the work directory says by leaving out --config and these settings"
+        )
+    return begun
 
 
 def _check_start(experiment: Experiment) -> None:
@@ -237,12 +255,14 @@ def _check_start(experiment: Experiment) -> None:
         return
     found, wanted = WorkDirectory(start).read_model_config(), experiment.model
     may_differ = OF_TRAINING + (SIZES if experiment.data.new_language_like else ())
-    for name in (field.name for field in dataclasses.fields(wanted) if field.name not in may_differ):
-        if getattr(found, name) != getattr(wanted, name):
-            raise ValueError(
-                f"model.{name} is {getattr(wanted, name)!r}, in training.start_from = {start} it is "
-                f"{getattr(found, name)!r}: use the same value, as configs/finetune.py does"
-            )
+    differs = [
+        f"model.{name} is {getattr(wanted, name)!r}, in training.start_from = {start} it is {getattr(found, name)!r}"
+        for name in (field.name for field in dataclasses.fields(wanted) if field.name not in may_differ)
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+    if differs:
+        value = "value" if len(differs) == 1 else "values"
+        raise ValueError(f"{'; '.join(differs)}: use the same {value}, as configs/finetune.py does")
 
 
 def _check_fingerprints(
@@ -259,8 +279,10 @@ def _check_fingerprints(
     changed = {name for name, found in fingerprints.items() if begun.get(name, found) != found}
     if changed and not accept_changed_corpus:
         specs = " and ".join(f"data.{name} ({getattr(experiment.data, name)})" for name in sorted(changed))
+        other = other_versions(workdir.read_metrics(), OF_TEXTS)
+        remedy = f"{other}: install that version again" if other else "put the text back"
         raise ValueError(
-            f"{specs} has another text than when training last ran in {workdir.path}: put the text back, give another "
+            f"{specs} has another text than when training last ran in {workdir.path}: {remedy}, give another "
             "--workdir, or go on with the new text by --accept_changed_corpus"
         )
     return begun, changed

@@ -21,7 +21,7 @@ from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.experiment import Experiment, scored_by
 from flax_transformer.monitoring.profile import Profile
 from flax_transformer.monitoring.provenance import provenance
-from flax_transformer.monitoring.report import TITLES, Report
+from flax_transformer.monitoring.report import TITLES, Report, record_test
 from flax_transformer.monitoring.utilization import Work, device_memory_peak
 from flax_transformer.new_languages import start_new_languages
 from flax_transformer.processes import hosts
@@ -31,6 +31,7 @@ from flax_transformer.text.spelling import in_one_cell
 from flax_transformer.trained_model import TrainedModel, param_shapes
 from flax_transformer.training.evaluation import Evaluation, Scores, show_samples, show_test
 from flax_transformer.training.inputs import Materials, check_paths, load_texts, prepare
+from flax_transformer.training.notices import notice_of_other_rate
 from flax_transformer.training.optimizer import learning_rate_schedule
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import (
@@ -169,6 +170,9 @@ class _Training:
             hosts.say(
                 f"{parameters:,} parameters, {self.parallelism}{micro_batches}, steps {first} to {self.config.steps}"
             )
+            before = self.materials.before
+            if first and before and (jump := notice_of_other_rate(before, self.materials.experiment, first)):
+                hosts.say(jump)
             if told := self.profile.missed(first + 1, self.config.steps):
                 hosts.say(told)
             with (
@@ -374,8 +378,10 @@ class _Training:
         evaluation = self.evaluations["test"]
         scores, translations = evaluation.score(self.parallelism.place(params))
         if hosts.is_first():
-            self.workdir.append_metrics({"kind": "test", "step": step} | dataclasses.asdict(scores))
-            show_samples(evaluation.source, evaluation.references, translations, self.config.evaluation.samples)
+            config = self.config.evaluation
+            shown = list(zip(evaluation.source, evaluation.references, translations, strict=True))[: config.samples]
+            record_test(self.workdir, step, dataclasses.asdict(scores), shown)
+            show_samples(evaluation.source, evaluation.references, translations, config.samples)
             weights = "the mean of checkpoints" if averaged else f"checkpoint {step}"
-            show_test(weights, scores, metric=self.config.evaluation.best_metric, seconds=seconds)
+            show_test(weights, scores, search=evaluation.search, metric=config.best_metric, seconds=seconds)
         return scores

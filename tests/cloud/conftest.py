@@ -27,9 +27,26 @@ OPTIONS = {
 BEGIN = ["scp", "tar", "install", "run"]
 TRAIN = ["train.py", "--distributed", "--config=configs/some.py:small", "--workdir=gs://bucket/runs/first"]
 
+# A bucket is a folder. The last words of `cp` and `rsync` say what is copied and where.
+STORAGE = """#!/bin/bash
+[ "$1" = storage ] || exec {home}/bin/tpus "$@"
+words=() keep=
+for word in "${{@:3}}"; do
+  case $word in
+    gs://*) words+=("{home}/buckets/${{word#gs://}}") ;;
+    --no-clobber) keep=$word ;;
+    --*) ;;
+    *) words+=("$word") ;;
+  esac
+done
+[ "$2" != cat ] || exec cat "${{words[0]}}"
+mkdir -p "$(dirname "${{words[1]}}")"
+cp --recursive --no-target-directory $keep "${{words[@]}}"
+"""
+
 # It records each call, fails if `failing` says so, and reports one state after another, the last one forever, and
 # NOT_FOUND until `create` is called.
-GCLOUD = """#!{python} -IS
+TPUS = """#!{python} -IS
 import contextlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -87,7 +104,10 @@ chmod +x ~/.local/bin/uv
 END
 """
 PYTHON = """#!/bin/bash
+[ "$3" != install ] || echo "${{@:5}}" >>{home}/installed-$HOSTNAME
+[ "$3" != freeze ] || cat {home}/versions-$HOSTNAME 2>/dev/null || echo jax==1
 [ "$1" != -m ] || exit 0
+echo "[Gloo] Rank 0 is connected to 1 peer ranks."
 {{ printf '%s\\0' "$JAX_PLATFORMS" "$@"; echo; }} >>{home}/trained-$HOSTNAME
 how=$(sed -n "$(wc -l <{home}/trained-$HOSTNAME)p" {home}/trainings)
 [ "$how" = endless ] || exit "$how"
@@ -111,7 +131,7 @@ class Cloud:
         for worker in range(2):
             (home / f"machines/{worker}").mkdir(parents=True)
         (home / "bin").mkdir()
-        for name, text in {"bin/gcloud": GCLOUD, "bin/curl": CURL, "python": PYTHON}.items():
+        for name, text in {"bin/gcloud": STORAGE, "bin/tpus": TPUS, "bin/curl": CURL, "python": PYTHON}.items():
             (home / name).write_text(text.format(home=home, python=sys.executable))
             (home / name).chmod(0o755)
         self.plays()
@@ -143,6 +163,10 @@ class Cloud:
         """JAX_PLATFORMS and the arguments of each training."""
         path = self.home / f"trained-{worker}"
         return [line.split("\0")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def bucket(self, name):
+        """A file or folder of the work directory."""
+        return self.home / "buckets/bucket/runs/first" / name
 
     def log(self, worker=0):
         path = self.home / f"machines/{worker}/my-tpu/train.log"

@@ -106,7 +106,7 @@ def test_keep_restarts_the_training_if_one_worker_is_killed(cloud):
     os.kill(int((cloud.home / "machines/1/my-tpu/train.pid").read_text()), signal.SIGKILL)
     assert "status 137: starting it again" in cloud("keep", PATIENCE="2")
     assert changes(cloud.calls[4:]) == ["stop", "run"]
-    assert cloud.log(0).startswith("a checkpoint\n")
+    assert "a checkpoint\n" in cloud.log(0)
 
 
 def test_keep_ends_with_the_error_of_the_worker_that_ended_the_others(cloud):
@@ -115,3 +115,23 @@ def test_keep_ends_with_the_error_of_the_worker_that_ended_the_others(cloud):
     for worker, ended in enumerate(["134", "1"]):
         (cloud.home / f"machines/{worker}/my-tpu/train.status").write_text(ended)
     assert "ended with status 1;" in cloud("keep", status=1, PATIENCE="2")
+
+
+def test_keep_stops_the_training_when_the_time_is_up(cloud):
+    for verb in ("copy", "install", "run"):
+        cloud(verb)
+    soon(lambda: cloud.trained(0) and cloud.trained(1))
+    cloud("keep", "--max-hours=2", status=124, HOUR="0")
+    assert changes(cloud.calls[4:]) == ["stop"]
+    assert cloud.log(0).endswith("a checkpoint\n") and cloud.log(1).endswith("a checkpoint\n")
+    cloud("keep", "--max-hours=2", "--delete-when-done", status=124, HOUR="0")
+    assert changes(cloud.calls[4:]) == ["stop", "stop", "delete"]
+    assert "whole number of hours" in cloud("keep", "--max-hours=0.5", status=2)
+
+
+def test_machines_after_a_pre_emption_get_the_versions_of_the_first(cloud):
+    cloud.plays("ACTIVE ACTIVE ACTIVE SUSPENDED ACTIVE", "endless 0")
+    cloud("keep")
+    assert cloud.bucket("versions.txt").read_text() == "jax==1\n"
+    first, second = (cloud.home / "installed-0").read_text().splitlines()
+    assert "--constraint" not in first and second.endswith("--constraint=versions.txt")

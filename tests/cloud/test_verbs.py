@@ -103,6 +103,35 @@ def test_each_worker_trains_with_exactly_the_given_arguments(cloud):
     assert "already running" in cloud("run", status=1)
 
 
+def test_the_log_is_in_the_bucket_while_training_runs_and_after_it_has_ended(cloud):
+    for verb in ("copy", "install", "run"):
+        cloud(verb, LOG_EVERY="0.2")
+    soon(lambda: list(cloud.bucket("logs").glob("*-0.log")))
+    cloud("stop")
+    (log,) = cloud.bucket("logs").glob("*-0.log")
+    assert log.read_text() == cloud.log(0) and cloud.log(0).endswith("a checkpoint\n")
+
+
+def test_a_worker_with_other_versions_than_the_bucket_has_does_not_train(cloud):
+    cloud("copy")
+    cloud.bucket("versions.txt").parent.mkdir(parents=True)
+    cloud.bucket("versions.txt").write_text("jax==1\n")
+    (cloud.home / "versions-1").write_text("jax==2\n")
+    cloud("install", status=1)
+    assert sorted(cloud("status").splitlines()[1:]) == ["0: installed", "1: copied"]
+
+
+def test_each_worker_copies_the_prepared_data_sets(cloud):
+    (cloud.home / "buckets/bucket/tfds/wmt14").mkdir(parents=True)
+    (cloud.home / "buckets/bucket/tfds/wmt14/text").write_text("text")
+    cloud("copy")
+    for _ in range(2):
+        cloud("install", "--tfds=gs://bucket/tfds")
+        for worker in range(2):
+            assert (cloud.home / f"machines/{worker}/tensorflow_datasets/wmt14/text").read_text() == "text"
+    assert "gs://BUCKET/FOLDER" in cloud("install", "--tfds=data", status=2)
+
+
 def test_copy_includes_tracked_files_and_the_given_data(cloud):
     def copied():
         folder = cloud.home / "machines/1/my-tpu"
@@ -134,6 +163,15 @@ def test_code_without_a_commit_is_copied_too(cloud, monkeypatch):
     assert provenance.provenance()["revision"] is None
 
 
+def test_follow_shows_the_log_without_what_gloo_says(cloud):
+    for verb in ("copy", "install", "run"):
+        cloud(verb)
+    cloud("stop")
+    command = ["timeout", "1", "bash", cloud.home / "machines/0/my-tpu/cloud/worker.sh", "follow"]
+    assert "[Gloo]" in cloud.log(0)
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "a checkpoint\n"
+
+
 def test_create_waits_until_the_machines_are_ready(cloud):
     cloud.plays("WAITING_FOR_RESOURCES PROVISIONING PROVISIONING ACTIVE SUSPENDED")
     told = cloud("create").splitlines()
@@ -160,8 +198,8 @@ def test_stop_waits_for_the_checkpoint_and_status_shows_each_worker(cloud):
     os.kill(int((cloud.home / "machines/0/my-tpu/train.pid").read_text()), signal.SIGHUP)
     assert {"0: running", "1: running"} <= set(cloud("status").splitlines())
     cloud("stop")
-    assert cloud.log(0) == cloud.log(1) == "a checkpoint\n"
-    soon(lambda: "0: ended 143" in cloud("status"))
+    assert cloud.log(0).endswith("a checkpoint\n") and cloud.log(1).endswith("a checkpoint\n")
+    assert "0: ended 143" in cloud("status")
     assert "status 143" in cloud("keep", status=143, PATIENCE="1")
 
 

@@ -94,6 +94,8 @@ def test_a_corpus_gives_both_sides(run, workdir, files):
 
 def test_the_options_of_the_search_are_used(run, workdir, files):
     short = json.loads(evaluate(run, workdir, files, "--output=json", "--max_length=3"))
+    assert short["search"] == "a beam of 4, alpha 0.6"
+    assert "translated with greedy search" in evaluate(run, workdir, files, "--beam_size=1")
     assert short["length_ratio"] < json.loads(evaluate(run, workdir, files, "--output=json"))["length_ratio"]
 
 

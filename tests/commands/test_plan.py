@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from flax_transformer.commands.plan import _hours
+
 
 def plan(*arguments):
     command = [sys.executable, "-m", "flax_transformer", "plan", "--config=configs/quickstart.py", *arguments]
@@ -24,6 +26,11 @@ def test_a_plan_shows_memory_collectives_and_verdict():
     assert lines[-1].endswith("device memory is unknown, so whether it fits cannot be checked")
 
 
+def test_hours_and_costs_are_those_of_all_steps():
+    assert _hours(300_000, 0.1304, None) == "300,000 steps     at least 10.9 hours"
+    assert _hours(36_000, 0.1, 4.8).endswith("at least 1.0 hours, which cost 4.80 at 4.8 an hour")
+
+
 @pytest.mark.slow
 def test_a_known_vocabulary_size_is_kept():
     small = ["model.d_model=16", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "data.rows=2"]
@@ -38,6 +45,7 @@ def test_a_known_vocabulary_size_is_kept():
     ("arguments", "message"),
     [
         (["--topology=cpu:0"], "give cpu:N"),
+        (["--topology=cpu:1", "--price_per_hour=-1"], "--price_per_hour: '-1': give a number, at least 0"),
         (["--topology=cpu:4", "--parallel=data=3"], "which needs 3 devices, but there are 4"),
         (["--topology=cpu:2", "--parallel=both"], "choose auto, jit, pmap"),
         (["--topology=cpu:2", "--config.data.row=4"], "data.rows"),

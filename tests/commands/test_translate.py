@@ -27,6 +27,17 @@ def expected(translator, lines):
     return translator.hypotheses(lines, BeamSearch(beam_size=3, num_return=2))
 
 
+def test_sentences_on_the_command_line_are_translated_as_those_of_a_file(run, fail, workdir, tmp_path):
+    sentences = ["red cat runs", "", "the dog sat"]
+    (tmp_path / "file").write_text("".join(f"{sentence}\n" for sentence in sentences))
+    from_file = run("translate", f"--workdir={workdir}", f"--input={tmp_path / 'file'}", "--beam_size=2")
+    assert run("translate", f"--workdir={workdir}", "--beam_size=2", *sentences) == from_file
+    assert from_file.count("\n") == 3
+    both = fail("translate", f"--workdir={workdir}", f"--input={tmp_path / 'file'}", "red cat")
+    assert "--input names a file, but there are sentences on the command line" in both
+    assert "--interactive" in fail("translate", f"--workdir={workdir}", "--interactive", "red cat")
+
+
 def test_each_line_of_a_file_has_its_translation_and_empty_lines_stay_empty(run, workdir, source, translator, lines):
     said = run("translate", "--workdir", workdir, "--input", source).split("\n")
     assert said == [*translator.translate(lines), ""]

@@ -296,6 +296,14 @@ def test_a_connection_lost_while_preparing_is_an_error_of_one_line(tfds, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+def test_a_set_in_a_bucket_says_to_copy_it(tfds, monkeypatch):
+    with pytest.raises(ValueError, match="cannot read from a bucket: copy the folder to each machine"):
+        load_corpus("tfds:wmt14_translate/de-en:train?data_dir=gs://bucket/tfds")
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/tfds")
+    with pytest.raises(ValueError, match="gs://bucket/tfds"):
+        load_corpus("tfds:wmt14_translate/de-en:train")
+
+
 def test_a_set_stored_as_tfrecord_is_refused(tfds, tfds_folder, tmp_path):
     kept = next(Path(tfds_folder).rglob("dataset_info.json")).parent
     copy = tmp_path / "small_pairs" / kept.name

@@ -1,14 +1,20 @@
 """Tests the guarantees that `locale_phrases` gives, with several pairs of locales and seeds."""
 
 import functools
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
+import tomllib
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
+from configs.quickstart import get_config
 from flax_transformer.data import locale_phrases as module
+from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.locale_phrases import locale_phrases
 
 PROGRAM = """
@@ -138,6 +144,24 @@ def test_kannada_is_paired_with_english():
     train = dict(pairs_of("train", 6_000))
     assert train["ಭಾರತ"] == "India"
     assert train["ಕನ್ನಡ"] == "Kannada"
+
+
+def test_the_version_that_makes_the_corpus_is_pinned_and_made_the_phrases_in_the_readme():
+    root = Path(__file__).parents[2]
+    dependencies = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    (pin,) = (each for each in dependencies if each.startswith("babel"))
+    assert pin == f"babel=={importlib.metadata.version('babel')}"
+    readme = (root / "README.md").read_text()
+    shown = re.findall(r"^ +source  (.+)\n +reference  (.+)$", readme, re.MULTILINE)
+    test = get_config().data.test
+    corpus = load_corpus(test)
+    assert len(shown) >= 2 and set(shown) <= set(zip(corpus.source[:5], corpus.target[:5], strict=True))
+    _, source, target = re.search(r"while it translated\s+\"(.+?)\" to \"(.+?)\"|$", readme).group(0, 1, 2)
+    kannada, english = (module._locale(name) for name in ("kn", "en"))
+    place, years = (kind for kind in (*module.NAMES, *module.VALUES) if kind.label in ("place", "relative time"))
+    ahead = "year", timedelta(days=21 * 365)
+    for locale, text in ((kannada, source), (english, target)):
+        assert f"{place.write(locale, '029')}: {years.write(locale, ahead)}" == text
 
 
 def test_a_wrong_argument_is_an_error_with_a_remedy():

@@ -21,6 +21,7 @@ from flax_transformer.decoding.settings import Sampling
 PAD, START, EOS = 0, 1, 2
 B, V, L = 3, 4, 3
 LOGITS = np.random.default_rng(0).normal(scale=1.2, size=(B, L, V, V)).astype("float32")
+LOGITS[..., START] = -np.inf  # a search does not choose it
 
 
 def sample(logits, rngs, settings, max_length=L):

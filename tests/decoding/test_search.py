@@ -45,7 +45,7 @@ class Language:
 
     def every_output(self, limit):
         """All sequences that end with the end of sentence within the limit."""
-        others = [token for token in range(self.logits.shape[-1]) if token != EOS]
+        others = [token for token in range(self.logits.shape[-1]) if token not in (START, EOS)]
         for length in range(limit):
             for tokens in itertools.product(others, repeat=length):
                 yield (*tokens, EOS)
@@ -137,7 +137,7 @@ def may_come(tokens, limit, settings, prefix, vocabulary):
         return {EOS}
     if len(tokens) < len(prefix):
         return {prefix[len(tokens)]}
-    allowed = set(range(vocabulary)) - set(settings.banned)
+    allowed = set(range(vocabulary)) - {START} - set(settings.banned)
     if len(tokens) + 1 < settings.min_length:
         allowed -= {EOS}
     if size := settings.no_repeat_ngram:
@@ -295,6 +295,7 @@ def test_greedy_takes_the_most_probable_token_each_time():
         tokens = ()
         while EOS not in tokens:
             log_probs = language.log_probs(sentence, tokens)
+            log_probs[START] = -np.inf
             tokens += (EOS if len(tokens) == limit - 1 else int(log_probs.argmax()),)
         assert outputs(found, sentence) == [tokens]
         expected = paper_score(language.log_prob(sentence, tokens), len(tokens))

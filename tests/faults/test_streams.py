@@ -39,7 +39,7 @@ def test_samples_that_the_terminal_cannot_show_are_escaped_and_the_scores_are_sh
     training = small_training(**TESTED)
     for encoding in ("latin-1", "ascii:strict"):
         (ended,) = training.finish(environment={"PYTHONIOENCODING": encoding})
-        assert "source  \\u0c" in ended.stdout and "test corpus, checkpoint 6: BLEU" in ended.stdout
+        assert "source  \\u0c" in ended.stdout and "test corpus, checkpoint 6, greedy search: BLEU" in ended.stdout
         assert "exact match: " in ended.stdout.splitlines()[-1]
 
 

@@ -1,11 +1,11 @@
 import pytest
 
-from flax_transformer.monitoring.report import Report, format_score
+from flax_transformer.monitoring.report import Report, format_score, record_test
 from flax_transformer.workdir import WorkDirectory
 
 SCORES = {"loss": 1.23456, "bleu": 31.44, "chrf": 55.06, "exact_match": 97.2}
 SPEED = {"fill_rate": 0.94, "input_wait": 0.02, "step_seconds_p50": 0.1, "step_seconds_p95": 0.25}
-METRICS = {"loss": 2.5, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "skipped": 0} | SPEED
+METRICS = {"loss": 2.5, "cross_entropy": 2.25, "tokens_per_second": 1234.5, "learning_rate": 1e-3, "skipped": 0} | SPEED
 
 
 def report_to(path, **options):
@@ -30,9 +30,26 @@ def test_every_measurement_becomes_a_line_of_metrics(tmp_path):
 def test_every_measurement_reaches_tensorboard(tmp_path):
     (events,) = (report_to(tmp_path).path / "tensorboard").glob("events.out.tfevents.*")
     written = events.read_bytes()
-    names = ["checkpoint/blocked_seconds", *(f"train/{name}" for name in METRICS)]
+    names = ["checkpoint/blocked_seconds", *(f"train/{name}" for name in METRICS if name != "cross_entropy")]
+    # The cross-entropy, which can be compared with that of validation; beside it what training minimises.
+    assert written.count(b"train/loss") == written.count(b"train/smoothed_loss") == 1
     names += [f"valid/{name}" for name in ("loss", "bleu", "chrf", "exact_match", "seconds")]
     for name in names:
+        assert name.encode() in written
+
+
+def test_scores_and_samples_of_the_test_reach_tensorboard(tmp_path):
+    workdir = WorkDirectory(tmp_path)
+    record_test(workdir, 8, SCORES | {"sentences": 2}, [("ein | Hund", "a dog", "a\ndog"), ("rot", "red", "read")])
+    assert workdir.read_metrics() == [{"kind": "test", "step": 8, "sentences": 2} | SCORES]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    for name in (
+        *(f"test/{name}" for name in SCORES),
+        "test/samples",
+        "| rot | red | read |",
+        r"| ein \| Hund | a dog",
+    ):
         assert name.encode() in written
 
 

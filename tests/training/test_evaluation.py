@@ -151,7 +151,7 @@ def test_as_many_samples_as_requested_are_shown_below_each_other(count, capsys):
     ],
 )
 def test_the_last_line_shows_the_score_that_chose_the_checkpoint(metric, last, capsys):
-    show_test("checkpoint 70", SCORES, metric=metric, seconds=83.2)
+    show_test("checkpoint 70", SCORES, search=BeamSearch(beam_size=1), metric=metric, seconds=83.2)
     *others, closing = capsys.readouterr().out.splitlines()
     assert closing == last
-    assert "checkpoint 70" in "\n".join(others) and "case:mixed" in "\n".join(others)
+    assert "checkpoint 70, greedy search" in "\n".join(others) and "case:mixed" in "\n".join(others)

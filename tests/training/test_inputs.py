@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flax_transformer.commands.config import config_of, read_config
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
@@ -135,6 +136,15 @@ def test_an_edited_text_is_refused_until_it_is_restored_or_accepted(split, exper
     refused(experiment, path, message)
 
 
+def test_a_text_that_another_version_of_a_package_makes_is_blamed_on_the_version(experiment, path, edit):
+    edit("train")
+    workdir = WorkDirectory(path)
+    (start,) = lines_of(path, "start")
+    assert start["versions"]["babel"] and start["versions"]["tensorflow-datasets"]
+    workdir.append_metrics(start | {"versions": start["versions"] | {"babel": "2.0"}})
+    refused(experiment, path, r"babel was 2\.0 then and is [\d.]+ now: install that version again, give another")
+
+
 def test_both_texts_are_named_if_both_were_edited(experiment, path, edit):
     edit("train"), edit("valid")
     refused(experiment, path, r"^data\.train \(.*train\.out\) and data\.valid \(.*valid\.out\) has another text")
@@ -194,7 +204,7 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_training_and_translat
 def test_a_changed_setting_that_must_stay_the_same_is_refused(section, name, value, experiment, path):
     found = operator.attrgetter(name)(getattr(experiment, section))
     other = change(experiment, section, **{name: value})
-    message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, or give another"
+    message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, give another"
     refused(other, path, f"^{re.escape(message)}")
 
 
@@ -209,6 +219,21 @@ def test_a_training_whose_config_has_old_names_is_held_to_its_settings_and_goes_
     refused(other, path, "was begun with training.optimizer.clip_norm = 0.0, now it is 1.0: set it back")
     train_and_evaluate(experiment, path)
     assert json.loads(file.read_bytes()) == config
+
+
+def test_all_settings_that_must_stay_the_same_are_named_at_once(experiment, path):
+    other = change(change(experiment, "model", d_ff=16, norm="pre"), "training", seed=3)
+    message = (
+        "model.d_ff = 12, now it is 16; with model.norm = 'post', now it is 'pre'; with training.seed = 0, now it is "
+        "3: set them back"
+    )
+    refused(other, path, re.escape(message))
+
+
+def test_a_training_goes_on_with_what_its_work_directory_says(path):
+    settings = read_config(config_of(str(path)), [("training.steps", "2")])
+    train_and_evaluate(Experiment.from_mapping(settings), path)
+    assert [line["step"] for line in lines_of(path, "train")] == [1, 2]
 
 
 def test_the_implementation_of_attention_may_change(experiment, path):

@@ -145,7 +145,7 @@ def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_setti
     other = dataclasses.replace(
         experiment, **{section: dataclasses.replace(getattr(experiment, section), **{key: wanted})}
     )
-    message = f"was begun with {section}.{key} = {found!r}, now it is {wanted!r}: set it back, or give another"
+    message = f"was begun with {section}.{key} = {found!r}, now it is {wanted!r}: set it back, give another"
     with pytest.raises(ValueError, match=message):
         train_and_evaluate(other, path)
     assert WorkDirectory(path).read_config()[section][key] == found
