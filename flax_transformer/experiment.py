@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_transformer.config import TransformerConfig, from_mapping
@@ -31,6 +31,10 @@ TOKENIZERS = (
     "auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none", "spm", "flores101", "flores200", "spBLEU-1K"
 )  # fmt: skip
 
+# SentencePiece's own pieces, and the texts that a piece of the user's own may have; "<0x41>" is the piece of a byte.
+SPECIAL_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>")
+SYMBOL = re.compile(r"(?!<0x[0-9A-F]{2}>$)\S+")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VocabularyConfig:
@@ -41,7 +45,12 @@ class VocabularyConfig:
         joint: whether both languages share one vocabulary (section 5.1).
         model_type: "bpe" (the paper's for English-German), "unigram" or "char".
         split_digits: whether each digit is a piece of its own, so that numbers are spelled, not memorised.
-        character_coverage: share of the text's characters that get a piece; others become the unknown piece.
+        character_coverage: share of the text's characters that get a piece; others are spelled in bytes, or become the
+            unknown piece.
+        byte_fallback: whether there are 256 pieces for single bytes, in which a character without a piece is spelled,
+            so that every character can be read and written.
+        user_symbols: texts that are always one piece, e.g. "<br>", beside the tags that `data.train` names.
+        normalize: whether composed and decomposed spellings of a character become the same (NFC).
         max_sentences: how many sentences training reads; a random sample if there are more.
         seed: seed of that sample.
     """
@@ -51,12 +60,21 @@ class VocabularyConfig:
     model_type: str = setting("bpe", ("bpe", "unigram", "char"))
     split_digits: bool = False
     character_coverage: float = setting(1.0, Range(at_least=0.98, at_most=1))
+    byte_fallback: bool = True
+    user_symbols: Sequence[str] = ()
+    normalize: bool = True
     max_sentences: int = setting(1_000_000, AT_LEAST_ONE)
     seed: int = setting(0, SEED)
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
         check(self, "vocabulary")
+        for symbol in self.user_symbols:
+            if not SYMBOL.fullmatch(symbol) or symbol in SPECIAL_SYMBOLS or "▁" in symbol or "▅" in symbol:
+                raise ValueError(
+                    f"vocabulary.user_symbols has {symbol!r}: give texts without white space and ▁ and ▅, other than "
+                    f"{', '.join(SPECIAL_SYMBOLS)} and bytes such as <0x41>"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

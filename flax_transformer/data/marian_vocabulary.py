@@ -5,19 +5,16 @@ The files have the names that such models are distributed with: `source.spm`, `t
 """
 
 import json
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsIndex
 
 from etils import epath
 
-from flax_transformer.data.sentencepiece_vocabulary import Vocabulary, read_pieces
+from flax_transformer.data.sentencepiece_vocabulary import LANGUAGE, Vocabulary, read_pieces
 from flax_transformer.text.spelling import Spelling
 
 SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
-
-_LANGUAGE = re.compile(r">>[^<>\s]+<<")
 
 
 class MarianVocabulary(Vocabulary):
@@ -51,7 +48,7 @@ class MarianVocabulary(Vocabulary):
         self._pieces = sorted(ids, key=self._ids.__getitem__)
         self.pad_id, self.eos_id, self.unk_id = ids["<pad>"], ids["</s>"], ids["<unk>"]
         self.bos_id = ids.get("<s>", self.pad_id)
-        self.languages = tuple(piece for piece in self._pieces if _LANGUAGE.fullmatch(piece))
+        self.languages = tuple(piece for piece in self._pieces if LANGUAGE.fullmatch(piece))
         self._spelling = Spelling(self._knows, ())  # Marian's SentencePiece models compose accents themselves.
 
     @classmethod
@@ -95,14 +92,14 @@ class MarianVocabulary(Vocabulary):
 
     def _encode(self, sentence: str) -> list[int]:
         text = self._spelling.spell(sentence)
-        begin = _LANGUAGE.match(text)
+        begin = LANGUAGE.match(text)
         language, text = ([begin[0]], text[begin.end() :]) if begin and begin[0] in self._ids else ([], text)
         pieces = self._processor.encode(text.encode(errors="replace"), out_type=str)
         return [*(self._ids.get(piece, self.unk_id) for piece in [*language, *pieces]), self.eos_id]
 
     def unknown_characters(self, sentence: str) -> str:
         """See `Vocabulary.unknown_characters`; ignores the language token."""
-        begin = _LANGUAGE.match(self._spelling.spell(sentence))
+        begin = LANGUAGE.match(self._spelling.spell(sentence))
         known = begin[0] if begin and begin[0] in self._ids else ""
         return self._spelling.unknown(self._spelling.spell(sentence).removeprefix(known))
 
@@ -113,7 +110,7 @@ class MarianVocabulary(Vocabulary):
     def split_language(self, sentence: str) -> tuple[str, str]:
         """See `Vocabulary.split_language`; raises ValueError for a language that the model does not know."""
         sentence = self._spelling.spell(sentence) if self.languages else sentence
-        begin = _LANGUAGE.match(sentence) if self.languages else None
+        begin = LANGUAGE.match(sentence) if self.languages else None
         if begin is None:
             return "", sentence
         if begin[0] not in self._ids:

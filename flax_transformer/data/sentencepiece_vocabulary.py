@@ -1,23 +1,30 @@
 """Turns sentences into token ids and back with a SentencePiece model.
 
 In every vocabulary that this library trains, ids 0 to 3 are padding, beginning of sentence, end of sentence and
-unknown, and the pieces follow. There is no byte fallback: a character that did not occur in the training text becomes
-the unknown id, which is decoded as " ⁇ ".
+unknown, and the pieces follow. A character that did not occur in the training text is spelled in bytes, if the
+vocabulary has pieces for them (`vocabulary.byte_fallback`). Otherwise it becomes the unknown id, which is decoded as
+" ⁇ ".
 
 Before a sentence is encoded, it is rewritten in the spelling that the vocabulary knows (`text/spelling.py`): composed
 and decomposed accents, a tab and a space, or a word with and without a byte order mark give the same ids.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
 import sentencepiece
 
-from flax_transformer.data.vocabulary_training import train_pieces
+from flax_transformer.data.vocabulary_training import is_composed, train_pieces
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
+
+# A token that names the language to translate into, e.g. ">>kan<<".
+LANGUAGE = re.compile(r">>[^<>\s]+<<")
+# SentencePiece represents a space by this character, so it reads this character as a space.
+SPACE = "▁"
 
 
 class Vocabulary:
@@ -55,7 +62,10 @@ class Vocabulary:
         """
         self._processor = read_pieces(model)
         self._model = model
-        self._spelling = Spelling(self._knows, self.pieces(range(self.size)))
+        pieces = self.pieces(range(self.size))
+        self.languages = tuple(piece for piece in pieces if LANGUAGE.fullmatch(piece))
+        self._mark = _byte_ids(self._processor, SPACE)
+        self._spelling = Spelling(self._knows, pieces, spells_bytes=bool(self._mark), compose=is_composed(model))
         expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
         processor = self._processor
         found = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
@@ -98,11 +108,30 @@ class Vocabulary:
         """Returns the ids of each sentence, with `eos_id` at the end and no `bos_id`.
 
         Several spaces count as one, white space without a piece counts as a space, and invisible characters without a
-        piece are dropped. Canonically equivalent texts give equal ids. A lone surrogate, which is not a character,
-        becomes a question mark.
+        piece are dropped; with byte fallback, those that shape their neighbours stay. Canonically equivalent texts give
+        equal ids, unless `vocabulary.normalize` was false. A lone surrogate, which is not a character, becomes a
+        question mark.
         """
-        spelled = [self._spelling.spell(sentence).encode(errors="replace") for sentence in sentences]
-        return self._processor.encode(spelled, add_eos=True)
+        spelled = [self._spelling.spell(sentence) for sentence in sentences]
+        rows = self._processor.encode([text.encode(errors="replace") for text in spelled], add_eos=True)
+        if self._mark:
+            for row, text in enumerate(spelled):
+                if SPACE in text:
+                    rows[row] = self._encode_with_mark(text)
+        return rows
+
+    def _encode_with_mark(self, text: str) -> list[int]:
+        """The ids of a text that contains the character by which SentencePiece represents a space, in bytes."""
+        # A code point that is no character stands for it, and its bytes are replaced.
+        stand_in = next(character for character in map(chr, range(0xFDD0, 0xFDF0)) if character not in text)
+        ids = self._processor.encode(text.replace(SPACE, stand_in).encode(errors="replace"), add_eos=True)
+        wrong = _byte_ids(self._processor, stand_in)
+        start = 0
+        while start < len(ids):
+            if ids[start : start + len(wrong)] == wrong:
+                ids[start : start + len(wrong)] = self._mark
+            start += 1
+        return ids
 
     def unknown_characters(self, sentence: str) -> str:
         """The visible characters of a sentence that have no piece, in their order, each as often as it occurs."""
@@ -129,8 +158,21 @@ class Vocabulary:
         return self.speaking(language)
 
     def split_language(self, sentence: str) -> tuple[str, str]:
-        """Splits a source sentence into the token that names the wanted language ("" if there is none) and the text."""
-        return "", sentence
+        """Splits a source sentence into the token that names the wanted language ("" if there is none) and the text.
+
+        The token, together with a part of the text, is a sentence again.
+
+        Raises:
+            ValueError: the sentence begins with the token of a language that the vocabulary does not know, and it knows
+                others.
+        """
+        begin = LANGUAGE.match(sentence.lstrip()) if self.languages else None
+        if begin is None:
+            return "", sentence
+        if begin[0] not in self.languages:
+            few = ", ".join(self.languages[:8]) + (", …" if len(self.languages) > 8 else "")
+            raise ValueError(f'the model knows no language {begin[0]} ("{sentence[:40]}"): begin with one of {few}')
+        return f"{begin[0]} ", sentence.lstrip()[begin.end() :]
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """Returns the sentence of each row, up to its first `eos_id`, skipping `pad_id` and `bos_id`.
@@ -164,6 +206,12 @@ class Vocabulary:
             ValueError: there is no text, or `config.size` does not fit it; names the limit and the setting to change.
         """
         return Vocabulary(train_pieces(sentences, config, (cls.pad_id, cls.bos_id, cls.eos_id, cls.unk_id)))
+
+
+def _byte_ids(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    """The ids of the pieces for the bytes of a text; empty if the vocabulary has none."""
+    ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+    return ids if all(map(processor.is_byte, ids)) else []
 
 
 def read_pieces(model: bytes) -> sentencepiece.SentencePieceProcessor:

@@ -26,6 +26,7 @@ from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
 GREEDY = BeamSearch(beam_size=1)
+INCOMPLETE = "\ufffd"  # as which a vocabulary decodes bytes that are not a whole character
 
 
 class Translator:
@@ -335,14 +336,19 @@ class Translator:
                 [part], search, prefixes=[begun[0][:-1]], given=self._given(begun), rngs=rngs, streams=True
             )
             try:
+                text = ""
                 for ids in request:
                     (text,) = self.vocabularies.target.decode([ids])
-                    whole = join_parts([*done, text])
+                    # The first bytes of a character that is spelled in bytes are not text yet.
+                    whole = join_parts([*done, text.rstrip(INCOMPLETE)])
                     yield whole[len(told) :]
                     told = whole
             finally:
                 request.cancel()
             done.append(text)
+            if rest := join_parts(done)[len(told) :]:
+                yield rest
+                told += rest
 
     def _beginning(self, prefix: str, part: int) -> str:
         """The text with which the translation of a part of a sentence begins; only the language from the second on."""

@@ -35,6 +35,8 @@ FIXED: dict[str, tuple[str, ...]] = {
 FREE = ("attention_implementation",)
 # The settings of the model in which a training may differ from the model that it starts from.
 OF_TRAINING = (*FREE, "dropout_rate", "attention_dropout_rate", "activation_dropout_rate", "dtype", "remat")
+# What a vocabulary is in a work directory whose config.json is older than these settings.
+OLDER = {"byte_fallback": False}
 # Settings that grow with the languages that the initial model does not know.
 SIZES = ("source_vocab_size", "target_vocab_size")
 
@@ -112,6 +114,7 @@ def prepare(
         ValueError: the work directory belongs to another experiment, vocabulary or text, or the settings would make the
             end of the training fail.
     """
+    experiment = _as_begun(experiment, workdir)
     experiment = _fill_in_tokenizer(experiment, workdir, texts)
     check_ahead(experiment, workdir)
     vocabularies = _vocabularies(experiment, workdir, texts["train"])
@@ -167,6 +170,13 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
     return workdir.read_vocabularies()
 
 
+def _as_begun(experiment: Experiment, workdir: WorkDirectory) -> Experiment:
+    """Settings that are newer than the work directory get the values that they had when it was begun."""
+    begun = workdir.read_config() if workdir.exists else {}
+    known = begun.get("vocabulary", OLDER)
+    return experiment.changed({f"vocabulary.{name}": OLDER[name] for name in OLDER.keys() - known.keys()})
+
+
 def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPair) -> Experiment:
     target = vocabularies.target
     # The vocabulary of a converted model leaves it to the model from which id it starts.
@@ -218,7 +228,7 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> None:
             f"{workdir.path} holds a model and no training: give another --workdir, and start from the model there by "
             f"--config=configs/finetune.py:{workdir.path}"
         )
-    begun = Experiment.from_mapping(config)
+    begun = _as_begun(Experiment.from_mapping(config), workdir)
     for section, names in FIXED.items():
         found, wanted = getattr(begun, section), getattr(experiment, section)
         for name in names or [field.name for field in dataclasses.fields(wanted) if field.name not in FREE]:

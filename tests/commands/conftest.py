@@ -46,7 +46,7 @@ def random_params(config, seed):
 def workdir(tmp_path_factory):
     """A work directory with the checkpoints 1, the best by BLEU, 2 and 3, as text."""
     lines = [sentence(100 + number, 6) for number in range(40)]
-    vocabularies = VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
+    vocabularies = VocabularyPair.train(lines, lines, VocabularyConfig(size=110, byte_fallback=False))
     size = vocabularies.source.size
     config = TransformerConfig(
         source_vocab_size=size,

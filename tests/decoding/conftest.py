@@ -69,7 +69,7 @@ def sentences(say):
 @pytest.fixture(scope="session")
 def vocabularies(say):
     lines = [say(100 + number, 6) for number in range(40)]
-    return VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
+    return VocabularyPair.train(lines, lines, VocabularyConfig(size=110, byte_fallback=False))
 
 
 @pytest.fixture(scope="session")
