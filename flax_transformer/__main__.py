@@ -27,6 +27,7 @@ VERBS = {
     "translate": "translate a file, standard input, or sentences typed at a prompt",
     "evaluate": "score a model on a test set with BLEU, chrF and TER, or compare two models",
     "score": "compute the log-probabilities and the perplexity of given translations",
+    "clean": "leave out the pairs of a corpus that break rules, such as wrong script, length ratio and duplicates",
     "average": "average the weights of several checkpoints into one",
     "convert": "import OPUS-MT (Marian), M2M100 and NLLB models; export to CTranslate2, Marian, NLLB and StableHLO",
     "plan": "predict the memory and speed of a training step, on devices that you need not have",

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_transformer.config import TransformerConfig, from_mapping
+from flax_transformer.moved_settings import MOVED, by_new_names
 from flax_transformer.ranges import (
     ALPHA,
     AT_LEAST_NONE,
@@ -90,6 +91,12 @@ class DataConfig:
         source_language: for models of many languages, such as NLLB: that of the source, e.g. "kan_Knda".
         target_language: that of the target.
         new_language_like: the language, or "mean" of all, whose embedding a language new to the model begins with.
+        temperature: how much of an epoch small corpora of `train` make up. With T, the share of each grows with its
+            size, times its weight, to the power of 1/T: 1 gives the shares of their sizes, more nearer to equal ones.
+        source_sampling: how much the division of training sources into pieces varies from epoch to epoch; 0 not at all.
+            With a "bpe" vocabulary the share of merges that are left out (BPE-dropout), e.g. 0.1. With "unigram" the
+            power to which the probabilities of divisions are raised, e.g. 0.2; the smaller, the more they vary.
+        target_sampling: the same of targets.
         rows: number of rows in a global batch, for any number of devices.
         source_slots: tokens in a row on the source side; several sentences are packed into one row. Training leaves out
             pairs with a side that does not fit into a row.
@@ -103,6 +110,9 @@ class DataConfig:
     source_language: str = ""
     target_language: str = ""
     new_language_like: str = ""
+    temperature: float = setting(1.0, Range(at_least=1, at_most=1000))
+    source_sampling: float = setting(0.0, Range(at_least=0, at_most=1))
+    target_sampling: float = setting(0.0, Range(at_least=0, at_most=1))
     rows: int = setting(64, SIZE)
     source_slots: int = setting(64, SIZE)
     target_slots: int = setting(64, SIZE)
@@ -310,50 +320,6 @@ class TrainingConfig:
                 f"training.weights is {self.weights}, checkpoints.average_last {last} and checkpoints.average_best "
                 f"{best}: for the mean of checkpoints set weights to averaged and one of the two; else leave both at 0"
             )
-
-
-# In version 0.1.0 all settings of training were directly in the section "training". Its work directories, command lines
-# and config files use the names on the left.
-MOVED = {
-    "schedule": "schedule.name",
-    "learning_rate": "schedule.learning_rate",
-    "warmup_steps": "schedule.warmup_steps",
-    "beta1": "optimizer.beta1",
-    "beta2": "optimizer.beta2",
-    "epsilon": "optimizer.epsilon",
-    "weight_decay": "optimizer.weight_decay",
-    "clip_norm": "optimizer.clip_norm",
-    "ema_decay": "optimizer.ema_decay",
-    "parallelism": "parallelism.layout",
-    "rows_per_device": "parallelism.rows_per_device",
-    "loss_chunks": "parallelism.loss_chunks",
-    "checkpoint_every": "checkpoints.every",
-    "keep_latest": "checkpoints.keep_latest",
-    "keep_best": "checkpoints.keep_best",
-    "average_last": "checkpoints.average_last",
-    "average_best": "checkpoints.average_best",
-    "evaluate_every": "evaluation.every",
-    "evaluate_sentences": "evaluation.sentences",
-    "beam_size": "evaluation.beam_size",
-    "alpha": "evaluation.alpha",
-    "tokenize": "evaluation.tokenize",
-    "best_metric": "evaluation.best_metric",
-    "patience": "evaluation.patience",
-    "samples": "evaluation.samples",
-}
-
-
-def by_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with old names of settings replaced by new ones; if both are there, the old one counts."""
-    if not isinstance(config.get("training"), Mapping):
-        return dict(config)
-    training = dict(config["training"])
-    # Some old names are those of sections now; what is a mapping is the section.
-    old = {name: training.pop(name) for name in MOVED if name in training and not isinstance(training[name], Mapping)}
-    for name, value in old.items():
-        section, key = MOVED[name].split(".")
-        training[section] = {**training.get(section, {}), key: value}
-    return {**config, "training": training} if old else dict(config)
 
 
 def scored_by(training: Mapping[str, Any]) -> dict[str, Any]:

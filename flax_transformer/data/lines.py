@@ -4,9 +4,14 @@ A line ends only with a line feed, or a carriage return and a line feed. `str.sp
 form feeds and the like, which occur inside sentences, and every later line would then face the wrong translation.
 """
 
+import bz2
 import codecs
+import gzip
+import io
+import lzma
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
@@ -14,13 +19,13 @@ from etils import epath
 
 from flax_transformer.files import STANDARD, expand, shown
 
-# The first bytes of files that are often given instead of text, what they are, and the command that unpacks them.
+# The first bytes of compressed files, and how they are compressed.
 _COMPRESSED = (
-    (rb"\x1f\x8b", "gzip", "zcat"),
-    (rb"\xfd7zXZ\x00", "xz", "xzcat"),
-    (rb"BZh[1-9](1AY&SY|\x17rE8P)", "bzip2", "bzcat"),
-    (rb"\x28\xb5\x2f\xfd", "zstd", "zstdcat"),
-    (rb"\x04\x22\x4d\x18", "lz4", "lz4cat"),
+    (rb"\x1f\x8b", "gzip"),
+    (rb"\xfd7zXZ\x00", "xz"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P)", "bzip2"),
+    (rb"\x28\xb5\x2f\xfd", "zstd"),
+    (rb"\x04\x22\x4d\x18", "lz4"),
 )
 _ARCHIVES = ((b"PK\x03\x04", "a zip archive, as .docx and .xlsx files are"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"))
 # UTF-32 comes first because its byte order mark begins with that of UTF-16.
@@ -32,19 +37,26 @@ _MARKS = {
 }
 
 
-def read_lines(path: str) -> Iterator[str]:
+def read_lines(path: str, errors: str = "strict") -> Iterator[str]:
     """The lines of a UTF-8 file, without their ends and without a byte order mark; "-" is standard input.
 
+    The file may be compressed with gzip, bzip2, xz or zstd, whatever its name is.
+
+    Args:
+        path: the file.
+        errors: what becomes of bytes that are not UTF-8: "strict" raises an error, and "surrogateescape" makes a lone
+            surrogate of each.
+
     Raises:
-        ValueError: the file cannot be read or is not UTF-8; names the line.
+        ValueError: the file cannot be read, is damaged or is not UTF-8; names the line.
     """
     if path == STANDARD:
         if sys.stdin is None:
             raise ValueError("standard input is closed: name a file")
-        yield from _decode(sys.stdin.buffer, path)
+        yield from _decode(_unpack(sys.stdin.buffer, path), path, errors)
         return
     with _open(path) as file:
-        yield from _decode(file, path)
+        yield from _decode(_unpack(file, path), path, errors)
 
 
 def read_columns(path: str) -> Iterator[tuple[str, str]]:
@@ -67,13 +79,56 @@ def _open(path: str) -> BinaryIO:
         raise ValueError(f"cannot read {shown(path)} ({reason}): check the path") from error
 
 
-def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
+def _unpack(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """The lines of a file, unpacked if it is compressed."""
+    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[arg-type]  # files of buckets
+    begin = buffered.peek(16)[:16]
+    kind = next((kind for magic, kind in _COMPRESSED if re.match(magic, begin)), "")
+    try:
+        yield from _reader(buffered, kind, path)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, kind, error) from error
+    except OSError as error:
+        if not kind or error.errno is not None:  # gzip and bz2 raise errors without a number
+            raise
+        raise _damaged(path, kind, error) from error
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":  # its module may not be installed
+            raise
+        raise _damaged(path, kind, error) from error
+
+
+def _damaged(path: str, kind: str, error: Exception) -> ValueError:
+    return ValueError(f"{shown(path)} is compressed ({kind}) and damaged ({error}): copy it again")
+
+
+def _reader(file: BinaryIO, kind: str, path: str) -> Iterable[bytes]:
+    if kind == "gzip":
+        return gzip.GzipFile(fileobj=file)
+    if kind == "bzip2":
+        return bz2.BZ2File(file)
+    if kind == "xz":
+        return lzma.LZMAFile(file)
+    if kind == "zstd":
+        try:
+            import zstandard  # an extra
+        except ImportError as error:
+            raise ValueError(
+                f"{shown(path)} is compressed (zstd): pip install 'flax_transformer[zstd]', or name <(zstdcat FILE)"
+            ) from error
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    if kind:
+        raise ValueError(f"{shown(path)} is compressed ({kind}): unpack it first, or name <({kind}cat FILE)")
+    return file
+
+
+def _decode(lines: Iterable[bytes], path: str, errors: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if number == 1:
             _check_first(line, path)
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
-            yield line.decode().removesuffix("\n").removesuffix("\r")
+            yield line.decode(errors=errors).removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             found = f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8"
             raise ValueError(f"{shown(path)}:{number}: {found}: convert it to UTF-8, e.g. with iconv") from error
@@ -82,9 +137,6 @@ def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
 def _check_first(line: bytes, path: str) -> None:
     """Raises ValueError if the beginning of a file shows that it is not UTF-8 text with lines."""
     name = shown(path)
-    for magic, kind, command in _COMPRESSED:
-        if re.match(magic, line):
-            raise ValueError(f"{name} is compressed ({kind}): unpack it first, or name <({command} FILE) in its place")
     for beginning, kind in _ARCHIVES:
         if line.startswith(beginning):
             raise ValueError(f"{name} is {kind}, not text: give a UTF-8 text file with one sentence per line")

@@ -97,6 +97,13 @@ class MarianVocabulary(Vocabulary):
         pieces = self._processor.encode(text.encode(errors="replace"), out_type=str)
         return [*(self._ids.get(piece, self.unk_id) for piece in [*language, *pieces]), self.eos_id]
 
+    def sample(self, spelled: Sequence[str], strength: float, seed: int) -> list[list[int]]:
+        """Raises ValueError: only vocabularies that this library trains vary their pieces."""
+        raise ValueError(
+            "data.source_sampling and data.target_sampling vary the pieces of vocabularies that are trained here, and "
+            "this one comes from a converted model: set both to 0"
+        )
+
     def unknown_characters(self, sentence: str) -> str:
         """See `Vocabulary.unknown_characters`; ignores the language token."""
         begin = LANGUAGE.match(self._spelling.spell(sentence))

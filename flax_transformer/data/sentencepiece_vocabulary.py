@@ -10,6 +10,7 @@ and decomposed accents, a tab and a space, or a word with and without a byte ord
 """
 
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
@@ -23,6 +24,8 @@ JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.mo
 
 # A token that names the language to translate into, e.g. ">>kan<<".
 LANGUAGE = re.compile(r">>[^<>\s]+<<")
+# The seed of SentencePiece's random numbers is one for all threads.
+_SAMPLING = threading.Lock()
 # SentencePiece represents a space by this character, so it reads this character as a space.
 SPACE = "▁"
 
@@ -118,6 +121,34 @@ class Vocabulary:
             for row, text in enumerate(spelled):
                 if SPACE in text:
                     rows[row] = self._encode_with_mark(text)
+        return rows
+
+    def spell(self, sentences: Sequence[str]) -> list[str]:
+        """The sentences in the spelling in which they are divided into pieces; `sample` takes them."""
+        spelled = (self._spelling.spell(sentence).encode(errors="replace").decode() for sentence in sentences)
+        # Most sentences are spelled so already; these take no memory again.
+        return [given if given == text else text for given, text in zip(sentences, spelled, strict=True)]
+
+    def sample(self, spelled: Sequence[str], strength: float, seed: int) -> list[list[int]]:
+        """Returns the ids of each sentence in a random division into pieces: a function of the arguments.
+
+        It computes without Python's lock, so other threads go on meanwhile.
+
+        Args:
+            spelled: sentences from `spell`.
+            strength: with a "bpe" model, the share of merges that are left out (BPE-dropout: Provilkov et al., 2020);
+                with "unigram", the power to which the probabilities of divisions are raised (Kudo, 2018).
+            seed: seed of the random numbers, from 0 to 2^31 - 1.
+        """
+        with _SAMPLING:
+            # SentencePiece seeds the generator of each thread once, from this number, and each call starts a thread.
+            sentencepiece.set_random_generator_seed(seed)
+            rows = self._processor.encode(
+                list(spelled), add_eos=True, enable_sampling=True, alpha=strength, nbest_size=-1, num_threads=1
+            )
+        for row, text in enumerate(spelled):
+            if self._mark and SPACE in text:
+                rows[row] = self._encode_with_mark(text)
         return rows
 
     def _encode_with_mark(self, text: str) -> list[int]:

@@ -8,7 +8,8 @@ import dataclasses
 import operator
 
 from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
-from flax_transformer.data.corpus import ParallelText, corpus_files, load_corpus
+from flax_transformer.data.corpus import ParallelText, corpus_files, corpus_tags, load_corpus
+from flax_transformer.data.epochs import training_corpus
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
@@ -23,7 +24,7 @@ FIXED: dict[str, tuple[str, ...]] = {
     "model": (),
     "vocabulary": (),
     "data": (
-        *("train", "rows", "source_slots", "target_slots", "seed"),
+        *("train", "temperature", "source_sampling", "target_sampling", "rows", "source_slots", "target_slots", "seed"),
         *("source_language", "target_language", "new_language_like"),
     ),
     "training": (
@@ -90,7 +91,8 @@ def load_texts(experiment: Experiment) -> dict[str, ParallelText]:
     if not experiment.data.train:
         raise ValueError("data.train is empty: name a corpus, e.g. --config.data.train=files:train.en,train.de")
     named = {"train": experiment.data.train, "valid": experiment.data.valid, "test": experiment.data.test}
-    return {name: load_corpus(spec) for name, spec in named.items() if spec}
+    temperature = {"train": experiment.data.temperature}
+    return {name: load_corpus(spec, temperature.get(name, 1)) for name, spec in named.items() if spec}
 
 
 def prepare(
@@ -124,7 +126,7 @@ def prepare(
     begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
     micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.parallelism.rows_per_device)
     packed = {
-        name: PackedCorpus.from_text(
+        name: (training_corpus if name == "train" else PackedCorpus.from_text)(
             text,
             vocabularies,
             experiment.data,
@@ -155,7 +157,9 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
         if experiment.training.start_from:
             vocabularies = WorkDirectory(experiment.training.start_from).read_vocabularies()
         else:
-            vocabularies = VocabularyPair.train(text.source, text.target, experiment.vocabulary)
+            symbols = dict.fromkeys([*experiment.vocabulary.user_symbols, *corpus_tags(experiment.data.train)])
+            config = dataclasses.replace(experiment.vocabulary, user_symbols=tuple(symbols))
+            vocabularies = VocabularyPair.train(text.source, text.target, config)
         data = experiment.data
         vocabularies = vocabularies.speaking(
             data.source_language, data.target_language, add=bool(data.new_language_like)
