@@ -44,7 +44,7 @@ LAYOUT = {
     "data.__init__": "",
     "data.vocabulary_training": "experiment text",
     "data.sentencepiece_vocabulary": "experiment text data.vocabulary_training",
-    "data.marian_vocabulary": "text data.sentencepiece_vocabulary",
+    "data.marian_vocabulary": "text data.vocabulary_training data.sentencepiece_vocabulary",
     "data.fairseq_vocabulary": "data.sentencepiece_vocabulary data.marian_vocabulary",
     "data.vocabulary": "atomic_files experiment data.sentencepiece_vocabulary data.marian_vocabulary "
     "data.fairseq_vocabulary",

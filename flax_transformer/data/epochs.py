@@ -230,8 +230,8 @@ class ChangingCorpus:
         self._limits = min(config.source_slots, max_length), min(config.target_slots, max_length)
         self._ranks = even_ranks(self._repeats, np.random.default_rng([config.seed, RANKS]))
         self._ahead = Ahead(self._make)
-        self._starts = [0]
-        self._starts_lock = threading.Lock()
+        self._starts = [0]  # the number of rows before each epoch
+        self._lock = threading.RLock()  # of `_starts` and of `sizes`
 
     @property
     def num_rows(self) -> int:
@@ -265,22 +265,22 @@ class ChangingCorpus:
 
     def _places(self, step: int) -> list[tuple[Epoch, int]]:
         """The epoch of each row of a batch over all hosts, and the row's place in it."""
-        places = []
-        for row in range(step * self._config.rows, (step + 1) * self._config.rows):
-            with self._starts_lock:
-                while self._starts[-1] <= row:
-                    self._starts.append(self._starts[-1] + self._size(len(self._starts) - 1)[0])
-                number = bisect.bisect_right(self._starts, row) - 1
-                places.append((number, row - self._starts[number]))
+        first, last = step * self._config.rows, (step + 1) * self._config.rows - 1
+        with self._lock:
+            while self._starts[-1] <= last:
+                self._starts.append(self._starts[-1] + self._size(len(self._starts) - 1)[0])
+            numbers = [bisect.bisect_right(self._starts, row) - 1 for row in range(first, last + 1)]
+            places = [(number, row - self._starts[number]) for row, number in enumerate(numbers, first)]
         epochs = {number: self._ahead.get(number) for number, _ in places}
         return [(epochs[number], place) for number, place in places]
 
     def _size(self, epoch: int) -> tuple[int, int]:
         """The rows and the tokens of an epoch; those of the epochs before it are known afterwards, too."""
-        for number in range(len(self._sizes.found), epoch + 1):
-            made = self._ahead.get(number)
-            self._sizes.add(number, len(made.packing), made.num_tokens)
-        return self._sizes.found[epoch]
+        with self._lock:
+            for number in range(len(self._sizes.found), epoch + 1):
+                made = self._ahead.get(number)
+                self._sizes.add(number, len(made.packing), made.num_tokens)
+            return self._sizes.found[epoch]
 
     def _make(self, number: int) -> Epoch:
         """Makes an epoch from the seed and its number."""
@@ -305,7 +305,7 @@ def _lengths(sides: tuple[TokenSide, TokenSide]) -> tuple[Int[np.ndarray, "N"], 
 
 
 class Ahead:
-    """Makes items 0, 1, 2, … in a thread of its own, each while the one before it is used; keeps the newest two."""
+    """Makes items 0, 1, 2, … in a thread of its own, each while the one before it is used; keeps these two."""
 
     def __init__(self, make: Callable[[int], Any]):
         """Takes the function that makes an item."""
@@ -318,7 +318,7 @@ class Ahead:
         with self._lock:
             item = self._begin(number)
             self._begin(number + 1)
-            for old in [each for each in self._items if not number - 1 <= each <= number + 1]:
+            for old in [each for each in self._items if each not in (number, number + 1)]:
                 del self._items[old]
         return item.wait()
 

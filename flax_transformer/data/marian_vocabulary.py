@@ -11,7 +11,8 @@ from typing import SupportsIndex
 
 from etils import epath
 
-from flax_transformer.data.sentencepiece_vocabulary import LANGUAGE, Vocabulary, read_pieces
+from flax_transformer.data.sentencepiece_vocabulary import BYTE, LANGUAGE, Vocabulary, read_pieces
+from flax_transformer.data.vocabulary_training import is_composed
 from flax_transformer.text.spelling import Spelling
 
 SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
@@ -49,7 +50,8 @@ class MarianVocabulary(Vocabulary):
         self.pad_id, self.eos_id, self.unk_id = ids["<pad>"], ids["</s>"], ids["<unk>"]
         self.bos_id = ids.get("<s>", self.pad_id)
         self.languages = tuple(piece for piece in self._pieces if LANGUAGE.fullmatch(piece))
-        self._spelling = Spelling(self._knows, ())  # Marian's SentencePiece models compose accents themselves.
+        # Marian's SentencePiece models compose accents themselves.
+        self._spelling = Spelling(self._knows, (), spells_bytes="<0x00>" in ids, compose=is_composed(model))
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> "MarianVocabulary":
@@ -112,7 +114,7 @@ class MarianVocabulary(Vocabulary):
 
     def _knows(self, character: str) -> bool:
         pieces = self._processor.encode(character.encode(errors="replace"), out_type=str)
-        return all(self._ids.get(piece, self.unk_id) != self.unk_id for piece in pieces)
+        return all(self._ids.get(piece, self.unk_id) != self.unk_id and not BYTE.fullmatch(piece) for piece in pieces)
 
     def split_language(self, sentence: str) -> tuple[str, str]:
         """See `Vocabulary.split_language`; raises ValueError for a language that the model does not know."""

@@ -24,6 +24,8 @@ JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.mo
 
 # A token that names the language to translate into, e.g. ">>kan<<".
 LANGUAGE = re.compile(r">>[^<>\s]+<<")
+# The piece of a single byte.
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # The seed of SentencePiece's random numbers is one for all threads.
 _SAMPLING = threading.Lock()
 # SentencePiece represents a space by this character, so it reads this character as a space.

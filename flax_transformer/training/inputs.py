@@ -6,10 +6,11 @@ same one that was started there.
 
 import dataclasses
 import operator
+from typing import Any
 
 from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
 from flax_transformer.data.corpus import ParallelText, corpus_files, corpus_tags, load_corpus
-from flax_transformer.data.epochs import training_corpus
+from flax_transformer.data.epochs import ChangingCorpus, training_corpus
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
@@ -49,14 +50,16 @@ class Materials:
     Attributes:
         experiment: with the vocabulary's sizes and BLEU's tokeniser filled in.
         texts: the corpora by name: "train", and "valid" and "test" if there are any.
-        packed: the same corpora, tokenised and packed.
+        train: the training corpus, tokenised and packed.
+        held_out: the others, tokenised and packed, by name.
         vocabularies: of both sides.
         micro_batches: into how many micro-batches a device divides its rows of a batch.
     """
 
     experiment: Experiment
     texts: dict[str, ParallelText]
-    packed: dict[str, PackedCorpus]
+    train: PackedCorpus | ChangingCorpus
+    held_out: dict[str, PackedCorpus]
     vocabularies: VocabularyPair
     micro_batches: int
 
@@ -125,19 +128,18 @@ def prepare(
     fingerprints = {name: text.fingerprint() for name, text in texts.items() if name != "test"}
     begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
     micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.parallelism.rows_per_device)
-    packed = {
-        name: (training_corpus if name == "train" else PackedCorpus.from_text)(
-            text,
-            vocabularies,
-            experiment.data,
-            max_length=experiment.model.max_length,
-            multiple=parallelism.num_devices * micro_batches,
-            host=hosts.index(),
-            num_hosts=hosts.count(),
-            cache=workdir.path / "cache",
-            name=name,
-        )
+    options: dict[str, Any] = {
+        "max_length": experiment.model.max_length,
+        "multiple": parallelism.num_devices * micro_batches,
+        "host": hosts.index(),
+        "num_hosts": hosts.count(),
+        "cache": workdir.path / "cache",
+    }
+    train = training_corpus(texts["train"], vocabularies, experiment.data, **options)
+    held_out = {
+        name: PackedCorpus.from_text(text, vocabularies, experiment.data, name=name, **options)
         for name, text in texts.items()
+        if name != "train"
     }
     # Recorded last, so that after an error the same work directory can be used with corrected settings.
     if hosts.is_first():
@@ -147,9 +149,9 @@ def prepare(
         workdir.write_fingerprints(begun | fingerprints | {"vocabulary": vocabularies.fingerprint()})
         workdir.write_config(experiment.to_mapping())
     hosts.wait("the first process has written what the training is")
-    for name in texts:
-        hosts.say(_describe(name, texts[name], packed[name], experiment.training.steps))
-    return Materials(experiment, texts, packed, vocabularies, micro_batches)
+    for name, corpus in {"train": train, **held_out}.items():
+        hosts.say(_describe(name, texts[name], corpus, experiment.training.steps))
+    return Materials(experiment, texts, train, held_out, vocabularies, micro_batches)
 
 
 def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: ParallelText) -> VocabularyPair:
@@ -280,7 +282,7 @@ def _check_fingerprints(
     return begun, changed
 
 
-def _describe(name: str, text: ParallelText, packed: PackedCorpus, steps: int) -> str:
+def _describe(name: str, text: ParallelText, packed: PackedCorpus | ChangingCorpus, steps: int) -> str:
     line = (
         f"{name}: {len(text):,} sentence pairs in {packed.num_rows:,} rows, {packed.fill_rate:.1%} of the slots filled"
     )

@@ -10,6 +10,7 @@ import unicodedata
 import pytest
 import regex
 
+from flax_transformer.data.marian_vocabulary import MarianVocabulary
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.unreadable import Unreadable
@@ -76,6 +77,14 @@ def test_joiners_selectors_and_sentencepiece_s_own_characters_come_back(vocabula
     (ids,) = vocabulary.encode([text])
     assert vocabulary.decode([ids]) == [unicodedata.normalize("NFC", text)]
     assert pickle.loads(pickle.dumps(vocabulary)).encode([text]) == [ids]
+
+
+def test_the_same_pieces_in_marian_s_form_read_and_write_the_same(vocabulary):
+    marian = MarianVocabulary.of(vocabulary)
+    texts = ["the Дом 👩\u200d👩 ಕ್\u200cಷ", "\ufeffthe\tbig\u3000house", "ಕೊಂಡು"]
+    assert marian.encode(texts) == vocabulary.encode(texts)
+    assert marian.decode(marian.encode(texts)) == vocabulary.decode(vocabulary.encode(texts))
+    assert [*map(marian.unknown_characters, texts)] == [*map(vocabulary.unknown_characters, texts)]
 
 
 def test_what_nobody_sees_is_dropped_and_white_space_is_a_space(vocabulary):

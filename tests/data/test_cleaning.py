@@ -16,10 +16,10 @@ GOOD = [
     ("ಬೆಲೆ ೨.೫೦ ರೂಪಾಯಿ", "the price is 2,50 rupees"),
 ]
 BAD = {
-    "unicode": [("ಮನೆ\ufffd", "house"), ("ಮನೆ", "house\udcff"), ("ಮ\0ನೆ", "house"), ("ಮನೆ\ufdd0", "house"), ("ಮನೆ", "a\x85")],
+    "unicode": [("ಮನೆ\ufffd", "house"), ("ಮನೆ", "a\udcff"), ("ಮ\0ನೆ", "house"), ("ಮನೆ\ufdd0", "house"), ("ಮನೆ", "a\x85")],
     "empty": [("", "house"), ("ಮನೆ", " \u200b"), ("\t", "\ufeff")],
     "long": [("ಮನೆ " * 300, "house " * 200), ("ಮನೆ", "house " * 200)],
-    "ratio": [("ಮನೆ", "this is a house that is very much longer than that"), ("ಇದು ತುಂಬಾ ಉದ್ದವಾದ ಮನೆ ಎಂದನು", "it")],
+    "ratio": [("ಮನೆ", "this is a house that is very much longer than that"), ("ಇದು ತುಂಬಾ ಉದ್ದವಾದ ಮನೆ ಎಂದ", "it")],
     "letters": [("ಮನೆ 12345678", "12345678"), ("*** --- ಮ ---", "the house")],
     "script": [("the red house", "the red house is big"), ("ಕೆಂಪು ಮನೆ ದೊಡ್ಡದು", "ಕೆಂಪು ಮನೆ")],
     "equal": [("ಮನೆ House", "ಮನೆ  house "), ("ಮನೆ", "ಮನೆ")],
