@@ -29,6 +29,7 @@ LONGEST_UNIT = 40
 _INVALID = regex.compile(r"[\p{Cs}\ufffd\p{Noncharacter_Code_Point}]|(?!\t)\p{Cc}")
 _LETTER = regex.compile(r"[\p{L}\p{M}]")
 _RUN = regex.compile(rf"(\p{{L}})\1{{{LONGEST_RUN},}}")
+_BETWEEN_WORDS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")
 _NUMBER = regex.compile(r"\p{Nd}+(?:[.,'’٫٬\u00a0\u202f]\p{Nd}+)*")
 # What a script that several languages are named by consists of, by the names of ISO 15924.
 _PARTS = {
@@ -223,7 +224,8 @@ def _unit(repeats: int) -> regex.Pattern[str]:
 def _repeats(text: str, most: int) -> bool:
     if _RUN.search(text):
         return True
-    found = _unit(most).finditer(text)
+    # Without what stands between words, the last one ends as the others do.
+    found = _unit(most).finditer(_BETWEEN_WORDS.sub(" ", f"{text} ").casefold())
     # A unit of one letter is looked for above, as "aa" is the letter a twice.
     return any(_LETTER.search(match[1]) and len(set(match[1].replace(" ", ""))) > 1 for match in found)
 

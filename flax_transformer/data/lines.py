@@ -13,7 +13,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -116,10 +116,27 @@ def _reader(file: BinaryIO, kind: str, path: str) -> Iterable[bytes]:
             raise ValueError(
                 f"{shown(path)} is compressed (zstd): pip install 'flax_transformer[zstd]', or name <(zstdcat FILE)"
             ) from error
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+        return _unpacked_lines(file, zstandard.ZstdDecompressor())
     if kind:
         raise ValueError(f"{shown(path)} is compressed ({kind}): unpack it first, or name <({kind}cat FILE)")
     return file
+
+
+def _unpacked_lines(file: BinaryIO, zstd: Any) -> Iterator[bytes]:
+    """The lines of a file of zstd frames; raises EOFError if the last one is not complete."""
+    rest, frame = b"", None
+    while packed := file.read(1 << 17):
+        while packed:
+            frame = frame or zstd.decompressobj()
+            rest += frame.decompress(packed)
+            packed = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+        *lines, rest = rest.split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if frame is not None:
+        raise EOFError("it ends before its last frame does")
+    if rest:
+        yield rest
 
 
 def _decode(lines: Iterable[bytes], path: str, errors: str) -> Iterator[str]:

@@ -27,7 +27,8 @@ TEXT = "ab c\nd\n" * 50
         (gzip.compress(TEXT.encode(), mtime=0)[:-9], r"compressed \(gzip\) and damaged .*copy it again"),
         (bz2.compress(TEXT.encode())[:-9], r"compressed \(bzip2\) and damaged"),
         (lzma.compress(TEXT.encode())[:-9], r"compressed \(xz\) and damaged"),
-        (b"\x28\xb5\x2f\xfd" + bytes(9), r"compressed \(zstd\) and damaged"),
+        (zstandard.ZstdCompressor().compress(TEXT.encode())[:-9], r"compressed \(zstd\) and damaged"),
+        (b"\x28\xb5\x2f\xfd" + b"x" * 9, r"compressed \(zstd\) and damaged"),
         (b"\x04\x22\x4d\x18" + bytes(9), r"compressed \(lz4\): unpack it first, or name <\(lz4cat FILE\)"),
         (b"PK\x03\x04" + bytes(9), r"a zip archive.*\.docx"),
         (TEXT.encode("utf-16"), r"UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8"),
@@ -37,7 +38,7 @@ TEXT = "ab c\nd\n" * 50
         (TEXT.replace("\n", "\r").encode(), r"carriage returns only: .*tr '\\r' '\\n'"),
         (b"one\rtwo", r"carriage returns only"),
     ],
-    ids="gzip bzip2 xz zstd lz4 zip UTF-16 UTF-32 UTF-16LE UTF-16BE CR one-CR".split(),
+    ids="gzip bzip2 xz zstd zstd-begun lz4 zip UTF-16 UTF-32 UTF-16LE UTF-16BE CR one-CR".split(),
 )
 def test_a_file_that_is_not_utf_8_text_is_an_error_that_says_what_it_is(write, content, message):
     with pytest.raises(ValueError, match=f"text is .*{message}"):
