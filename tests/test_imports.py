@@ -56,6 +56,8 @@ LAYOUT = {
     "data.pipeline": "experiment text tokens data.vocabulary data.corpus data.batch data.cache",
     "data.epochs": "experiment atomic_files data.vocabulary data.sentencepiece_vocabulary data.corpus data.batch "
     "data.cache data.pipeline",
+    "data.cleaning": "ranges text",
+    "data.seen": "",
     "orbax_paths": "",
     "scores": "atomic_files",
     "checkpoints": "orbax_paths scores",

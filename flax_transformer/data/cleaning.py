@@ -7,6 +7,7 @@ so a corpus in which no pair breaks a rule stays as it is, and a corpus that was
 import dataclasses
 import functools
 import hashlib
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -24,7 +25,8 @@ RATIO_SLACK = 10
 SPELLED_OUT = 12
 # A single letter may be repeated more often than a longer unit, as in "Nooooo!".
 LONGEST_RUN = 9
-LONGEST_UNIT = 40
+# The longest unit whose repetitions are looked for: in words, and in characters of a script without spaces.
+MOST_WORDS, LONGEST_UNIT = 6, 20
 
 _INVALID = regex.compile(r"[\p{Cs}\ufffd\p{Noncharacter_Code_Point}]|(?!\t)\p{Cc}")
 _LETTER = regex.compile(r"[\p{L}\p{M}]")
@@ -216,18 +218,29 @@ def _share_in_script(text: str, language: str) -> float:
     return len(_letters_of(language).findall(text)) / letters if letters else 1.0
 
 
-@functools.cache
-def _unit(repeats: int) -> regex.Pattern[str]:
-    return regex.compile(rf"(\S.{{1,{LONGEST_UNIT - 1}}}?)\1{{{repeats},}}")
-
-
 def _repeats(text: str, most: int) -> bool:
     if _RUN.search(text):
         return True
-    # Without what stands between words, the last one ends as the others do.
-    found = _unit(most).finditer(_BETWEEN_WORDS.sub(" ", f"{text} ").casefold())
-    # A unit of one letter is looked for above, as "aa" is the letter a twice.
-    return any(_LETTER.search(match[1]) and len(set(match[1].replace(" ", ""))) > 1 for match in found)
+    words = _BETWEEN_WORDS.sub(" ", text).casefold().split()
+    for size in range(1, min(MOST_WORDS, len(words) // (most + 1)) + 1):
+        same = 0
+        for place, (word, later) in enumerate(zip(words, words[size:], strict=False)):
+            same = same + 1 if word == later else 0
+            if same == size * most and any(map(_LETTER.search, words[place - size + 1 : place + 1])):
+                return True
+    # Scripts without spaces between words repeat within what looks like one.
+    return any(_repeated_part(word, most) for word in words if len(word) > 2 * most)
+
+
+def _repeated_part(word: str, most: int) -> bool:
+    found = _unit(most).search(word)
+    # A part that is one letter is looked for above, as "aa" is the letter a twice.
+    return bool(found and _LETTER.search(found[1]) and len(set(found[1])) > 1)
+
+
+@functools.cache
+def _unit(repeats: int) -> re.Pattern[str]:
+    return re.compile(rf"(.{{2,{LONGEST_UNIT}}}?)\1{{{repeats},}}")
 
 
 def _numbers(text: str) -> set[str]:

@@ -294,7 +294,7 @@ class ChangingCorpus:
         rng = np.random.default_rng([config.seed, ORDER_OF_PAIRS, number])
         pairs = rng.permutation(np.repeat(self._pairs, times))
         lengths = [np.where(stays_fixed, *both) for both in zip(_lengths(fixed), _lengths(sides), strict=True)]
-        packing = Packing.in_order(pairs, *lengths, config, self.too_long)
+        packing = Packing.in_order(pairs, lengths[0], lengths[1], config, self.too_long)
         order = np.random.default_rng([config.seed, ORDER_OF_ROWS, number]).permutation(len(packing))
         tokens = sum(int(of_side[pairs].sum()) for of_side in lengths)
         return Epoch(sides, fixed, stays_fixed, packing, order, tokens)

@@ -81,7 +81,7 @@ def _open(path: str) -> BinaryIO:
 
 def _unpack(file: BinaryIO, path: str) -> Iterator[bytes]:
     """The lines of a file, unpacked if it is compressed."""
-    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[arg-type]  # files of buckets
+    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]  # files of buckets
     begin = buffered.peek(16)[:16]
     kind = next((kind for magic, kind in _COMPRESSED if re.match(magic, begin)), "")
     try:

@@ -91,7 +91,7 @@ def test_an_epoch_holds_every_pair_once_and_its_text_is_the_pair_s(vocabularies)
         assert vocabularies.target.decode(target) == [TEXT.target[pair] for pair in pairs]
         divisions.append({pair: tuple(ids) for pair, ids in zip(pairs, source, strict=True)})
     changed = [pair for pair in fits if len({division[pair] for division in divisions}) > 1]
-    assert len(changed) > 10
+    assert len(changed) > 5
 
 
 def test_sides_vary_separately(vocabularies):
