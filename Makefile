@@ -10,10 +10,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow test-faults test-wheel check peers release address clean
+.PHONY: help venv quickstart serve test test-slow test-faults test-wheel check peers release address clean
 
 help:
 	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
+	@echo "make serve       serves that model, with a page to try it, on http://127.0.0.1:8000"
 	@echo "make venv        installs the library, editable, with everything that tests need, into .venv"
 	@echo "make test        runs the tests (WORKERS=$(WORKERS) processes)"
 	@echo "make test-slow   runs the tests that make test leaves out, which are more cases of the same: some minutes"
@@ -42,11 +43,18 @@ $(VENV)/peers.stamp: $(VENV)/library.stamp
 	@$(PIP) --editable ".[peers]"
 	@touch $@
 
+$(VENV)/serve.stamp: $(VENV)/library.stamp
+	@$(PIP) --editable ".[serve]"
+	@touch $@
+
 venv: $(VENV)/tools.stamp
 	@echo "$(VENV) is ready: . $(BIN)/activate"
 
 quickstart: $(VENV)/library.stamp
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+serve: $(VENV)/serve.stamp
+	$(BIN)/flax-transformer serve --workdir=runs/quickstart
 
 test: $(VENV)/tools.stamp
 	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(WORKERS) --dist=loadfile --durations=10

@@ -56,7 +56,7 @@ def in_ctranslate2(model: TrainedModel, folder: str, sources: list[str]) -> list
         max_batch_size=BATCH,
     )
     vocabulary = model.vocabularies.target
-    ids = {piece: number for number, piece in enumerate(vocabulary.pieces(range(vocabulary.size)))}
+    ids = {piece: number for number, piece in enumerate(vocabulary.all_pieces())}
     return vocabulary.decode([[ids[piece] for piece in each.hypotheses[0]] for each in found])
 
 

@@ -18,7 +18,8 @@ from jaxtyping import PyTree
 from flax_transformer.config import TransformerConfig
 from flax_transformer.interop.ctranslate2 import write_model
 from flax_transformer.interop.marian_fields import write_fields
-from flax_transformer.interop.marian_tensors import OUTPUT, SOURCE, TARGET, embeddings, to_tensors
+from flax_transformer.interop.parameters import embeddings
+from flax_transformer.interop.transformers_tensors import OUTPUT, SOURCE, TARGET, to_tensors
 from flax_transformer.trained_model import param_shapes
 
 REQUIRED = {"norm": "post", "positions": "sinusoidal_concatenated", "scale_embeddings": True, "output_bias": True}

@@ -26,6 +26,7 @@ VERBS = {
     "train": "train a model on a corpus, or continue a training that was stopped",
     "translate": "translate a file, standard input, or sentences typed at a prompt",
     "evaluate": "score a model on a test set with BLEU, chrF and TER, or compare two models",
+    "serve": "serve models over HTTP: LibreTranslate's API, explanations, and a page to try them",
     "score": "compute the log-probabilities and the perplexity of given translations",
     "clean": "leave out the pairs of a corpus that break rules, such as wrong script, length ratio and duplicates",
     "average": "average the weights of several checkpoints into one",

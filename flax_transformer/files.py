@@ -19,6 +19,7 @@ OWN_FILES = (
     *("config.json", "fingerprints.json", "scores.json", "metrics.jsonl", "training.lock", "training.heartbeat"),
     *("joint.model", "source.model", "target.model"),
     *("source.spm", "target.spm", "vocab.json", "target_vocab.json", "shortlist.bin"),
+    *("sentencepiece.bpe.model", "languages.json"),
 )
 OWN_FOLDERS = ("checkpoints", "averaged", "cache", "damaged", "profile", "tensorboard")
 _OWN = re.compile(

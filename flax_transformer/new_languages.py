@@ -33,7 +33,7 @@ def start_new_languages(model: TrainedModel, vocabularies: VocabularyPair, like:
         ValueError: the model does not know the language `like`.
     """
     before, after = model.vocabularies.target, vocabularies.target
-    known, pieces = before.pieces(range(before.size)), after.pieces(range(after.size))
+    known, pieces = before.all_pieces(), after.all_pieces()
     new = [number for number, piece in enumerate(pieces) if number >= len(known) or piece != known[number]]
     if not new:
         return model.params

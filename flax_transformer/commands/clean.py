@@ -44,6 +44,7 @@ AHEAD = 4  # chunks that wait for each process, so that memory does not grow wit
 STATEFUL = ("held_out", "duplicate")
 NAMES = ("unicode", "empty", "long", "ratio", "letters", "script", "equal", "repeats", "numbers", *STATEFUL)
 WIDTH = 60  # characters of a side that the report shows
+OUTPUTS = {"source": "output_source", "target": "output_target", "lines": "lines"}  # the option of each file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Cleans chunk by chunk; raises ValueError or OSError that says what to do."""
-    from flax_transformer.data.cleaning import CleaningRules, examine  # numpy loads with it, so not for --help
+    # numpy loads with it, so not for --help.
+    from flax_transformer.data.cleaning import CleaningRules, examine
+    from flax_transformer.text.spelling import in_one_cell
 
     inputs, outputs = _check_files(options)
     fields = ("source_language", "target_language", "max_characters", "max_ratio", "min_letters", "min_script")
@@ -113,7 +116,8 @@ def run(options: argparse.Namespace) -> None:
             for (source, target), rule in zip(chunk, broken, strict=True):
                 report.add(source, target, rule)
                 if rule and "lines" in files:
-                    files["lines"].write(_as_bytes(f"{report.pairs}\t{rule}\t{source}\t{target}"))
+                    cells = str(report.pairs), rule, in_one_cell(source), in_one_cell(target)
+                    files["lines"].write(_as_bytes("\t".join(cells)))
                 elif not rule and "source" in files:
                     files["source"].write(_as_bytes(source))
                     files["target"].write(_as_bytes(target))
@@ -126,20 +130,17 @@ def _check_files(options: argparse.Namespace) -> tuple[list[Named], dict[str, st
     inputs = [("--source", options.source), ("--target", options.target)]
     inputs += [("--held_out", file) for file in options.held_out]
     check_inputs(inputs)
-    outputs = {name: getattr(options, option) for name, option in _OUTPUTS.items() if getattr(options, option)}
+    outputs = {name: getattr(options, option) for name, option in OUTPUTS.items() if getattr(options, option)}
     if options.dry_run:
         outputs = {name: file for name, file in outputs.items() if name == "lines"}
     elif missing := [name for name in ("source", "target") if name not in outputs]:
         raise ValueError(f"--output_{missing[0]} is not given: name a file for the pairs that stay, or add --dry_run")
     for name, file in outputs.items():
         if file == STANDARD:
-            raise ValueError(f"--{_OUTPUTS[name]} is -, but the report goes to standard output: name a file")
-        others = [(f"--{_OUTPUTS[other]}", outputs[other]) for other in outputs if other < name]
-        check_output(f"--{_OUTPUTS[name]}", file, [*inputs, *others])
+            raise ValueError(f"--{OUTPUTS[name]} is -, but the report goes to standard output: name a file")
+        others = [(f"--{OUTPUTS[other]}", outputs[other]) for other in outputs if other < name]
+        check_output(f"--{OUTPUTS[name]}", file, [*inputs, *others])
     return inputs, outputs
-
-
-_OUTPUTS = {"source": "output_source", "target": "output_target", "lines": "lines"}
 
 
 def _count(inputs: Sequence[Named]) -> int | None:

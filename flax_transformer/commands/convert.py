@@ -7,15 +7,25 @@ create it.
 
 import argparse
 import os
+import re
 import shlex
 import time
 from typing import Any
 
 from flax_transformer.commands.options import checkpoint, explain_damage, filled, path
 from flax_transformer.commands.process import start_devices
-from flax_transformer.interop.hub import download, is_name
 
-USAGE = "{from-marian,from-nllb,to-marian,to-marian-native,to-nllb,to-ctranslate2,to-stablehlo} FROM TO [OPTIONS]"
+IMPORTS = ("from-marian", "from-nllb")
+# The exports, and how to use the folder that each of them writes.
+EXPORTS = {
+    "to-marian": "transformers.MarianMTModel.from_pretrained({folder!r}), MarianTokenizer likewise",
+    "to-marian-native": "marian-decoder --config {quoted}/decoder.yml    # with Marian itself",
+    "to-nllb": "transformers.AutoModelForSeq2SeqLM.from_pretrained({folder!r}), AutoTokenizer likewise",
+    "to-ctranslate2": "{folder}/README.md shows how CTranslate2 translates with it",
+    "to-stablehlo": 'python {quoted}/translate.py "A sentence."    # with jax alone',
+}
+WAYS = (*IMPORTS, *EXPORTS)
+USAGE = f"{{{','.join(WAYS)}}} FROM TO [OPTIONS]"
 EXAMPLES = """\
 examples:
   flax-transformer convert from-marian downloads/opus-mt-en-de runs/opus
@@ -26,8 +36,8 @@ examples:
   flax-transformer convert to-marian runs/mine for-transformers
   flax-transformer convert to-stablehlo runs/mine exported
 """
-IMPORTS = ("from-marian", "from-nllb")
-WAYS = (*IMPORTS, "to-marian", "to-marian-native", "to-nllb", "to-ctranslate2", "to-stablehlo")
+# What a name on the Hugging Face hub looks like: OWNER/MODEL.
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 MEMORY_REMEDY = "convert on a machine that has more"
 
 
@@ -76,54 +86,67 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--checkpoint applies to work directories, not to {way}: remove it")
     if options.trained_positions and way != "from-marian":
         raise ValueError(f"--trained_positions applies to from-marian only, not to {way}: remove it")
-    downloads = way in IMPORTS and not os.path.exists(options.source) and is_name(options.source)
-    if options.revision and not downloads:
+    is_download = way in IMPORTS and not os.path.exists(options.source) and HUB_NAME.fullmatch(options.source)
+    if options.revision and not is_download:
         raise ValueError("--revision applies to models that are downloaded from the hub by name: remove it")
     # jax loads here, so that --help answers at once.
     start_devices()
     import jax
 
     from flax_transformer.interop.folders import check_new_folder
-    from flax_transformer.trained_model import TrainedModel
 
     check_new_folder(options.target)
-    folder = download(options.source, options.revision or "") if downloads else options.source
+    source = options.source
+    if is_download:
+        from flax_transformer.interop.hub import download
+
+        source = download(source, options.revision or "")
     begun = time.monotonic()
-    if way == "from-marian":
-        from flax_transformer.interop.marian import from_marian
-
-        model = from_marian(folder, options.target, trained_positions=options.trained_positions)
-    elif way == "from-nllb":
-        from flax_transformer.interop.nllb import from_nllb
-
-        model = from_nllb(folder, options.target)
-    else:
-        with explain_damage(options.source):
-            model = TrainedModel.load(options.source, step=options.checkpoint or "chosen")
-        if way == "to-marian":
-            from flax_transformer.interop.marian import to_marian
-
-            to_marian(model, options.target)
-        elif way == "to-marian-native":
-            from flax_transformer.interop.marian_native import to_marian_native
-
-            to_marian_native(model, options.target)
-        elif way == "to-nllb":
-            from flax_transformer.interop.nllb import to_nllb
-
-            to_nllb(model, options.target)
-        elif way == "to-ctranslate2":
-            from flax_transformer.interop.ctranslate2 import to_ctranslate2
-
-            to_ctranslate2(model, options.target, quantization=options.quantization or "none")
-        else:
-            from flax_transformer.interop.stablehlo import to_stablehlo
-
-            to_stablehlo(model, options.target)
+    model = _import(source, options) if way in IMPORTS else _export(options)
     print(_describe(model, options))
     if way in IMPORTS:
         count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         print(f"{count:,} parameters, converted in {time.monotonic() - begun:.1f} s")
+
+
+def _import(source: str, options: argparse.Namespace) -> Any:
+    """Converts a downloaded model to a work directory; returns it."""
+    if options.way == "from-marian":
+        from flax_transformer.interop.marian import from_marian
+
+        return from_marian(source, options.target, trained_positions=options.trained_positions)
+    from flax_transformer.interop.nllb import from_nllb
+
+    return from_nllb(source, options.target)
+
+
+def _export(options: argparse.Namespace) -> Any:
+    """Converts the model of a work directory; returns it."""
+    from flax_transformer.trained_model import TrainedModel
+
+    with explain_damage(options.source):
+        model = TrainedModel.load(options.source, step=options.checkpoint or "chosen")
+    if options.way == "to-marian":
+        from flax_transformer.interop.marian import to_marian
+
+        to_marian(model, options.target)
+    elif options.way == "to-marian-native":
+        from flax_transformer.interop.marian_native import to_marian_native
+
+        to_marian_native(model, options.target)
+    elif options.way == "to-nllb":
+        from flax_transformer.interop.nllb import to_nllb
+
+        to_nllb(model, options.target)
+    elif options.way == "to-ctranslate2":
+        from flax_transformer.interop.ctranslate2 import to_ctranslate2
+
+        to_ctranslate2(model, options.target, quantization=options.quantization or "none")
+    else:
+        from flax_transformer.interop.stablehlo import to_stablehlo
+
+        to_stablehlo(model, options.target)
+    return model
 
 
 def _describe(model: Any, options: argparse.Namespace) -> str:
@@ -145,16 +168,6 @@ def _describe(model: Any, options: argparse.Namespace) -> str:
             lines.append(f"it knows {len(vocabulary.languages)} languages: {few}, …")
         elif vocabulary.languages:
             lines.append(f"each source sentence must begin with the target language: {', '.join(vocabulary.languages)}")
-    elif options.way == "to-marian":
-        lines.append(f"  transformers.MarianMTModel.from_pretrained({options.target!r}), MarianTokenizer likewise")
-    elif options.way == "to-marian-native":
-        lines.append(f"  marian-decoder --config {target}/decoder.yml    # with Marian itself")
-    elif options.way == "to-nllb":
-        lines.append(
-            f"  transformers.AutoModelForSeq2SeqLM.from_pretrained({options.target!r}), AutoTokenizer likewise"
-        )
-    elif options.way == "to-ctranslate2":
-        lines.append(f"  {options.target}/README.md shows how CTranslate2 translates with it")
     else:
-        lines.append(f'  python {target}/translate.py "A sentence."    # with jax alone')
+        lines.append("  " + EXPORTS[options.way].format(folder=options.target, quoted=target))
     return "\n".join(lines)

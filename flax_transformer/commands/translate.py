@@ -30,9 +30,10 @@ from flax_transformer.commands.options import (
     search_settings,
     whole,
 )
-from flax_transformer.data.lines import read_lines
+from flax_transformer.data.lines import read_lines, read_text
 from flax_transformer.decoding.settings import SearchSettings
 from flax_transformer.files import STANDARD, check_inputs, check_output
+from flax_transformer.text.markup_tokens import read_tokens
 from flax_transformer.text.spelling import in_one_cell, in_one_line
 
 EXAMPLES = """\
@@ -48,12 +49,15 @@ With a model for many languages, a line that begins with the token of a language
 as "kan_Knda ", is in that language, and so is the translation that a line of --prefixes
 with such a token begins; other lines are in the languages of the two options.
 
+With --markup the whole input is one page of HTML or XML, and so is the output.
+
 Line ends within a translation, and tabs in tsv, are written as spaces; jsonl keeps them.
 
 examples:
   flax-transformer translate --workdir=runs/mine --input=letters.en --output=letters.de
   echo "A dog runs." | flax-transformer translate --workdir=runs/mine
   flax-transformer translate --workdir=runs/mine --interactive
+  flax-transformer translate --workdir=runs/mine --markup --input=page.html --output=page.de.html
   flax-transformer translate --workdir=runs/nllb --source_language=kan_Knda --target_language=eng_Latn
   flax-transformer translate --workdir runs/a runs/b --nbest=4 --format=tsv --input=letters.en
 """
@@ -96,6 +100,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file whose line i is the beginning that the translation of line i must have",
     )
+    text.add_argument(
+        "--replace_unknown",
+        action="store_true",
+        help="where the model can only write its unknown piece, copy the characters of the source at which it looked",
+    )
+    text.add_argument(
+        "--markup",
+        action="store_true",
+        help="the input is one page of HTML, or XML, which is divided into sentences: its text is translated, and its "
+        "markup comes back, with tags inside of sentences around the words that belong to them; needs the extra markup",
+    )
     text.add_argument("--interactive", action="store_true", help="translate what you type at a prompt; Ctrl-D ends it")
     text.add_argument(
         "--buffer_lines",
@@ -122,12 +137,14 @@ def run(options: argparse.Namespace) -> None:
         _converse(translator, search, options.seed)
         return
     _check_format(options, search)
+    _check_markup(options)
     source, output = options.input or STANDARD, options.output or STANDARD
     inputs = [("--input", source)] + ([("--prefixes", options.prefixes)] if options.prefixes else [])
     check_inputs(inputs)
     also_read = [("--shortlist", options.shortlist)] if options.shortlist else []
     check_output("--output", output, inputs + also_read, options.workdir)
-    total = count_lines(*(name for _, name in inputs))
+    page = read_text(source) if options.markup else ""
+    total = None if options.markup else count_lines(*(name for _, name in inputs))
     if source == STANDARD and sys.stdin.isatty():
         print("type sentences and end with Ctrl-D; --interactive answers each at once", file=sys.stderr)
     (translator,) = in_languages([load_translator(models, options)], options)
@@ -136,6 +153,9 @@ def run(options: argparse.Namespace) -> None:
     if options.alignment is not None:
         # Reports a layer that does not exist now, not after the first chunk.
         translator.align([], [], layer=options.alignment)
+    if options.markup:
+        _translate_page(translator, page, search, options, output)
+        return
     lines = read_pairs(source, options.prefixes) if options.prefixes else ((line, "") for line in read_lines(source))
     write_lines = FORMATS[options.format or "text"]
     done, unreadable = 0, UnreadableSentences(translator.vocabularies.source)
@@ -144,7 +164,13 @@ def run(options: argparse.Namespace) -> None:
             sentences = [sentence for sentence, _ in chunk]
             prefixes = [prefix for _, prefix in chunk] if options.prefixes else None
             # A sentence that is repeated in a later chunk gets different samples.
-            found = translator.hypotheses(sentences, search, prefixes=prefixes, seed=(options.seed + done) % 2**32)
+            found = translator.hypotheses(
+                sentences,
+                search,
+                prefixes=prefixes,
+                seed=(options.seed + done) % 2**32,
+                replace_unknown=options.replace_unknown,
+            )
             described = _describe(translator, sentences, found, options.alignment)
             lacking = unreadable.add(sentences)
             rows = zip(sentences, lacking, described, strict=True)
@@ -165,11 +191,36 @@ def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:
         raise ValueError("--alignment needs --format=jsonl: text and tsv have no place for it")
 
 
+def _check_markup(options: argparse.Namespace) -> None:
+    if not options.markup:
+        return
+    for name in ("format", "alignment", "prefixes"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for lines, and --markup translates a whole page: remove one of them")
+    read_tokens("<br>")  # reports that lxml is missing
+
+
+def _translate_page(translator: Any, page: str, search: Any, options: argparse.Namespace, output: str) -> None:
+    # Loads jax, so not for --help.
+    from flax_transformer.decoding.documents import translate_documents
+
+    (translated,) = translate_documents(
+        translator, [page], search, markup=True, seed=options.seed, replace_unknown=options.replace_unknown
+    )
+    with open_output(output) as file:
+        file.write(translated.encode())
+
+
 def _check_interactive(options: argparse.Namespace) -> None:
     for name in ("input", "output", "format", "alignment", "prefixes"):
         if getattr(options, name) is not None:
             raise ValueError(
                 f"--{name} cannot be combined with --interactive, which translates what you type: remove one of them"
+            )
+    for name in ("markup", "replace_unknown"):
+        if getattr(options, name):
+            raise ValueError(
+                f"--{name} cannot be combined with --interactive, which shows words as they come: remove one"
             )
 
 

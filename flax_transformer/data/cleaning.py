@@ -30,6 +30,8 @@ MOST_WORDS, LONGEST_UNIT = 6, 20
 
 _INVALID = regex.compile(r"[\p{Cs}\ufffd\p{Noncharacter_Code_Point}]|(?!\t)\p{Cc}")
 _LETTER = regex.compile(r"[\p{L}\p{M}]")
+# Letters and marks that belong to certain scripts; many marks, such as accents and vowel signs of Arabic, do not.
+_OF_A_SCRIPT = regex.compile(r"[[\p{L}\p{M}]--[\p{Script=Zyyy}\p{Script=Zinh}]]", regex.VERSION1)
 _RUN = regex.compile(rf"(\p{{L}})\1{{{LONGEST_RUN},}}")
 _BETWEEN_WORDS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")
 _NUMBER = regex.compile(r"\p{Nd}+(?:[.,'’٫٬\u00a0\u202f]\p{Nd}+)*")
@@ -204,7 +206,6 @@ def scripts_of(language: str) -> tuple[str, ...]:
 @functools.cache
 def _letters_of(language: str) -> regex.Pattern[str]:
     scripts = "".join(rf"\p{{Script={name}}}" for name in scripts_of(language))
-    # Marks that several scripts use, such as the joiners, count as the script of their letters.
     return regex.compile(rf"[[{scripts}]&&[\p{{L}}\p{{M}}]]", regex.VERSION1)
 
 
@@ -214,7 +215,7 @@ def _share_of_letters(text: str) -> float:
 
 
 def _share_in_script(text: str, language: str) -> float:
-    letters = len(_LETTER.findall(text))
+    letters = len(_OF_A_SCRIPT.findall(text))
     return len(_letters_of(language).findall(text)) / letters if letters else 1.0
 
 

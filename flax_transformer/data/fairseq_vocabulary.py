@@ -102,11 +102,9 @@ class FairseqVocabulary(MarianVocabulary):
         return other
 
     def _spelled(self, language: str) -> str:
-        return f"__{language}__" if re.fullmatch("[a-z]{2,3}", language) and self._is_m2m100 else language
-
-    @property
-    def _is_m2m100(self) -> bool:
-        return self.tokenizer == "M2M100Tokenizer"
+        """The token of a language, which in M2M100 may be named without its underscores."""
+        short = self.tokenizer == "M2M100Tokenizer" and re.fullmatch("[a-z]{2,3}", language)
+        return f"__{language}__" if short else language
 
     def _find(self, language: str) -> str:
         code = self._spelled(language)
@@ -172,8 +170,7 @@ class FairseqVocabulary(MarianVocabulary):
                 f"the model needs the language of {where}: give source_language and target_language, e.g. "
                 f"{self.languages[0].strip('_')}, or begin the text with its token, {self.languages[0]}"
             )
-        pieces = self._processor.encode(text.encode(errors="replace"), out_type=str)
-        ids = [self._ids.get(piece, self.unk_id) for piece in pieces]
+        ids = self._split(text)
         return [*ids, self.eos_id, language] if self.language_last else [language, *ids, self.eos_id]
 
     def unknown_characters(self, sentence: str) -> str:

@@ -50,13 +50,17 @@ def read_lines(path: str, errors: str = "strict") -> Iterator[str]:
     Raises:
         ValueError: the file cannot be read, is damaged or is not UTF-8; names the line.
     """
-    if path == STANDARD:
-        if sys.stdin is None:
-            raise ValueError("standard input is closed: name a file")
-        yield from _decode(_unpack(sys.stdin.buffer, path), path, errors)
-        return
-    with _open(path) as file:
-        yield from _decode(_unpack(file, path), path, errors)
+    for line in _read(path, errors):
+        yield line.removesuffix("\n").removesuffix("\r")
+
+
+def read_text(path: str) -> str:
+    """All of a UTF-8 file, line ends included, without a byte order mark; "-" is standard input.
+
+    Raises:
+        ValueError: as in `read_lines`.
+    """
+    return "".join(_read(path))
 
 
 def read_columns(path: str) -> Iterator[tuple[str, str]]:
@@ -69,6 +73,17 @@ def read_columns(path: str) -> Iterator[tuple[str, str]]:
                 f"{shown(path)}:{number}: there is no tab{spaces}: write the source, a tab, and the target"
             )
         yield columns[0], columns[1]
+
+
+def _read(path: str, errors: str = "strict") -> Iterator[str]:
+    """The lines of a file with their ends."""
+    if path == STANDARD:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: name a file")
+        yield from _decode(_unpack(sys.stdin.buffer, path), path, errors)
+        return
+    with _open(path) as file:
+        yield from _decode(_unpack(file, path), path, errors)
 
 
 def _open(path: str) -> BinaryIO:
@@ -84,59 +99,38 @@ def _unpack(file: BinaryIO, path: str) -> Iterator[bytes]:
     buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]  # files of buckets
     begin = buffered.peek(16)[:16]
     kind = next((kind for magic, kind in _COMPRESSED if re.match(magic, begin)), "")
+    if not kind:
+        yield from buffered
+        return
+    unpacked, *errors = _unpacker(kind, path)
     try:
-        yield from _reader(buffered, kind, path)
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _damaged(path, kind, error) from error
-    except OSError as error:
-        if not kind or error.errno is not None:  # gzip and bz2 raise errors without a number
+        yield from unpacked(buffered)
+    except (EOFError, *errors) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 raise errors without a number
             raise
-        raise _damaged(path, kind, error) from error
-    except Exception as error:
-        if type(error).__name__ != "ZstdError":  # its module may not be installed
-            raise
-        raise _damaged(path, kind, error) from error
+        raise ValueError(f"{shown(path)} is compressed ({kind}) and damaged ({error}): copy it again") from error
 
 
-def _damaged(path: str, kind: str, error: Exception) -> ValueError:
-    return ValueError(f"{shown(path)} is compressed ({kind}) and damaged ({error}): copy it again")
-
-
-def _reader(file: BinaryIO, kind: str, path: str) -> Iterable[bytes]:
+def _unpacker(kind: str, path: str) -> tuple[Any, ...]:
+    """What reads a compressed file, and the errors that it raises if the file is damaged."""
     if kind == "gzip":
-        return gzip.GzipFile(fileobj=file)
+        return gzip.open, OSError, zlib.error
     if kind == "bzip2":
-        return bz2.BZ2File(file)
+        return bz2.open, OSError
     if kind == "xz":
-        return lzma.LZMAFile(file)
-    if kind == "zstd":
-        try:
-            import zstandard  # an extra
-        except ImportError as error:
-            raise ValueError(
-                f"{shown(path)} is compressed (zstd): pip install 'flax_transformer[zstd]', or name <(zstdcat FILE)"
-            ) from error
-        return _unpacked_lines(file, zstandard.ZstdDecompressor())
-    if kind:
+        return lzma.open, lzma.LZMAError
+    if kind != "zstd":
         raise ValueError(f"{shown(path)} is compressed ({kind}): unpack it first, or name <({kind}cat FILE)")
-    return file
-
-
-def _unpacked_lines(file: BinaryIO, zstd: Any) -> Iterator[bytes]:
-    """The lines of a file of zstd frames; raises EOFError if the last one is not complete."""
-    rest, frame = b"", None
-    while packed := file.read(1 << 17):
-        while packed:
-            frame = frame or zstd.decompressobj()
-            rest += frame.decompress(packed)
-            packed = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-        *lines, rest = rest.split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if frame is not None:
-        raise EOFError("it ends before its last frame does")
-    if rest:
-        yield rest
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError as error:
+        raise ValueError(
+            f"{shown(path)} is compressed (zstd): pip install 'flax_transformer[zstd]', or name <(zstdcat FILE)"
+        ) from error
+    return zstd.open, zstd.ZstdError
 
 
 def _decode(lines: Iterable[bytes], path: str, errors: str) -> Iterator[str]:
@@ -145,7 +139,7 @@ def _decode(lines: Iterable[bytes], path: str, errors: str) -> Iterator[str]:
             _check_first(line, path)
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
-            yield line.decode(errors=errors).removesuffix("\n").removesuffix("\r")
+            yield line.decode(errors=errors)
         except UnicodeDecodeError as error:
             found = f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8"
             raise ValueError(f"{shown(path)}:{number}: {found}: convert it to UTF-8, e.g. with iconv") from error

@@ -11,8 +11,8 @@ from typing import SupportsIndex
 
 from etils import epath
 
-from flax_transformer.data.sentencepiece_vocabulary import BYTE, LANGUAGE, Vocabulary, read_pieces
-from flax_transformer.data.vocabulary_training import is_composed
+from flax_transformer.data.sentencepiece_model import BYTE, is_composed, read_processor
+from flax_transformer.data.sentencepiece_vocabulary import LANGUAGE, Vocabulary
 from flax_transformer.text.spelling import Spelling
 
 SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
@@ -43,7 +43,7 @@ class MarianVocabulary(Vocabulary):
             raise ValueError(f"a list of pieces must give each an id, and no id twice, from 0 on: {_shorten(ids)}")
         if missing := [piece for piece in ("<pad>", "</s>", "<unk>") if piece not in ids]:
             raise ValueError(f"the list of pieces lacks {', '.join(missing)}: take the one that belongs to the model")
-        self._processor = read_pieces(model)
+        self._processor = read_processor(model)
         self._model = model
         self._ids = dict(ids)
         self._pieces = sorted(ids, key=self._ids.__getitem__)
@@ -56,8 +56,8 @@ class MarianVocabulary(Vocabulary):
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> "MarianVocabulary":
         """The same pieces with the same ids, in Marian's form."""
-        pieces = vocabulary.pieces(range(vocabulary.size))
-        return cls(vocabulary.pieces_model, {piece: number for number, piece in enumerate(pieces)})
+        ids = {piece: number for number, piece in enumerate(vocabulary.all_pieces())}
+        return cls(vocabulary.pieces_model, ids)
 
     def __reduce__(self):
         """Pickles as the model's bytes and the list of ids."""
@@ -94,10 +94,19 @@ class MarianVocabulary(Vocabulary):
 
     def _encode(self, sentence: str) -> list[int]:
         text = self._spelling.spell(sentence)
-        begin = LANGUAGE.match(text)
-        language, text = ([begin[0]], text[begin.end() :]) if begin and begin[0] in self._ids else ([], text)
+        language = self._known_language(text)
+        begin = [self._ids[language]] if language else []
+        return [*begin, *self._split(text.removeprefix(language)), self.eos_id]
+
+    def _split(self, text: str) -> list[int]:
+        """The ids of the pieces into which SentencePiece splits a text."""
         pieces = self._processor.encode(text.encode(errors="replace"), out_type=str)
-        return [*(self._ids.get(piece, self.unk_id) for piece in [*language, *pieces]), self.eos_id]
+        return [self._ids.get(piece, self.unk_id) for piece in pieces]
+
+    def _known_language(self, text: str) -> str:
+        """The token at the beginning of a text that names a language, if it has an id; or else ""."""
+        begin = LANGUAGE.match(text)
+        return begin[0] if begin and begin[0] in self._ids else ""
 
     def sample(self, spelled: Sequence[str], strength: float, seed: int) -> list[list[int]]:
         """Raises ValueError: only vocabularies that this library trains vary their pieces."""
@@ -108,13 +117,12 @@ class MarianVocabulary(Vocabulary):
 
     def unknown_characters(self, sentence: str) -> str:
         """See `Vocabulary.unknown_characters`; ignores the language token."""
-        begin = LANGUAGE.match(self._spelling.spell(sentence))
-        known = begin[0] if begin and begin[0] in self._ids else ""
-        return self._spelling.unknown(self._spelling.spell(sentence).removeprefix(known))
+        text = self._spelling.spell(sentence)
+        return self._spelling.unknown(text.removeprefix(self._known_language(text)))
 
     def _knows(self, character: str) -> bool:
-        pieces = self._processor.encode(character.encode(errors="replace"), out_type=str)
-        return all(self._ids.get(piece, self.unk_id) != self.unk_id and not BYTE.fullmatch(piece) for piece in pieces)
+        ids = self._split(character)
+        return self.unk_id not in ids and not any(map(BYTE.fullmatch, self.pieces(ids)))
 
     def split_language(self, sentence: str) -> tuple[str, str]:
         """See `Vocabulary.split_language`; raises ValueError for a language that the model does not know."""
@@ -129,9 +137,11 @@ class MarianVocabulary(Vocabulary):
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """See `Vocabulary.decode`."""
-        texts = (self._processor.decode_pieces(self.pieces(self._text_ids(row))) for row in ids)
+        return [self._join(self.pieces(self._text_ids(row))) for row in ids]
+
+    def _join(self, pieces: Sequence[str]) -> str:
         # SentencePiece does not replace the "▁" of a piece that only the other side's model has.
-        return [text.replace("▁", " ").strip() for text in texts]
+        return super()._join(pieces).replace("▁", " ").strip()
 
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """See `Vocabulary.pieces`."""

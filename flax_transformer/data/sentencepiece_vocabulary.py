@@ -16,7 +16,8 @@ from typing import SupportsIndex
 
 import sentencepiece
 
-from flax_transformer.data.vocabulary_training import is_composed, train_pieces
+from flax_transformer.data.sentencepiece_model import byte_ids, is_composed, read_processor
+from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
 
@@ -24,12 +25,12 @@ JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.mo
 
 # A token that names the language to translate into, e.g. ">>kan<<".
 LANGUAGE = re.compile(r">>[^<>\s]+<<")
-# The piece of a single byte.
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # The seed of SentencePiece's random numbers is one for all threads.
 _SAMPLING = threading.Lock()
 # SentencePiece represents a space by this character, so it reads this character as a space.
 SPACE = "▁"
+# As what bytes are decoded that are not a whole character, such as the first ones of a character in a text that grows.
+INCOMPLETE = "\ufffd"
 
 
 class Vocabulary:
@@ -65,11 +66,11 @@ class Vocabulary:
         Raises:
             ValueError: the bytes are not a SentencePiece model, or ids 0 to 3 have other meanings in it.
         """
-        self._processor = read_pieces(model)
+        self._processor = read_processor(model)
         self._model = model
-        pieces = self.pieces(range(self.size))
+        pieces = self.all_pieces()
         self.languages = tuple(piece for piece in pieces if LANGUAGE.fullmatch(piece))
-        self._mark = _byte_ids(self._processor, SPACE)
+        self._mark = byte_ids(self._processor, SPACE)
         self._spelling = Spelling(self._knows, pieces, spells_bytes=bool(self._mark), compose=is_composed(model))
         expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
         processor = self._processor
@@ -141,13 +142,22 @@ class Vocabulary:
             strength: with a "bpe" model, the share of merges that are left out (BPE-dropout: Provilkov et al., 2020);
                 with "unigram", the power to which the probabilities of divisions are raised (Kudo, 2018).
             seed: seed of the random numbers, from 0 to 2^31 - 1.
+
+        Raises:
+            ValueError: this vocabulary has one division of each sentence.
         """
         with _SAMPLING:
             # SentencePiece seeds the generator of each thread once, from this number, and each call starts a thread.
             sentencepiece.set_random_generator_seed(seed)
-            rows = self._processor.encode(
-                list(spelled), add_eos=True, enable_sampling=True, alpha=strength, nbest_size=-1, num_threads=1
-            )
+            try:
+                rows = self._processor.encode(
+                    list(spelled), add_eos=True, enable_sampling=True, alpha=strength, nbest_size=-1, num_threads=1
+                )
+            except RuntimeError as error:
+                raise ValueError(
+                    "data.source_sampling and data.target_sampling vary the pieces of vocabularies with "
+                    'vocabulary.model_type "bpe" or "unigram", and this one has "char": set both to 0'
+                ) from error
         for row, text in enumerate(spelled):
             if self._mark and SPACE in text:
                 rows[row] = self._encode_with_mark(text)
@@ -158,7 +168,7 @@ class Vocabulary:
         # A code point that is no character stands for it, and its bytes are replaced.
         stand_in = next(character for character in map(chr, range(0xFDD0, 0xFDF0)) if character not in text)
         ids = self._processor.encode(text.replace(SPACE, stand_in).encode(errors="replace"), add_eos=True)
-        wrong = _byte_ids(self._processor, stand_in)
+        wrong = byte_ids(self._processor, stand_in)
         start = 0
         while start < len(ids):
             if ids[start : start + len(wrong)] == wrong:
@@ -215,9 +225,29 @@ class Vocabulary:
         """
         return [self._processor.decode(self._text_ids(row)) for row in ids]
 
+    def decode_with(self, ids: Iterable[SupportsIndex], texts: Iterable[str | None]) -> str:
+        """The sentence of one row, as `decode` returns it, with a text in place of each unknown id, in order.
+
+        Args:
+            ids: the ids.
+            texts: for each unknown id what to write, or `None` to write it as `decode` does.
+        """
+        rest = iter(texts)
+        row = self._text_ids(ids)
+        filled = [next(rest, None) if token == self.unk_id else None for token in row]
+        pieces = self.pieces(row)
+        return self._join([piece if text is None else text for piece, text in zip(pieces, filled, strict=True)])
+
+    def _join(self, pieces: Sequence[str]) -> str:
+        return self._processor.decode_pieces(list(pieces))
+
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """The piece of each id, including special ones, e.g. ["▁a", "</s>"]; "▁" stands for a space."""
         return [self._processor.id_to_piece(int(token)) for token in ids]
+
+    def all_pieces(self) -> list[str]:
+        """The pieces in the order of their ids."""
+        return self.pieces(range(self.size))
 
     def _text_ids(self, row: Iterable[SupportsIndex]) -> list[int]:
         ids = []
@@ -239,19 +269,3 @@ class Vocabulary:
             ValueError: there is no text, or `config.size` does not fit it; names the limit and the setting to change.
         """
         return Vocabulary(train_pieces(sentences, config, (cls.pad_id, cls.bos_id, cls.eos_id, cls.unk_id)))
-
-
-def _byte_ids(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
-    """The ids of the pieces for the bytes of a text; empty if the vocabulary has none."""
-    ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-    return ids if all(map(processor.is_byte, ids)) else []
-
-
-def read_pieces(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    """Reads a serialised SentencePiece model; raises ValueError if the bytes are not one."""
-    if not model:  # SentencePiece accepts an empty model, and fails only when it is used.
-        raise ValueError("the SentencePiece model has 0 bytes: the file is empty, train the vocabulary again")
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise ValueError(f"these {len(model)} bytes are not a SentencePiece model: {error}") from error

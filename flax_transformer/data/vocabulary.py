@@ -46,8 +46,7 @@ class VocabularyPair:
     @property
     def shares_ids(self) -> bool:
         """Whether each id stands for the same piece on both sides, as with one vocabulary or one list of ids."""
-        source, target = (side.pieces(range(side.size)) for side in (self.source, self.target))
-        return self.joint or source == target
+        return self.joint or self.source.all_pieces() == self.target.all_pieces()
 
     @classmethod
     def train(

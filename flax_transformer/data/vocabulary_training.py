@@ -8,11 +8,11 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import sentencepiece
 
+from flax_transformer.data.sentencepiece_model import AS_WRITTEN, parse, pieces_of
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import training_text
 
@@ -24,8 +24,6 @@ _RESERVED = "▅"
 _SPACE = "▁"
 # These cannot have a piece.
 _IMPOSSIBLE = {"\0", _SPACE}
-# The name of the normalisation in a model whose text is not brought to NFC; SentencePiece itself does not use the name.
-AS_WRITTEN = "as_written"
 
 
 def train_pieces(sentences: Sequence[str], config: VocabularyConfig, special_ids: tuple[int, int, int, int]) -> bytes:
@@ -86,7 +84,7 @@ def _train(sentences: Sequence[str], config: VocabularyConfig, special_ids: tupl
         )
     except RuntimeError as error:
         raise ValueError(_explain(str(error), config)) from error
-    size = len(_pieces(model.getvalue()))
+    size = len(pieces_of(model.getvalue()))
     if size > config.size:
         raise ValueError(_too_small(size, config))
     return _with_reserved(model.getvalue(), stand_in)
@@ -102,7 +100,7 @@ def _with_reserved(model: bytes, stand_in: str) -> bytes:
     """Replaces the stand-in by the reserved character in the model."""
     if stand_in == _RESERVED:
         return model
-    read = _parse(model)
+    read = parse(model)
     for piece in read.pieces:
         piece.piece = piece.piece.replace(stand_in, _RESERVED)
     read.trainer_spec.required_chars = read.trainer_spec.required_chars.replace(stand_in, _RESERVED)
@@ -111,30 +109,14 @@ def _with_reserved(model: bytes, stand_in: str) -> bytes:
 
 def _as_written(model: bytes) -> bytes:
     """Notes in the model that its text is not composed."""
-    read = _parse(model)
+    read = parse(model)
     read.normalizer_spec.name = AS_WRITTEN
     return read.SerializeToString(deterministic=True)
 
 
-def is_composed(model: bytes) -> bool:
-    """Whether text is brought to NFC before a model divides it into pieces."""
-    return AS_WRITTEN.encode() not in model or _parse(model).normalizer_spec.name != AS_WRITTEN
-
-
-def _parse(model: bytes) -> Any:
-    from sentencepiece import sentencepiece_model_pb2  # loads protobuf, which only rare cases need
-
-    return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at run time
-
-
-def _pieces(model: bytes) -> list[str]:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return [processor.id_to_piece(number) for number in range(processor.get_piece_size())]
-
-
 def _characters_known(model: bytes) -> set[str]:
     """The characters that the model can write: the pieces of one character, and the space."""
-    return {piece for piece in _pieces(model) if len(piece) == 1} | {" "}
+    return {piece for piece in pieces_of(model) if len(piece) == 1} | {" "}
 
 
 def _characters(texts: Iterable[str]) -> set[str]:

@@ -19,10 +19,11 @@ from jaxtyping import Int, UInt
 
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
+from flax_transformer.decoding.programs import Programs
 from flax_transformer.decoding.requests import Ids, Output, Request
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.shortlist import Shortlist
-from flax_transformer.decoding.sizes import pool_shape, rooms_up_to, slot_size, slots_for
+from flax_transformer.decoding.sizes import rooms_up_to
 from flax_transformer.decoding.waiting import Waiting
 from flax_transformer.positions import check_length
 
@@ -30,6 +31,7 @@ STEPS = 16  # of a machine in its turn, at most
 STEPS_ALONE = 32  # of one with a single slot on each device, where no other sentence waits for a place
 SHARE = 16  # a machine goes on until one sixteenth of its slots can be filled anew
 FEW = 64  # so few sentences of a smaller room share the slots of a larger one: another program would take longer
+MANY = 2  # slots for more than so many times as many sentences as there are, are too many
 IDLE_S = 5.0  # seconds without work after which the thread ends
 
 
@@ -41,12 +43,14 @@ class _Group:
         settings: what the program is compiled for.
         waiting: sentences without a slot.
         machines: by the room of their slots, the largest first.
+        current: the machine of each room that takes new sentences; others of the room end those that they have.
         above: the size of source above which a machine takes sentences, by room.
     """
 
     settings: BeamSearch | Sampling
     waiting: Waiting = dataclasses.field(default_factory=Waiting)
     machines: list[tuple[int, Machine]] = dataclasses.field(default_factory=list)
+    current: dict[int, Machine] = dataclasses.field(default_factory=dict)
     above: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -55,7 +59,11 @@ class _Group:
 
 
 class Engine:
-    """Decodes sentences that come at any time. `close` it, or leave it: its thread ends by itself when idle."""
+    """Decodes sentences that come at any time. `close` it, or leave it: its thread ends by itself when idle.
+
+    Attributes:
+        programs: which programs it may use.
+    """
 
     def __init__(self, ensemble: Ensemble, *, batch_tokens: int, shortlist: Shortlist | None = None):
         """Makes an engine; nothing runs until a sentence comes.
@@ -66,18 +74,26 @@ class Engine:
             shortlist: chooses the tokens among which each output is searched; `None` allows all of them.
         """
         self.ensemble, self.batch_tokens, self.shortlist = ensemble, batch_tokens, shortlist
+        self.programs = Programs(ensemble, batch_tokens=batch_tokens, shortlist=shortlist)
         self._groups: dict[BeamSearch | Sampling, _Group] = {}
         self._changed = threading.Condition()
         self._inbox: list[tuple[BeamSearch | Sampling, Request]] = []
         self._jobs: list[tuple[Callable[[], None], Future[None]]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._submissions = itertools.count(1)
         self._filled = self._offered = 0
 
     @property
     def occupancy(self) -> float:
         """The share of slots that held a living sentence, over all steps made while sentences were waiting."""
         return self._filled / max(1, self._offered)
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """How many slots hold a sentence now, and how many there are."""
+        machines = [machine for group in list(self._groups.values()) for _, machine in list(group.machines)]
+        return sum(machine.living for machine in machines), sum(machine.size.slots for machine in machines)
 
     def submit(
         self,
@@ -107,6 +123,7 @@ class Engine:
             raise ValueError("sampling needs random keys: give rngs, one for each sentence")
         if streams:
             check_streaming(settings)
+        submission = next(self._submissions)
         requests = [
             Request(
                 source,
@@ -116,6 +133,7 @@ class Engine:
                 num_return=settings.num_return,
                 rng=rngs[number] if rngs is not None else None,
                 streams=streams,
+                submission=submission,
             )
             for number, source in enumerate(sources)
         ]
@@ -125,7 +143,7 @@ class Engine:
                 self._check(request)
                 if self.shortlist is not None:
                     request.listed = self._listed(self.shortlist, request)
-                accepted.append((self._compiled_for(settings), request))
+                accepted.append((self.compiled_for(settings), request))
             except ValueError as error:
                 request.fail(error)
         with self._changed:
@@ -164,7 +182,7 @@ class Engine:
 
         def run() -> None:
             for room in rooms_up_to(min(longest, self.ensemble.learned or longest)):
-                self._make_machine(self._compiled_for(settings), room, sentences or self.batch_tokens).compile()
+                self.programs.prepare(self.compiled_for(settings), room, sentences or self.batch_tokens)
 
         done: Future[None] = Future()
         with self._changed:
@@ -223,10 +241,9 @@ class Engine:
     def _listed(self, shortlist: Shortlist, request: Request) -> Int[np.ndarray, "C"]:
         """The tokens among which the outputs of a sentence are chosen, in rising order."""
         config = self.ensemble.configs[0]
-        allowed = shortlist.allowed(request.source, config.target_vocab_size)
-        return np.union1d(allowed, [*request.prefix, config.eos_id]).astype(np.int32)
+        return shortlist.allowed(request.source, config.target_vocab_size, also=[*request.prefix, config.eos_id])
 
-    def _compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
+    def compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings of the program: what each request says for itself is left out, and ids that no output contains
         are banned."""
         config = self.ensemble.configs[0]
@@ -299,9 +316,10 @@ class Engine:
 
     def _turn_machine(self, group: _Group, room: int, machine: Machine) -> None:
         above = group.above.get(room, room)
-        machine.fill(group.waiting, above)
+        waiting = group.waiting if group.current.get(room) is machine else Waiting()
+        machine.fill(waiting, above)
         if machine.living:
-            waits = bool(group.waiting.count(above, room))
+            waits = bool(waiting.count(above, room))
             own = machine.size.slots // self.ensemble.mesh.size
             enough = max(1, own // SHARE) if waits else 1
             steps = STEPS if own > 1 else STEPS_ALONE
@@ -322,7 +340,9 @@ class Engine:
     def _make_room(self, group: _Group) -> None:
         """Makes machines for the sentences that wait, if those that are there have too few slots."""
         served: list[tuple[int, int]] = []  # a room, and the size of source above which it takes sentences
-        for below, room in reversed(list(itertools.pairwise([0, *rooms_up_to(group.waiting.longest())]))):
+        for below, room in reversed(
+            list(itertools.pairwise([0, *self.programs.rooms(group.settings, group.waiting.longest())]))
+        ):
             count = group.waiting.count(below, room)
             exists = any(machine.size.slots > 1 for other, machine in group.machines if other == room)
             if served and count < FEW and not exists:
@@ -331,19 +351,15 @@ class Engine:
                 served.append((room, below))
         group.above = dict(served)
         for room, above in served:
-            count = group.waiting.count(above, room)
-            slots = self._slots(group.settings, room, count)
-            # Few sentences would be slow in the many slots that others have left.
-            group.machines = [
-                (other, machine)
-                for other, machine in group.machines
-                if other != room or machine.busy or machine.size.slots == slots
-            ]
+            # A few sentences would be slow in the many slots that others have left, and many need more slots.
             own = [machine for other, machine in group.machines if other == room]
-            if count <= sum(machine.free for machine in own):
-                continue
-            if not own or slots > max(machine.size.slots for machine in own):
-                self._add_machine(group, room, count)
+            demand = group.waiting.count(above, room) + sum(machine.living for machine in own)
+            slots = self.programs.slots(group.settings, room, demand)
+            current = next((machine for machine in own if machine is group.current.get(room)), None)
+            most = self.programs.slots(group.settings, room, MANY * demand) if current and current.busy else slots
+            if current is None or not slots <= current.size.slots <= most:
+                fitting = (machine for machine in own if machine.size.slots == slots)
+                group.current[room] = next(fitting, None) or self._add_machine(group, room, demand)
 
     def _larger(self, group: _Group, machine: Machine, room: int, count: int) -> Machine:
         """A machine with an empty slot and more places, for one of so many sentences that need it."""
@@ -356,25 +372,9 @@ class Engine:
         """Makes slots for so many sentences, after it has let go of those that nobody uses."""
         for each in self._groups.values():
             each.machines = [(own, machine) for own, machine in each.machines if machine.busy]
-        machine = self._make_machine(group.settings, room, count)
+        machine = self.programs.machine(group.settings, room, count)
         group.machines = sorted([*group.machines, (room, machine)], key=lambda entry: -entry[0])
         return machine
-
-    def _make_machine(self, settings: BeamSearch | Sampling, room: int, count: int) -> Machine:
-        vocab_size = self.ensemble.configs[0].target_vocab_size
-        slots = self._slots(settings, room, count)
-        size = slot_size(slots, room, self.ensemble.learned, self.shortlist, vocab_size)
-        shape = pool_shape(size, batch_tokens=self.batch_tokens, devices=self.ensemble.mesh.size)
-        return Machine(self.ensemble, settings, size, shape)
-
-    def _slots(self, settings: SearchSettings, room: int, count: int) -> int:
-        return slots_for(
-            count,
-            room,
-            batch_tokens=self.batch_tokens,
-            hypotheses=settings.hypotheses,
-            devices=self.ensemble.mesh.size,
-        )
 
 
 def check_streaming(settings: SearchSettings) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ class Request:
         listed: the tokens among which the outputs are chosen, which the engine sets; empty where all are.
         rng: the data of the random key of its samples; `None` if nothing is sampled.
         streams: whether the tokens so far are told.
+        submission: the number of the call that submitted it, counted from 1.
     """
 
     def __init__(
@@ -48,15 +49,17 @@ class Request:
         num_return: int,
         rng: UInt[np.ndarray, "key"] | None,
         streams: bool,
+        submission: int = 0,
     ):
         """Makes a request that no engine has begun."""
         self.source, self.prefix, self.given = source, prefix, given
         self.limit, self.num_return = limit, num_return
-        self.rng, self.streams = rng, streams
+        self.rng, self.streams, self.submission = rng, streams, submission
         self.listed: Ids | np.ndarray = ()
         self._outputs: Future[list[Output]] = Future()
         self._tokens: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
         self._told = 0
+        self._listener: Callable[[list[int]], None] | None = None
 
     def result(self, timeout: float | None = None) -> list[Output]:
         """Waits for the outputs: the best first, or samples in the order they were drawn.
@@ -78,6 +81,14 @@ class Request:
         if not self._outputs.cancelled():
             self.result()
 
+    def when_done(self, call: Callable[["Request"], None]) -> None:
+        """Calls `call(request)` once it is done, failed or was cancelled; at once, or in the thread that ends it."""
+        self._outputs.add_done_callback(lambda _: call(self))
+
+    def when_told(self, call: Callable[[list[int]], None]) -> None:
+        """Calls `call(ids)` with all ids so far after each new one, in the engine's thread; only if it streams."""
+        self._listener = call
+
     def cancel(self) -> None:
         """Gives the sentence up, and its slot to the next one; without effect when the outputs are there."""
         self._outputs.cancel()
@@ -97,6 +108,8 @@ class Request:
         """Tells the ids so far, once for each new one; only the engine calls it, as it does the two below."""
         for length in range(self._told + 1, len(ids) + 1):
             self._tokens.put(ids[:length])
+            if self._listener is not None:
+                self._listener(ids[:length])
         self._told = len(ids)
 
     def finish(self, outputs: list[Output]) -> None:

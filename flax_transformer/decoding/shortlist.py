@@ -66,7 +66,7 @@ class Shortlist:
                 f"{source:,} source and {target:,} target ids: use the shortlist that was made for it, or none"
             )
 
-    def allowed(self, source: Sequence[int], size: int) -> Int[np.ndarray, "allowed"]:
+    def allowed(self, source: Sequence[int], size: int, *, also: Sequence[int] = ()) -> Int[np.ndarray, "allowed"]:
         """The target ids that the translation of a sentence may contain, in rising order.
 
         These are Marian's: the first ids, the words of each source token, the source itself if the vocabulary is joint,
@@ -75,6 +75,7 @@ class Shortlist:
         Args:
             source: the ids of the source, including the end of sentence.
             size: the size of the target vocabulary, V.
+            also: target ids that are allowed in any case, beyond that multiple.
         """
         listed = np.zeros(size, bool)
         listed[: self.first] = True
@@ -85,6 +86,7 @@ class Shortlist:
                     listed[token] = True
         missing = -int(listed.sum()) % MULTIPLE
         listed[self.first + np.flatnonzero(~listed[self.first :])[:missing]] = True
+        listed[list(also)] = True
         return np.flatnonzero(listed).astype(np.int32)
 
     def most(self, source_length: int, size: int) -> int:

@@ -9,16 +9,18 @@ from flax_transformer.text.spelling import is_blank
 from flax_transformer.text.splitting import split_sentence
 
 
-def split_sources(vocabulary: Vocabulary, sentences: Sequence[str], longest: int) -> list[list[list[int]]]:
+def split_sources(
+    vocabulary: Vocabulary, sentences: Sequence[str], longest: int, *, stacklevel: int = 3
+) -> list[list[list[int]]]:
     """The ids of each sentence, in several parts if it is too long; a blank sentence has no part.
 
-    It warns of sentences that are split, and of those that the vocabulary can hardly read, at the line that called the
-    method of the translator.
+    It warns of sentences that are split, and of those that the vocabulary can hardly read.
 
     Args:
         vocabulary: the source's vocabulary.
         sentences: the sentences; each may begin with a token that names a language, which then goes before each part.
         longest: the maximum length of a part, in tokens.
+        stacklevel: where the warnings point to: 3 is the line that called the caller of this function.
     """
     encode = vocabulary.encode
     languages, texts = zip(*map(vocabulary.split_language, sentences), strict=True) if sentences else ((), ())
@@ -28,7 +30,7 @@ def split_sources(vocabulary: Vocabulary, sentences: Sequence[str], longest: int
         split[number] = [ids]
     unreadable = UnreadableSentences(vocabulary)
     unreadable.add(sentences)
-    unreadable.warn(stacklevel=3)
+    unreadable.warn(stacklevel=stacklevel)
     for number, sentence in enumerate(sentences):
         tokens = sum(map(len, split[number]))
         if tokens > longest:
@@ -43,6 +45,6 @@ def split_sources(vocabulary: Vocabulary, sentences: Sequence[str], longest: int
             warnings.warn(
                 f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
                 f"{longest}: it is translated in {len(split[number])} parts",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
     return split

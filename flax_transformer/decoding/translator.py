@@ -5,28 +5,29 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import numpy as np
 from etils import epath
-from jaxtyping import PyTree, UInt
+from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
+from flax_transformer.data.sentencepiece_vocabulary import INCOMPLETE
+from flax_transformer.decoding.drafts import Draft, given_tokens, random_keys
 from flax_transformer.decoding.engine import Engine, check_streaming
 from flax_transformer.decoding.ensemble import Ensemble
+from flax_transformer.decoding.inspection import Inspector
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.scoring import Scorer
-from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sources import split_sources
 from flax_transformer.decoding.texts import Texts, as_list
-from flax_transformer.ranges import SEED_OF_SAMPLES, check_value
+from flax_transformer.decoding.unknown import Align, find_copies
+from flax_transformer.decoding.writing import write_translation
 from flax_transformer.text.splitting import join_parts
 from flax_transformer.trained_model import TrainedModel
 
 BEAM = BeamSearch()
 GREEDY = BeamSearch(beam_size=1)
-INCOMPLETE = "\ufffd"  # as which a vocabulary decodes bytes that are not a whole character
 
 
 class Translator:
@@ -84,6 +85,7 @@ class Translator:
             jax.local_devices() if devices is None else devices,
         )
         self._engine = Engine(self._ensemble, batch_tokens=batch_tokens, shortlist=_shortlist(models, shortlist))
+        self._inspector = Inspector(self._ensemble)
         self._scorer = Scorer(self._ensemble, batch_tokens=batch_tokens)
 
     @property
@@ -100,6 +102,11 @@ class Translator:
     def engine(self) -> Engine:
         """The engine that decodes, for callers that have token ids and want to submit sentences one by one."""
         return self._engine
+
+    @property
+    def inspector(self) -> Inspector:
+        """What shows the probabilities of other tokens and all attention weights, for callers that have token ids."""
+        return self._inspector
 
     @classmethod
     def from_workdir(
@@ -156,10 +163,13 @@ class Translator:
         *,
         prefixes: Texts | None = None,
         seed: int = 0,
+        replace_unknown: bool = False,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """Returns each sentence's best translation, or first sample, in order; arguments as in `hypotheses`."""
-        found = self.hypotheses(sentences, search, prefixes=prefixes, seed=seed, after_batch=after_batch)
+        found = self.hypotheses(
+            sentences, search, prefixes=prefixes, seed=seed, replace_unknown=replace_unknown, after_batch=after_batch
+        )
         return [translations[0].text for translations in found]
 
     def hypotheses(
@@ -169,6 +179,7 @@ class Translator:
         *,
         prefixes: Texts | None = None,
         seed: int = 0,
+        replace_unknown: bool = False,
         after_batch: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
         """Returns the translations of each sentence, in order: the best first, or samples in the order they were drawn.
@@ -183,42 +194,67 @@ class Translator:
             search: how to search for translations, and how many to return.
             prefixes: the text with which each translation must begin; an empty one means any.
             seed: the seed of sampling; equal seeds draw equal translations, however the sentences are batched.
+            replace_unknown: whether to copy into the text, in place of each unknown piece, the characters of the source
+                at which the model looked when it wrote that piece; `tokens` keep the piece.
             after_batch: called now and then while sentences are translated; an exception from it ends the search.
 
         Raises:
             ValueError: `sentences` is a single string, is not ordered or contains something other than a str, or
                 prefixes are too many, too few or too long.
         """
-        sentences = as_list("sentences", sentences)
-        prefixes = [""] * len(sentences) if prefixes is None else as_list("prefixes", prefixes)
-        if len(prefixes) != len(sentences):
-            raise ValueError(f"there are {len(prefixes)} prefixes for {len(sentences)} sentences: give one for each")
-        all_parts = split_sources(self.vocabularies.source, sentences, self._ensemble.longest)
-        # Where each part comes from: the number of its sentence, and its number within the sentence.
-        places = [(number, part) for number, parts in enumerate(all_parts) for part in range(len(parts))]
-        begun = self.vocabularies.target.encode([self._beginning(prefixes[number], part) for number, part in places])
+        draft = self.draft(sentences, search, prefixes=prefixes, seed=seed)
         found = self._engine.search(
-            [all_parts[number][part] for number, part in places],
+            draft.sources,
             search,
-            prefixes=[ids[:-1] for ids in begun],
-            given=self._given(begun),
-            rngs=_random_keys(search, seed, places),
+            prefixes=draft.prefixes,
+            given=draft.given,
+            rngs=draft.rngs,
             after_each=after_batch,
         )
-        least = [best.log_probs.min() for best, *_ in found]
-        broken = {number for (number, _), log_prob in zip(places, least, strict=True) if log_prob < BROKEN / 2}
-        if broken:
+        if broken := draft.broken(found):
             warnings.warn(
-                f"translations of {len(broken)} of {len(sentences)} sentences end early, because the model's logits "
+                f"translations of {broken} of {len(draft)} sentences end early, because the model's logits "
                 f"are not finite there: set model.dtype, which is {self.config.dtype}, to float32 in config.json; if "
                 "it is float32, the parameters are damaged",
                 stacklevel=2,
             )
-        outputs = iter(found)
-        return [
-            self._join([next(outputs) for _ in parts], search, prefix)
-            for parts, prefix in zip(all_parts, prefixes, strict=True)
-        ]
+        return self.write(draft, found, replace_unknown=replace_unknown)
+
+    def draft(
+        self,
+        sentences: Texts,
+        search: BeamSearch | Sampling = BEAM,
+        *,
+        prefixes: Texts | None = None,
+        seed: int = 0,
+    ) -> Draft:
+        """What the engine is to decode, for callers that submit it themselves; arguments as in `hypotheses`.
+
+        `hypotheses` is this, a search by `engine`, and `write`. It needs no device.
+        """
+        return Draft(self.vocabularies, self._ensemble.longest, sentences, search, prefixes=prefixes, seed=seed)
+
+    def write(
+        self,
+        draft: Draft,
+        found: Sequence[Sequence[Output]],
+        *,
+        replace_unknown: bool = False,
+        align: Align | None = None,
+    ) -> list[list[Translation]]:
+        """The translations of each sentence of a draft.
+
+        Args:
+            draft: the draft.
+            found: the outputs that the engine found for each of its sources.
+            replace_unknown: as in `hypotheses`.
+            align: aligns outputs that have unknown pieces, if not with this translator's own batches.
+        """
+        copies = None
+        if replace_unknown:
+            align = align or (lambda sources, targets: self._scorer.align(sources, targets, None))
+            copies = find_copies(self.vocabularies, align, draft.sentences, draft.parts, draft.by_part(found))
+        return draft.translations(found, copies)
 
     def score(self, sources: Texts, targets: Texts, search: SearchSettings = BEAM) -> list[Translation]:
         """Scores given translations by forced decoding; `hypotheses` gives its own translations the same scores.
@@ -233,22 +269,23 @@ class Translator:
                 positions.
         """
         source, target = self._encode_pairs(sources, targets)
-        outputs = self._scorer.score(source, target, self._given(target))
-        return [self._translation([output], search) for output in outputs]
+        outputs = self._scorer.score(source, target, given_tokens(self.vocabularies.target, target))
+        return [write_translation(self.vocabularies.target, [output], search) for output in outputs]
 
-    def align(self, sources: Texts, targets: Texts, *, layer: int = -1) -> list[Alignment]:
+    def align(self, sources: Texts, targets: Texts, *, layer: int | None = -1) -> list[Alignment]:
         """Returns how much each token of given translations attends to each source token.
 
         Args:
             sources: sentences of the source language.
             targets: a translation of each, as in `score`.
-            layer: the decoder layer; -1 is the last.
+            layer: the decoder layer; -1 is the last. `None` chooses for each pair the layer whose heads agree most, and
+                gives heads that are sure more weight, which aligns words better than their mean.
 
         Raises:
             ValueError: as in `score`, or there is no such layer.
         """
         layers = min(config.num_decoder_layers for config in self._ensemble.configs)
-        if not -layers <= layer < layers:
+        if layer is not None and not -layers <= layer < layers:
             raise ValueError(f"layer is {layer}, the decoder has {layers}: choose one from {-layers} to {layers - 1}")
         source, target = self._encode_pairs(sources, targets)
         return [
@@ -297,43 +334,19 @@ class Translator:
         """
         self._engine.close()
 
-    def _join(self, parts: Sequence[Sequence[Output]], search: SearchSettings, prefix: str) -> list[Translation]:
-        """Joins the translations of a sentence's parts: the best ones of all parts, then the second best, and so on."""
-        ranks = zip(*parts, strict=False)
-        return [self._translation(outputs, search, prefix) for outputs in ranks] or [Translation()]
-
-    def _texts(self, outputs: Sequence[Output], prefix: str) -> list[str]:
-        """The text of each part of a translation; the first begins with the prefix exactly as it was given."""
-        target = self.vocabularies.target
-        texts = target.decode(output.ids for output in outputs)
-        if texts and prefix.strip():
-            # The decoded prefix has the vocabulary's spelling, and the unknown token for characters that it lacks.
-            (begun,) = target.decode([target.encode([prefix])[0][:-1]])
-            written = target.split_language(prefix)[1] if target.language_ids else prefix
-            if begun and texts[0].startswith(begun):
-                texts[0] = written.strip() + texts[0].removeprefix(begun)
-        return texts
-
-    def _translation(self, outputs: Sequence[Output], search: SearchSettings, prefix: str = "") -> Translation:
-        ids = [token for output in outputs for token in output.ids.tolist()]
-        log_probs = [log_prob for output in outputs for log_prob in output.log_probs.tolist()]
-        return Translation(
-            text=join_parts(self._texts(outputs, prefix)),
-            tokens=tuple(self.vocabularies.target.pieces(ids)),
-            ids=tuple(ids),
-            token_log_probs=tuple(log_probs),
-            log_prob=sum(log_probs),
-            score=sum(log_probs) / search.penalty(len(ids)) if ids else 0.0,
-        )
-
     def _stream(self, sentence: str, search: BeamSearch | Sampling, seed: int) -> Iterator[str]:
         done: list[str] = []
         told = ""
         for number, part in enumerate(split_sources(self.vocabularies.source, [sentence], self._ensemble.longest)[0]):
-            rngs = _random_keys(search, seed, [(0, number)])
+            rngs = random_keys(search, seed, [(0, number)])
             begun = self.vocabularies.target.encode([""])
             (request,) = self._engine.submit(
-                [part], search, prefixes=[begun[0][:-1]], given=self._given(begun), rngs=rngs, streams=True
+                [part],
+                search,
+                prefixes=[begun[0][:-1]],
+                given=given_tokens(self.vocabularies.target, begun),
+                rngs=rngs,
+                streams=True,
             )
             try:
                 text = ""
@@ -349,15 +362,6 @@ class Translator:
             if rest := join_parts(done)[len(told) :]:
                 yield rest
                 told += rest
-
-    def _beginning(self, prefix: str, part: int) -> str:
-        """The text with which the translation of a part of a sentence begins; only the language from the second on."""
-        target = self.vocabularies.target
-        return prefix if part == 0 else target.split_language(prefix)[0] if target.language_ids else ""
-
-    def _given(self, targets: Sequence[Sequence[int]]) -> list[int]:
-        """How many of each target's first tokens are given, not predicted: the one that names its language."""
-        return [int(bool(ids) and ids[0] in self.vocabularies.target.language_ids) for ids in targets]
 
     def _encode_pairs(self, sources: Texts, targets: Texts) -> tuple[list[list[int]], list[list[int]]]:
         sources, targets = as_list("sources", sources), as_list("targets", targets, also=Translation)
@@ -383,16 +387,3 @@ def _shortlist(models: Sequence[TrainedModel], wanted: Shortlist | bool) -> Shor
             "--shortlist=FILE), or none (shortlist=False, or --no_shortlist)"
         )
     return models[0].shortlist
-
-
-def _random_keys(
-    search: SearchSettings, seed: int, places: Sequence[tuple[int, int]]
-) -> UInt[np.ndarray, "parts key"] | None:
-    """The data of a random key for each part, which depends only on its two numbers and the seed."""
-    if not isinstance(search, Sampling):
-        return None
-    seed = check_value("seed", seed, int, SEED_OF_SAMPLES)
-    sentences, parts = np.array(places, np.uint32).reshape(-1, 2).T
-    fold_in = jax.random.fold_in
-    keys = jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)
-    return np.asarray(jax.random.key_data(keys))

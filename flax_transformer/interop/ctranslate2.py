@@ -9,8 +9,10 @@ from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.config import WAVES, TransformerConfig
+from flax_transformer.data.marian_vocabulary import SOURCE_PIECES, TARGET_PIECES
+from flax_transformer.interop.fields import check_options
 from flax_transformer.interop.folders import new_folder
-from flax_transformer.interop.marian_tensors import check_layers, embeddings
+from flax_transformer.interop.parameters import embeddings
 from flax_transformer.positions import sinusoidal_positions
 from flax_transformer.ranges import check_value
 from flax_transformer.trained_model import TrainedModel
@@ -45,21 +47,31 @@ def to_ctranslate2(model: TrainedModel, folder: epath.PathLike, *, quantization:
         ValueError: ctranslate2 is not installed, there is no such quantization, the model's decoder is recurrent, or
             sources end with their language.
     """
-    check_layers(model.config, "CTranslate2")
+    check_options(
+        model.config,
+        {"decoder_autoregression": ["self_attention"]},
+        "CTranslate2 needs",
+        "train with that, or convert to-marian-native or to-stablehlo",
+    )
     check_value("--quantization", quantization, str, QUANTIZATIONS)
-    if model.vocabularies.source.language_last:
+    source, target = model.vocabularies.source, model.vocabularies.target
+    if source.language_last:
         raise ValueError(
             "the tokenizer has legacy_behaviour, so that sources end with their language, but CTranslate2 puts the end "
             "of sentence last: set legacy_behaviour to false in tokenizer_config.json and convert the model again"
         )
-    vocabularies = model.vocabularies
-    source, target = (side.pieces(range(side.size)) for side in (vocabularies.source, vocabularies.target))
     with new_folder(folder) as draft:
         write_model(
-            draft, model.config, model.params, source, target, vocabularies.target.unk_id, quantization=quantization
+            draft,
+            model.config,
+            model.params,
+            source.all_pieces(),
+            target.all_pieces(),
+            target.unk_id,
+            quantization=quantization,
         )
-        (draft / "source.spm").write_bytes(vocabularies.source.pieces_model)
-        (draft / "target.spm").write_bytes(vocabularies.target.pieces_model)
+        (draft / SOURCE_PIECES).write_bytes(source.pieces_model)
+        (draft / TARGET_PIECES).write_bytes(target.pieces_model)
         (draft / "README.md").write_text(_readme(model, epath.Path(folder).name, quantization))
 
 
@@ -174,12 +186,15 @@ def _readme(model: TrainedModel, name: str, quantization: str) -> str:
     config, vocabulary = model.config, model.vocabularies.target
     banned = [[piece] for piece in vocabulary.pieces(config.never_chosen)]
     options = f"beam_size=4, max_decoding_length={config.max_output or config.max_length}, suppress_sequences={banned}"
-    language = text = ""
+    language = text = begins = ""
     if vocabulary.language_ids:  # both sides begin with the token of their language
         languages = vocabulary.languages
         english = next((code for code in languages if code in ("eng_Latn", "__en__")), languages[0])
         language, text = f'["{english}"] + ', "[1:]"
         options = f'target_prefix=[["{vocabulary.language or languages[-1]}"]], {options}'
+    if vocabulary.languages:
+        sides = "The source and the target begin" if vocabulary.language_ids else "The source begins"
+        begins = f"{sides} with a language token, put before the pieces: {', '.join(vocabulary.languages)}.\n"
     example = EXAMPLE.format(folder=name, language=language, text=text, options=options)
     return (
         f"# {name}\n\nA Transformer of {config.num_encoder_layers}+{config.num_decoder_layers} layers for CTranslate2 "
@@ -187,10 +202,5 @@ def _readme(model: TrainedModel, name: str, quantization: str) -> str:
         f"It is made for sentences of up to {config.max_length} tokens. Run this in the folder above:\n\n"
         f"```python\n{example}```\n\n"
         "CTranslate2 adds the end of a sentence itself; its `length_penalty` divides by length ^ penalty.\n"
-        + (
-            f"The source{' and the target begin' if vocabulary.language_ids else ' begins'} with a language token, put "
-            f"before its pieces: {', '.join(vocabulary.languages)}.\n"
-            if vocabulary.languages
-            else ""
-        )
+        f"{begins}"
     )

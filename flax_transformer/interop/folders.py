@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 
 from etils import epath
@@ -39,18 +38,3 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     """
     with write_folder(check_new_folder(path)) as draft:
         yield draft
-
-
-def file_inside(folder: epath.Path, name: object, place: object) -> epath.Path:
-    """The file that another one names, in the same folder.
-
-    Raises:
-        ValueError: the name leads out of the folder, or there is no such file; `place` says where it stands.
-    """
-    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name) or len(name) > 200:
-        raise ValueError(
-            f"{place} names {str(name)[:60]!r}, which is not a file in the same folder: do not trust this folder"
-        )
-    if not (folder / name).exists():
-        raise ValueError(f"{folder} lacks {name}, which {place} names: download it too")
-    return folder / name

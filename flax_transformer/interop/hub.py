@@ -4,28 +4,29 @@ They lie in the cache of `huggingface_hub` afterwards, as those of transformers 
 """
 
 import importlib.util
-import re
 from collections.abc import Collection
 from typing import Any
 
+from flax_transformer.data.fairseq_vocabulary import PIECES_MODEL
+from flax_transformer.data.marian_vocabulary import IDS, SOURCE_PIECES, TARGET_IDS, TARGET_PIECES
+from flax_transformer.interop.nllb_vocabulary import SPECIAL_TOKENS, TOKENIZER
+from flax_transformer.interop.tensor_files import SAFETENSORS, SHARDS, TORCH, TORCH_SHARDS
+from flax_transformer.interop.transformers_fields import CONFIG
+from flax_transformer.interop.transformers_files import ADDED_TOKENS, GENERATION, TOKENIZER_CONFIG
+
 # All that the readers of Marian, M2M100 and NLLB read beside the weights.
 FILES = (
-    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"),
-    *("added_tokens.json", "vocab.json", "target_vocab.json", "source.spm", "target.spm", "sentencepiece.bpe.model"),
+    *(CONFIG, GENERATION, TOKENIZER_CONFIG, SPECIAL_TOKENS, TOKENIZER, ADDED_TOKENS),
+    *(IDS, TARGET_IDS, SOURCE_PIECES, TARGET_PIECES, PIECES_MODEL),
 )
 # The weights in each form, the best first: the file that shows that the hub has it, and all its files.
 WEIGHTS = (
-    ("model.safetensors", ["model.safetensors"]),
-    ("model.safetensors.index.json", ["model.safetensors.index.json", "model-*.safetensors"]),
-    ("pytorch_model.bin", ["pytorch_model.bin"]),
-    ("pytorch_model.bin.index.json", ["pytorch_model.bin.index.json", "pytorch_model-*.bin"]),
+    (SAFETENSORS, [SAFETENSORS]),
+    (SHARDS, [SHARDS, "model-*.safetensors"]),
+    (TORCH, [TORCH]),
+    (TORCH_SHARDS, [TORCH_SHARDS, "pytorch_model-*.bin"]),
 )
 SECONDS = 10.0  # to wait for the hub's first answer
-
-
-def is_name(text: str) -> bool:
-    """Whether a text has the form of a name on the hub, OWNER/MODEL."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
 
 
 def download(name: str, revision: str = "") -> str:
@@ -90,12 +91,12 @@ def _downloaded_before(options: dict[str, Any], failure: Exception) -> str:
 
 def _weights(name: str, files: Collection[str]) -> list[str]:
     """The files of the weights, in the best form that there is."""
-    form = next(((mark, weights) for mark, weights in WEIGHTS if mark in files), None)
-    if form is None:
-        raise ValueError(f"{name} has neither {WEIGHTS[0][0]} nor {WEIGHTS[2][0]} on the hub: choose another model")
-    if ".bin" in form[0] and importlib.util.find_spec("torch") is None:
+    mark, weights = next((form for form in WEIGHTS if form[0] in files), ("", []))
+    if not mark:
+        raise ValueError(f"{name} has neither {SAFETENSORS} nor {TORCH} on the hub: choose another model")
+    if mark in (TORCH, TORCH_SHARDS) and importlib.util.find_spec("torch") is None:
         raise ValueError(f"the weights of {name} are a file of PyTorch's, which is not installed: pip install torch")
-    return form[1]
+    return weights
 
 
 def _reason(error: Exception) -> str:

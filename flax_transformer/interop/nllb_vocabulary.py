@@ -11,17 +11,19 @@ from typing import Any
 from etils import epath
 
 from flax_transformer.data.fairseq_vocabulary import FORMS, MASK, PIECES_MODEL, SPECIAL, FairseqVocabulary
-from flax_transformer.data.sentencepiece_vocabulary import read_pieces
+from flax_transformer.data.sentencepiece_model import pieces_of
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.interop.fields import read_flag, read_json
+from flax_transformer.interop.downloaded import damaged, read_file, read_json, read_json_if_there
+from flax_transformer.interop.fields import Fields, shown
 from flax_transformer.interop.language_codes import M2M100, NLLB
+from flax_transformer.interop.transformers_files import TOKENIZER_CONFIG
 
 # The most rows of a matrix that no piece uses: 2 in NLLB, 8 in M2M100, more where a size was rounded up.
 UNUSED = 10_000
-IDS, TOKENIZER, SETTINGS, LISTS = "vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+IDS, TOKENIZER, SPECIAL_TOKENS = "vocab.json", "tokenizer.json", "special_tokens_map.json"
 
 
-def read_vocabularies(folder: epath.Path, fields: Mapping[str, Any], size: int) -> VocabularyPair:
+def read_vocabularies(folder: epath.Path, fields: Fields, size: int) -> VocabularyPair:
     """Reads the vocabularies of both sides; they speak the languages that `tokenizer_config.json` names, if any.
 
     Args:
@@ -32,67 +34,66 @@ def read_vocabularies(folder: epath.Path, fields: Mapping[str, Any], size: int) 
     Raises:
         ValueError: a file is missing or damaged, or they do not belong together.
     """
-    settings, lists = (read_json(folder / name) if (folder / name).exists() else {} for name in (SETTINGS, LISTS))
-    if not (folder / PIECES_MODEL).exists():
-        raise ValueError(f"{folder} lacks {PIECES_MODEL}: download all files of the model")
-    model = (folder / PIECES_MODEL).read_bytes()
+    settings = Fields(TOKENIZER_CONFIG, read_json_if_there(folder / TOKENIZER_CONFIG))
+    special = Fields(SPECIAL_TOKENS, read_json_if_there(folder / SPECIAL_TOKENS))
+    model = read_file(folder / PIECES_MODEL)
     tokenizer = _tokenizer(folder, fields, settings)
+    form = FORMS[tokenizer][0]
     try:
-        named, mask = _named(folder, model, tokenizer)
+        first, last = _around_languages(folder, model, tokenizer)
         added = _added_tokens(folder, settings)
-        form = FORMS[tokenizer][0]
-        if not any(form.fullmatch(token) for token in added.values()):
-            listed = [code for code in (*_listed(settings), *_listed(lists)) if form.fullmatch(code)]
+        if not any(form.fullmatch(token) for token in added.values()):  # no file says what ids the languages have
+            listed = [code for code in (*_listed(settings), *_listed(special)) if form.fullmatch(code)]
             known = NLLB if tokenizer == "NllbTokenizer" else M2M100
-            added = dict(enumerate([*(dict.fromkeys(listed) or known), *mask], len(named)))
-        pieces = _in_order(named, added, size)
+            added = dict(enumerate([*(dict.fromkeys(listed) or known), *last], len(first)))
+        pieces = _in_order(first, added, size)
         vocabulary = FairseqVocabulary(
             model,
             pieces,
-            [piece for piece in pieces[len(named) :] if form.fullmatch(piece)],
+            [piece for piece in pieces[len(first) :] if form.fullmatch(piece)],
             tokenizer,
-            language_last=read_flag(SETTINGS, settings, "legacy_behaviour", default=False),
+            language_last=settings.flag("legacy_behaviour"),
         )
-        languages = [settings.get(name) or "" for name in ("src_lang", "tgt_lang")]
+        languages = [settings.get(name, "") for name in ("src_lang", "tgt_lang")]
         if not all(isinstance(language, str) for language in languages):
-            raise ValueError(f"{SETTINGS}: src_lang or tgt_lang is not the name of a language")
+            raise ValueError(
+                f"{TOKENIZER_CONFIG}: src_lang or tgt_lang is not the name of a language: download the file again"
+            )
         return VocabularyPair(vocabulary, vocabulary.as_target()).speaking(*languages)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _tokenizer(folder: epath.Path, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _tokenizer(folder: epath.Path, fields: Fields, settings: Fields) -> str:
     """The name of the tokenizer in transformers."""
-    for found in (settings.get("tokenizer_class"), fields.get("tokenizer_class")):
-        name = str(found or "").removesuffix("Fast")
+    for source in (settings, fields):
+        name = str(source.get("tokenizer_class", "")).removesuffix("Fast")
         if name in FORMS:
             return name
         if name and name != "PreTrainedTokenizer":
             raise ValueError(
-                f"{folder}: tokenizer_class is {name[:40]!r}, but only {' and '.join(FORMS)} can be converted: choose "
+                f"{folder}: tokenizer_class is {shown(name)}, but only {' and '.join(FORMS)} can be converted: choose "
                 "another model"
             )
     return "M2M100Tokenizer" if (folder / IDS).exists() else "NllbTokenizer"
 
 
-def _named(folder: epath.Path, model: bytes, tokenizer: str) -> tuple[list[str], list[str]]:
-    """The pieces whose ids do not depend on the languages, in order, and the pieces that follow the languages."""
+def _around_languages(folder: epath.Path, model: bytes, tokenizer: str) -> tuple[list[str], list[str]]:
+    """The pieces before the languages, in the order of their ids, and those after them."""
     if tokenizer == "NllbTokenizer":
-        processor = read_pieces(model)
-        pieces = (processor.id_to_piece(number) for number in range(processor.get_piece_size()))
-        return [*SPECIAL, *(piece for piece in pieces if piece not in SPECIAL)], [MASK]
+        return [*SPECIAL, *(piece for piece in pieces_of(model) if piece not in SPECIAL)], [MASK]
     ids = read_json(folder / IDS)
     if any(type(number) is not int for number in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
-        raise ValueError(f"{IDS} is damaged (its ids are not 0, 1, 2, …): download it again")
+        raise damaged(IDS, "its ids are not 0, 1, 2, …")
     return sorted(ids, key=ids.__getitem__), []
 
 
-def _added_tokens(folder: epath.Path, settings: Mapping[str, Any]) -> dict[int, str]:
+def _added_tokens(folder: epath.Path, settings: Fields) -> dict[int, str]:
     """The tokens that were added to the pieces, by their ids."""
     found: list[tuple[Any, Any]] = []
     try:
-        if settings.get("added_tokens_decoder"):
-            found = [(number, token["content"]) for number, token in settings["added_tokens_decoder"].items()]
+        if tokens := settings.get("added_tokens_decoder"):
+            found = [(number, token["content"]) for number, token in tokens.items()]
         elif (folder / TOKENIZER).exists():
             found = [(token["id"], token["content"]) for token in read_json(folder / TOKENIZER)["added_tokens"]]
         added = {int(number): token for number, token in found}
@@ -103,7 +104,7 @@ def _added_tokens(folder: epath.Path, settings: Mapping[str, Any]) -> dict[int, 
     return added
 
 
-def _listed(fields: Mapping[str, Any]) -> list[str]:
+def _listed(fields: Fields) -> list[str]:
     """The special tokens that a file lists."""
     found = (fields.get(name) for name in ("extra_special_tokens", "additional_special_tokens"))
     listed = next((tokens for tokens in found if tokens and isinstance(tokens, list)), [])
@@ -111,25 +112,19 @@ def _listed(fields: Mapping[str, Any]) -> list[str]:
     return [token for token in tokens if isinstance(token, str)]
 
 
-def _in_order(named: list[str], added: Mapping[int, str], size: int) -> list[str]:
+def _in_order(first: list[str], added: Mapping[int, str], size: int) -> list[str]:
     """All pieces in the order of their ids, with names for the ids that have no piece."""
+    mend = "a file belongs to another model, download all files again"
     for number, token in added.items():
         if not 0 <= number < size:
-            raise ValueError(
-                f"the id of {token!r} is {number}, but the model has {size} embeddings: a file belongs to another "
-                "model, download all files again"
-            )
-        if number < len(named) and named[number] != token:
-            raise ValueError(
-                f"the id {number} is that of {token!r} and of {named[number]!r}: a file belongs to another model, "
-                "download all files again"
-            )
-    if not len(named) <= size <= len(named) + len(added) + UNUSED:
+            raise ValueError(f"the id of {token!r} is {number}, but the model has {size} embeddings: {mend}")
+        if number < len(first) and first[number] != token:
+            raise ValueError(f"the id {number} is that of {token!r} and of {first[number]!r}: {mend}")
+    if not len(first) <= size <= len(first) + len(added) + UNUSED:
         raise ValueError(
-            f"the vocabulary has {len(named) + len(added)} pieces, but the model has {size} embeddings: a file belongs "
-            "to another model, download all files again"
+            f"the vocabulary has {len(first) + len(added)} pieces, but the model has {size} embeddings: {mend}"
         )
-    return named + [added.get(number) or f"madeupword{number}" for number in range(len(named), size)]
+    return first + [added.get(number) or f"madeupword{number}" for number in range(len(first), size)]
 
 
 def files(pair: VocabularyPair, max_length: int) -> dict[str, bytes]:
@@ -144,35 +139,34 @@ def files(pair: VocabularyPair, max_length: int) -> dict[str, bytes]:
             "to-nllb writes only models that came from-nllb, whose vocabularies know languages by code: convert "
             "to-marian or to-ctranslate2"
         )
-    pieces = source.pieces(range(source.size))
+    pieces, languages = source.all_pieces(), source.languages
     first = min(source.language_ids)
-    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    special |= {"sep_token": "</s>", "cls_token": "<s>"}
-    lists: dict[str, Any] = special | {"additional_special_tokens": list(source.languages)}
-    settings: dict[str, Any] = lists | {
+    special: dict[str, Any] = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special |= {"sep_token": "</s>", "cls_token": "<s>", "additional_special_tokens": list(languages)}
+    settings: dict[str, Any] = {
         "tokenizer_class": source.tokenizer,
         "src_lang": source.language or None,
         "tgt_lang": target.language or None,
         "model_max_length": max_length,
     }
-    stored: dict[str, Any] = {LISTS: lists, SETTINGS: settings}
+    stored: dict[str, Any] = {}
     if source.tokenizer == "NllbTokenizer":
-        lists["mask_token"] = settings["mask_token"] = MASK
+        special["mask_token"] = MASK
         settings["legacy_behaviour"] = source.language_last
         settings["added_tokens_decoder"] = {
             str(number): {"content": piece, "special": True}
             for number, piece in enumerate(pieces)
             if number in source.language_ids or piece == MASK
         }
-    else:
+    # That tokenizer has its own list of languages, and computes their ids from its order.
+    elif len(languages) == len(M2M100) and tuple(pieces[first : first + len(M2M100)]) == M2M100:
+        settings |= {"language_codes": "m2m100", "num_madeup_words": source.size - first - len(M2M100)}
         stored[IDS] = {piece: number for number, piece in enumerate(pieces[:first])}
-        unused = source.size - first - len(source.languages)
-        settings |= {"language_codes": "m2m100", "num_madeup_words": unused}
-        # That tokenizer has its own list of languages, and computes their ids from its order.
-        if tuple(pieces[first : first + len(M2M100)]) != M2M100 or len(source.languages) != len(M2M100):
-            raise ValueError(
-                "M2M100Tokenizer of transformers knows the 100 languages of M2M100 alone, and this model has "
-                f"{len(source.languages)}: convert to-ctranslate2, or fine-tune NLLB for a new language"
-            )
+    else:
+        raise ValueError(
+            "M2M100Tokenizer of transformers knows the 100 languages of M2M100 alone, and this model has "
+            f"{len(languages)}: convert to-ctranslate2, or fine-tune NLLB for a new language"
+        )
+    stored |= {SPECIAL_TOKENS: special, TOKENIZER_CONFIG: special | settings}
     texts = {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in stored.items()}
     return {PIECES_MODEL: source.pieces_model} | {name: text.encode() for name, text in texts.items()}

@@ -1,4 +1,7 @@
-"""Makes a model's parameters from another library's named tensors, once it is known which tensor is which parameter."""
+"""Makes a model's parameters from another library's named tensors, once it is known which tensor is which parameter.
+
+Glossary: D d_model, V a vocabulary's size.
+"""
 
 from collections.abc import Mapping
 
@@ -7,10 +10,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
+from flax_transformer.interop.tensor_files import Tensors
 from flax_transformer.trained_model import param_shapes
 
 
-def check_depth(config: TransformerConfig, tensors: Mapping[str, np.ndarray], place: str) -> None:
+def check_depth(config: TransformerConfig, tensors: Tensors, place: str) -> None:
     """Raises ValueError if a config has more layers than there are tensors; then not even their names are computed."""
     layers = config.num_encoder_layers + config.num_decoder_layers
     if layers > len(tensors):
@@ -28,9 +32,7 @@ def check_embeddings(name: str, matrix: np.ndarray, size: int, place: str) -> No
         )
 
 
-def build_params(
-    config: TransformerConfig, found: Mapping[str, np.ndarray], names: Mapping[str, str], place: str
-) -> PyTree:
+def build_params(config: TransformerConfig, found: Tensors, names: Mapping[str, str], place: str) -> PyTree:
     """Builds the parameters: float32 copies of the tensors, which may be mapped from files and of other types.
 
     Args:
@@ -51,3 +53,12 @@ def build_params(
                 f"be {list(leaf.shape)}: download both files again"
             )
     return unflatten_dict({path: np.array(leaf, np.float32, order="C") for path, leaf in found.items()}, sep="/")
+
+
+def embeddings(config: TransformerConfig, params: PyTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The matrices of source, target and output, each [V, D]."""
+    if config.tie_embeddings == "three_way":
+        shared = np.asarray(params["shared_embedding"]["embedding"])
+        return shared, shared, shared
+    source, target = (np.asarray(params[f"{side}_embedding"]["embedding"]) for side in ("source", "target"))
+    return source, target, np.asarray(params["output_kernel"]).T if config.tie_embeddings == "none" else target

@@ -99,12 +99,14 @@ def to_stablehlo(model: TrainedModel, folder: epath.PathLike) -> None:
         sides = {"source": vocabularies.source, "target": vocabularies.target}
         for side, vocabulary in sides.items():
             (draft / f"{side}.spm").write_bytes(vocabulary.pieces_model)
-        ids: dict[str, Any] = {"pad": config.pad_id, "start": config.start_id, "eos": config.eos_id}
-        ids |= {
+        content: dict[str, Any] = {
+            "pad": config.pad_id,
+            "start": config.start_id,
+            "eos": config.eos_id,
             "unk": vocabularies.source.unk_id,
             "banned": config.never_chosen,
+            "room": config.max_length if config.positions == "learned" else None,
         }
-        ids["room"] = config.max_length if config.positions == "learned" else None
-        content = ids | {side: each.pieces(range(each.size)) for side, each in sides.items()}
+        content |= {side: vocabulary.all_pieces() for side, vocabulary in sides.items()}
         (draft / IDS).write_text(json.dumps(content, ensure_ascii=False) + "\n")
         (draft / "translate.py").write_bytes((Path(__file__).parent / "stablehlo_example.py").read_bytes())

@@ -3,17 +3,21 @@
 import json
 import math
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from flax_transformer.interop.folders import file_inside
+from flax_transformer.files import is_remote
+from flax_transformer.interop.downloaded import damaged, file_inside, read_json
 
 # The types of weights, by the names that safetensors gives them.
-TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+Tensors = Mapping[str, np.ndarray]
+
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 SHARDS, TORCH_SHARDS = SAFETENSORS + ".index.json", TORCH + ".index.json"
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
@@ -37,15 +41,19 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{folder} has no weights, neither {SAFETENSORS} nor {TORCH}: download one of them")
 
 
-def _is_here(file: epath.Path) -> bool:
-    """Whether a file is on this machine, and not in a bucket."""
-    return "://" not in str(file)
+def not_floating(file: epath.Path, name: str, kind: object) -> str:
+    """The error for a tensor of another type than those of weights."""
+    return (
+        f"{file.name}: the tensor {name} has type {kind}, but must be floating point: quantized weights cannot be "
+        "converted, take the original ones"
+    )
 
 
 def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
     """Reads a file of the safetensors format: the length of the header in 8 bytes, the header in JSON, the data."""
     try:
-        content = np.memmap(str(file), np.uint8, "r") if _is_here(file) else np.frombuffer(file.read_bytes(), np.uint8)
+        here = not is_remote(str(file))
+        content = np.memmap(str(file), np.uint8, "r") if here else np.frombuffer(file.read_bytes(), np.uint8)
         length = int.from_bytes(content[:8].tobytes(), "little")
         if not 0 < length <= min(len(content) - 8, LONGEST_HEADER):
             raise ValueError(f"its header cannot have {length:,} bytes")
@@ -54,16 +62,13 @@ def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
         data = content[8 + length :]
         stored = {name: _slice(data, **entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
     tensors = {}
     for name, (kind, shape, part) in stored.items():
         if kind not in TYPES:
-            raise ValueError(
-                f"{file.name}: the tensor {name} has type {kind}, but must have one of {', '.join(TYPES)}: quantised "
-                "weights cannot be converted, take the original ones"
-            )
+            raise ValueError(not_floating(file, name, kind))
         if math.prod(shape) * np.dtype(TYPES[kind]).itemsize != len(part):
-            raise _damaged(file, ValueError(f"{name} has {len(part):,} bytes for the shape {shape}"))
+            raise damaged(file, f"{name} has {len(part):,} bytes for the shape {shape}")
         tensors[name] = part.view(TYPES[kind]).reshape(shape)
     return tensors
 
@@ -83,9 +88,9 @@ def _slice(
 def _shards(file: epath.Path) -> list[epath.Path]:
     """The files in a list of shards; raises ValueError if one is outside the folder."""
     try:
-        names = sorted(set(json.loads(file.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, error) from error
+        names = sorted(set(read_json(file)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(file, error) from error
     return [file_inside(file.parent, name, file.name) for name in names]
 
 
@@ -98,32 +103,24 @@ def _read_torch(file: epath.Path) -> dict[str, np.ndarray]:
         ) from error
     try:
         # `weights_only` refuses everything pickled that is not a tensor, and does not run it.
-        if _is_here(file) and zipfile.is_zipfile(str(file)):
+        if not is_remote(str(file)) and zipfile.is_zipfile(str(file)):
             loaded = dict(torch.load(str(file), map_location="cpu", weights_only=True, mmap=True))
         else:
             with file.open("rb") as stream:
                 loaded = dict(torch.load(stream, map_location="cpu", weights_only=True))
-        kinds = {name: tensor.is_floating_point() for name, tensor in loaded.items()}
+        others = sorted(name for name, tensor in loaded.items() if not tensor.is_floating_point())
     except Exception as error:  # For damaged files, or other objects than tensors, torch raises many kinds of errors.
         raise ValueError(
             f"{file} is damaged, or contains more than tensors ({type(error).__name__}): download it again, and if "
             "that does not help, do not trust it"
         ) from error
-    if not all(kinds.values()):
-        name = min(name for name, is_floating in kinds.items() if not is_floating)
-        raise ValueError(
-            f"{file.name}: the tensor {name} has type {loaded[name].dtype}, which is not floating point: quantised "
-            "weights cannot be converted, take the original ones"
-        )
+    if others:
+        raise ValueError(not_floating(file, others[0], loaded[others[0]].dtype))
 
     def as_array(tensor: Any) -> np.ndarray:
         tensor = tensor.detach()
         if tensor.dtype == torch.bfloat16:  # a type that torch does not give to NumPy
-            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return (tensor if tensor.dtype in (torch.float16, torch.float64) else tensor.float()).numpy()
 
     return {name: as_array(tensor) for name, tensor in loaded.items()}
-
-
-def _damaged(file: epath.Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is damaged ({str(error) or type(error).__name__}): download it again")

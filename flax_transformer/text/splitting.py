@@ -1,8 +1,7 @@
 """Splits texts that are too long for the model into parts that fit, and joins the parts' translations.
 
-Sentences and clauses end at the characters that Unicode says end them (annex 44, `Sentence_Terminal` and
-`Terminal_Punctuation`), so this works for every script. There are no lists of abbreviations, since each language would
-need its own.
+`text/sentences.py` knows where sentences end. Clauses end at the characters that Unicode says end them (annex 44,
+`Terminal_Punctuation`), so this works for every script.
 """
 
 import bisect
@@ -11,21 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 import regex
 
-# "." and similar marks also occur inside numbers, addresses and names, so white space must follow them. The marks of
-# other scripts do not occur there, and often no white space follows them.
-_QUOTES = r"""['"\p{Pi}\p{Pf}\p{Pe}]*(?=\s)"""
-_SENTENCE = rf"[\p{{Sentence_Terminal}}…]+{_QUOTES}"
-_SENTENCE_WITHOUT_SPACE = r"[\p{Sentence_Terminal}--[.?!]]+[\p{Pf}\p{Pe}]*"
-_CLAUSE = rf"[\p{{Terminal_Punctuation}}…–-]+{_QUOTES}"
+from flax_transformer.text.sentences import CLOSING, SENTENCE, SENTENCE_WITHOUT_SPACE, cut_sentences
+
+_CLAUSE = rf"[\p{{Terminal_Punctuation}}…–-]+{CLOSING}"
 _CLAUSE_WITHOUT_SPACE = r"[\p{Terminal_Punctuation}—--[.?!,;:]]+[\p{Pf}\p{Pe}]*"
 
-# Where a text can be cut, the best places first.
+# Where a sentence that is too long can be cut, the best places first.
 _ENDS = tuple(
     regex.compile(pattern, regex.VERSION1 | regex.DOTALL)
     for pattern in (
-        # The sentence continues if lower case follows, as in "e.g. this". The next row is for texts without upper case.
-        rf"{_SENTENCE}(?!\s+\p{{Ll}})|{_SENTENCE_WITHOUT_SPACE}",
-        rf"{_SENTENCE}|{_SENTENCE_WITHOUT_SPACE}",
+        # Every mark that may end a sentence, for texts without upper case.
+        rf"{SENTENCE}|{SENTENCE_WITHOUT_SPACE}",
         rf"{_CLAUSE}|{_CLAUSE_WITHOUT_SPACE}",
         r"[\s\u200b]+",  # Khmer and Thai may have zero-width spaces between words
         r"\X",  # a grapheme cluster: a letter with its marks
@@ -59,8 +54,8 @@ def split_sentence(text: str, length: Callable[[str], int], limit: int) -> list[
     def measure(part: str) -> int:
         return length(part.strip())
 
-    sentences = [text] if measure(text) <= limit else _cut(text, _ENDS[0])
-    parts = [part for sentence in sentences for part in _split(sentence, measure, limit, _ENDS[1:])]
+    sentences = [text] if measure(text) <= limit else cut_sentences(text)
+    parts = [part for sentence in sentences for part in _split(sentence, measure, limit, _ENDS)]
     return [stripped for part in parts if (stripped := part.strip())] or [""]
 
 
@@ -68,9 +63,13 @@ def join_parts(parts: Iterable[str]) -> str:
     """Joins parts, or their translations, with spaces, but without them between Chinese or Japanese characters."""
     joined = ""
     for part in filter(None, parts):
-        apart = joined and not (_WITHOUT_SPACE.match(joined[-1]) and _WITHOUT_SPACE.match(part[0]))
-        joined += f" {part}" if apart else part
+        joined += f" {part}" if needs_space(joined, part) else part
     return joined
+
+
+def needs_space(before: str, after: str) -> bool:
+    """Whether a space belongs between two texts: not between Chinese or Japanese characters, nor beside nothing."""
+    return bool(before and after) and not (_WITHOUT_SPACE.match(before[-1]) and _WITHOUT_SPACE.match(after[0]))
 
 
 def _split(text: str, length: Callable[[str], int], limit: int, ends: Sequence[regex.Pattern[str]]) -> list[str]:

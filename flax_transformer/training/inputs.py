@@ -93,9 +93,9 @@ def load_texts(experiment: Experiment) -> dict[str, ParallelText]:
     """Loads the experiment's corpora, by "train", "valid" and "test"; raises ValueError if one cannot be loaded."""
     if not experiment.data.train:
         raise ValueError("data.train is empty: name a corpus, e.g. --config.data.train=files:train.en,train.de")
-    named = {"train": experiment.data.train, "valid": experiment.data.valid, "test": experiment.data.test}
-    temperature = {"train": experiment.data.temperature}
-    return {name: load_corpus(spec, temperature.get(name, 1)) for name, spec in named.items() if spec}
+    texts = {"train": load_corpus(experiment.data.train, experiment.data.temperature)}
+    held_out = {"valid": experiment.data.valid, "test": experiment.data.test}
+    return texts | {name: load_corpus(spec) for name, spec in held_out.items() if spec}
 
 
 def prepare(

@@ -4,6 +4,10 @@ import re
 
 import pytest
 
+from flax_transformer.commands import clean as command
+from flax_transformer.commands.clean import NAMES, STATEFUL
+from flax_transformer.data.cleaning import RULES
+from flax_transformer.text.spelling import in_one_cell
 from tests.data.test_cleaning import BAD, GOOD
 
 
@@ -50,11 +54,16 @@ def test_each_rule_is_reported_with_examples_and_cleaning_again_changes_nothing(
     assert 2 * len(counts) >= report.count("    line ") > len(counts)
     # Every dropped pair is listed with the number of its line.
     listed = (tmp_path / "lines.tsv").read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
-    fields = [line.split("\t", 2) for line in listed]
-    assert all(rest == "\t".join(pairs[int(number) - 1]) for number, _, rest in fields)
+    fields = [line.split("\t") for line in listed]
+    assert all(tuple(sides) == tuple(map(in_one_cell, pairs[int(number) - 1])) for number, _, *sides in fields)
     assert len(fields) == len(pairs) - len(kept)
     again, report = clean(kept, given=("clean.kn", "clean.en"), made=("again.kn", "again.en"))
     assert again == kept and "100.00 %" in report
+
+
+def test_the_help_names_every_rule_in_the_order_in_which_they_are_asked():
+    assert (*RULES, *STATEFUL) == NAMES
+    assert re.findall(r"^  (\w+)  ", command.__doc__, re.MULTILINE) == [*NAMES]
 
 
 def test_several_processes_find_the_same(clean):

@@ -285,3 +285,35 @@ def test_given_translations_are_scored_over_all_tokens_even_with_a_shortlist(run
 def test_a_damaged_shortlist_is_an_error_that_names_the_work_directory(fail, listed, source):
     (listed / "shortlist.bin").write_bytes((listed / "shortlist.bin").read_bytes()[:-3])
     assert f"{listed}/shortlist.bin is damaged" in fail("translate", "--workdir", listed, "--input", source)
+
+
+PAGE = "<!DOCTYPE html>\n<h1 title='old'>The dog</h1>\n<p>it is <b>old</b> &amp; slow.<br>\n"
+
+
+def test_a_page_of_html_is_translated_as_a_whole(run, workdir, tmp_path):
+    page, output = tmp_path / "page.html", tmp_path / "out.html"
+    page.write_bytes(PAGE.encode())
+    assert run("translate", "--workdir", workdir, "--markup", "--input", page, "--output", output) == ""
+    said = output.read_text()
+    wanted = ["<!DOCTYPE html>", '<h1 title="old">', "</h1>", "<p>", "<b>", "</b>", "<br>", "</p>"]
+    assert sorted(re.findall("<[^>]+>", said)) == sorted(wanted)
+    assert run("translate", "--workdir", workdir, "--markup", given=PAGE) == said
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--markup", "--format=tsv"), "--format is for lines, and --markup translates a whole page"),
+        (("--markup", "--prefixes=x"), "--prefixes is for lines"),
+        (("--markup", "--interactive"), "--markup cannot be combined with --interactive"),
+        (("--replace_unknown", "--interactive"), "--replace_unknown cannot be combined with --interactive"),
+    ],
+)
+def test_options_that_do_not_go_with_pages(fail, unloaded, options, error):
+    assert error in fail("translate", "--workdir=runs/x", *options)
+
+
+def test_unknown_characters_are_copied_if_asked_for(run, workdir, translator):
+    line = "the \u2603 dog"
+    said = run("translate", "--workdir", workdir, "--replace_unknown", given=f"{line}\n")
+    assert said == f"{translator.translate([line], replace_unknown=True)[0]}\n"

@@ -1,3 +1,6 @@
+import dataclasses
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -49,21 +52,27 @@ def test_a_pair_counts_for_the_first_rule_that_is_applied():
 
 
 @pytest.mark.parametrize(
-    ("change", "pair"),
+    ("change", "pair", "rule"),
     [
-        ({"max_characters": 4}, ("ಮನೆ", "house")),
-        ({"max_ratio": 1.5}, ("ಮನೆಗಳು", "a house of stone")),
-        ({"min_letters": 0.9}, ("ಮನೆ", "house!!")),
-        ({"min_script": 0.8}, ("GNOME ಮನೆ", "a house")),
-        ({"max_repeats": 2}, ("ಪವಿತ್ರನು", "holy, holy, holy")),
+        ({"max_characters": 4}, ("ಮನೆ", "house"), "long"),
+        ({"max_ratio": 1.5}, ("ಮನೆಗಳು", "a house of stone"), "ratio"),
+        ({"min_letters": 0.9}, ("ಮನೆ", "house!!"), "letters"),
+        ({"min_script": 0.8}, ("GNOM ಮನೆಗಳು", "a house"), "script"),
+        ({"max_repeats": 2}, ("ಪವಿತ್ರನು", "holy, holy, holy"), "repeats"),
     ],
 )
-def test_limits_can_be_set(change, pair):
-    languages = {"source_language": "kn", "target_language": "en"}
-    assert first_broken(*pair, CleaningRules(**languages)) in ("", "script")
-    assert first_broken(*pair, CleaningRules(**languages, **change)) != first_broken(
-        *pair, CleaningRules(**languages, without=["script"])
-    )
+def test_limits_can_be_set(change, pair, rule):
+    assert first_broken(*pair, KANNADA) == ""
+    assert first_broken(*pair, dataclasses.replace(KANNADA, **change)) == rule
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [("ar", "كَتَبَ"), ("vi", unicodedata.normalize("NFD", "Tiếng Việt")), ("ja", "コーヒー"), ("kn", "...")],
+)
+def test_marks_and_signs_that_belong_to_no_script_do_not_count(language, text):
+    assert not RULES["script"](text, "", CleaningRules(source_language=language))
+    assert RULES["script"](f"{text} {'слово' * 3}", "", CleaningRules(source_language=language))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.data.vocabulary import FILES, VocabularyPair
+from flax_transformer.files import OWN_FILES
 from tests.data.test_sentencepiece_vocabulary import CONFIG, ENGLISH, KANNADA, SEPARATE
 
 
@@ -21,6 +22,10 @@ def test_a_saved_pair_loads_the_same(config, tmp_path):
     assert loaded.joint == pair.joint == config.joint
     assert loaded.source.to_bytes() == pair.source.to_bytes() and loaded.target.to_bytes() == pair.target.to_bytes()
     assert loaded.fingerprint() == pair.fingerprint()
+
+
+def test_all_files_of_vocabularies_are_known_as_parts_of_a_work_directory():
+    assert set(FILES) <= set(OWN_FILES)
 
 
 def test_saving_again_replaces_all_files(pair, tmp_path):

@@ -229,6 +229,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_sentences_from_four_threads_at_random_times_some_cancelled_get_what_each_gets_alone(make_engine):
     """300 sentences of mixed lengths, with every kind of search, prefixes, limits and streams."""
     engine, rng = make_engine(290, 291, batch_tokens=128), np.random.default_rng(11)

@@ -88,10 +88,10 @@ def change(folder, file, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def fails(folder, tmp_path, match):
+def fails(folder, tmp_path, match, convert=from_marian):
     """Converting must fail with one line, and leave nothing."""
     with pytest.raises(ValueError, match=match) as raised:
-        from_marian(folder, tmp_path / "work")
+        convert(folder, tmp_path / "work")
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 

@@ -10,7 +10,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.interop.marian import from_marian, read_marian, to_marian
-from flax_transformer.interop.marian_tensors import concatenate_waves
+from flax_transformer.interop.transformers_tensors import concatenate_waves
 from flax_transformer.model import Transformer
 from flax_transformer.trained_model import TrainedModel
 from tests.interop.conftest import MARIAN, TYINGS, change, edit_tensors, fails, same_tree
@@ -54,7 +54,8 @@ def test_interleaved_positions_become_concatenated_without_other_changes(make_mo
     ("changes", "match"),
     [
         ({"norm": "pre"}, "model.norm is 'pre'"),
-        ({"decoder_autoregression": "ssru"}, 'model.decoder_autoregression is "ssru", which transformers'),
+        ({"decoder_autoregression": "ssru"}, "model.decoder_autoregression is 'ssru', but transformers' Marian needs"),
+        ({"zero_start": True}, "model.zero_start is True"),
         ({"positions": "learned"}, "model.positions is 'learned'"),
         ({"norm_epsilon": 1e-6}, "model.norm_epsilon is 1e-06"),
     ],
@@ -119,7 +120,9 @@ def test_a_model_may_get_the_positions_that_marian_trained_it_with(folder, tmp_p
     assert usual.positions == "sinusoidal_concatenated"
     trained = from_marian(folder, tmp_path / "work", trained_positions=True).config
     assert trained == dataclasses.replace(usual, positions="sinusoidal_tensor2tensor")
-    with pytest.raises(ValueError, match="transformers computes the paper's sinusoidal ones"):
+    with pytest.raises(
+        ValueError, match="is 'sinusoidal_tensor2tensor', but transformers' Marian needs 'sinusoidal' or"
+    ):
         to_marian(TrainedModel.load(tmp_path / "work"), tmp_path / "again")
 
 

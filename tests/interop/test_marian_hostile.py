@@ -13,9 +13,9 @@ from etils import epath
 
 from flax_transformer.interop import parameters
 from flax_transformer.interop.marian import read_marian
-from flax_transformer.interop.marian_items import read_items
+from flax_transformer.interop.marian_native_items import read_items
+from tests.interop.conftest import fails
 from tests.interop.marian_reference import OPTIONS, pieces_model, random_tensors, settings, write_bin, write_npz
-from tests.interop.test_marian_native import fails
 
 MUTATIONS = {write_bin: 1500, write_npz: 500}
 SMALL = {**OPTIONS, "dec-depth": 1}
@@ -132,7 +132,7 @@ HOSTILE = {
     "npy header": (archive(Wemb=npy("__import__('os').system('true')")), "Wemb is no array of numbers"),
     "npy type": (archive(Wemb=npy(HEADER.format("'<i4'", (4,)), bytes(16))), "has type int32, but must be floating"),
     "zip bomb": (archive(Wemb=npy(HEADER.format("'<f4'", (10**7,)), bytes(4 * 10**7))), "much larger than the file"),
-    "no settings": (archive(Wemb=npy(HEADER.format("'<f4'", (4,)), bytes(16))), "has no settings"),
+    "no settings": (archive(Wemb=npy(HEADER.format("'<f4'", (4,)), bytes(16))), "has no options"),
 }
 
 

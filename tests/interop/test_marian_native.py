@@ -14,7 +14,7 @@ from flax_transformer.interop.marian import from_marian, read_marian
 from flax_transformer.interop.marian_native import to_marian_native
 from flax_transformer.model import Transformer
 from flax_transformer.trained_model import TrainedModel
-from tests.interop.conftest import same_tree
+from tests.interop.conftest import fails, same_tree
 from tests.interop.marian_reference import (
     BEFORE,
     OPTIONS,
@@ -248,14 +248,6 @@ def test_an_option_that_cannot_be_converted_is_named_with_its_value(vocabularies
     folder, tensors, _ = make(tmp_path / "downloaded", vocabularies)
     write_npz(folder / "model.npz", tensors, OPTIONS | changes)
     fails(folder, tmp_path, match)
-
-
-def fails(folder, tmp_path, match):
-    """Converting must fail with one line, and leave nothing."""
-    with pytest.raises(ValueError, match=match) as raised:
-        from_marian(folder, tmp_path / "work")
-    assert "\n" not in str(raised.value)
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_a_vocabulary_of_another_size_is_an_error(vocabularies, tmp_path):

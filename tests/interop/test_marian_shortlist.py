@@ -111,6 +111,8 @@ def test_a_mutated_file_is_read_as_a_consistent_shortlist_or_is_an_error_of_one_
             continue
         read_ones += content != file_of()
         size = max(int(shortlist.words.max(initial=0)) + 1, shortlist.sources)
+        if size > 100_000:
+            continue  # no vocabulary is as large, and `check_fits` says so
         allowed = shortlist.allowed(range(-(-len(content) // 4)), size)
         assert len(allowed) == len(set(allowed.tolist())) and allowed.min(initial=0) >= 0
     assert read_ones if repair else not read_ones

@@ -84,7 +84,7 @@ def test_a_part_is_as_long_as_possible(length):
     "text",
     [
         'He said "Go on." |(Or did he?) |"Yes!" |Then… |So.',
-        "It is 3.14, e.g. at 5:30 in U.S.A. |Why?! he asked. |End.",
+        "It is 3.14, e.g. at 5:30 in U.S.A. Why?! he asked. |End.",
         "»Ja.« |„Nein.“ |Gut.",
         "नमस्ते। |आप कैसे हैं॥|ठीक हूँ।",
         "ನಮಸ್ಕಾರ। |ಹೇಗಿದ್ದೀರಿ? |ಚೆನ್ನಾಗಿದ್ದೇನೆ.",

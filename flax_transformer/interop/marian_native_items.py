@@ -1,4 +1,4 @@
-"""Reads and writes the files in which Marian keeps a model, `.npz` and `.bin`: named tensors, and its settings as YAML.
+"""Reads and writes the files in which Marian keeps a model, `.npz` and `.bin`: named tensors, and its options as YAML.
 
 A `.bin` file begins with two numbers, the format's version and the number of items; then come four numbers for each
 item (lengths of its name, type, number of dimensions, bytes of its data), all names, all shapes, padding, and the data
@@ -14,14 +14,15 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 
-Tensors = Mapping[str, np.ndarray]
+from flax_transformer.interop.downloaded import damaged, read_file
+from flax_transformer.interop.tensor_files import Tensors, not_floating
 
-SETTINGS = "special:model.yml"
+OPTIONS = "special:model.yml"  # the item that holds the model's options
 FLOATS = {0x0404: "<f4", 0x0402: "<f2"}
 QUANTIZED = {0x4101: "<i1", 0x4102: "<i2"}  # intgemm's, for any processor
 BYTES = 0x0101
@@ -43,27 +44,24 @@ def read_items(file: epath.Path) -> tuple[dict[str, np.ndarray], bytes]:
     """Reads one model file.
 
     Returns:
-        The tensors by name, float32 whatever they are stored as, and the text of the settings.
+        The tensors by name, float32 whatever they are stored as, and the text of the model's options.
 
     Raises:
-        ValueError: the file is missing, damaged or encrypted, has no settings, or has a tensor of a type that only one
+        ValueError: the file is missing, damaged or encrypted, has no options, or has a tensor of a type that only one
             kind of processor can read.
     """
-    if not file.exists() or file.is_dir():
-        raise ValueError(f"{file} is missing: download it")
-    content = file.read_bytes()
+    content = read_file(file)
     read = _read_npz if content[:2] == b"PK" else _read_bin
     try:
         tensors = dict(read(file, content))
     except Refused as error:
         raise ValueError(str(error)) from error
     except DAMAGES as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} is damaged ({reason[:200]}): download it again") from error
-    if SETTINGS not in tensors:
-        raise ValueError(f"{file} has no settings ({SETTINGS}): take a model that Marian saved itself")
-    settings = tensors.pop(SETTINGS).tobytes().partition(b"\0")[0]
-    return tensors, settings
+        raise damaged(file, error) from error
+    if OPTIONS not in tensors:
+        raise ValueError(f"{file} has no options ({OPTIONS}): take a model that Marian saved itself")
+    options = tensors.pop(OPTIONS).tobytes().partition(b"\0")[0]
+    return tensors, options
 
 
 class Refused(Exception):
@@ -84,14 +82,11 @@ def _read_npz(file: epath.Path, content: bytes) -> Iterator[tuple[str, np.ndarra
             with archive.open(member) as stream:
                 # With a length, because without one a small part may unpack to more than its size says.
                 array = _read_npy(name, stream.read(member.file_size + 1))
-            if name == SETTINGS:
+            if name == OPTIONS:
                 if array.dtype.itemsize != 1:
-                    raise ValueError(f"{SETTINGS} is no text")
+                    raise ValueError(f"{OPTIONS} is no text")
             elif array.dtype.kind != "f":
-                raise Refused(
-                    f"{file.name}: the tensor {name} has type {array.dtype}, but must be floating point: quantized "
-                    "weights are read from .bin files of Marian only, take the original ones"
-                )
+                raise Refused(not_floating(file, name, array.dtype))
             else:
                 array = array.astype(np.float32)
             yield name, array
@@ -150,7 +145,7 @@ def _read_bin(file: epath.Path, content: bytes) -> Iterator[tuple[str, np.ndarra
 
 
 def _read_item(file: epath.Path, name: str, kind: int, shape: tuple[int, ...], data: bytes) -> np.ndarray:
-    if name == SETTINGS and kind == BYTES:
+    if name == OPTIONS and kind == BYTES:
         return np.frombuffer(data, np.int8)
     if kind not in FLOATS | QUANTIZED:
         known = PACKED.get(kind, hex(kind))
@@ -173,13 +168,13 @@ def _read_item(file: epath.Path, name: str, kind: int, shape: tuple[int, ...], d
     return values.reshape(shape) if name.endswith("Wemb") else values.reshape(shape[::-1]).T
 
 
-def write_npz(tensors: Tensors, settings: str) -> bytes:
-    """The bytes of a `.npz` file that Marian reads; `settings` is YAML."""
+def write_npz(tensors: Tensors, options: str) -> bytes:
+    """The bytes of a `.npz` file that Marian reads; `options` is YAML."""
     stream = io.BytesIO()
     # Not numpy.savez: Marian's reader does not know the zip64 headers that it writes.
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        text = np.frombuffer(settings.encode() + b"\0", np.int8)
-        for name, array in [*tensors.items(), (SETTINGS, text)]:
+        text = np.frombuffer(options.encode() + b"\0", np.int8)
+        for name, array in [*tensors.items(), (OPTIONS, text)]:
             member = io.BytesIO()
             np.lib.format.write_array(member, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())

@@ -1,13 +1,13 @@
 """Converts the named tensors of Marian, M2M100 and NLLB models, as transformers has them, to our parameters and back.
 
-Marian's linear maps are stored [out, in], ours [in, out]; norms and embeddings are the same arrays. Both formats store
+Their linear maps are stored [out, in], ours [in, out]; norms and embeddings are the same arrays. Both formats store
 a shared matrix once, but not by the same rules; here matrices are shared if they are equal.
 
 Glossary: D d_model, V a vocabulary's size.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.interop.parameters import build_params, check_depth, check_embeddings
-
-Tensors = Mapping[str, np.ndarray]
+from flax_transformer.interop.parameters import build_params, check_depth, check_embeddings, embeddings
+from flax_transformer.interop.tensor_files import Tensors
 
 SHARED, SOURCE, TARGET = "model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"
 OUTPUT, OUTPUT_BIAS = "lm_head.weight", "final_logits_bias"
@@ -26,15 +25,6 @@ POSITIONS = {
     f"model.{stack}.embed_positions.{name}" for stack in ("encoder", "decoder") for name in ("weight", "weights")
 }
 ATTENTION_PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
-
-
-def check_layers(config: TransformerConfig, theirs: str) -> None:
-    """Raises ValueError if the decoder has layers that neither `theirs` nor the functions below know."""
-    if config.decoder_autoregression != "self_attention":
-        raise ValueError(
-            f'model.decoder_autoregression is "{config.decoder_autoregression}", which {theirs} does not have: '
-            'convert to-stablehlo, or train with "self_attention"'
-        )
 
 
 def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
@@ -60,23 +50,14 @@ def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
             yield f"{stack}/norm/bias", f"model.{stack}.layer_norm.bias"
 
 
-def embeddings(config: TransformerConfig, params: PyTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The matrices of source, target and output, each [V, D]."""
-    if config.tie_embeddings == "three_way":
-        shared = np.asarray(params["shared_embedding"]["embedding"])
-        return shared, shared, shared
-    source, target = (np.asarray(params[f"{side}_embedding"]["embedding"]) for side in ("source", "target"))
-    return source, target, np.asarray(params["output_kernel"]).T if config.tie_embeddings == "none" else target
-
-
 def from_tensors(
     config: TransformerConfig, tensors: Tensors, *, shared: bool, tied: bool
 ) -> tuple[TransformerConfig, PyTree]:
-    """Makes our parameters from Marian's tensors.
+    """Makes our parameters from the tensors of a model.
 
     Args:
         config: the model's config, in which it is still open which embeddings are tied.
-        tensors: arrays by Marian's names; they may be mapped from files.
+        tensors: arrays by their names in transformers; they may be mapped from files.
         shared: whether source and target share their embeddings according to the configuration.
         tied: whether the output is tied to them according to the configuration.
 
@@ -104,7 +85,7 @@ def from_tensors(
     for path, name in layer_names(config):
         named[path] = name
         if name in tensors:
-            found[path] = tensors[name].T
+            found[path] = tensors[name].T  # vectors stay as they are
     if unknown := tensors.keys() - {SHARED, *named.values()}:
         raise ValueError(f"the tensor {min(unknown)} is unknown, and no part of such a model")
     check_embeddings(SOURCE, source, config.source_vocab_size, "config.json")
@@ -140,9 +121,10 @@ def _same(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def to_tensors(config: TransformerConfig, params: PyTree) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
-    """The tensors of a model by Marian's names, and the two fields of its configuration that say what is shared.
+    """The tensors of a model by their names in transformers, and the two fields that say which of them are shared.
 
-    A bias of the output is among them if the model has one, and zeros if its norms are Marian's.
+    A bias of the output is among them if the model has one. Marian, which has the norm after each sub-layer, always
+    has that bias; it is zero if the model has none.
     """
     source, target, output = embeddings(config, params)
     shared, tied = np.array_equal(source, target), np.array_equal(target, output)

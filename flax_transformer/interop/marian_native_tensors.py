@@ -6,16 +6,15 @@ least one more id, whose embedding is zero and whose logit is always `NEVER`.
 Glossary: D d_model, V a vocabulary's size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.interop.parameters import build_params, check_depth, check_embeddings
-
-Tensors = Mapping[str, np.ndarray]
+from flax_transformer.interop.parameters import build_params, check_depth, check_embeddings, embeddings
+from flax_transformer.interop.tensor_files import Tensors
 
 SHARED, SOURCE, TARGET = "Wemb", "encoder_Wemb", "decoder_Wemb"
 # The second is of older versions, and lies [D, V].
@@ -59,7 +58,7 @@ def layer_names(config: TransformerConfig) -> Iterator[tuple[str, str]]:
                 yield ours, theirs
 
 
-def from_items(
+def from_tensors(
     config: TransformerConfig, tensors: Tensors, sizes: tuple[int, int], *, bias: bool, place: str
 ) -> PyTree:
     """Makes our parameters from Marian's tensors.
@@ -116,18 +115,27 @@ def _lengthened(array: np.ndarray, size: int, value: float) -> np.ndarray:
     return np.pad(array, more, constant_values=value)
 
 
-def to_items(config: TransformerConfig, params: PyTree, sizes: tuple[int, int], *, bias: bool) -> dict[str, np.ndarray]:
-    """The tensors of a model by Marian's names; `sizes` and `bias` as in Marian's file, the rows after them are cut."""
-    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+def to_tensors(
+    config: TransformerConfig, params: PyTree, sizes: tuple[int, int], *, bias: bool
+) -> dict[str, np.ndarray]:
+    """The tensors of a model by Marian's names.
+
+    Args:
+        config: the model's config.
+        params: its parameters.
+        sizes: the sizes of source and target vocabulary in Marian's files; further rows are left out.
+        bias: whether Marian gets a bias on the logits.
+    """
+    source, target, output = embeddings(config, params)
     if config.tie_embeddings == "three_way":
-        items = {SHARED: flat["shared_embedding/embedding"][: sizes[0]]}
+        tensors = {SHARED: source[: sizes[0]]}
     else:
-        items = {SOURCE: flat["source_embedding/embedding"][: sizes[0]]}
-        items[TARGET] = flat["target_embedding/embedding"][: sizes[1]]
+        tensors = {SOURCE: source[: sizes[0]], TARGET: target[: sizes[1]]}
     if config.tie_embeddings == "none":
-        items[OUTPUT] = flat["output_kernel"].T[: sizes[1]]
+        tensors[OUTPUT] = output[: sizes[1]]
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     if bias:
-        items[OUTPUT_BIAS] = flat["output_bias"][None, : sizes[1]]
+        tensors[OUTPUT_BIAS] = flat["output_bias"][None, : sizes[1]]
     for path, name in layer_names(config):
-        items[name] = flat[path] if path.endswith("kernel") else flat[path][None]
-    return {name: np.array(tensor, np.float32, order="C") for name, tensor in items.items()}
+        tensors[name] = flat[path] if path.endswith("kernel") else flat[path][None]
+    return {name: np.array(tensor, np.float32, order="C") for name, tensor in tensors.items()}

@@ -5,22 +5,22 @@ An option that is missing has Marian's default.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.interop.fields import KnownFields, read_flag, read_number, shown
-from flax_transformer.interop.marian_items import SETTINGS
+from flax_transformer.interop.fields import Fields, KnownFields, check_options, shown
 from flax_transformer.interop.yaml_text import read_yaml
 
 # Marian's name for quick_gelu is gelu: until version 1.12 that was the only one, and CTranslate2 reads it so, too.
 ACTIVATIONS = {"relu": "relu", "swish": "swish", "gelu": "quick_gelu"}
+AUTOREGRESSIONS = {"self-attention": "self_attention", "rnn": "ssru"}
 # transformer-preprocess, -postprocess and -postprocess-top; d, which is dropout, may stand anywhere.
 NORMS = {"post": ("", "an", ""), "pre": ("n", "a", "n")}
 NORM_OPTIONS = ("transformer-preprocess", "transformer-postprocess", "transformer-postprocess-top")
 NORM_EPSILON = 1e-6
 MAX_LENGTH = 512  # Marian's positions have no end; longer sentences are split
-OPTIONS = KnownFields(
+FIELDS = KnownFields(
     fixed={
         "type": "transformer",
         "factors-dim-emb": 0,
@@ -88,86 +88,74 @@ OPTIONS = KnownFields(
 )
 
 
-def read_options(settings: bytes, place: object) -> TransformerConfig:
+def read_options(text: bytes, place: str) -> TransformerConfig:
     """Makes our config from the text of `special:model.yml`, except for the ids of special tokens.
 
     Args:
-        settings: the text.
-        place: the file in which it stands, for errors.
+        text: YAML.
+        place: where it stands, for errors.
 
     Raises:
         ValueError: the text is no YAML, or an option is unknown or asks for what our models do not compute; names it.
     """
-    place = f"{SETTINGS} of {place}"
-    options = read_yaml(settings, place)
-    if not isinstance(options, dict):
+    values = read_yaml(text, place)
+    if not isinstance(values, dict):
         raise ValueError(f"{place} has no options: download the file again")
-    options = {name: _typed(value) for name, value in options.items()}
+    values = {name: _typed(value) for name, value in values.items()}
     for name in (*NORM_OPTIONS, "transformer-postprocess-emb"):
         default = "dan" if name == "transformer-postprocess" else ""
-        options[name] = str(options.get(name, default)).replace("d", "")
-    if options.get("input-types") == ["sequence", "sequence"]:  # the same as none
-        options["input-types"] = []
-    if options.get("transformer-decoder-ffn-depth") == 0:  # the same as the encoder's
-        options["transformer-decoder-ffn-depth"] = 2
-    OPTIONS.check(place, options)
-
-    def number(name: str, default: int) -> int:
-        return read_number(place, options, name, default=default)
-
-    def flag(name: str) -> bool:
-        return read_flag(place, options, name, default=False)
-
-    def choice(name: str, default: str, choices: Mapping[str, str]) -> str:
-        value = options.get(name, default)
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{place}: {name} is {shown(value)}, but only {', '.join(choices)} can be converted")
-        return choices[value]
-
+        values[name] = str(values.get(name, default)).replace("d", "")
+    if values.get("input-types") == ["sequence", "sequence"]:  # the same as none
+        values["input-types"] = []
+    if values.get("transformer-decoder-ffn-depth") == 0:  # the same as the encoder's
+        values["transformer-decoder-ffn-depth"] = 2
+    FIELDS.check(place, values)
+    options = Fields(place, values)
     sizes = options.get("dim-vocabs")
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int for size in sizes):
         raise ValueError(f"{place}: dim-vocabs is {shown(sizes)}, but must be the sizes of one source and one target")
-    d_ff = number("transformer-dim-ffn", 2048)
-    if number("transformer-decoder-dim-ffn", 0) not in (0, d_ff):
+    d_ff = options.number("transformer-dim-ffn", 2048)
+    decoder_d_ff = options.number("transformer-decoder-dim-ffn", 0)
+    if decoder_d_ff not in (0, d_ff):
         raise ValueError(
-            f"{place}: transformer-decoder-dim-ffn is {options['transformer-decoder-dim-ffn']} and transformer-dim-ffn "
-            f"is {d_ff}, but they must be equal"
+            f"{place}: transformer-decoder-dim-ffn is {decoder_d_ff} and transformer-dim-ffn is {d_ff}, but they must "
+            "be equal: choose another model"
         )
-    kinds = {"self-attention": "self_attention", "rnn": "ssru"}
-    autoregression = choice("transformer-decoder-autoreg", "self-attention", kinds)
+    autoregression = options.choice("transformer-decoder-autoreg", "self-attention", AUTOREGRESSIONS)
     if autoregression == "ssru":
-        choice("dec-cell", "gru", {"ssru": "ssru"})
-    tied = flag("tied-embeddings-all") or flag("tied-embeddings")
-    shared = flag("tied-embeddings-all") or flag("tied-embeddings-src")
+        options.choice("dec-cell", "gru", {"ssru": "ssru"})
+    tied, shared = options.flag("tied-embeddings"), options.flag("tied-embeddings-src")
+    if options.flag("tied-embeddings-all"):
+        tied = shared = True
     return TransformerConfig(
         source_vocab_size=sizes[0],
         target_vocab_size=sizes[1],
-        d_model=number("dim-emb", 512),
-        num_heads=number("transformer-heads", 8),
+        d_model=options.number("dim-emb", 512),
+        num_heads=options.number("transformer-heads", 8),
         d_ff=d_ff,
-        num_encoder_layers=number("enc-depth", 1),
-        num_decoder_layers=number("dec-depth", 1),
-        norm=_norm(place, options),
+        num_encoder_layers=options.number("enc-depth", 1),
+        num_decoder_layers=options.number("dec-depth", 1),
+        norm=_norm(options),
         norm_epsilon=NORM_EPSILON,
-        activation=choice("transformer-ffn-activation", "swish", ACTIVATIONS),
+        activation=options.choice("transformer-ffn-activation", "swish", ACTIVATIONS),
         positions="sinusoidal_tensor2tensor",
         max_length=MAX_LENGTH,
         tie_embeddings=("three_way" if shared else "decoder") if tied else "none",
-        output_bias=not flag("output-omit-bias"),
+        output_bias=not options.flag("output-omit-bias"),
         zero_start=True,
         decoder_autoregression=autoregression,
     )
 
 
-def _norm(place: object, options: Mapping[str, Any]) -> str:
-    found = tuple(options[name] for name in NORM_OPTIONS)
+def _norm(options: Fields) -> str:
+    found = tuple(options.get(name) for name in NORM_OPTIONS)
     for norm, wanted in NORMS.items():
         if found == wanted:
             return norm
     written = ", ".join(f"{name} {shown(value)}" for name, value in zip(NORM_OPTIONS, found, strict=True))
     raise ValueError(
-        f"{place}: without the d of dropout it has {written}, but only '', 'an', '' (norm after each sub-layer) and "
-        "'n', 'a', 'n' (before, and at the end) can be converted"
+        f"{options.place}: without the d of dropout it has {written}, but only '', 'an', '' (norm after each "
+        "sub-layer) and 'n', 'a', 'n' (before, and at the end) can be converted: choose another model"
     )
 
 
@@ -193,9 +181,8 @@ def write_options(config: TransformerConfig, sizes: tuple[int, int], *, bias: bo
     """
     _check_expressible(config)
     norms = dict(zip(NORM_OPTIONS, NORMS[config.norm], strict=True))
-    ssru = config.decoder_autoregression == "ssru"
     options: dict[str, Any] = {
-        "dec-cell": "ssru" if ssru else "gru",
+        "dec-cell": "ssru" if config.decoder_autoregression == "ssru" else "gru",
         "dec-depth": config.num_decoder_layers,
         "dim-emb": config.d_model,
         "dim-vocabs": list(sizes),
@@ -207,9 +194,9 @@ def write_options(config: TransformerConfig, sizes: tuple[int, int], *, bias: bo
         "tied-embeddings": config.tie_embeddings == "decoder",
         "tied-embeddings-all": config.tie_embeddings == "three_way",
         "tied-embeddings-src": False,
-        "transformer-decoder-autoreg": "rnn" if ssru else "self-attention",
+        "transformer-decoder-autoreg": _name_in_marian(AUTOREGRESSIONS, config.decoder_autoregression),
         "transformer-dim-ffn": config.d_ff,
-        "transformer-ffn-activation": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation],
+        "transformer-ffn-activation": _name_in_marian(ACTIVATIONS, config.activation),
         "transformer-ffn-depth": 2,
         "transformer-guided-alignment-layer": "last",
         "transformer-heads": config.num_heads,
@@ -227,18 +214,17 @@ def write_options(config: TransformerConfig, sizes: tuple[int, int], *, bias: bo
     return "".join(f"{name}: {json.dumps(value)}\n" for name, value in options.items())
 
 
+def _name_in_marian(ours_by_theirs: Mapping[str, str], ours: str) -> str:
+    return next(theirs for theirs, other in ours_by_theirs.items() if other == ours)
+
+
 def _check_expressible(config: TransformerConfig) -> None:
-    wanted = {
-        "norm_epsilon": (NORM_EPSILON,),
-        "activation": tuple(ACTIVATIONS.values()),
-        "positions": ("sinusoidal_tensor2tensor",),
-        "position_offset": (0,),
-        "scale_embeddings": (True,),
-        "zero_start": (True,),
+    wanted: dict[str, Collection[Any]] = {
+        "norm_epsilon": [NORM_EPSILON],
+        "activation": ACTIVATIONS.values(),
+        "positions": ["sinusoidal_tensor2tensor"],
+        "position_offset": [0],
+        "scale_embeddings": [True],
+        "zero_start": [True],
     }
-    for name, values in wanted.items():
-        if getattr(config, name) not in values:
-            raise ValueError(
-                f"model.{name} is {getattr(config, name)!r}, but Marian's own format needs "
-                f"{' or '.join(map(repr, values))}: train with that, or convert to-ctranslate2"
-            )
+    check_options(config, wanted, "Marian's own format needs", "train with that, or convert to-ctranslate2")

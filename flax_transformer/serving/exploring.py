@@ -1,0 +1,266 @@
+"""Our own routes, which show how a translation came about: its pieces, their probabilities and the attention."""
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.responses import Response, StreamingResponse
+
+from flax_transformer.data.sentencepiece_vocabulary import INCOMPLETE
+from flax_transformer.decoding.drafts import Draft
+from flax_transformer.decoding.inspection import CANDIDATES
+from flax_transformer.decoding.requests import Output
+from flax_transformer.decoding.results import Translation
+from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.writing import write_translation
+from flax_transformer.serving.libretranslate import check_texts
+from flax_transformer.serving.models import Served
+from flax_transformer.serving.parameters import Parameters
+from flax_transformer.serving.refusals import Refusal
+from flax_transformer.serving.service import Call, Json
+from flax_transformer.serving.texts import check_sentences
+from flax_transformer.text.alignment import spans
+from flax_transformer.text.documents import divide
+from flax_transformer.text.splitting import join_parts
+
+MAX_BEAM = 8
+KINDS = ("cross", "encoder", "decoder")
+START = "<s>"  # what a decoder sees before the first piece; vocabularies have other names for it, or none
+SENTENCES = 50  # of one request that are explained at once
+PICTURED = (32, 64)  # positions and dimensions whose waves are shown
+
+
+async def models(call: Call) -> Response:
+    """`GET /models`: the models that are served, with what a picture of them needs."""
+    return Json([_describe(model) for model in call.service.models.served])
+
+
+def _describe(model: Served) -> dict[str, Any]:
+    config = model.translator.config
+    return {
+        "name": model.name,
+        "source": model.source,
+        "target": model.target,
+        "d_model": config.d_model,
+        "encoder_layers": config.num_encoder_layers,
+        "decoder_layers": config.num_decoder_layers,
+        "heads": config.num_heads,
+        "positions": config.positions,
+        "position_waves": model.inspector.position_vectors(PICTURED[0])[:, : PICTURED[1]]
+        .astype(float)
+        .round(3)
+        .tolist(),
+        "decoder_self_attention": config.decoder_autoregression == "self_attention",
+    }
+
+
+async def explain(call: Call) -> Response:
+    """`POST /explain`: translates a text, and shows each token with what else it might have been."""
+    parameters, service = call.parameters, call.service
+    text = parameters.text("q")
+    model = service.models.find(parameters.text("source"), parameters.text("target"))
+    candidates = parameters.whole("candidates", 5, 1, CANDIDATES)
+    wanted = parameters.whole("hypotheses", 1, 1, MAX_BEAM)
+    search = _search(parameters, model, wanted)
+    seed = parameters.whole("seed", 0, 0, 2**32 - 1)
+    prefix = parameters.ids("prefix", model.translator.config.max_length)
+    check_texts(call, [text])
+    document = await asyncio.to_thread(divide, text)
+    sentences = document.sentences
+    check_sentences(service, len(sentences))
+    if len(sentences) > SENTENCES:
+        raise Refusal(400, f"the text has {len(sentences)} sentences, {SENTENCES} can be explained at once: divide it")
+    if prefix is not None and len(sentences) != 1:
+        raise Refusal(400, f"prefix is given, and q has {len(sentences)} sentences: give one sentence")
+    copies = wanted if isinstance(search, Sampling) else 1  # samples of one sentence are as many sentences
+    draft = await asyncio.to_thread(_draft, model, sentences, copies, search, seed, prefix)
+    service.check_search(model, search)
+    found = await service.desk.decode(model.translator.engine, draft, search)
+    service.metrics.sentences.labels(model.name).inc(len(sentences))
+    explained = []
+    for number, sentence in enumerate(sentences):
+        own = slice(number * copies, (number + 1) * copies)
+        hypotheses = [output for outputs in found[own] for output in outputs][:wanted]
+        described = await asyncio.to_thread(
+            _explain, model, sentence, draft.sources[own.start], hypotheses, search, candidates
+        )
+        described["before"] = document.kept[number]
+        described["after"] = document.kept[number + 1] if number + 1 == len(sentences) else ""
+        explained.append(described)
+    return Json({"sentences": explained})
+
+
+def _search(parameters: Parameters, model: Served, wanted: int) -> BeamSearch | Sampling:
+    beam = parameters.whole("beam_size", model.search.beam_size, 1, MAX_BEAM)
+    sampling = parameters.section("sampling")
+    if sampling is not None:
+        return Sampling(
+            extra_length=model.search.extra_length,
+            max_length=model.search.max_length,
+            temperature=sampling.number("temperature", 1.0, 0.0, 100.0),
+            top_k=sampling.whole("top_k", 0, 0, model.translator.config.target_vocab_size),
+            top_p=sampling.number("top_p", 1.0, 0.0, 1.0),
+        )
+    if wanted > beam:
+        raise Refusal(400, f"hypotheses is {wanted}, beam_size {beam}: lower the first or raise the second")
+    return model.search.replace(beam_size=beam, num_return=wanted)
+
+
+def _draft(
+    model: Served,
+    sentences: Sequence[str],
+    copies: int,
+    search: BeamSearch | Sampling,
+    seed: int,
+    prefix: list[int] | None,
+) -> Draft:
+    """What the engine is to decode: one source for each sentence, or as many equal ones as there are samples."""
+    draft = model.translator.draft([each for each in sentences for _ in range(copies)], search, seed=seed)
+    longest = model.translator.config.max_length
+    if any(len(parts) != 1 for parts in draft.parts):
+        raise Refusal(400, f"a sentence has more than {longest} tokens, which are too many to explain: shorten it")
+    if prefix is not None:
+        config = model.translator.config
+        wrong = [token for token in prefix if token in (config.pad_id, config.eos_id)]
+        if wrong:
+            raise Refusal(400, f"prefix has the id {wrong[0]}, which ends or pads a sentence: leave it out")
+        draft.prefixes = [prefix] * copies
+        draft.given = [min(count, len(prefix)) for count in draft.given]
+    return draft
+
+
+def _explain(
+    model: Served,
+    sentence: str,
+    source: list[int],
+    outputs: Sequence[Output],
+    search: BeamSearch | Sampling,
+    candidates: int,
+) -> dict[str, Any]:
+    """A sentence with its translations; runs on a worker thread, because it uses the device."""
+    vocabularies = model.translator.vocabularies
+    translations = [write_translation(vocabularies.target, [output], search) for output in outputs]
+    pieces = vocabularies.source.pieces(source)
+    hypotheses = [_hypothesis(translation) for translation in translations]
+    first = translations[0]
+    inspection = model.inspector.inspect(source, first.ids)
+    best, log_probs = inspection.candidates()
+    for token, ids, row in zip(hypotheses[0]["tokens"], best, log_probs, strict=True):
+        likely = list(zip(ids[:candidates].tolist(), row[:candidates].tolist(), strict=True))
+        token["candidates"] = [
+            {"id": each, "piece": piece, "probability": _probability(log_prob)}
+            for (each, log_prob), piece in zip(
+                likely, vocabularies.target.pieces(each for each, _ in likely), strict=True
+            )
+        ]
+    hypotheses[0]["alignment"] = inspection.alignment().astype(float).round(4).tolist()
+    return {
+        "source": sentence,
+        "source_tokens": [
+            {"text": piece, "start": start, "end": end}
+            for piece, (start, end) in zip(pieces, spans(pieces, sentence), strict=True)
+        ],
+        "hypotheses": hypotheses,
+    }
+
+
+def _hypothesis(translation: Translation) -> dict[str, Any]:
+    places = spans(translation.tokens, translation.text)
+    columns = zip(translation.ids, translation.tokens, places, translation.token_log_probs, strict=True)
+    return {
+        "text": translation.text,
+        "score": round(translation.score, 6),
+        "log_prob": round(translation.log_prob, 6),
+        "tokens": [
+            {"id": token, "piece": piece, "start": start, "end": end, "probability": _probability(log_prob)}
+            for token, piece, (start, end), log_prob in columns
+        ],
+    }
+
+
+def _probability(log_prob: float) -> float:
+    return round(min(1.0, math.exp(log_prob)), 6) if not math.isnan(log_prob) else 0.0
+
+
+async def attention(call: Call) -> Response:
+    """`POST /attention`: the weights of each head of one layer, for a sentence and a translation of it."""
+    parameters = call.parameters
+    text = parameters.text("q")
+    model = call.service.models.find(parameters.text("source"), parameters.text("target"))
+    kind = parameters.text("kind", "cross")
+    if kind not in KINDS:
+        raise Refusal(400, f"kind is {kind[:60]!r}: give {', '.join(KINDS)}")
+    config = model.translator.config
+    if kind == "decoder" and config.decoder_autoregression != "self_attention":
+        raise Refusal(400, "the decoder of this model is recurrent and has no self-attention: look at cross or encoder")
+    layers = config.num_encoder_layers if kind == "encoder" else config.num_decoder_layers
+    layer = parameters.whole("layer", layers - 1, 0, layers - 1)
+    ids = parameters.ids("ids", 2 * config.max_length)
+    if not ids:
+        raise Refusal(400, "the parameter ids is missing: give the token ids of the translation, with its end")
+    check_texts(call, [text])
+    return Json(await asyncio.to_thread(_attention, model, text, ids, kind, layer))
+
+
+def _attention(model: Served, text: str, ids: list[int], kind: str, layer: int) -> dict[str, Any]:
+    vocabularies, config = model.translator.vocabularies, model.translator.config
+    if max(ids) >= config.target_vocab_size:
+        raise Refusal(400, f"ids has {max(ids)}, the vocabulary has {config.target_vocab_size} tokens: give its ids")
+    draft = model.translator.draft([text], model.search)
+    if len(draft.sources) != 1:
+        what = f"has more than {config.max_length} tokens: shorten it" if draft.sources else "is blank: give a sentence"
+        raise Refusal(400, f"q {what}")
+    source = draft.sources[0]
+    heads = model.inspector.inspect(source, ids).heads(kind, layer)
+    read, written = vocabularies.source.pieces(source), vocabularies.target.pieces(ids)
+    return {
+        "rows": read if kind == "encoder" else written,
+        "columns": [START, *written[:-1]] if kind == "decoder" else read,  # the decoder sees what comes before
+        "heads": heads.astype(float).round(4).tolist(),
+    }
+
+
+async def stream(call: Call) -> Response:
+    """`GET` or `POST /stream`: translates a text greedily, and tells each token as it comes (server-sent events)."""
+    parameters = call.parameters
+    text = parameters.text("q")
+    model = call.service.models.find(parameters.text("source"), parameters.text("target"))
+    check_texts(call, [text])
+    document = await asyncio.to_thread(divide, text)
+    check_sentences(call.service, len(document.sentences))
+    search = model.search.replace(beam_size=1, num_return=1)
+    drafts = await asyncio.to_thread(
+        lambda: [model.translator.draft([sentence], search) for sentence in document.sentences]
+    )
+    events = _events(call, model, drafts, search, document.join)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def _events(
+    call: Call, model: Served, drafts: Sequence[Draft], search: BeamSearch, join: Any
+) -> AsyncIterator[bytes]:
+    service, translations = call.service, []
+    service.streams += 1
+    try:
+        async with asyncio.timeout(service.limits.deadline_s):
+            for number, draft in enumerate(drafts):
+                text = ""
+                async for parts in service.desk.stream(model.translator.engine, draft, search):
+                    text = join_parts(model.translator.vocabularies.target.decode(parts))
+                    yield _event("token", {"sentence": number, "text": text.rstrip(INCOMPLETE)})
+                translations.append(text)
+                service.metrics.sentences.labels(model.name).inc()
+        yield _event("done", {"translatedText": join(translations)})
+    except TimeoutError:
+        yield _event("error", {"error": f"the answer was not ready within {service.limits.deadline_s:g} seconds"})
+    except Exception as error:
+        yield _event("error", {"error": service.refuse(error).message})
+    finally:
+        service.streams -= 1
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode(errors="replace")

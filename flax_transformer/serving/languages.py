@@ -1,0 +1,87 @@
+"""Names languages, and tells in which of the served languages a text is."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import babel
+
+ENOUGH = 2000  # characters tell the language of a text
+_ENGLISH = babel.Locale("en")
+_BUILT_IN = re.compile(r"locale_phrases:([a-z]{2,3}):([a-z]{2,3}):")
+_FILES = re.compile(r"files:[^,+]*\.([a-z]{2,3}),[^,+]*\.([a-z]{2,3})\s*$")
+NAME = re.compile(r"([a-z]{2,3}(?:[_-][A-Za-z]{2,8})?)-([a-z]{2,3}(?:[_-][A-Za-z]{2,8})?)")
+
+
+def language_name(code: str) -> str:
+    """The English name of a language, e.g. "Kannada" for "kn" and for "kan_Knda"; the code if it has no name here."""
+    try:
+        locale = babel.Locale.parse(code.replace("-", "_"))
+    except (ValueError, babel.UnknownLocaleError):
+        return code
+    named = _ENGLISH.languages.get(locale.language) if code.isalpha() else locale.get_display_name("en")
+    return named or code
+
+
+def languages_of(config: dict[str, Any]) -> tuple[str, str] | None:
+    """The source and the target language that a work directory's config tells; `None` if it does not.
+
+    It tells them by `data.source_language` and `data.target_language`, by the built-in corpus, or by the names of the
+    two files of its training corpus, as in "files:letters.kn,letters.en".
+    """
+    data = config.get("data") or {}
+    source, target = data.get("source_language") or "", data.get("target_language") or ""
+    if source and target:
+        return source, target
+    corpus = data.get("train") or ""
+    found = _BUILT_IN.search(corpus) or _FILES.match(corpus)
+    if found and {found[1], found[2]} <= _ENGLISH.languages.keys():  # ".txt" is no language
+        return found[1], found[2]
+    return None
+
+
+def as_pair(text: str) -> tuple[str, str]:
+    """The source and the target language of a model's name such as "kn-en" or "kan_Knda-eng_Latn".
+
+    Raises:
+        ValueError: the name does not have this form.
+    """
+    found = NAME.fullmatch(text)
+    if not found:
+        raise ValueError(
+            f'{text!r} does not name two languages: write their codes as in "kn-en" or "kan_Knda-eng_Latn"'
+        )
+    return found[1], found[2]
+
+
+def short(code: str) -> str:
+    """The code of two letters, where there is one, of a language: "kn" for "kan_Knda" and "kn"."""
+    language = re.split("[_-]", code)[0]
+    try:
+        return babel.Locale.parse(language).language
+    except (ValueError, babel.UnknownLocaleError):
+        return language
+
+
+class Detector:
+    """Tells in which of some languages a text is; with one language there is nothing to tell."""
+
+    def __init__(self, languages: Iterable[str]):
+        """Takes the languages that come into question, as the server calls them, and reads what tells them apart."""
+        self.languages = tuple(languages)
+        self._names: dict[str, str] = {}
+        if len(self.languages) > 1:
+            from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+            self._identifier: Any = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+            labels = set(self._identifier.labels)
+            self._names = {short(code): code for code in self.languages if short(code) in labels}
+            self._identifier.set_languages(list(self._names) or None)
+
+    def detect(self, text: str) -> list[tuple[str, float]]:
+        """The languages and their probabilities, the most probable one first; those that the library lacks have 0."""
+        if len(self.languages) == 1:
+            return [(self.languages[0], 1.0)]
+        ranked = self._identifier.rank(text[:ENOUGH]) if self._names else []
+        found = [(self._names[code], float(share)) for code, share in ranked]
+        return found + [(code, 0.0) for code in self.languages if code not in dict(found)]

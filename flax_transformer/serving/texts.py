@@ -1,0 +1,119 @@
+"""Translates the texts of a request: into sentences, through the queue, and back into texts."""
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from flax_transformer.decoding.documents import Documents, divide_documents
+from flax_transformer.decoding.results import Translation
+from flax_transformer.serving.models import Served
+from flax_transformer.serving.refusals import Refusal
+from flax_transformer.serving.service import Service
+from flax_transformer.text.alignment import TextAlignment, spans
+
+SHORT = 1000  # characters, which are divided and encoded in a millisecond
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Translated:
+    """A text and its translations.
+
+    Attributes:
+        text: the best translation.
+        alternatives: further ones, the better ones first.
+        sentences: the sentences of the text with the translations of each.
+    """
+
+    text: str
+    alternatives: tuple[str, ...]
+    sentences: tuple[tuple[str, tuple[Translation, ...]], ...]
+
+
+async def translate_texts(
+    service: Service, model: Served, texts: Sequence[str], *, markup: bool, alternatives: int
+) -> list[Translated]:
+    """Translates texts of one language.
+
+    Args:
+        service: whose queue is used.
+        model: the model.
+        texts: the texts.
+        markup: whether they are HTML.
+        alternatives: how many alternatives of each are wanted.
+
+    Raises:
+        Refusal: there are too many sentences, or the queue is full.
+    """
+    characters = sum(map(len, texts))
+    documents = await beside(characters, divide_documents, texts, markup=markup)
+    check_sentences(service, len(documents.sentences))
+    search = model.search.replace(num_return=alternatives + 1)
+    draft = await beside(characters, model.translator.draft, documents.sentences, search)
+    found = await service.desk.decode(model.translator.engine, draft, search)
+    service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
+    write, unknown = model.translator.write, model.translator.vocabularies.target.unk_id
+    copied = service.replace_unknown and any((output.ids == unknown).any() for outputs in found for output in outputs)
+    # Copying needs the device, and so a thread, however short the text is.
+    translations = await beside(
+        math.inf if copied else characters, write, draft, found, replace_unknown=copied, align=model.inspector.align
+    )
+    alignments = [
+        await asyncio.to_thread(_align, model, sentence, several[0]) if aligned else None
+        for sentence, several, aligned in zip(documents.sentences, translations, documents.aligned, strict=True)
+    ]
+    return await beside(characters, _join, documents, translations, alignments, alternatives)
+
+
+async def beside(characters: float, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Calls a function on texts of so many characters: on a thread of its own, unless that would take longer."""
+    if characters <= SHORT:
+        return function(*arguments, **options)
+    return await asyncio.to_thread(function, *arguments, **options)
+
+
+def check_sentences(service: Service, count: int) -> None:
+    """Raises `Refusal` with status 400 if a request has too many sentences."""
+    if count > service.limits.sentences:
+        raise Refusal(
+            400,
+            f"the request has {count} sentences, this server allows {service.limits.sentences}: divide it",
+            reason="too_large",
+        )
+
+
+def _align(model: Served, sentence: str, translation: Translation) -> TextAlignment | None:
+    """How the characters of a translation belong to those of its source; `None` if it was translated in parts."""
+    source = model.translator.vocabularies.source
+    (ids,) = source.encode([sentence])
+    if len(ids) > model.translator.config.max_length or not translation.ids:
+        return None
+    weights = model.inspector.inspect(ids, translation.ids).alignment()
+    return TextAlignment(
+        tuple(spans(source.pieces(ids), sentence)), tuple(spans(translation.tokens, translation.text)), weights
+    )
+
+
+def _join(
+    documents: Documents,
+    found: Sequence[Sequence[Translation]],
+    alignments: Sequence[TextAlignment | None],
+    alternatives: int,
+) -> list[Translated]:
+    ranks = [
+        documents.join([several[min(rank, len(several) - 1)].text for several in found], alignments)
+        for rank in range(alternatives + 1)
+    ]
+    translated, start = [], 0
+    for document, (best, *others) in zip(documents.documents, zip(*ranks, strict=True), strict=True):
+        part = slice(start, start := start + len(document.sentences))
+        translated.append(
+            Translated(
+                best,
+                tuple(dict.fromkeys(other for other in others if other != best)),
+                tuple((sentence, tuple(each)) for sentence, each in zip(document.sentences, found[part], strict=True)),
+            )
+        )
+    return translated

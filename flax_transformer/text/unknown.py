@@ -1,0 +1,49 @@
+"""Finds what a translation should copy from its source where the model could only write its unknown piece."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from flax_transformer.text.alignment import Span
+
+_SPACE = "▁"
+_USED = 0.1  # what is left of the weight of an unknown piece that was copied: the next copy is probably of another
+
+
+def words_to_copy(
+    source: str,
+    pieces: Sequence[str],
+    places: Sequence[Span],
+    is_unknown: Bool[np.ndarray, "S"],
+    weights: Float[np.ndarray, "N S"],
+) -> list[str]:
+    """For each unknown piece of a translation, the words or characters of the source to write in its place.
+
+    These are the unknown characters of the source at which the model looked most; if it knows all characters, the word.
+
+    Args:
+        source: the source as text.
+        pieces: the S pieces of it that the model looked at.
+        places: their spans in the source.
+        is_unknown: which of them are unknown.
+        weights: for each of the N unknown pieces of the translation, how much it attends to each source piece.
+    """
+    has_text = np.array([start < stop for start, stop in places], bool)
+    wanted = is_unknown & has_text
+    candidates = wanted if wanted.any() else has_text
+    if not candidates.any():
+        return [""] * len(weights)
+    left = np.ones(len(pieces))
+    copies = []
+    for row in weights:
+        chosen = int(np.argmax(np.where(candidates, row * left, -1.0)))
+        left[chosen] *= _USED
+        first = last = chosen
+        if not wanted.any():
+            while first > 0 and not pieces[first].startswith(_SPACE) and has_text[first - 1]:
+                first -= 1
+            while last + 1 < len(pieces) and not pieces[last + 1].startswith(_SPACE) and has_text[last + 1]:
+                last += 1
+        copies.append(source[places[first][0] : places[last][1]].strip())
+    return copies

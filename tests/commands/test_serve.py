@@ -1,0 +1,100 @@
+import dataclasses
+import json
+import socket
+
+import pytest
+
+from flax_transformer.commands.serve import LIMITS
+from flax_transformer.serving.languages import Detector, as_pair, language_name, languages_of
+from flax_transformer.serving.limits import Limits
+
+
+def test_the_limits_of_the_command_are_those_of_the_server():
+    defaults = {field.name: field.default for field in dataclasses.fields(Limits)}
+    assert {name: default for name, _, default, _ in LIMITS} == defaults
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "give --workdir=FOLDER, or --model=NAME=FOLDER"),
+        (["--model=runs/a"], "kn-en=runs/mine"),
+        (["--model=kn-en="], "kn-en=runs/mine"),
+        (["--port=70000"], "0 (any free port) to 65535"),
+        (["--deadline_s=0"], "seconds above 0"),
+        (["--workdir=a", "--source_language=kn"], "give both"),
+        (["--model=kn-en=a", "--source_language=kn", "--target_language=en"], "those of --workdir"),
+        (["--requests_a_minute=-1"], "at least 0"),
+        (["--workdir=a", "--beam_size=0"], "beam_size is 0"),
+        (["--workdir=a", "--api_keys=/nowhere/keys"], "/nowhere/keys"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_before_a_model_is_loaded(fail, unloaded, arguments, named):
+    assert named in fail("serve", *arguments)
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(fail, unloaded):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened at" in fail("serve", "--workdir=a", f"--port={port}")
+    assert "no.such.host.invalid:8000 cannot be listened at" in fail(
+        "serve", "--workdir=a", "--host=no.such.host.invalid"
+    )
+
+
+def test_a_work_directory_that_does_not_tell_its_languages_is_an_error_that_names_the_options(fail, workdir):
+    assert "does not tell its languages: give --source_language" in fail("serve", "--port=0", f"--workdir={workdir}")
+    assert "does not name two languages" in fail("serve", "--port=0", f"--model=kannada={workdir}")
+    assert "two models for kn-en" in fail("serve", "--port=0", f"--model=kn-en={workdir}", f"--model=kn-en={workdir}")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"train": "locale_phrases:kn:en:train?pairs=60000&parts=2"}, ("kn", "en")),
+        ({"train": "3*locale_phrases:kn:en:train + tsv:more.tsv"}, ("kn", "en")),
+        ({"train": "files:data/letters.kn,data/letters.en"}, ("kn", "en")),
+        ({"train": "files:a.txt,b.txt"}, None),
+        ({"train": "tsv:pairs.tsv"}, None),
+        ({"source_language": "kan_Knda", "target_language": "eng_Latn"}, ("kan_Knda", "eng_Latn")),
+        ({"source_language": "kan_Knda"}, None),
+        ({}, None),
+    ],
+    ids=json.dumps,
+)
+def test_the_config_tells_the_languages_where_it_knows_them(data, expected):
+    assert languages_of({"data": data}) == expected
+    assert languages_of({"model": {}}) is None
+
+
+def test_a_name_of_a_model_is_two_codes_of_languages():
+    assert as_pair("kn-en") == ("kn", "en") and as_pair("kan_Knda-eng_Latn") == ("kan_Knda", "eng_Latn")
+    for wrong in ("kn", "kn-", "kn_en", "kn-en-de-fr-x", "../../etc-en"):
+        with pytest.raises(ValueError, match="does not name two languages"):
+            as_pair(wrong)
+
+
+def test_languages_have_english_names():
+    codes = ("kn", "kan_Knda", "pt", "zho_Hans", "xx")
+    assert [language_name(code) for code in codes] == ["Kannada", "Kannada", "Portuguese", "Chinese (Simplified)", "xx"]
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("kan_Knda", "ಇಂದು ಹವಾಮಾನ ಚೆನ್ನಾಗಿದೆ."),
+        ("en", "The weather is fine today."),
+        ("pt", "Hoje o tempo está bom e vamos ao mar."),
+        ("de", "Heute ist das Wetter schön."),
+    ],
+)
+def test_the_language_of_a_text_is_one_of_those_that_come_into_question(code, text):
+    languages = ("en", "pt", "kan_Knda", "de", "xx")
+    found = Detector(languages).detect(text)
+    assert found[0][0] == code and {each for each, _ in found} == {*languages}
+    assert sum(share for _, share in found) == pytest.approx(1, abs=1e-3)
+    assert Detector(("fr",)).detect(text) == [("fr", 1.0)]
+    assert len(Detector(("xx", "yy")).detect(text)) == 2
