@@ -18,6 +18,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
@@ -311,45 +312,29 @@ class Ahead:
         """Takes the function that makes an item."""
         self._make = make
         self._lock = threading.Lock()
-        self._items: dict[int, _Item] = {}
+        self._items: dict[int, Future] = {}
 
     def get(self, number: int) -> Any:
         """The item, when it is made; begins to make the next one. Raises the error that making it raised."""
         with self._lock:
-            item = self._begin(number)
-            self._begin(number + 1)
-            for old in [each for each in self._items if each not in (number, number + 1)]:
-                del self._items[old]
-        return item.wait()
+            for each in (number, number + 1):
+                if each not in self._items:
+                    self._items[each] = self._begin(each)
+            self._items = {each: self._items[each] for each in (number, number + 1)}
+            item = self._items[number]
+        return item.result()
 
-    def _begin(self, number: int) -> "_Item":
-        if number not in self._items:
-            self._items[number] = _Item(self._make, number, self._items.get(number - 1))
-        return self._items[number]
-
-
-class _Item:
-    """One item, which a thread makes as soon as the item before it is made."""
-
-    def __init__(self, make: Callable[[int], Any], number: int, before: "_Item | None"):
-        self._done = threading.Event()
-        self._made: Any = None
-        self._error: BaseException | None = None
+    def _begin(self, number: int) -> Future:
+        item: Future[Any] = Future()
+        before = self._items.get(number - 1)
         # A daemon, since the end of training must not wait for an epoch that nobody will read.
-        threading.Thread(target=self._work, args=(make, number, before), daemon=True).start()
+        threading.Thread(target=self._work, args=(item, number, before), daemon=True).start()
+        return item
 
-    def _work(self, make: Callable[[int], Any], number: int, before: "_Item | None") -> None:
+    def _work(self, item: Future, number: int, before: Future | None) -> None:
         if before is not None:
-            before._done.wait()
+            wait([before])
         try:
-            self._made = make(number)
+            item.set_result(self._make(number))
         except BaseException as error:  # raised again where the item is wanted
-            self._error = error
-        self._done.set()
-
-    def wait(self) -> Any:
-        """The item; raises the error that making it raised."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._made
+            item.set_exception(error)

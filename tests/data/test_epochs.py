@@ -189,10 +189,13 @@ def test_the_fill_rate_is_that_of_the_first_epoch(vocabularies):
     assert corpus.epoch_steps == corpus.num_rows == stop
 
 
-def test_a_vocabulary_of_a_converted_model_is_refused(vocabularies):
+def test_vocabularies_with_one_division_of_a_sentence_are_refused(vocabularies):
     converted = MarianVocabulary.of(vocabularies.source)
     with pytest.raises(ValueError, match="comes from a converted model: set both to 0"):
         build(VocabularyPair(converted, converted))
+    letters = VocabularyConfig(model_type="char", byte_fallback=False)
+    with pytest.raises(ValueError, match='this one has "char": set both to 0'):
+        build(VocabularyPair.train(TEXT.source, TEXT.target, letters))
 
 
 def test_sampling_is_a_function_of_the_seed_in_whatever_thread(vocabularies):
