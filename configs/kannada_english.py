@@ -67,7 +67,7 @@ def get_config(choice: str = "five_layer") -> ConfigDict:
     )
     small = Experiment(
         model=TransformerConfig.tiny(norm="pre"),
-        vocabulary=VocabularyConfig(size=4000),
+        vocabulary=VocabularyConfig(size=4000, byte_fallback=False),  # as when its result was measured
         data=data,
         training=TrainingConfig(
             steps=3000,

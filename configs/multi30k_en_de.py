@@ -33,7 +33,7 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
     return ConfigDict(
         Experiment(
             model=TransformerConfig.tiny(norm="pre"),
-            vocabulary=VocabularyConfig(size=4000),
+            vocabulary=VocabularyConfig(size=4000, byte_fallback=False),  # as when its result was measured
             data=DataConfig(
                 train=f"files:{folder}/train.en,{folder}/train.de",
                 valid=f"files:{folder}/val.en,{folder}/val.de",

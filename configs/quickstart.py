@@ -28,7 +28,11 @@ def get_config() -> ConfigDict:
             model=TransformerConfig(
                 d_model=128, num_heads=4, d_ff=512, num_encoder_layers=2, num_decoder_layers=2, max_length=64
             ),
-            vocabulary=VocabularyConfig(size=1500, split_digits=True),
+            vocabulary=VocabularyConfig(
+                size=1500,
+                split_digits=True,
+                byte_fallback=False,  # the corpus has every character that is needed
+            ),
             data=DataConfig(
                 train="locale_phrases:kn:en:train?pairs=60000&parts=2",
                 valid="locale_phrases:kn:en:valid?pairs=200&parts=2",

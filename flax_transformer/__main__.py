@@ -29,6 +29,7 @@ VERBS = {
     "evaluate": "score a model on a test set with BLEU, chrF and TER, or compare two models",
     "serve": "serve models over HTTP: LibreTranslate's API, explanations, and a page to try them",
     "score": "compute the log-probabilities and the perplexity of given translations",
+    "clean": "leave out the pairs of a corpus that break rules, such as wrong script, length ratio and duplicates",
     "average": "average the weights of several checkpoints into one",
     "convert": "import OPUS-MT (Marian), M2M100 and NLLB models; export to CTranslate2, Marian, NLLB and StableHLO",
     "plan": "predict the memory and speed of a training step, on devices that you need not have",

@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_transformer.config import TransformerConfig, from_mapping
+from flax_transformer.moved_settings import MOVED, by_new_names
 from flax_transformer.ranges import (
     ALPHA,
     AT_LEAST_NONE,
@@ -31,6 +32,10 @@ TOKENIZERS = (
     "auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none", "spm", "flores101", "flores200", "spBLEU-1K"
 )  # fmt: skip
 
+# SentencePiece's own pieces, and the texts that a piece of the user's own may have; "<0x41>" is the piece of a byte.
+SPECIAL_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>")
+SYMBOL = re.compile(r"(?!<0x[0-9A-F]{2}>$)\S+")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VocabularyConfig:
@@ -41,7 +46,12 @@ class VocabularyConfig:
         joint: whether both languages share one vocabulary (section 5.1).
         model_type: "bpe" (the paper's for English-German), "unigram" or "char".
         split_digits: whether each digit is a piece of its own, so that numbers are spelled, not memorised.
-        character_coverage: share of the text's characters that get a piece; others become the unknown piece.
+        character_coverage: share of the text's characters that get a piece; others are spelled in bytes, or become the
+            unknown piece.
+        byte_fallback: whether there are 256 pieces for single bytes, in which a character without a piece is spelled,
+            so that every character can be read and written.
+        user_symbols: texts that are always one piece, e.g. "<br>", beside the tags that `data.train` names.
+        normalize: whether composed and decomposed spellings of a character become the same (NFC).
         max_sentences: how many sentences training reads; a random sample if there are more.
         seed: seed of that sample.
     """
@@ -51,12 +61,21 @@ class VocabularyConfig:
     model_type: str = setting("bpe", ("bpe", "unigram", "char"))
     split_digits: bool = False
     character_coverage: float = setting(1.0, Range(at_least=0.98, at_most=1))
+    byte_fallback: bool = True
+    user_symbols: Sequence[str] = ()
+    normalize: bool = True
     max_sentences: int = setting(1_000_000, AT_LEAST_ONE)
     seed: int = setting(0, SEED)
 
     def __post_init__(self):
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
         check(self, "vocabulary")
+        for symbol in self.user_symbols:
+            if not SYMBOL.fullmatch(symbol) or symbol in SPECIAL_SYMBOLS or "▁" in symbol or "▅" in symbol:
+                raise ValueError(
+                    f"vocabulary.user_symbols has {symbol!r}: give texts without white space and ▁ and ▅, other than "
+                    f"{', '.join(SPECIAL_SYMBOLS)} and bytes such as <0x41>"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +91,12 @@ class DataConfig:
         source_language: for models of many languages, such as NLLB: that of the source, e.g. "kan_Knda".
         target_language: that of the target.
         new_language_like: the language, or "mean" of all, whose embedding a language new to the model begins with.
+        temperature: how much of an epoch small corpora of `train` make up. With T, the share of each grows with its
+            size, times its weight, to the power of 1/T: 1 gives the shares of their sizes, more nearer to equal ones.
+        source_sampling: how much the division of training sources into pieces varies from epoch to epoch; 0 not at all.
+            With a "bpe" vocabulary the share of merges that are left out (BPE-dropout), e.g. 0.1. With "unigram" the
+            power to which the probabilities of divisions are raised, e.g. 0.2; the smaller, the more they vary.
+        target_sampling: the same of targets.
         rows: number of rows in a global batch, for any number of devices.
         source_slots: tokens in a row on the source side; several sentences are packed into one row. Training leaves out
             pairs with a side that does not fit into a row.
@@ -85,6 +110,9 @@ class DataConfig:
     source_language: str = ""
     target_language: str = ""
     new_language_like: str = ""
+    temperature: float = setting(1.0, Range(at_least=1, at_most=1000))
+    source_sampling: float = setting(0.0, Range(at_least=0, at_most=1))
+    target_sampling: float = setting(0.0, Range(at_least=0, at_most=1))
     rows: int = setting(64, SIZE)
     source_slots: int = setting(64, SIZE)
     target_slots: int = setting(64, SIZE)
@@ -241,6 +269,9 @@ class TrainingConfig:
         seed: seed of the initial parameters and of dropout.
         rng_impl: the generator of random bits, by its name in `jax.random.key`; "rbg" is meant for TPUs.
         label_smoothing: the probability spread over the vocabulary (section 5.4).
+        smooth_never_chosen: whether padding and other tokens that no search chooses get a part of it, too.
+        r_drop: with R-Drop, each update computes every row twice, with different dropout, and learns to make both
+            predictions alike; this is the weight of their divergence, the paper's alpha, e.g. 5. 0 switches it off.
         max_skipped: how many updates in a row may be skipped because the loss or the gradient is not finite before
             training stops.
         weights: the parameters with which a model is evaluated and translates: "trained", "ema" (the moving average
@@ -260,6 +291,8 @@ class TrainingConfig:
     seed: int = setting(0, SEED)
     rng_impl: str = setting("threefry2x32", ("rbg", "threefry2x32", "unsafe_rbg"))
     label_smoothing: float = setting(0.1, SHARE)
+    smooth_never_chosen: bool = True
+    r_drop: float = setting(0.0, Range(at_least=0))
     max_skipped: int = setting(20, AT_LEAST_ONE)
     weights: str = setting("trained", ("trained", "ema", "averaged"))
     log_every: int = setting(50, AT_LEAST_ONE)
@@ -292,50 +325,6 @@ class TrainingConfig:
                 f"training.weights is {self.weights}, checkpoints.average_last {last} and checkpoints.average_best "
                 f"{best}: for the mean of checkpoints set weights to averaged and one of the two; else leave both at 0"
             )
-
-
-# In version 0.1.0 all settings of training were directly in the section "training". Its work directories, command lines
-# and config files use the names on the left.
-MOVED = {
-    "schedule": "schedule.name",
-    "learning_rate": "schedule.learning_rate",
-    "warmup_steps": "schedule.warmup_steps",
-    "beta1": "optimizer.beta1",
-    "beta2": "optimizer.beta2",
-    "epsilon": "optimizer.epsilon",
-    "weight_decay": "optimizer.weight_decay",
-    "clip_norm": "optimizer.clip_norm",
-    "ema_decay": "optimizer.ema_decay",
-    "parallelism": "parallelism.layout",
-    "rows_per_device": "parallelism.rows_per_device",
-    "loss_chunks": "parallelism.loss_chunks",
-    "checkpoint_every": "checkpoints.every",
-    "keep_latest": "checkpoints.keep_latest",
-    "keep_best": "checkpoints.keep_best",
-    "average_last": "checkpoints.average_last",
-    "average_best": "checkpoints.average_best",
-    "evaluate_every": "evaluation.every",
-    "evaluate_sentences": "evaluation.sentences",
-    "beam_size": "evaluation.beam_size",
-    "alpha": "evaluation.alpha",
-    "tokenize": "evaluation.tokenize",
-    "best_metric": "evaluation.best_metric",
-    "patience": "evaluation.patience",
-    "samples": "evaluation.samples",
-}
-
-
-def by_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with old names of settings replaced by new ones; if both are there, the old one counts."""
-    if not isinstance(config.get("training"), Mapping):
-        return dict(config)
-    training = dict(config["training"])
-    # Some old names are those of sections now; what is a mapping is the section.
-    old = {name: training.pop(name) for name in MOVED if name in training and not isinstance(training[name], Mapping)}
-    for name, value in old.items():
-        section, key = MOVED[name].split(".")
-        training[section] = {**training.get(section, {}), key: value}
-    return {**config, "training": training} if old else dict(config)
 
 
 def scored_by(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from flax_transformer.atomic_files import write_file
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.experiment import by_new_names, scored_by
+from flax_transformer.experiment import scored_by
 from flax_transformer.files import OWN_FILES, OWN_FOLDERS, work_directory_of
+from flax_transformer.moved_settings import by_new_names
 
 
 class WorkDirectory:

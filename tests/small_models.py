@@ -25,7 +25,7 @@ def say(number, length):
 def word_vocabularies(make=say):
     """The vocabularies of such sentences, or of those that another function makes of their number and length."""
     lines = [make(100 + number, 6) for number in range(40)]
-    return VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
+    return VocabularyPair.train(lines, lines, VocabularyConfig(size=110, byte_fallback=False))
 
 
 def small_config(size, **changes):

@@ -22,7 +22,7 @@ from flax_transformer.ranges import setting_fields
 
 CHANGED = Experiment(
     model=TransformerConfig.tiny(norm="pre", source_vocab_size=300, target_vocab_size=300),
-    vocabulary=VocabularyConfig(size=300, model_type="unigram"),
+    vocabulary=VocabularyConfig(size=300, byte_fallback=False, model_type="unigram"),
     data=DataConfig(train="files:a.kn,a.en", rows=7),
     training=TrainingConfig(steps=11, schedule=ScheduleConfig(name="cosine", learning_rate=1e-3)),
 )

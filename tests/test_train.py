@@ -93,7 +93,7 @@ def get_config(folder):
                 d_model=32, num_heads=4, d_ff=64, num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.0,
                 max_length=12,
             ),
-            vocabulary=VocabularyConfig(size=20, model_type="char"),
+            vocabulary=VocabularyConfig(size=20, byte_fallback=False, model_type="char"),
             data=DataConfig(
                 train=f"files:{folder}/train.in,{folder}/train.out",
                 valid=f"files:{folder}/valid.in,{folder}/valid.out",

@@ -52,7 +52,9 @@ def test_metrics_are_read_back_in_order(workdir):
 @pytest.mark.parametrize("joint", [True, False])
 def test_vocabularies_can_be_read_back(joint, workdir):
     source, target = ["one two three", "four five"], ["uno due tre", "quattro cinque"]
-    vocabularies = VocabularyPair.train(source, target, VocabularyConfig(size=24, joint=joint, model_type="char"))
+    vocabularies = VocabularyPair.train(
+        source, target, VocabularyConfig(size=24, byte_fallback=False, joint=joint, model_type="char")
+    )
     assert not workdir.has_vocabularies()
     workdir.write_vocabularies(vocabularies)
     assert workdir.has_vocabularies()

@@ -119,7 +119,8 @@ def read_config(config: str, changes: Sequence[Change]) -> dict[str, Any]:
         ValueError: there is no such config or setting, the config cannot be read, or a changed value is not allowed.
     """
     # numpy loads with it, so not for --help.
-    from flax_transformer.experiment import MOVED, Experiment
+    from flax_transformer.experiment import Experiment
+    from flax_transformer.moved_settings import MOVED
 
     fields = setting_fields(Experiment)
     moved = {f"training.{old}": f"training.{new}" for old, new in MOVED.items()}
@@ -184,7 +185,7 @@ def _load(config: str) -> Any:
     """What the config's `get_config` returns, as a `ConfigDict`."""
     from ml_collections import ConfigDict
 
-    from flax_transformer.experiment import MOVED, by_new_names
+    from flax_transformer.moved_settings import MOVED, by_new_names
 
     if config.endswith(".json"):
         return ConfigDict(by_new_names(_read_json(config)))

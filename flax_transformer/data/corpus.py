@@ -1,20 +1,24 @@
 """Loads a corpus by its name, one string, as `ParallelText`: sentence pairs, and how often each appears in an epoch.
 
-The name is one or more sources joined by " + ". A source may begin with a whole number as its weight: with `3*` its
-pairs appear three times per epoch. The sources are
+The name is one or more sources joined by " + ". A source may begin with a number as its weight: with `3*` its pairs
+appear three times per epoch, with `0.5*` half of them appear in each epoch, by turns. The sources are
 
     files:SOURCE,TARGET                                    two UTF-8 files; line i of one translates line i of the other
     tsv:PATH                                               a UTF-8 file of source TAB target; more columns are ignored
     tfds:NAME:SPLIT?source=de&target=en&data_dir=FOLDER    a translation set of TensorFlow Datasets
     locale_phrases:SOURCE:TARGET:SPLIT?pairs=60000&parts=2&seed=0    the built-in corpus
 
-for example `files:bible.kn,bible.en + 3*tsv:stories.tsv` or `tfds:wmt14_translate/de-en:train[:1%]`. If `source` and
-`target` are not given, a TFDS set uses its supervised keys. The set is in `data_dir`; if that is not given, in the
-folder that the environment variable TFDS_DATA_DIR names, or else in ~/tensorflow_datasets.
+for example `files:bible.kn,bible.en + 3*tsv:stories.tsv` or `tfds:wmt14_translate/de-en:train[:1%]`. Files may be
+compressed with gzip, bzip2, xz or zstd. Any source may end in `?swap`, which makes sources of its targets and targets
+of its sources, in `?tag=TAG`, which puts the tag and a space before each source, e.g. `?tag=<bt>` or `?tag=>>kan<<`, or
+in both: `tsv:stories.tsv?swap&tag=>>kan<<`. A vocabulary that is trained on the corpus has a piece for each tag.
+
+If `source` and `target` are not given, a TFDS set uses its supervised keys. The set is in `data_dir`; if that is not
+given, in the folder that the environment variable TFDS_DATA_DIR names, or else in ~/tensorflow_datasets.
 
 `~` at the beginning of a path is the home folder, `-` is standard input, and spaces around a path are ignored. Put a
-path that contains a comma or " + ", or that has spaces at its ends, in double quotes, and write a double quote inside
-them twice: `files:"a, b.en","a, b.de"`. In a shell, then put the whole name in single quotes.
+path that contains a comma, a question mark or " + ", or that has spaces at its ends, in double quotes, and write a
+double quote inside them twice: `files:"a, b.en","a, b.de"`. In a shell, then put the whole name in single quotes.
 """
 
 import dataclasses
@@ -25,7 +29,7 @@ import re
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,9 +37,10 @@ import numpy as np
 from flax_transformer.data.lines import read_columns, read_lines
 from flax_transformer.data.locale_phrases import locale_phrases
 from flax_transformer.files import check_inputs, expand, is_remote, same_file, shown
+from flax_transformer.text.spelling import is_blank
 
 # A quoted path: it comes after the colon or a comma, and before a comma, " + " or the end.
-_QUOTED = re.compile(r'(?:(?<=[:,])|^)\s*"(?:[^"]|"")+"(?=\s*(?:,|$)| +\+ )')
+_QUOTED = re.compile(r'(?:(?<=[:,])|^)\s*"(?:[^"]|"")+"(?=\s*(?:,|\?|$)| +\+ )')
 FINGERPRINT_CHUNK = 10_000  # sentences hashed at once: one by one is slower, all at once takes as much memory again
 
 
@@ -46,12 +51,12 @@ class ParallelText:
     Attributes:
         source: sentences of the source language.
         target: their translations.
-        repeats: how many times each pair appears in an epoch.
+        repeats: how many times each pair appears in an epoch; on average, if it is not a whole number.
     """
 
     source: list[str]
     target: list[str]
-    repeats: list[int]
+    repeats: Sequence[int | float]
 
     def __post_init__(self):
         """Raises ValueError unless the three lists have the same length."""
@@ -68,7 +73,10 @@ class ParallelText:
         # The number of pairs determines how long the lists of numbers are, and these determine where each sentence
         # ends. So no two corpora give the same bytes, whatever characters they contain.
         digest = hashlib.sha256(len(self).to_bytes(8, "little"))
-        for numbers in (self.repeats, map(len, self.source), map(len, self.target)):
+        whole = all(isinstance(times, int) for times in set(self.repeats))
+        if not whole:
+            digest.update(np.asarray(self.repeats, "<f8").tobytes())
+        for numbers in (self.repeats if whole else [0] * len(self), map(len, self.source), map(len, self.target)):
             digest.update(np.fromiter(numbers, "<i8", len(self)).tobytes())
         for side in (self.source, self.target):
             for start in range(0, len(side), FINGERPRINT_CHUNK):
@@ -77,40 +85,93 @@ class ParallelText:
         return digest.hexdigest()
 
 
-def load_corpus(spec: str) -> ParallelText:
+def load_corpus(spec: str, temperature: float = 1) -> ParallelText:
     """Reads all sources that `spec` names (see the top of this file) into memory, in order.
+
+    Args:
+        spec: the name of the corpus.
+        temperature: with T, a source's share of an epoch grows with its number of pairs, times its weight, to the power
+            of 1/T. An epoch stays as long as it is with T = 1.
 
     Raises:
         ValueError: a kind or option is unknown, or a file or set is missing, damaged or without pairs; the message
             names the file and the line.
     """
     check_inputs([(f"a file of corpus {spec!r}", path) for path in corpus_files(spec)])
-    whole = ParallelText([], [], [])
-    for weight, name in _sources(spec):
+    loaded = []
+    for weight, name, options in _sources(spec):
         source, target = _load_pairs(name)
-        whole.source.extend(source)
-        whole.target.extend(target)
-        whole.repeats.extend([weight] * len(source))
-    return whole
+        source, target = (target, source) if options.swap else (source, target)
+        if options.tag:
+            source = [text if is_blank(text) else f"{options.tag} {text}" for text in source]
+        loaded.append((weight, source, target))
+    times = _with_temperature([weight for weight, _, _ in loaded], [len(side) for _, side, _ in loaded], temperature)
+    return ParallelText(
+        [text for _, source, _ in loaded for text in source],
+        [text for _, _, target in loaded for text in target],
+        [each for each, (_, source, _) in zip(times, loaded, strict=True) for _ in source],
+    )
+
+
+def _with_temperature(
+    weights: Sequence[int | float], sizes: Sequence[int], temperature: float
+) -> Sequence[int | float]:
+    """How often the pairs of each source appear in an epoch."""
+    if temperature == 1 or len(weights) == 1:
+        return weights
+    pairs = np.asarray(weights, np.float64) * np.asarray(sizes)
+    shares = pairs ** (1 / temperature)
+    return (shares / shares.sum() * pairs.sum() / sizes).tolist()
 
 
 def corpus_files(spec: str) -> list[str]:
     """The text files that `spec` names, in order; a TFDS set and the built-in corpus have none."""
     files = []
-    for _, name in _sources(spec):
+    for _, name, _ in _sources(spec):
         kind, _, rest = name.partition(":")
         files += {"files": _split_paths, "tsv": lambda path: [_unquote(path)]}.get(kind, lambda _: [])(rest)
     return files
 
 
-def _sources(spec: str) -> Iterator[tuple[int, str]]:
-    """The weight and the name of each source."""
+def corpus_tags(spec: str) -> list[str]:
+    """The tags that `spec` puts before sources, each once."""
+    return list(dict.fromkeys(options.tag for _, _, options in _sources(spec) if options.tag))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is done with the pairs of a source: whether the sides change places, and the tag before each source."""
+
+    swap: bool = False
+    tag: str = ""
+
+
+def _sources(spec: str) -> Iterator[tuple[int | float, str, _Options]]:
+    """The weight, the name and the options of each source."""
     for part in _split(spec, " + "):
-        weighted = re.fullmatch(r"(\d+)\*(.*)", part.strip(), re.DOTALL)
-        weight, name = (int(weighted[1]), weighted[2]) if weighted else (1, part.strip())
-        if weight < 1:
-            raise ValueError(f"corpus {part!r} has weight {weight}: give at least 1, or leave the source out")
-        yield weight, name
+        weighted = re.fullmatch(r"(\d+(?:\.\d+)?)\*(.*)", part.strip(), re.DOTALL)
+        number, name = (float(weighted[1]), weighted[2]) if weighted else (1.0, part.strip())
+        if not 0 < number < 1e6:
+            raise ValueError(f"corpus {part!r} has weight {number:g}: give more than 0, or leave the source out")
+        yield int(number) if number.is_integer() else number, *_take_options(name)
+
+
+def _take_options(name: str) -> tuple[str, _Options]:
+    """The name of a source without the options that all kinds of sources have, and these options."""
+    *rest, query = _split(name, "?")
+    words = query.split("&")
+    own = [word for word in words if word == "swap" or word.startswith("tag=")]
+    if not rest or not own:
+        return name, _Options()
+    others = [word for word in words if word not in own]
+    if others and name.partition(":")[0] in ("files", "tsv"):
+        known = _choose(others[0].partition("=")[0], ("swap", "tag"))
+        raise ValueError(f"corpus {name!r}: option {others[0]!r} is not known: {known}")
+    tags = [word.removeprefix("tag=") for word in own if word != "swap"]
+    if len(tags) > 1 or not all(re.fullmatch(r"\S+", tag) for tag in tags):
+        raise ValueError(f"corpus {name!r}: give one tag, a word without white space, e.g. ?tag=<bt>")
+    bare = "?".join([*rest, *(["&".join(others)] if others else [])])
+    return bare, _Options("swap" in own, tags[0] if tags else "")
 
 
 def _split(text: str, separator: str) -> list[str]:

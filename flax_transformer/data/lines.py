@@ -4,23 +4,28 @@ A line ends only with a line feed, or a carriage return and a line feed. `str.sp
 form feeds and the like, which occur inside sentences, and every later line would then face the wrong translation.
 """
 
+import bz2
 import codecs
+import gzip
+import io
+import lzma
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
 from flax_transformer.files import STANDARD, expand, shown
 
-# The first bytes of files that are often given instead of text, what they are, and the command that unpacks them.
+# The first bytes of compressed files, and how they are compressed.
 _COMPRESSED = (
-    (rb"\x1f\x8b", "gzip", "zcat"),
-    (rb"\xfd7zXZ\x00", "xz", "xzcat"),
-    (rb"BZh[1-9](1AY&SY|\x17rE8P)", "bzip2", "bzcat"),
-    (rb"\x28\xb5\x2f\xfd", "zstd", "zstdcat"),
-    (rb"\x04\x22\x4d\x18", "lz4", "lz4cat"),
+    (rb"\x1f\x8b", "gzip"),
+    (rb"\xfd7zXZ\x00", "xz"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P)", "bzip2"),
+    (rb"\x28\xb5\x2f\xfd", "zstd"),
+    (rb"\x04\x22\x4d\x18", "lz4"),
 )
 _ARCHIVES = ((b"PK\x03\x04", "a zip archive, as .docx and .xlsx files are"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"))
 # UTF-32 comes first because its byte order mark begins with that of UTF-16.
@@ -32,13 +37,20 @@ _MARKS = {
 }
 
 
-def read_lines(path: str) -> Iterator[str]:
+def read_lines(path: str, errors: str = "strict") -> Iterator[str]:
     """The lines of a UTF-8 file, without their ends and without a byte order mark; "-" is standard input.
 
+    The file may be compressed with gzip, bzip2, xz or zstd, whatever its name is.
+
+    Args:
+        path: the file.
+        errors: what becomes of bytes that are not UTF-8: "strict" raises an error, and "surrogateescape" makes a lone
+            surrogate of each.
+
     Raises:
-        ValueError: the file cannot be read or is not UTF-8; names the line.
+        ValueError: the file cannot be read, is damaged or is not UTF-8; names the line.
     """
-    for line in _read(path):
+    for line in _read(path, errors):
         yield line.removesuffix("\n").removesuffix("\r")
 
 
@@ -63,15 +75,15 @@ def read_columns(path: str) -> Iterator[tuple[str, str]]:
         yield columns[0], columns[1]
 
 
-def _read(path: str) -> Iterator[str]:
+def _read(path: str, errors: str = "strict") -> Iterator[str]:
     """The lines of a file with their ends."""
     if path == STANDARD:
         if sys.stdin is None:
             raise ValueError("standard input is closed: name a file")
-        yield from _decode(sys.stdin.buffer, path)
+        yield from _decode(_unpack(sys.stdin.buffer, path), path, errors)
         return
     with _open(path) as file:
-        yield from _decode(file, path)
+        yield from _decode(_unpack(file, path), path, errors)
 
 
 def _open(path: str) -> BinaryIO:
@@ -82,13 +94,52 @@ def _open(path: str) -> BinaryIO:
         raise ValueError(f"cannot read {shown(path)} ({reason}): check the path") from error
 
 
-def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
+def _unpack(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """The lines of a file, unpacked if it is compressed."""
+    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]  # files of buckets
+    begin = buffered.peek(16)[:16]
+    kind = next((kind for magic, kind in _COMPRESSED if re.match(magic, begin)), "")
+    if not kind:
+        yield from buffered
+        return
+    unpacked, *errors = _unpacker(kind, path)
+    try:
+        yield from unpacked(buffered)
+    except (EOFError, *errors) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 raise errors without a number
+            raise
+        raise ValueError(f"{shown(path)} is compressed ({kind}) and damaged ({error}): copy it again") from error
+
+
+def _unpacker(kind: str, path: str) -> tuple[Any, ...]:
+    """What reads a compressed file, and the errors that it raises if the file is damaged."""
+    if kind == "gzip":
+        return gzip.open, OSError, zlib.error
+    if kind == "bzip2":
+        return bz2.open, OSError
+    if kind == "xz":
+        return lzma.open, lzma.LZMAError
+    if kind != "zstd":
+        raise ValueError(f"{shown(path)} is compressed ({kind}): unpack it first, or name <({kind}cat FILE)")
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError as error:
+        raise ValueError(
+            f"{shown(path)} is compressed (zstd): pip install 'flax_transformer[zstd]', or name <(zstdcat FILE)"
+        ) from error
+    return zstd.open, zstd.ZstdError
+
+
+def _decode(lines: Iterable[bytes], path: str, errors: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if number == 1:
             _check_first(line, path)
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
-            yield line.decode()
+            yield line.decode(errors=errors)
         except UnicodeDecodeError as error:
             found = f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8"
             raise ValueError(f"{shown(path)}:{number}: {found}: convert it to UTF-8, e.g. with iconv") from error
@@ -97,9 +148,6 @@ def _decode(lines: Iterable[bytes], path: str) -> Iterator[str]:
 def _check_first(line: bytes, path: str) -> None:
     """Raises ValueError if the beginning of a file shows that it is not UTF-8 text with lines."""
     name = shown(path)
-    for magic, kind, command in _COMPRESSED:
-        if re.match(magic, line):
-            raise ValueError(f"{name} is compressed ({kind}): unpack it first, or name <({command} FILE) in its place")
     for beginning, kind in _ARCHIVES:
         if line.startswith(beginning):
             raise ValueError(f"{name} is {kind}, not text: give a UTF-8 text file with one sentence per line")

@@ -5,20 +5,17 @@ The files have the names that such models are distributed with: `source.spm`, `t
 """
 
 import json
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsIndex
 
 from etils import epath
 
-from flax_transformer.data.sentencepiece_model import read_processor
-from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.data.sentencepiece_model import BYTE, is_composed, read_processor
+from flax_transformer.data.sentencepiece_vocabulary import LANGUAGE, Vocabulary
 from flax_transformer.text.spelling import Spelling
 
 SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
-
-_LANGUAGE = re.compile(r">>[^<>\s]+<<")
 
 
 class MarianVocabulary(Vocabulary):
@@ -52,8 +49,9 @@ class MarianVocabulary(Vocabulary):
         self._pieces = sorted(ids, key=self._ids.__getitem__)
         self.pad_id, self.eos_id, self.unk_id = ids["<pad>"], ids["</s>"], ids["<unk>"]
         self.bos_id = ids.get("<s>", self.pad_id)
-        self.languages = tuple(piece for piece in self._pieces if _LANGUAGE.fullmatch(piece))
-        self._spelling = Spelling(self._knows, ())  # Marian's SentencePiece models compose accents themselves.
+        self.languages = tuple(piece for piece in self._pieces if LANGUAGE.fullmatch(piece))
+        # Marian's SentencePiece models compose accents themselves.
+        self._spelling = Spelling(self._knows, (), spells_bytes="<0x00>" in ids, compose=is_composed(model))
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> "MarianVocabulary":
@@ -107,8 +105,15 @@ class MarianVocabulary(Vocabulary):
 
     def _known_language(self, text: str) -> str:
         """The token at the beginning of a text that names a language, if it has an id; or else ""."""
-        begin = _LANGUAGE.match(text)
+        begin = LANGUAGE.match(text)
         return begin[0] if begin and begin[0] in self._ids else ""
+
+    def sample(self, spelled: Sequence[str], strength: float, seed: int) -> list[list[int]]:
+        """Raises ValueError: only vocabularies that this library trains vary their pieces."""
+        raise ValueError(
+            "data.source_sampling and data.target_sampling vary the pieces of vocabularies that are trained here, and "
+            "this one comes from a converted model: set both to 0"
+        )
 
     def unknown_characters(self, sentence: str) -> str:
         """See `Vocabulary.unknown_characters`; ignores the language token."""
@@ -116,12 +121,13 @@ class MarianVocabulary(Vocabulary):
         return self._spelling.unknown(text.removeprefix(self._known_language(text)))
 
     def _knows(self, character: str) -> bool:
-        return self.unk_id not in self._split(character)
+        ids = self._split(character)
+        return self.unk_id not in ids and not any(map(BYTE.fullmatch, self.pieces(ids)))
 
     def split_language(self, sentence: str) -> tuple[str, str]:
         """See `Vocabulary.split_language`; raises ValueError for a language that the model does not know."""
         sentence = self._spelling.spell(sentence) if self.languages else sentence
-        begin = _LANGUAGE.match(sentence) if self.languages else None
+        begin = LANGUAGE.match(sentence) if self.languages else None
         if begin is None:
             return "", sentence
         if begin[0] not in self._ids:

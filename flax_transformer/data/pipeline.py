@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -58,6 +59,11 @@ class TokenSide:
             cls.join(vocabulary.encode(sentences[start : start + TOKENISED_AT_ONCE]))
             for start in range(0, max(len(sentences), 1), TOKENISED_AT_ONCE)
         ]
+        return cls.concatenate(parts)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["TokenSide"]) -> "TokenSide":
+        """The sentences of all parts, one part after another; there is at least one."""
         lengths = np.concatenate([part.lengths for part in parts])
         return cls(np.concatenate([part.tokens for part in parts]), _boundaries(lengths))
 
@@ -147,9 +153,21 @@ class Packing:
                 "target tokens: raise data.source_slots, data.target_slots or model.max_length"
             )
         pairs = np.random.default_rng([config.seed, 0]).permutation(pairs)
-        row_of_pair = pack(source.lengths[pairs], target.lengths[pairs], config.source_slots, config.target_slots)
+        return cls.in_order(pairs, source.lengths, target.lengths, config, np.flatnonzero(~fits & (wanted > 0)))
+
+    @classmethod
+    def in_order(
+        cls,
+        pairs: Int[np.ndarray, "places"],
+        source_lengths: Int[np.ndarray, "N"],
+        target_lengths: Int[np.ndarray, "N"],
+        config: DataConfig,
+        too_long: Int[np.ndarray, "too_long"],
+    ) -> "Packing":
+        """Assigns pairs, each of which fits into a row, to rows in their order."""
+        row_of_pair = pack(source_lengths[pairs], target_lengths[pairs], config.source_slots, config.target_slots)
         by_row = np.argsort(row_of_pair, kind="stable")
-        return cls(pairs[by_row], _boundaries(np.bincount(row_of_pair)), np.flatnonzero(~fits & (wanted > 0)))
+        return cls(pairs[by_row], _boundaries(np.bincount(row_of_pair)), too_long)
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -168,6 +186,7 @@ class PackedCorpus:
         packing: which pairs share a row.
         blank: the numbers of the pairs that are left out because one side is blank.
         fill_rate: the share of all slots of an epoch that hold a token, both sides together.
+        own_rows: which rows of a batch this host lays out.
     """
 
     def __init__(
@@ -200,7 +219,7 @@ class PackedCorpus:
         self._config = config
         self._num_hosts = num_hosts
         self._height = -(-config.rows // multiple) * multiple // num_hosts
-        self._own_rows = slice(host * self._height, (host + 1) * self._height)
+        self.own_rows = slice(host * self._height, (host + 1) * self._height)
         self._order = functools.lru_cache(maxsize=4)(self._make_order)
         tokens = source.lengths[packing.pairs].sum() + target.lengths[packing.pairs].sum()
         self.fill_rate = float(tokens) / (len(packing) * (config.source_slots + config.target_slots))
@@ -246,7 +265,7 @@ class PackedCorpus:
             source = TokenSide.encode(vocabularies.source, text.source)
             target = TokenSide.encode(vocabularies.target, text.target)
             left_out = set(blank)
-            repeats = [0 if number in left_out else times for number, times in enumerate(text.repeats)]
+            repeats = [0 if number in left_out else math.ceil(times) for number, times in enumerate(text.repeats)]
             parts = {
                 "source": source,
                 "target": target,
@@ -257,7 +276,7 @@ class PackedCorpus:
         if cache is None:
             arrays = build()
         else:
-            arrays = cached_arrays(cache, name, _cache_key(text, vocabularies, config, max_length), build)
+            arrays = cached_arrays(cache, name, cache_key(text, vocabularies, config, max_length), build)
         return cls(
             TokenSide(arrays["source_tokens"], arrays["source_starts"]),
             TokenSide(arrays["target_tokens"], arrays["target_starts"]),
@@ -308,28 +327,29 @@ class PackedCorpus:
 
     def _lay_out(self, row_ids: Int[np.ndarray, "rows"]) -> Batch:
         """This host's part of a batch that consists of these rows."""
-        rows = [self.packing[row].tolist() for row in row_ids[self._own_rows].tolist()]
+        rows = [self.packing[row].tolist() for row in row_ids[self.own_rows].tolist()]
+        source, target = ([[side[pair] for pair in pairs] for pairs in rows] for side in (self.source, self.target))
+        return self.lay_out(source, target)
 
-        def lay_out(side: TokenSide, slots: int) -> Tokens:
+    def lay_out(self, source: Sequence[Sequence[np.ndarray]], target: Sequence[Sequence[np.ndarray]]) -> Batch:
+        """This host's part of a batch that has these sentences in its rows; `source[i][j]` are the ids of one."""
+
+        def side(rows: Sequence[Sequence[np.ndarray]], slots: int) -> Tokens:
             tokens = Tokens(*np.zeros((3, self._height, slots), np.int32))
-            for row, pairs in enumerate(rows):
+            for row, sentences in enumerate(rows):
                 start = 0
-                for segment, pair in enumerate(pairs, 1):
-                    ids = side[pair]
+                for segment, ids in enumerate(sentences, 1):
                     place = row, slice(start, start + len(ids))
                     tokens.ids[place], tokens.segments[place] = ids, segment
                     tokens.positions[place] = np.arange(len(ids))
                     start += len(ids)
             return tokens
 
-        config = self._config
-        return Batch(lay_out(self.source, config.source_slots), lay_out(self.target, config.target_slots))
+        return Batch(side(source, self._config.source_slots), side(target, self._config.target_slots))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches from `start` up to but not including `stop`, prepared in the background."""
-        # More threads would only wait for one another.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        return iter(grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options))
+        return in_background(self.batch, start, stop)
 
     def one_epoch(self) -> Iterator[Batch]:
         """This host's part of every row once, in order, the last batch filled up with empty rows: for evaluation."""
@@ -337,7 +357,14 @@ class PackedCorpus:
             yield self._lay_out(np.arange(start, min(start + self._config.rows, self.num_rows)))
 
 
-def _cache_key(text: ParallelText, vocabularies: VocabularyPair, config: DataConfig, max_length: int) -> str:
+def in_background(batch: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+    """What `batch` returns for the steps from `start` up to but not including `stop`, prepared in the background."""
+    # More threads would only wait for one another.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(options))
+
+
+def cache_key(text: ParallelText, vocabularies: VocabularyPair, config: DataConfig, max_length: int) -> str:
     """A hash of everything that determines tokens and packing; the numbers of rows and hosts do not."""
     decisive = (
         CACHE_VERSION,

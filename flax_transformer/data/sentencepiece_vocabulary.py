@@ -1,23 +1,37 @@
 """Turns sentences into token ids and back with a SentencePiece model.
 
 In every vocabulary that this library trains, ids 0 to 3 are padding, beginning of sentence, end of sentence and
-unknown, and the pieces follow. There is no byte fallback: a character that did not occur in the training text becomes
-the unknown id, which is decoded as " ⁇ ".
+unknown, and the pieces follow. A character that did not occur in the training text is spelled in bytes, if the
+vocabulary has pieces for them (`vocabulary.byte_fallback`). Otherwise it becomes the unknown id, which is decoded as
+" ⁇ ".
 
 Before a sentence is encoded, it is rewritten in the spelling that the vocabulary knows (`text/spelling.py`): composed
 and decomposed accents, a tab and a space, or a word with and without a byte order mark give the same ids.
 """
 
+import re
+import threading
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
-from flax_transformer.data.sentencepiece_model import read_processor
+import sentencepiece
+
+from flax_transformer.data.sentencepiece_model import byte_ids, is_composed, read_processor
 from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
 FEW = 200  # sentences, which are encoded sooner than SentencePiece has started threads for them
+
+# A token that names the language to translate into, e.g. ">>kan<<".
+LANGUAGE = re.compile(r">>[^<>\s]+<<")
+# The seed of SentencePiece's random numbers is one for all threads.
+_SAMPLING = threading.Lock()
+# SentencePiece represents a space by this character, so it reads this character as a space.
+SPACE = "▁"
+# As what bytes are decoded that are not a whole character, such as the first ones of a character in a text that grows.
+INCOMPLETE = "\ufffd"
 
 
 class Vocabulary:
@@ -55,7 +69,10 @@ class Vocabulary:
         """
         self._processor = read_processor(model)
         self._model = model
-        self._spelling = Spelling(self._knows, self.all_pieces())
+        pieces = self.all_pieces()
+        self.languages = tuple(piece for piece in pieces if LANGUAGE.fullmatch(piece))
+        self._mark = byte_ids(self._processor, SPACE)
+        self._spelling = Spelling(self._knows, pieces, spells_bytes=bool(self._mark), compose=is_composed(model))
         expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
         processor = self._processor
         found = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
@@ -98,13 +115,71 @@ class Vocabulary:
         """Returns the ids of each sentence, with `eos_id` at the end and no `bos_id`.
 
         Several spaces count as one, white space without a piece counts as a space, and invisible characters without a
-        piece are dropped. Canonically equivalent texts give equal ids. A lone surrogate, which is not a character,
-        becomes a question mark.
+        piece are dropped; with byte fallback, those that shape their neighbours stay. Canonically equivalent texts give
+        equal ids, unless `vocabulary.normalize` was false. A lone surrogate, which is not a character, becomes a
+        question mark.
         """
-        spelled = [self._spelling.spell(sentence).encode(errors="replace") for sentence in sentences]
-        if len(spelled) <= FEW:
-            return [self._processor.encode(sentence, add_eos=True) for sentence in spelled]
-        return self._processor.encode(spelled, add_eos=True)
+        spelled = [self._spelling.spell(sentence) for sentence in sentences]
+        encoded = [text.encode(errors="replace") for text in spelled]
+        if len(encoded) <= FEW:
+            rows = [self._processor.encode(text, add_eos=True) for text in encoded]
+        else:
+            rows = self._processor.encode(encoded, add_eos=True)
+        if self._mark:
+            for row, text in enumerate(spelled):
+                if SPACE in text:
+                    rows[row] = self._encode_with_mark(text)
+        return rows
+
+    def spell(self, sentences: Sequence[str]) -> list[str]:
+        """The sentences in the spelling in which they are divided into pieces; `sample` takes them."""
+        spelled = (self._spelling.spell(sentence).encode(errors="replace").decode() for sentence in sentences)
+        # Most sentences are spelled so already; these take no memory again.
+        return [given if given == text else text for given, text in zip(sentences, spelled, strict=True)]
+
+    def sample(self, spelled: Sequence[str], strength: float, seed: int) -> list[list[int]]:
+        """Returns the ids of each sentence in a random division into pieces: a function of the arguments.
+
+        It computes without Python's lock, so other threads go on meanwhile.
+
+        Args:
+            spelled: sentences from `spell`.
+            strength: with a "bpe" model, the share of merges that are left out (BPE-dropout: Provilkov et al., 2020);
+                with "unigram", the power to which the probabilities of divisions are raised (Kudo, 2018).
+            seed: seed of the random numbers, from 0 to 2^31 - 1.
+
+        Raises:
+            ValueError: this vocabulary has one division of each sentence.
+        """
+        with _SAMPLING:
+            # SentencePiece seeds the generator of each thread once, from this number, and each call starts a thread.
+            sentencepiece.set_random_generator_seed(seed)
+            try:
+                rows = self._processor.encode(
+                    list(spelled), add_eos=True, enable_sampling=True, alpha=strength, nbest_size=-1, num_threads=1
+                )
+            except RuntimeError as error:
+                raise ValueError(
+                    "data.source_sampling and data.target_sampling vary the pieces of vocabularies with "
+                    'vocabulary.model_type "bpe" or "unigram", and this one has "char": set both to 0'
+                ) from error
+        for row, text in enumerate(spelled):
+            if self._mark and SPACE in text:
+                rows[row] = self._encode_with_mark(text)
+        return rows
+
+    def _encode_with_mark(self, text: str) -> list[int]:
+        """The ids of a text that contains the character by which SentencePiece represents a space, in bytes."""
+        # A code point that is no character stands for it, and its bytes are replaced.
+        stand_in = next(character for character in map(chr, range(0xFDD0, 0xFDF0)) if character not in text)
+        ids = self._processor.encode(text.replace(SPACE, stand_in).encode(errors="replace"), add_eos=True)
+        wrong = byte_ids(self._processor, stand_in)
+        start = 0
+        while start < len(ids):
+            if ids[start : start + len(wrong)] == wrong:
+                ids[start : start + len(wrong)] = self._mark
+            start += 1
+        return ids
 
     def unknown_characters(self, sentence: str) -> str:
         """The visible characters of a sentence that have no piece, in their order, each as often as it occurs."""
@@ -131,8 +206,21 @@ class Vocabulary:
         return self.speaking(language)
 
     def split_language(self, sentence: str) -> tuple[str, str]:
-        """Splits a source sentence into the token that names the wanted language ("" if there is none) and the text."""
-        return "", sentence
+        """Splits a source sentence into the token that names the wanted language ("" if there is none) and the text.
+
+        The token, together with a part of the text, is a sentence again.
+
+        Raises:
+            ValueError: the sentence begins with the token of a language that the vocabulary does not know, and it knows
+                others.
+        """
+        begin = LANGUAGE.match(sentence.lstrip()) if self.languages else None
+        if begin is None:
+            return "", sentence
+        if begin[0] not in self.languages:
+            few = ", ".join(self.languages[:8]) + (", …" if len(self.languages) > 8 else "")
+            raise ValueError(f'the model knows no language {begin[0]} ("{sentence[:40]}"): begin with one of {few}')
+        return f"{begin[0]} ", sentence.lstrip()[begin.end() :]
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """Returns the sentence of each row, up to its first `eos_id`, skipping `pad_id` and `bos_id`.

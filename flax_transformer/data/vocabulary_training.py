@@ -1,4 +1,7 @@
-"""Trains a SentencePiece model in which every character of the text that can have a piece gets one."""
+"""Trains a SentencePiece model in which every character of the text that can have a piece gets one.
+
+With byte fallback every other character is spelled in pieces of single bytes.
+"""
 
 import io
 import re
@@ -9,12 +12,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
-from flax_transformer.data.sentencepiece_model import pieces_of
+from flax_transformer.data.sentencepiece_model import AS_WRITTEN, parse, pieces_of
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import training_text
 
 # SentencePiece mistakes the names of its special pieces in text for these pieces, and drops them.
-_SPECIAL = re.compile(r"<(?=(?:s|/s|unk|pad)>)")
+_SPECIAL = re.compile(r"<(?=(?:s|/s|unk|pad|0x[0-9A-F]{2})>)")
 # SentencePiece uses this character internally and drops every sentence that contains it.
 _RESERVED = "▅"
 # SentencePiece represents a space by this character, so it reads this character as a space.
@@ -31,7 +34,7 @@ def train_pieces(sentences: Sequence[str], config: VocabularyConfig, special_ids
         config: size and kind.
         special_ids: the ids of padding, beginning of sentence, end of sentence and unknown.
     """
-    text = [training_text(sentence) for sentence in sentences]
+    text = [training_text(sentence, compose=config.normalize) for sentence in sentences]
     sample = _sample(text, config)
     if not any(sentence.strip() for sentence in sample):
         raise ValueError(f"all {len(sample)} sentences are blank, so there is no text to train on: check the corpus")
@@ -41,8 +44,9 @@ def train_pieces(sentences: Sequence[str], config: VocabularyConfig, special_ids
     if config.character_coverage == 1 and (required := lost - _IMPOSSIBLE):
         model = _train(sample, config, special_ids, required="".join(sorted(required)))
         lost = _characters(text) - _characters_known(model)
-    _warn_of_lost(lost | (_characters(text) & _IMPOSSIBLE), text, config)
-    return model
+    lost |= _characters(text) & _IMPOSSIBLE
+    _warn_of_lost(lost & {"\0"} if config.byte_fallback else lost, text, config)
+    return model if config.normalize else _as_written(model)
 
 
 def _train(sentences: Sequence[str], config: VocabularyConfig, special_ids: tuple[int, ...], *, required: str) -> bytes:
@@ -59,6 +63,8 @@ def _train(sentences: Sequence[str], config: VocabularyConfig, special_ids: tupl
             vocab_size=1 << 21 if config.model_type == "char" else config.size,
             split_digits=config.split_digits,
             character_coverage=config.character_coverage,
+            byte_fallback=config.byte_fallback,
+            user_defined_symbols=[*config.user_symbols],
             required_chars=required.replace(_RESERVED, stand_in) or None,
             # No NFKC: decoded text is compared with references as they were written, and NFKC would turn an ellipsis
             # into three dots and full-width digits into narrow ones. SentencePiece's variant of it also replaces the
@@ -94,12 +100,17 @@ def _with_reserved(model: bytes, stand_in: str) -> bytes:
     """Replaces the stand-in by the reserved character in the model."""
     if stand_in == _RESERVED:
         return model
-    from sentencepiece import sentencepiece_model_pb2  # loads protobuf, which only this rare case needs
-
-    read = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at run time
+    read = parse(model)
     for piece in read.pieces:
         piece.piece = piece.piece.replace(stand_in, _RESERVED)
     read.trainer_spec.required_chars = read.trainer_spec.required_chars.replace(stand_in, _RESERVED)
+    return read.SerializeToString(deterministic=True)
+
+
+def _as_written(model: bytes) -> bytes:
+    """Notes in the model that its text is not composed."""
+    read = parse(model)
+    read.normalizer_spec.name = AS_WRITTEN
     return read.SerializeToString(deterministic=True)
 
 
@@ -145,7 +156,10 @@ def _explain(error: str, config: VocabularyConfig) -> str:
 
 
 def _too_small(smallest: int, config: VocabularyConfig) -> str:
+    and_bytes, without_bytes = "alone", ""
+    if config.byte_fallback:
+        and_bytes, without_bytes = "and the 256 bytes", ", or set vocabulary.byte_fallback=false"
     return (
-        f"vocabulary.size is {config.size}, but the characters of this text alone need {smallest}: "
-        "raise vocabulary.size, or lower vocabulary.character_coverage"
+        f"vocabulary.size is {config.size}, but the characters of this text {and_bytes} need {smallest}: "
+        f"raise vocabulary.size, or lower vocabulary.character_coverage{without_bytes}"
     )

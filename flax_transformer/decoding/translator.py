@@ -9,6 +9,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
+from flax_transformer.data.sentencepiece_vocabulary import INCOMPLETE
 from flax_transformer.decoding.drafts import Draft, given_tokens, random_keys
 from flax_transformer.decoding.engine import Engine, check_streaming
 from flax_transformer.decoding.ensemble import Ensemble
@@ -348,14 +349,19 @@ class Translator:
                 streams=True,
             )
             try:
+                text = ""
                 for ids in request:
                     (text,) = self.vocabularies.target.decode([ids])
-                    whole = join_parts([*done, text])
+                    # The first bytes of a character that is spelled in bytes are not text yet.
+                    whole = join_parts([*done, text.rstrip(INCOMPLETE)])
                     yield whole[len(told) :]
                     told = whole
             finally:
                 request.cancel()
             done.append(text)
+            if rest := join_parts(done)[len(told) :]:
+                yield rest
+                told += rest
 
     def _encode_pairs(self, sources: Texts, targets: Texts) -> tuple[list[list[int]], list[list[int]]]:
         sources, targets = as_list("sources", sources), as_list("targets", targets, also=Translation)

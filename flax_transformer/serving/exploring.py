@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
+from flax_transformer.data.sentencepiece_vocabulary import INCOMPLETE
 from flax_transformer.decoding.drafts import Draft
 from flax_transformer.decoding.inspection import CANDIDATES
 from flax_transformer.decoding.results import Translation
@@ -240,7 +241,7 @@ async def _events(
                 text = ""
                 async for parts in service.desk.stream(model.translator.engine, draft, search):
                     text = join_parts(model.translator.vocabularies.target.decode(parts))
-                    yield _event("token", {"sentence": number, "text": text})
+                    yield _event("token", {"sentence": number, "text": text.rstrip(INCOMPLETE)})
                 translations.append(text)
                 service.metrics.sentences.labels(model.name).inc()
         yield _event("done", {"translatedText": join(translations)})

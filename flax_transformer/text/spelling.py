@@ -17,6 +17,8 @@ _LINE_END = regex.compile(r"\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 # Characters that have neither a shape nor a width: joiners, marks of direction, soft hyphens, byte order marks,
 # variation selectors (the Unicode property Default_Ignorable_Code_Point), control characters, anchors of annotations.
 _INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cc}\ufff9-\ufffb]")
+# Those among them that change the shape of what is seen: joiners, variation selectors, and the tags of flags.
+_SHAPING = regex.compile(r"[\u200c\u200d\p{Variation_Selector}\U000e0020-\U000e007f]")
 _BLANK_BRAILLE = "\u2800"
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -41,28 +43,40 @@ def comparable(text: str) -> str:
     return unicodedata.normalize("NFC", in_one_line(text))
 
 
-def training_text(text: str) -> str:
-    """The text as a vocabulary is trained on it: `comparable`, tabs as spaces, and no byte order marks.
+def training_text(text: str, *, compose: bool = True) -> str:
+    """The text as a vocabulary is trained on it: composed (NFC) unless `compose` is false, tabs and line ends as
+    spaces, and no byte order marks.
 
     A lone surrogate, which is not a character, becomes a question mark.
 
     White space of other kinds, such as no-break spaces, and other invisible characters, such as the joiners of Kannada
     and Persian, stay: translations should be able to write them.
     """
-    return in_one_cell(comparable(text)).replace(_BYTE_ORDER_MARK, "").encode(errors="replace").decode()
+    text = unicodedata.normalize("NFC", text) if compose else text
+    return in_one_cell(text).replace(_BYTE_ORDER_MARK, "").encode(errors="replace").decode()
 
 
 class Spelling:
     """Spells text with the characters that a vocabulary knows. Safe to share between threads."""
 
-    def __init__(self, knows: Callable[[str], bool], pieces: Iterable[str]):
+    def __init__(
+        self,
+        knows: Callable[[str], bool],
+        pieces: Iterable[str],
+        *,
+        spells_bytes: bool = False,
+        compose: bool = True,
+    ):
         """Remembers the vocabulary.
 
         Args:
             knows: returns whether the vocabulary has a piece for a character.
             pieces: the pieces of the vocabulary.
+            spells_bytes: whether it spells a character that has no piece in bytes. Then joiners and other invisible
+                characters that change the shape of their neighbours stay even without a piece.
+            compose: whether text is composed (NFC).
         """
-        self._knows = knows
+        self._knows, self._spells_bytes, self._compose = knows, spells_bytes, compose
         # The number of pieces in which each character occurs.
         uses = collections.Counter(character for piece in pieces for character in set(piece))
         # A vocabulary that was trained on uncomposed text may have characters that composing replaces, such as U+0958
@@ -70,7 +84,7 @@ class Spelling:
         # letter K stays K even if the training text had a few Kelvin signs.
         self._restored = {
             composed: character
-            for character in sorted(uses)
+            for character in sorted(uses if compose else ())
             if (composed := unicodedata.normalize("NFC", character)) != character
             and any(uses[part] < uses[character] for part in composed)
         }
@@ -81,11 +95,11 @@ class Spelling:
     def spell(self, text: str) -> str:
         """The text in the vocabulary's own spelling.
 
-        Canonically equivalent texts become the same text. White space around the text is removed. Other white space
-        becomes a space if it has no piece, and invisible characters without a piece are removed; those with a piece
-        stay, such as the joiners that some languages need.
+        Canonically equivalent texts become the same text, unless texts are not composed. White space around the text is
+        removed. Other white space becomes a space if it has no piece, and invisible characters without a piece are
+        removed; those with a piece stay, such as the joiners that some languages need.
         """
-        text = unicodedata.normalize("NFC", text).strip()
+        text = (unicodedata.normalize("NFC", text) if self._compose else text).strip()
         for composed, character in self._restored.items():
             text = text.replace(composed, character)
         others = set(text) - self._known
@@ -93,26 +107,26 @@ class Spelling:
             return text
         for character in others:
             if ord(character) not in self._replacements:
-                replacement = self._replacements[ord(character)] = self._replace(character)
-                if replacement == character and self._knows(character):
+                known = self._knows(character)
+                self._replacements[ord(character)] = character if known else self._replace(character)
+                if known:
                     self._known.add(character)
         return text.translate(self._replacements)
 
     def unknown(self, text: str) -> str:
-        """The characters of the text that the vocabulary cannot write, in their order, each as often as it occurs."""
+        """The visible characters of the text that have no piece, in their order, each as often as it occurs."""
         return "".join(
             character
             for character in self.spell(text)
-            if not (character in self._known or _is_space(character) or self._knows(character))
+            if not (character in self._known or is_blank(character) or self._knows(character))
         )
 
     def _replace(self, character: str) -> str:
-        if self._knows(character):
-            return character
+        """What a character becomes that has no piece."""
         if _is_space(character):
             return " "
         if _INVISIBLE.match(character):
-            return ""
+            return character if self._spells_bytes and _SHAPING.match(character) else ""
         # A vocabulary that was trained on decomposed text has pieces for the parts: for all, or for the last marks.
         parts = unicodedata.normalize("NFD", character)
         for apart in range(1, len(parts)):

@@ -6,9 +6,11 @@ same one that was started there.
 
 import dataclasses
 import operator
+from typing import Any
 
 from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
-from flax_transformer.data.corpus import ParallelText, corpus_files, load_corpus
+from flax_transformer.data.corpus import ParallelText, corpus_files, corpus_tags, load_corpus
+from flax_transformer.data.epochs import ChangingCorpus, training_corpus
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
@@ -25,7 +27,7 @@ FIXED: dict[str, tuple[str, ...]] = {
     "model": (),
     "vocabulary": (),
     "data": (
-        *("train", "rows", "source_slots", "target_slots", "seed"),
+        *("train", "temperature", "source_sampling", "target_sampling", "rows", "source_slots", "target_slots", "seed"),
         *("source_language", "target_language", "new_language_like"),
     ),
     "training": (
@@ -37,6 +39,8 @@ FIXED: dict[str, tuple[str, ...]] = {
 FREE = ("attention_implementation",)
 # The settings of the model in which a training may differ from the model that it starts from.
 OF_TRAINING = (*FREE, "dropout_rate", "attention_dropout_rate", "activation_dropout_rate", "dtype", "remat")
+# What a vocabulary is in a work directory whose config.json is older than these settings.
+OLDER = {"byte_fallback": False}
 # Settings that grow with the languages that the initial model does not know.
 SIZES = ("source_vocab_size", "target_vocab_size")
 
@@ -49,7 +53,8 @@ class Materials:
         experiment: with the vocabulary's sizes and BLEU's tokeniser filled in.
         before: the experiment as it was when training last started; `None` if it is new.
         texts: the corpora by name: "train", and "valid" and "test" if there are any.
-        packed: the same corpora, tokenised and packed.
+        train: the training corpus, tokenised and packed.
+        held_out: the others, tokenised and packed, by name.
         vocabularies: of both sides.
         micro_batches: into how many micro-batches a device divides its rows of a batch.
     """
@@ -57,7 +62,8 @@ class Materials:
     experiment: Experiment
     before: Experiment | None
     texts: dict[str, ParallelText]
-    packed: dict[str, PackedCorpus]
+    train: PackedCorpus | ChangingCorpus
+    held_out: dict[str, PackedCorpus]
     vocabularies: VocabularyPair
     micro_batches: int
 
@@ -91,8 +97,9 @@ def load_texts(experiment: Experiment) -> dict[str, ParallelText]:
     """Loads the experiment's corpora, by "train", "valid" and "test"; raises ValueError if one cannot be loaded."""
     if not experiment.data.train:
         raise ValueError("data.train is empty: name a corpus, e.g. --config.data.train=files:train.en,train.de")
-    named = {"train": experiment.data.train, "valid": experiment.data.valid, "test": experiment.data.test}
-    return {name: load_corpus(spec) for name, spec in named.items() if spec}
+    texts = {"train": load_corpus(experiment.data.train, experiment.data.temperature)}
+    held_out = {"valid": experiment.data.valid, "test": experiment.data.test}
+    return texts | {name: load_corpus(spec) for name, spec in held_out.items() if spec}
 
 
 def prepare(
@@ -116,6 +123,7 @@ def prepare(
         ValueError: the work directory belongs to another experiment, vocabulary or text, or the settings would make the
             end of the training fail.
     """
+    experiment = _as_begun(experiment, workdir)
     experiment = _fill_in_tokenizer(experiment, workdir, texts)
     check_ahead(experiment, workdir)
     if hosts.is_first():
@@ -127,19 +135,18 @@ def prepare(
     fingerprints = {name: text.fingerprint() for name, text in texts.items() if name != "test"}
     begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
     micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.parallelism.rows_per_device)
-    packed = {
-        name: PackedCorpus.from_text(
-            text,
-            vocabularies,
-            experiment.data,
-            max_length=experiment.model.max_length,
-            multiple=parallelism.num_devices * micro_batches,
-            host=hosts.index(),
-            num_hosts=hosts.count(),
-            cache=workdir.path / "cache",
-            name=name,
-        )
+    options: dict[str, Any] = {
+        "max_length": experiment.model.max_length,
+        "multiple": parallelism.num_devices * micro_batches,
+        "host": hosts.index(),
+        "num_hosts": hosts.count(),
+        "cache": workdir.path / "cache",
+    }
+    train = training_corpus(texts["train"], vocabularies, experiment.data, **options)
+    held_out = {
+        name: PackedCorpus.from_text(text, vocabularies, experiment.data, name=name, **options)
         for name, text in texts.items()
+        if name != "train"
     }
     # Recorded last, so that after an error the same work directory can be used with corrected settings.
     if hosts.is_first():
@@ -149,11 +156,11 @@ def prepare(
         workdir.write_fingerprints(begun | fingerprints | {"vocabulary": vocabularies.fingerprint()})
         workdir.write_config(experiment.to_mapping())
     hosts.wait("the first process has written what the training is")
-    for name in texts:
-        hosts.say(_describe(name, texts[name], packed[name], experiment.training.steps))
-    if told := notice_of_rows(experiment.data.rows, packed["train"].batch_rows, parallelism.num_devices):
+    for name, corpus in {"train": train, **held_out}.items():
+        hosts.say(_describe(name, texts[name], corpus, experiment.training.steps))
+    if told := notice_of_rows(experiment.data.rows, train.batch_rows, parallelism.num_devices):
         hosts.say(told)
-    return Materials(experiment, before, texts, packed, vocabularies, micro_batches)
+    return Materials(experiment, before, texts, train, held_out, vocabularies, micro_batches)
 
 
 def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: ParallelText) -> VocabularyPair:
@@ -161,7 +168,9 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
         if experiment.training.start_from:
             vocabularies = WorkDirectory(experiment.training.start_from).read_vocabularies()
         else:
-            vocabularies = VocabularyPair.train(text.source, text.target, experiment.vocabulary)
+            symbols = dict.fromkeys([*experiment.vocabulary.user_symbols, *corpus_tags(experiment.data.train)])
+            config = dataclasses.replace(experiment.vocabulary, user_symbols=tuple(symbols))
+            vocabularies = VocabularyPair.train(text.source, text.target, config)
         data = experiment.data
         vocabularies = vocabularies.speaking(
             data.source_language, data.target_language, add=bool(data.new_language_like)
@@ -174,6 +183,13 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
             "--workdir that all hosts share, e.g. gs://BUCKET/FOLDER"
         )
     return workdir.read_vocabularies()
+
+
+def _as_begun(experiment: Experiment, workdir: WorkDirectory) -> Experiment:
+    """Settings that are newer than the work directory get the values that they had when it was begun."""
+    begun = workdir.read_config() if workdir.exists else {}
+    known = begun.get("vocabulary", OLDER)
+    return experiment.changed({f"vocabulary.{name}": OLDER[name] for name in OLDER.keys() - known.keys()})
 
 
 def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPair) -> Experiment:
@@ -230,7 +246,7 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> Experiment 
             f"{workdir.path} holds a model and no training: give another --workdir, and start from the model there by "
             f"--config=configs/finetune.py:{workdir.path}"
         )
-    begun = Experiment.from_mapping(config)
+    begun = _as_begun(Experiment.from_mapping(config), workdir)
     fixed = [
         f"{section}.{name}"
         for section, names in FIXED.items()
@@ -288,7 +304,7 @@ def _check_fingerprints(
     return begun, changed
 
 
-def _describe(name: str, text: ParallelText, packed: PackedCorpus, steps: int) -> str:
+def _describe(name: str, text: ParallelText, packed: PackedCorpus | ChangingCorpus, steps: int) -> str:
     line = (
         f"{name}: {len(text):,} sentence pairs in {packed.num_rows:,} rows, {packed.fill_rate:.1%} of the slots filled"
     )

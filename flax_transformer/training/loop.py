@@ -140,7 +140,7 @@ class _Training:
         self.evaluations = {
             name: Evaluation(
                 text,
-                self.materials.packed[name],
+                self.materials.held_out[name],
                 self.materials.vocabularies,
                 self.model_config,
                 self.config.evaluation,
@@ -256,7 +256,7 @@ class _Training:
         return self.parallelism.as_global(apart | {"training": rest})
 
     def _steps(self, state: TrainState, first: int, session: "_Session") -> None:
-        rows = self.materials.packed["train"].batch_rows
+        rows = self.materials.train.batch_rows
         work = Work.of(self.materials.experiment, rows, self.parallelism.devices)
         window = Window(self.config.log_every, self._check_finite, work)
 
@@ -273,7 +273,7 @@ class _Training:
         if self._ends_early(first, session):
             return
         try:
-            batches = self.materials.packed["train"].batches(first, self.config.steps)
+            batches = self.materials.train.batches(first, self.config.steps)
             for step, batch in enumerate(window.timed(batches), first + 1):
                 self.profile.before(step)
                 state, metrics = self.train_step(state, batch)
@@ -348,7 +348,7 @@ class _Training:
         """Raises ValueError if too many updates in a row, including this one, were skipped."""
         if metrics.skipped_in_a_row < self.config.max_skipped:
             return
-        text, pairs = self.materials.texts["train"], self.materials.packed["train"].example_ids(step - 1)
+        text, pairs = self.materials.texts["train"], self.materials.train.example_ids(step - 1)
         file = self.workdir.path / f"not_finite_{step}.tsv"
         if hosts.is_first():
             lines = [

@@ -60,6 +60,7 @@ def test_a_trained_model_scores_and_every_way_to_translate_agrees(row, corpus, t
     }
     settings |= {
         "vocabulary.size": 90,
+        "vocabulary.byte_fallback": False,
         "data.train": f"files:{corpus}/train.in,{corpus}/train.out",
         "data.valid": "",
         "data.test": "",

@@ -16,7 +16,7 @@ BLANK = ["", "  ", "\t\r", "\u3000", "\u200b", "\ufeff\u200c"]
 
 @pytest.fixture(scope="module")
 def vocabularies():
-    return VocabularyPair.train(SOURCE, TARGET, VocabularyConfig(size=70))
+    return VocabularyPair.train(SOURCE, TARGET, VocabularyConfig(size=70, byte_fallback=False))
 
 
 def pack(vocabularies, source, target, **options):

@@ -14,7 +14,7 @@ SENTENCES = ["the cat runs fast", "a dog", "the dog is slow and the cat is fast"
 
 @pytest.fixture(scope="module")
 def trained():
-    return Vocabulary.train(SENTENCES, VocabularyConfig(size=40))
+    return Vocabulary.train(SENTENCES, VocabularyConfig(size=40, byte_fallback=False))
 
 
 def pieces_of(vocabulary):

@@ -251,7 +251,7 @@ TEXT = ParallelText(
     ["ek", "do teen", "chaar", "do", "k"],
     [1, 2, 1, 1, 3],
 )
-LETTERS = VocabularyConfig(size=60, joint=False, model_type="char")
+LETTERS = VocabularyConfig(size=60, byte_fallback=False, joint=False, model_type="char")
 
 
 @pytest.fixture(scope="module")

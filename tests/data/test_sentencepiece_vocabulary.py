@@ -18,7 +18,7 @@ ENGLISH = [
     for count, (first, second) in enumerate((first, second) for first in WORDS[:12] for second in WORDS[12:])
 ]
 KANNADA = [f"ನಾನು {count} {size} ಮನೆಗಳನ್ನು ನೋಡಿದೆ…" for size in ("ದೊಡ್ಡ", "ಸಣ್ಣ", "ಹಳೆಯ") for count in range(40)]
-CONFIG = VocabularyConfig(size=150)
+CONFIG = VocabularyConfig(size=150, byte_fallback=False)
 SEPARATE = dataclasses.replace(CONFIG, size=90, joint=False)
 
 
@@ -35,7 +35,9 @@ def test_decode_inverts_encode(pair):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
 @pytest.mark.parametrize("text", ["a…b", "１２3", "ರ\u200dಕ ಕ್\u200cಷ", "ﬁne ½", "q\u0323 é", "a\u00a0b"])
 def test_text_is_not_normalised_beyond_canonical_composition(text, model_type):
-    vocabulary = Vocabulary.train([text] * 3 + ENGLISH, VocabularyConfig(size=80, model_type=model_type))
+    vocabulary = Vocabulary.train(
+        [text] * 3 + ENGLISH, VocabularyConfig(size=80, byte_fallback=False, model_type=model_type)
+    )
     assert vocabulary.decode(vocabulary.encode([text])) == [text]
 
 
@@ -81,7 +83,9 @@ def test_decode_stops_at_the_first_eos_and_skips_padding(pair):
 def test_special_names_in_text_are_ordinary_text(model_type):
     special = ["<s>", "</s>", "<pad>", "<unk>"]
     spoken = [f"a {name} tree{name}" for name in special]
-    vocabulary = Vocabulary.train(spoken * 5 + ENGLISH, VocabularyConfig(size=80, model_type=model_type))
+    vocabulary = Vocabulary.train(
+        spoken * 5 + ENGLISH, VocabularyConfig(size=80, byte_fallback=False, model_type=model_type)
+    )
     assert vocabulary.pieces(range(4)) == ["<pad>", "<s>", "</s>", "<unk>"]
     rows = vocabulary.encode(spoken)
     assert all(min(ids[:-1]) > vocabulary.unk_id for ids in rows)
@@ -118,8 +122,8 @@ def test_max_sentences_is_a_seeded_sample():
 
 def test_split_digits_spells_numbers():
     texts = [f"in the year {year}, {event}" for year in range(1980, 2000) for event in ("rain", "snow", "wind")]
-    split = Vocabulary.train(texts, VocabularyConfig(size=40, split_digits=True))
-    whole = Vocabulary.train(texts, VocabularyConfig(size=40, split_digits=False))
+    split = Vocabulary.train(texts, VocabularyConfig(size=40, byte_fallback=False, split_digits=True))
+    whole = Vocabulary.train(texts, VocabularyConfig(size=40, byte_fallback=False, split_digits=False))
     assert max(sum(map(str.isdigit, piece)) for piece in split.pieces(range(split.size))) == 1
     assert max(sum(map(str.isdigit, piece)) for piece in whole.pieces(range(whole.size))) > 1
 
@@ -131,7 +135,7 @@ def test_a_long_line_is_read_too():
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_too_large_a_size_is_an_error_that_names_the_largest(model_type):
-    config = VocabularyConfig(size=50_000, model_type=model_type)
+    config = VocabularyConfig(size=50_000, byte_fallback=False, model_type=model_type)
     with pytest.raises(ValueError, match=r"vocabulary\.size is 50000.*lower vocabulary\.size") as caught:
         Vocabulary.train(ENGLISH, config)
     largest = int(re.search(r"at most (\d+)", str(caught.value))[1])
@@ -142,7 +146,7 @@ def test_too_large_a_size_is_an_error_that_names_the_largest(model_type):
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "char"])
 def test_too_small_a_size_is_an_error_that_names_the_smallest(model_type):
-    config = VocabularyConfig(size=10, model_type=model_type)
+    config = VocabularyConfig(size=10, byte_fallback=False, model_type=model_type)
     with pytest.raises(ValueError, match=r"vocabulary\.size is 10.*raise vocabulary\.size") as caught:
         Vocabulary.train(ENGLISH, config)
     smallest = int(re.search(r"need (\d+)", str(caught.value))[1])
@@ -153,7 +157,7 @@ def test_too_small_a_size_is_an_error_that_names_the_smallest(model_type):
 
 
 def test_a_character_model_may_be_smaller_than_its_limit():
-    vocabulary = Vocabulary.train(ENGLISH, VocabularyConfig(model_type="char"))
+    vocabulary = Vocabulary.train(ENGLISH, VocabularyConfig(model_type="char", byte_fallback=False))
     assert set("".join(ENGLISH)) - {" "} <= set(vocabulary.pieces(range(vocabulary.size)))
     assert vocabulary.size < 100
 

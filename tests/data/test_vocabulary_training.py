@@ -16,7 +16,9 @@ PLAIN = [f"the {adjective} {noun} and {other}" for adjective in ADJECTIVES for n
 def train(text, model_type, **changes):
     # Little more than the characters, because the unigram model finds no more pieces in so little text.
     size = len(set(unicodedata.normalize("NFC", "".join(text)))) + 9
-    return Vocabulary.train(text, VocabularyConfig(**{"size": size, "model_type": model_type} | changes))
+    return Vocabulary.train(
+        text, VocabularyConfig(**{"size": size, "model_type": model_type, "byte_fallback": False} | changes)
+    )
 
 
 @pytest.mark.parametrize("model_type", KINDS)

@@ -22,7 +22,7 @@ GREEDY = BeamSearch(beam_size=1, max_length=9)
 @pytest.fixture(scope="module")
 def translator(make_model, say):
     lines = [say(100 + number, 6) for number in range(40)]
-    vocabularies = VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
+    vocabularies = VocabularyPair.train(lines, lines, VocabularyConfig(size=110, byte_fallback=False))
     config, params = make_model(vocabularies.source.size, seed=3, num_decoder_layers=2, max_length=40)
     return Translator(TrainedModel(config=config, params=params, vocabularies=vocabularies))
 

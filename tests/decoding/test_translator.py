@@ -161,7 +161,7 @@ def test_an_ensemble_without_models_or_with_different_vocabularies_is_an_error(t
     with pytest.raises(ValueError, match="at least one model"):
         Translator([])
     lines = [say(200 + number, 6) for number in range(40)]
-    others = VocabularyPair.train(lines, lines, VocabularyConfig(size=105))
+    others = VocabularyPair.train(lines, lines, VocabularyConfig(size=105, byte_fallback=False))
     other = TrainedModel(*make_model(others.source.size), others)
     with pytest.raises(ValueError, match="model 2 has a different vocabulary"):
         Translator([model_of(translator), other])

@@ -27,6 +27,7 @@ SMALL = {
     "data.source_slots": 32,
     "data.target_slots": 32,
     "vocabulary.size": 250,
+    "vocabulary.byte_fallback": False,
     "model.d_model": 32,
     "model.num_heads": 2,
     "model.num_encoder_layers": 1,

@@ -9,8 +9,9 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,19 +31,22 @@ def observe() -> None:
     """Logs the contents of each batch when training takes it."""
     import jax
 
+    from flax_transformer.data.epochs import ChangingCorpus
     from flax_transformer.data.pipeline import PackedCorpus
 
-    batches = PackedCorpus.batches
+    def observed(batches: Callable[..., Iterator]) -> Callable[..., Iterator]:
+        def logged(corpus: Any, start: int, stop: int) -> Iterator:
+            for step, batch in enumerate(batches(corpus, start, stop), start + 1):
+                with open(os.environ["OBSERVED"], "a") as file:
+                    which = {"step": step, "process": jax.process_index(), "processes": jax.process_count()}
+                    line = which | {"pairs": pairs_of(batch)}
+                    file.write(json.dumps(line) + "\n")
+                yield batch
 
-    def observed(packed: PackedCorpus, start: int, stop: int) -> Iterator:
-        for step, batch in enumerate(batches(packed, start, stop), start + 1):
-            with open(os.environ["OBSERVED"], "a") as file:
-                which = {"step": step, "process": jax.process_index(), "processes": jax.process_count()}
-                line = which | {"pairs": pairs_of(batch)}
-                file.write(json.dumps(line) + "\n")
-            yield batch
+        return logged
 
-    PackedCorpus.batches = observed
+    for kind in (PackedCorpus, ChangingCorpus):
+        kind.batches = observed(kind.batches)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ SENTENCES = [sentence(number, length) for number, length in enumerate([3, 9, 1, 
 @pytest.fixture(scope="session")
 def vocabularies():
     lines = [sentence(100 + number, 6) for number in range(40)]
-    return VocabularyPair.train(lines, lines, VocabularyConfig(size=110))
+    return VocabularyPair.train(lines, lines, VocabularyConfig(size=110, byte_fallback=False))
 
 
 @pytest.fixture(scope="session")

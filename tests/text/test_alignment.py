@@ -32,7 +32,7 @@ def test_each_piece_has_its_characters(pieces, text, parts):
 @pytest.fixture(scope="module")
 def vocabulary():
     lines = ["the old bridge was built in 1892", "ನಮಸ್ಕಾರ ಹೇಗಿದ್ದೀರಿ", "Straße café naïve", "你好 世界"] * 3
-    return Vocabulary.train(lines, VocabularyConfig(size=90))
+    return Vocabulary.train(lines, VocabularyConfig(size=90, byte_fallback=False))
 
 
 @pytest.mark.parametrize(

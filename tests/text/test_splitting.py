@@ -31,7 +31,7 @@ def han_of(seed, count):
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def length(request):
     texts = [text_of(seed, 20) for seed in range(100)] + [han_of(seed, 20) for seed in range(100)]
-    vocabulary = Vocabulary.train(texts, VocabularyConfig(size=400, model_type=request.param))
+    vocabulary = Vocabulary.train(texts, VocabularyConfig(size=400, model_type=request.param, byte_fallback=False))
     return lambda text: len(vocabulary.encode([text])[0])
 
 

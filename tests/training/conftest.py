@@ -36,7 +36,7 @@ def experiment(tmp_path_factory):
         model=TransformerConfig(
             d_model=8, num_heads=2, d_ff=12, num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.2, max_length=12
         ),
-        vocabulary=VocabularyConfig(size=50),
+        vocabulary=VocabularyConfig(size=50, byte_fallback=False),
         data=DataConfig(**corpora, rows=4, source_slots=12, target_slots=12),
         training=TrainingConfig(
             steps=STEPS,

@@ -58,7 +58,9 @@ SETTINGS = EvaluationConfig(beam_size=1)
 
 @pytest.fixture(scope="module")
 def vocabularies():
-    return VocabularyPair.train(TEXT.source, TEXT.target, VocabularyConfig(size=24, model_type="char"))
+    return VocabularyPair.train(
+        TEXT.source, TEXT.target, VocabularyConfig(size=24, byte_fallback=False, model_type="char")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def start(experiment, tmp_path_factory):
     path = tmp_path_factory.mktemp("start")
     with open(experiment.data.train.removeprefix("files:").split(",")[0]) as file:
         lines = file.read().splitlines()
-    pair = VocabularyPair.train(lines, lines, VocabularyConfig(size=50))
+    pair = VocabularyPair.train(lines, lines, VocabularyConfig(size=50, byte_fallback=False))
     size = pair.source.size
     config = dataclasses.replace(experiment.model, source_vocab_size=size, target_vocab_size=size, dropout_rate=0.0)
     rng = np.random.default_rng(0)

@@ -27,7 +27,7 @@ def start(experiment, tmp_path_factory):
     path = tmp_path_factory.mktemp("start")
     with open(experiment.data.train.removeprefix("files:").split(",")[0]) as file:
         lines = file.read().splitlines()
-    pair = language_pair(VocabularyPair.train(lines, lines, VocabularyConfig(size=50)).source)
+    pair = language_pair(VocabularyPair.train(lines, lines, VocabularyConfig(size=50, byte_fallback=False)).source)
     sizes = {"source_vocab_size": pair.source.size, "target_vocab_size": pair.target.size}
     config = dataclasses.replace(experiment.model, dropout_rate=0.0, **sizes, **CONFIG)
     rng = np.random.default_rng(0)

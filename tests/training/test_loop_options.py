@@ -231,7 +231,7 @@ def test_the_reported_sentences_are_those_of_the_batch(experiment, tmp_path, mon
     text, vocabularies = loop.load_texts(experiment)["train"], workdir.read_vocabularies()
     packed = loop.prepare(
         experiment, {"train": text}, workdir, loop.Parallelism("jit"), accept_changed_corpus=False
-    ).packed["train"]
+    ).train
     batch = packed.batch(5)
     spelled = [
         vocabularies.source.decode([row[segments == number]])[0]

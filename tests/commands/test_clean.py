@@ -1,0 +1,118 @@
+import gzip
+import random
+import re
+
+import pytest
+
+from flax_transformer.commands import clean as command
+from flax_transformer.commands.clean import NAMES, STATEFUL
+from flax_transformer.data.cleaning import RULES
+from flax_transformer.text.spelling import in_one_cell
+from tests.data.test_cleaning import BAD, GOOD
+
+
+def good_pairs(count):
+    """Different pairs that break no rule."""
+    return [(f"ಇದು ಮನೆ ಸಂಖ್ಯೆ {number} ಆಗಿದೆ", f"this is house number {number}") for number in range(100, 100 + count)]
+
+
+@pytest.fixture
+def clean(run, tmp_path):
+    """Cleans pairs, and returns the pairs that stay and the report."""
+
+    def clean(pairs, *options, given=("raw.kn", "raw.en"), made=("clean.kn", "clean.en")):
+        for name, side in zip(given, zip(*pairs, strict=True), strict=True):
+            (tmp_path / name).write_bytes("".join(f"{text}\n" for text in side).encode("utf-8", "surrogateescape"))
+        files = [f"--{side}={tmp_path / name}" for side, name in zip(("source", "target"), given, strict=True)]
+        outputs = [f"--output_{side}={tmp_path / name}" for side, name in zip(("source", "target"), made, strict=True)]
+        languages = ["--source_language=kn", "--target_language=en"]
+        report = run("clean", *files, *outputs, *languages, "--processes=1", *options)
+        lines = [(tmp_path / name).read_text(encoding="utf-8").split("\n")[:-1] for name in made]
+        return list(zip(*lines, strict=True)), report
+
+    return clean
+
+
+def test_a_clean_corpus_stays_as_it_is(clean):
+    pairs = GOOD + good_pairs(300)
+    kept, report = clean(pairs)
+    assert kept == pairs
+    assert report == f"{len(pairs)} pairs, of which {len(pairs)} stay (100.00 %)\n"
+
+
+def test_each_rule_is_reported_with_examples_and_cleaning_again_changes_nothing(clean, tmp_path):
+    rng = random.Random(0)
+    bad = [pair for pairs in BAD.values() for pair in pairs]
+    pairs = GOOD + good_pairs(50) + bad + rng.sample(GOOD, 5)
+    rng.shuffle(pairs)
+    kept, report = clean(pairs, f"--lines={tmp_path / 'lines.tsv'}", "--examples=2")
+    assert sorted(kept) == sorted(GOOD + good_pairs(50))
+    assert kept == [pair for pair in dict.fromkeys(pairs) if pair in set(kept)]
+    counts = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)  [\d.]+ %$", report, re.MULTILINE)}
+    assert counts.keys() == BAD.keys() | {"duplicate"} and counts["duplicate"] == 5
+    assert sum(counts.values()) == len(bad) + 5
+    assert 2 * len(counts) >= report.count("    line ") > len(counts)
+    # Every dropped pair is listed with the number of its line.
+    listed = (tmp_path / "lines.tsv").read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+    fields = [line.split("\t") for line in listed]
+    assert all(tuple(sides) == tuple(map(in_one_cell, pairs[int(number) - 1])) for number, _, *sides in fields)
+    assert len(fields) == len(pairs) - len(kept)
+    again, report = clean(kept, given=("clean.kn", "clean.en"), made=("again.kn", "again.en"))
+    assert again == kept and "100.00 %" in report
+
+
+def test_the_help_names_every_rule_in_the_order_in_which_they_are_asked():
+    assert (*RULES, *STATEFUL) == NAMES
+    assert re.findall(r"^  (\w+)  ", command.__doc__, re.MULTILINE) == [*NAMES]
+
+
+def test_several_processes_find_the_same(clean):
+    pairs = [pair for number in range(3) for pair in good_pairs(2100 + number)] + BAD["ratio"]
+    assert clean(pairs, "--processes=2") == clean(pairs)
+
+
+def test_a_dry_run_writes_nothing(clean, run, tmp_path):
+    (tmp_path / "a").write_text("ಮನೆ\n\n", encoding="utf-8")
+    (tmp_path / "b").write_text("house\nhouse\n")
+    report = run("clean", f"--source={tmp_path / 'a'}", f"--target={tmp_path / 'b'}", "--dry_run", "--processes=1")
+    assert "2 pairs, of which 1 stay (50.00 %)" in report and "empty" in report
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "left"), [(["pair"], [0, 2, 3]), (["source"], [0, 2]), (["target"], [0, 3]), (["source", "target"], [0])]
+)
+def test_duplicates_of_a_pair_a_source_or_a_target(clean, kinds, left):
+    pairs = [("ಮನೆ", "house"), ("ಮನೆ", " house"), ("ಒಂದು ಮನೆ", "house"), ("ಮನೆ", "a house")]
+    kept, _ = clean(pairs, "--duplicates", *kinds)
+    assert kept == [pairs[number] for number in left]
+    assert clean(pairs, "--without", "duplicate")[0] == pairs
+
+
+def test_pairs_with_a_side_in_a_held_out_file_are_dropped(clean, tmp_path):
+    pairs = [("ಮನೆ", "house"), ("ಮರ", "tree"), ("ಕಲ್ಲು", "stone"), ("ನದಿ", "river")]
+    (tmp_path / "test.kn").write_bytes(gzip.compress("ಮನೆ\n\nxyz\n".encode()))
+    (tmp_path / "test.en").write_text(" stone \n")
+    kept, report = clean(pairs, "--held_out", str(tmp_path / "test.kn"), str(tmp_path / "test.en"))
+    assert kept == [pairs[1], pairs[3]] and re.search(r"held_out +2  50.00 %", report)
+
+
+def test_mistakes_are_found_before_anything_is_written(fail, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("x\n")
+    (tmp_path / "c").write_text("x\ny\n")
+    a, b, c, out = (str(tmp_path / name) for name in ("a", "b", "c", "out"))
+    both = [f"--source={a}", f"--target={b}"]
+    for arguments, message in [
+        (both, "--output_source is not given"),
+        ([*both, f"--output_source={out}"], "--output_target is not given"),
+        ([*both, f"--output_source={a}", f"--output_target={out}"], "which --source reads"),
+        ([*both, "--output_source=-", f"--output_target={out}"], "report goes to standard output"),
+        ([*both, "--dry_run", "--source_language=xx"], "script of the language 'xx' is not known"),
+        ([*both, "--dry_run", "--max_ratio=0.5"], "--max_ratio is 0.5: it must be at least 1"),
+        ([*both, "--dry_run", "--without", "ratoi"], "ratoi"),
+        ([f"--source={a}", f"--target={c}", "--dry_run", "--processes=1"], "ends after line 1"),
+        (["--source=-", "--target=-", "--dry_run"], "standard input can be only one of them"),
+    ]:
+        assert message in fail("clean", *arguments)
+    assert not (tmp_path / "out").exists()
