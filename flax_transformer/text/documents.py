@@ -28,7 +28,7 @@ _ADDRESS = regex.compile(
     regex.VERSION1,
 )
 _LETTER = regex.compile(r"\p{L}")
-# No word of a language is so long. A model would take minutes for it, and write nonsense.
+# No word of a language is so long; a model would only spend its time on it.
 _LONGEST_WORD = 500
 # All but space and punctuation, in scripts that have one of them between words.
 _OF_WORD = (
