@@ -17,6 +17,7 @@ from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
+FEW = 200  # sentences, which are encoded sooner than SentencePiece has started threads for them
 
 
 class Vocabulary:
@@ -101,6 +102,8 @@ class Vocabulary:
         becomes a question mark.
         """
         spelled = [self._spelling.spell(sentence).encode(errors="replace") for sentence in sentences]
+        if len(spelled) <= FEW:
+            return [self._processor.encode(sentence, add_eos=True) for sentence in spelled]
         return self._processor.encode(spelled, add_eos=True)
 
     def unknown_characters(self, sentence: str) -> str:
