@@ -31,7 +31,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(fail, unloaded, workdir, tm
     output = f"--output={tmp_path / 'no' / 'a.png'}"
     assert "there is no folder" in fail("align", f"--workdir={workdir}", output, "red cat")
     assert "SENTENCE" in fail("align", f"--workdir={workdir}", f"--output={tmp_path / 'a.png'}")
-    assert "choose eps" in fail("align", f"--workdir={workdir}", f"--output={tmp_path / 'a.txt2'}", "red cat")
+    assert "known ending: choose" in fail("align", f"--workdir={workdir}", f"--output={tmp_path / 'a.txt2'}", "red cat")
 
 
 def test_a_layer_that_does_not_exist_is_an_error_and_nothing_is_written(fail, workdir, tmp_path):

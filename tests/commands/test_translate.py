@@ -34,7 +34,7 @@ def test_sentences_on_the_command_line_are_translated_as_those_of_a_file(run, fa
     assert run("translate", f"--workdir={workdir}", "--beam_size=2", *sentences) == from_file
     assert from_file.count("\n") == 3
     both = fail("translate", f"--workdir={workdir}", f"--input={tmp_path / 'file'}", "red cat")
-    assert "--input names a file, but there are sentences on the command line" in both
+    assert "--input cannot be combined with sentences on the command line" in both
     assert "--interactive" in fail("translate", f"--workdir={workdir}", "--interactive", "red cat")
 
 

@@ -65,6 +65,7 @@ def test_another_number_of_steps_is_told_of_if_it_changes_the_rate(name, jumps, 
     assert notice_of_other_rate(before, before, 15) == ""
 
 
+@pytest.mark.slow
 def test_a_training_that_continues_tells_of_its_rate_and_its_devices(experiment, tmp_path, capsys):
     first = with_training(without_held_out(experiment), steps=6, **{"schedule.name": "cosine"})
     train_and_evaluate(first, tmp_path)
