@@ -44,13 +44,19 @@ CHECKER = "importlib.import_module('tests.checker').check"  # jaxtyping wants te
 jaxtyping.install_import_hook("flax_transformer", CHECKER)
 
 
+# Tracing makes very many objects that live on, and to look through all of them for cycles again and again takes a sixth
+# of the tests' time. It is done once after each file instead.
+gc.disable()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def few_programs():
-    """Lets go of compiled programs: each has memory mappings, and Linux gives a process 65,530 of them at most."""
+def tidy_memory():
+    """Lets go of what a file has left behind. Of compiled programs too, where they are many: each has memory mappings,
+    and Linux gives a process 65,530 of them at most."""
     yield
     mappings = Path("/proc/self/maps")
     if mappings.exists() and len(mappings.read_bytes().splitlines()) > 20_000:
-        jax = sys.modules.get("jax")
-        if jax is not None:
-            jax.clear_caches()
-            gc.collect()
+        gc.unfreeze()
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    gc.freeze()  # what is still there will be looked at no more

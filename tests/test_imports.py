@@ -120,15 +120,16 @@ LAYOUT = {
     "decoding.next_token": "decoding.settings",
     "decoding.search": "decoding.settings decoding.next_token",
     "decoding.turned": "config model projections",
-    "decoding.ensemble": "config stacks decoding.turned",
+    "decoding.ensemble": "config model stacks decoding.turned",
     "decoding.slots": "attention config stacks tokens decoding.settings decoding.search decoding.turned "
     "decoding.ensemble",
+    "decoding.listed_rows": "decoding.ensemble",
     "decoding.moving": "attention stacks decoding.search decoding.ensemble",
     "decoding.sizes": "decoding.shortlist decoding.next_token decoding.slots",
     "decoding.requests": "",
     "decoding.waiting": "decoding.requests",
-    "decoding.machine": "tokens decoding.settings decoding.ensemble decoding.slots decoding.moving decoding.requests "
-    "decoding.waiting",
+    "decoding.machine": "tokens decoding.settings decoding.ensemble decoding.slots decoding.listed_rows "
+    "decoding.moving decoding.requests decoding.waiting",
     "decoding.programs": "decoding.settings decoding.shortlist decoding.ensemble decoding.sizes decoding.machine",
     "decoding.engine": "positions decoding.settings decoding.shortlist decoding.ensemble decoding.sizes "
     "decoding.requests decoding.waiting decoding.machine decoding.programs",

@@ -22,6 +22,7 @@ from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
+FEW = 200  # sentences, which are encoded sooner than SentencePiece has started threads for them
 
 # A token that names the language to translate into, e.g. ">>kan<<".
 LANGUAGE = re.compile(r">>[^<>\s]+<<")
@@ -119,12 +120,12 @@ class Vocabulary:
         question mark.
         """
         spelled = [self._spelling.spell(sentence) for sentence in sentences]
-        rows = self._processor.encode([text.encode(errors="replace") for text in spelled], add_eos=True)
-        if self._mark:
-            for row, text in enumerate(spelled):
-                if SPACE in text:
-                    rows[row] = self._encode_with_mark(text)
-        return rows
+        texts = [text.encode(errors="replace") for text in spelled]
+        if len(texts) <= FEW:
+            rows = [self._processor.encode(text, add_eos=True) for text in texts]
+        else:
+            rows = self._processor.encode(texts, add_eos=True)
+        return self._mend_marks(rows, spelled)
 
     def spell(self, sentences: Sequence[str]) -> list[str]:
         """The sentences in the spelling in which they are divided into pieces; `sample` takes them."""
@@ -158,6 +159,10 @@ class Vocabulary:
                     "data.source_sampling and data.target_sampling vary the pieces of vocabularies with "
                     'vocabulary.model_type "bpe" or "unigram", and this one has "char": set both to 0'
                 ) from error
+        return self._mend_marks(rows, spelled)
+
+    def _mend_marks(self, rows: list[list[int]], spelled: Sequence[str]) -> list[list[int]]:
+        """The ids of texts, of which those with the character by which SentencePiece represents a space are wrong."""
         for row, text in enumerate(spelled):
             if self._mark and SPACE in text:
                 rows[row] = self._encode_with_mark(text)

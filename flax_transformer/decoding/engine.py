@@ -29,8 +29,7 @@ from flax_transformer.positions import check_length
 
 STEPS = 16  # of a machine in its turn, at most
 STEPS_ALONE = 32  # of one with a single slot on each device, where no other sentence waits for a place
-SHARE = 16  # a machine goes on until one sixteenth of its slots can be filled anew
-FEW = 64  # so few sentences of a smaller room share the slots of a larger one: another program would take longer
+SHARE = 8  # a machine goes on until one eighth of its sentences have ended
 MANY = 2  # slots for more than so many times as many sentences as there are, are too many
 IDLE_S = 5.0  # seconds without work after which the thread ends
 
@@ -321,7 +320,7 @@ class Engine:
         if machine.living:
             waits = bool(waiting.count(above, room))
             own = machine.size.slots // self.ensemble.mesh.size
-            enough = max(1, own // SHARE) if waits else 1
+            enough = max(1, machine.living // self.ensemble.mesh.size // SHARE)
             steps = STEPS if own > 1 else STEPS_ALONE
             machine.dispatch(1 if machine.streams else steps, enough, waits=waits)
         if machine.pending >= self._depth or (machine.pending and not machine.living):
@@ -345,7 +344,7 @@ class Engine:
         ):
             count = group.waiting.count(below, room)
             exists = any(machine.size.slots > 1 for other, machine in group.machines if other == room)
-            if served and count < FEW and not exists:
+            if served and count < self.programs.few(group.settings, room) and not exists:
                 served[-1] = served[-1][0], below
             elif count:
                 served.append((room, below))

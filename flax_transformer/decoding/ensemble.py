@@ -17,12 +17,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.turned import Turned, opened, turn
+from flax_transformer.model import OutputRows
 from flax_transformer.stacks import DecodingState
 
 # The config and the parameters of each model; a single model is an ensemble of one.
 Configs = tuple[TransformerConfig, ...]
 Models = tuple[PyTree | Turned, ...]
 States = tuple[DecodingState, ...]
+Rows = tuple[OutputRows, ...]
 StepFunction = Callable[[States, jax.Array], tuple[States, jax.Array]]
 BATCH_AXIS = "batch"
 # Up to so many rows of the output matrix are copied for the listed tokens of all sentences; with more sentences, all
@@ -95,7 +97,26 @@ class Ensemble:
         return self.configs[0].pad_id
 
 
-def step_function(models: Models, configs: Configs, listed: Int[Array, "B C"] | None = None) -> StepFunction:
+def copies_rows(listed: int) -> bool:
+    """Whether the rows of so many listed tokens are copied out of the output matrix, B * C of them."""
+    return 0 < listed <= LISTED_ROWS
+
+
+def rows_of(models: Models, listed: Int[Array, "B C"], *, configs: Configs) -> Rows:
+    """The rows of each model's output matrix for the listed tokens; anything for -1."""
+    return tuple(
+        _apply(config, params, listed, method="output_rows") for config, params in zip(configs, models, strict=True)
+    )
+
+
+def _apply(config: TransformerConfig, params: PyTree | Turned, *arguments: Any, method: str) -> Any:
+    with opened(config, params) as (model, variables):
+        return model.apply(variables, *arguments, method=method)
+
+
+def step_function(
+    models: Models, configs: Configs, listed: Int[Array, "B C"] | None = None, rows: Rows | None = None
+) -> StepFunction:
     """The `step_fn` of a `Search` with these models: takes their states and the last tokens [B * N].
 
     It returns the next states and the logits [B * N, V] of the average of the models' probabilities.
@@ -105,19 +126,16 @@ def step_function(models: Models, configs: Configs, listed: Int[Array, "B C"] | 
         configs: the config of each model.
         listed: the target tokens among which each sentence chooses, then -1. The logits are then [B * N, C], and -inf
             for -1.
+        rows: from `rows_of` for these tokens; they are copied here if not given, unless they are too many.
     """
-    numbers = range(len(configs))
-
-    def call(number: int, *arguments: Any, method: str) -> Any:
-        with opened(configs[number], models[number]) as (model, variables):
-            return model.apply(variables, *arguments, method=method)
-
-    copies = listed is not None and listed.size <= LISTED_ROWS
-    rows = [call(number, listed, method="output_rows") if copies else None for number in numbers]
+    copies = listed is not None and copies_rows(listed.size)
+    if rows is None and listed is not None and copies:
+        rows = rows_of(models, listed, configs=configs)
 
     def step(states: States, tokens: jax.Array) -> tuple[States, jax.Array]:
         steps = [
-            call(number, states[number], tokens[:, None], rows[number], method="decode_step") for number in numbers
+            _apply(config, params, state, tokens[:, None], own, method="decode_step")
+            for config, params, state, own in zip(configs, models, states, rows or [None] * len(configs), strict=True)
         ]
         logits = [logits[:, 0] for _, logits in steps]
         if listed is None:

@@ -1,6 +1,7 @@
 """The host's side of the slots of one size: who is in which slot, what the device is to do next, what it has told."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from flax_transformer.decoding.ensemble import Ensemble
+from flax_transformer.decoding.listed_rows import empty_rows, replace_rows
 from flax_transformer.decoding.moving import move
 from flax_transformer.decoding.requests import Output, Request
 from flax_transformer.decoding.settings import BeamSearch, Sampling
@@ -50,6 +52,10 @@ class Machine:
         """
         self.size, self._ensemble, self._settings, self._pool_shape = size, ensemble, settings, pool_shape
         self._progress = empty_slots(configs=ensemble.configs, settings=settings, size=size, mesh=ensemble.mesh)
+        self._rows = empty_rows(
+            ensemble.models, configs=ensemble.configs, slots=size.slots, listed=size.listed, mesh=ensemble.mesh
+        )
+        self._listed_anew: set[int] = set()  # the slots whose rows are not there yet
         self._pool: Any = None
         self._requests: list[Request | None] = [None] * size.slots
         self._encoded: deque[Encoded] = deque()
@@ -127,6 +133,7 @@ class Machine:
         if self._listed is not None:
             self._listed[slot] = -1
             self._listed[slot, : len(request.listed)] = request.listed
+            self._listed_anew.add(slot)
         if self._rngs is not None:
             self._rngs[slot] = request.rng
 
@@ -175,6 +182,8 @@ class Machine:
         if self._pool is None:
             empty = np.zeros(self._pool_shape, np.int32)
             self._pool = self._encoder(Tokens(empty, empty, empty), np.zeros(self._ensemble.mesh.size, np.int32))
+        if self._listed_anew:
+            self._replace_rows()
         ensemble, tenants = self._ensemble, self._tenants()
         self._arrivals = []
         self._progress, outcome = advance(
@@ -184,6 +193,7 @@ class Machine:
             tenants,
             np.int32(steps),
             np.int32(enough),
+            self._rows,
             configs=ensemble.configs,
             settings=self._settings,
             mesh=ensemble.mesh,
@@ -192,17 +202,13 @@ class Machine:
 
     def _tenants(self) -> Tenants:
         """Copies, since the device may read them while the next sentences are put in."""
-        slots, devices = self.size.slots, self._ensemble.mesh.size
-        own = slots // devices
+        slots = self.size.slots
         is_new = np.zeros(slots, bool)
-        row, start, length, arrivals = (np.zeros(slots, np.int32) for _ in range(4))
-        count = np.zeros(devices, np.int32)
+        row, start, length = (np.zeros(slots, np.int32) for _ in range(3))
         for slot, encoded in self._arrivals:
             is_new[slot] = True
             row[slot], start[slot], length[slot] = encoded.row, encoded.start, len(encoded.request.source)
-            device = slot // own
-            arrivals[device * own + count[device]] = slot % own
-            count[device] += 1
+        arrivals, count = self._by_device([slot for slot, _ in self._arrivals])
         return Tenants(
             active=np.array([request is not None for request in self._requests]),
             limits=self._limits.copy(),
@@ -217,6 +223,34 @@ class Machine:
             row=row,
             start=start,
             length=length,
+        )
+
+    def _by_device(self, slots: Sequence[int]) -> tuple[Int[np.ndarray, "slots"], Int[np.ndarray, "devices"]]:
+        """These slots, counted from 0 on each device and one device after the other, and how many each device has."""
+        devices = self._ensemble.mesh.size
+        own = self.size.slots // devices
+        numbers, count = np.zeros(self.size.slots, np.int32), np.zeros(devices, np.int32)
+        for slot in slots:
+            device = slot // own
+            numbers[device * own + count[device]] = slot % own
+            count[device] += 1
+        return numbers, count
+
+    def _replace_rows(self) -> None:
+        """Copies the rows of the output matrix for the sentences that have come since the last time."""
+        if self._rows is None or self._listed is None:
+            return
+        changed, count = self._by_device(sorted(self._listed_anew))
+        self._listed_anew.clear()
+        ensemble = self._ensemble
+        self._rows = replace_rows(
+            ensemble.models,
+            self._rows,
+            self._listed.copy(),
+            changed,
+            count,
+            configs=ensemble.configs,
+            mesh=ensemble.mesh,
         )
 
     def collect(self) -> list[int]:
@@ -258,6 +292,7 @@ class Machine:
 
     def compile(self) -> None:
         """Compiles its programs, by encoding nothing and making no step."""
+        self._replace_rows()
         self.dispatch(0, 1, waits=False)
         jax.block_until_ready(self._pending.popleft()[0])
 

@@ -10,6 +10,9 @@ from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sizes import pool_shape, rooms_up_to, slot_size, slots_for
 
+FEW = 64  # sentences, for which another program would take longer to compile than they take in larger slots
+FEW_PREPARED = 4  # sentences, for which steps of their own take longer, although there is a program
+
 
 class Programs:
     """The programs of one engine."""
@@ -37,6 +40,11 @@ class Programs:
         prepared = sorted({room for room, _ in (self._prepared or {}).get(settings, ())})
         enough = next((room for room in prepared if room >= tokens), rooms_up_to(tokens)[-1])
         return [*(room for room in prepared if room < tokens), enough] if prepared else rooms_up_to(tokens)
+
+    def few(self, settings: BeamSearch | Sampling, room: int) -> int:
+        """Fewer sentences of a room than this had better share the slots of a larger room."""
+        prepared = {room for room, _ in (self._prepared or {}).get(settings, ())}
+        return FEW_PREPARED if room in prepared else FEW
 
     def slots(self, settings: BeamSearch | Sampling, room: int, count: int, *, prepared: bool = True) -> int:
         """How many slots so many sentences get.

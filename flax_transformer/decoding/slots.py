@@ -37,6 +37,7 @@ from flax_transformer.decoding.ensemble import (
     BATCH_AXIS,
     Configs,
     Models,
+    Rows,
     divided,
     follow,
     for_all_tokens,
@@ -49,6 +50,7 @@ from flax_transformer.stacks import DecodingState, first_ancestors
 from flax_transformer.tokens import Tokens
 
 ENCODED_AT_ONCE = 256  # source tokens: enough for fast matrix products
+FEW_AT_ONCE = 128  # the same on a CPU, where matrix products with more are hardly faster, and few sentences often come
 Pool = tuple[tuple[KVCache, ...], ...]  # of each model, of each decoder layer
 
 
@@ -134,7 +136,8 @@ def encode(models: Models, tokens: Tokens, used: Int[Array, "devices"], *, confi
 
     def run(models: Models, tokens: Tokens, used: jax.Array) -> Pool:
         rows, width = tokens.ids.shape
-        block = min(rows, max(1, ENCODED_AT_ONCE // width))
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        block = min(rows, max(1, (FEW_AT_ONCE if on_cpu else ENCODED_AT_ONCE) // width))
         assert rows % block == 0, f"{rows} rows are encoded {block} at once"
 
         def encode_block(number: jax.Array, pool: Pool) -> Pool:
@@ -188,6 +191,7 @@ def advance(
     tenants: Tenants,
     steps: Int[Array, ""],
     enough: Int[Array, ""],
+    rows: Rows | None = None,
     *,
     configs: Configs,
     settings: BeamSearch | Sampling,
@@ -206,17 +210,20 @@ def advance(
         tenants: who is in the slots.
         steps: maximum number of steps.
         enough: number of sentences, on each device.
+        rows: the rows of the output matrix for the tokens that the tenants list; see `listed_rows.py`.
         configs: the config of each model.
         settings: the settings of the search; `num_return`, `extra_length` and `max_length` do not matter, since
             `tenants` says them for each slot.
         mesh: the devices that share the slots; each stops by itself.
     """
 
-    def run(models, pool, steps, enough, progress: Progress, tenants: Tenants) -> tuple[Progress, Outcome]:
+    def run(
+        models, pool, steps, enough, progress: Progress, tenants: Tenants, rows: Rows | None
+    ) -> tuple[Progress, Outcome]:
         room = tenants.prefix.shape[1]
         rngs = None if tenants.rngs is None else jax.random.wrap_key_data(tenants.rngs)
         told = {name: getattr(tenants, name) for name in ("limits", "prefix", "given", "listed", "num_return")}
-        search = _search(models, configs, settings, room, rngs=rngs, **told)
+        search = _search(models, configs, settings, room, rows=rows, rngs=rngs, **told)
         progress = _with_places(progress, lambda place: place[0])
         progress = _take_in(search, progress, pool, tenants)
 
@@ -254,7 +261,7 @@ def advance(
         )
         return _with_places(progress, lambda place: place[None]), outcome
 
-    return divided(run, mesh, shared=4)(models, pool, steps, enough, progress, tenants)
+    return divided(run, mesh, shared=4)(models, pool, steps, enough, progress, tenants, rows)
 
 
 def _search(
@@ -263,9 +270,10 @@ def _search(
     settings: BeamSearch | Sampling,
     max_length: int,
     listed: Int[Array, "B C"] | None = None,
+    rows: Rows | None = None,
     **tenants: Any,
 ) -> Search:
-    step_fn = step_function(models, configs, listed)
+    step_fn = step_function(models, configs, listed, rows)
     if listed is not None and isinstance(settings, Sampling):
         step_fn, listed = for_all_tokens(step_fn, listed, configs[0].target_vocab_size), None
     return Search(

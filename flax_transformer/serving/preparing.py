@@ -1,7 +1,6 @@
 """Compiles programs before they are needed: a few before the server is ready, the others while it serves already."""
 
 import functools
-import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from flax_transformer.serving.models import Served
 
 Step = Callable[[], None]
 STREAMING = BeamSearch(beam_size=1)
-LADDER = 4  # each number of slots is so many times the next smaller one
+MANY = 16  # up to so many slots a step takes about as long as for one, and fewer programs do
 AT_ONCE = 4  # programs, where there are as many processors
 ALL = 2**20  # more sentences than there are slots
 
@@ -89,5 +88,8 @@ def _rooms(longest: int) -> list[int]:
 
 def _numbers(most: int, least: int) -> list[int]:
     """Numbers of slots from `least` to `most`."""
-    falling = itertools.takewhile(lambda count: count > least, (most // LADDER**step for step in itertools.count()))
-    return [least, *reversed(list(falling))]
+    numbers = []
+    while most > least:
+        numbers.append(most)
+        most //= 2 if most > MANY else 4
+    return [least, *reversed(numbers)]

@@ -107,7 +107,9 @@ def test_a_sentences_limit_follows_its_own_length_and_not_that_of_its_slot(engin
     assert [len(output.ids) for (output,) in found] == [4, 5, 6, 6]
 
 
-@pytest.mark.parametrize("settings", [Sampling(min_length=50), BeamSearch(beam_size=3, min_length=50)])
+@pytest.mark.parametrize(
+    "settings", [pytest.param(Sampling(min_length=50), marks=pytest.mark.slow), BeamSearch(beam_size=3, min_length=50)]
+)
 def test_outputs_that_need_more_room_than_their_slots_have_get_it(engine, make_engine, settings):
     """They are moved twice; each is what slots that have all the room from the start give."""
     sources, rngs = [source for source in SOURCES if len(source) <= 14][:6], keys(6)

@@ -44,7 +44,7 @@ def kill_and_restart(training, rng, *, victims=(0,), **layout):
     return killed_at
 
 
-@pytest.mark.parametrize("kind", [pytest.param("one device", marks=pytest.mark.slow), "eight devices"])
+@pytest.mark.parametrize("kind", ["one device", pytest.param("eight devices", marks=pytest.mark.slow)])
 def test_a_training_that_is_killed_at_random_ends_with_the_bits_of_an_uninterrupted_one(kind, small_training):
     rng, layout = random.Random(f"{SEED} {kind}"), {"devices": {"one device": 1, "eight devices": 8}[kind]}
     unbroken = small_training("unbroken", **OFTEN)

@@ -24,7 +24,11 @@ def batch(config, rows, width, seed=0):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"norm": "pre", "positions": "learned", "output_bias": True}, {"decoder_autoregression": "ssru"}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"norm": "pre", "positions": "learned", "output_bias": True},
+        {"decoder_autoregression": "ssru"},
+    ],
     ids=str,
 )
 def test_the_programs_give_the_model_s_logits_for_any_batch_and_lengths(make_model, options):

@@ -111,7 +111,15 @@ def test_eight_devices_give_the_sums_and_the_gradient_of_one_for_a_recurrent_dec
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(unit))
 
 
-@pytest.mark.parametrize(("kind", "share"), [("pmap", 1), ("data", 1), ("fsdp", 8), ("data=2,fsdp=4", 4)])
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [
+        pytest.param("pmap", 1, marks=pytest.mark.slow),
+        ("data", 1),
+        pytest.param("fsdp", 8, marks=pytest.mark.slow),
+        ("data=2,fsdp=4", 4),
+    ],
+)
 def test_over_fsdp_each_device_keeps_a_part_of_parameters_and_optimizer_from_step_to_step(kind, share, made, batch):
     eight = Parallelism(kind)
     state = jax.tree.map(jnp.copy, made[kind])  # the step below donates it
