@@ -120,16 +120,12 @@ class Vocabulary:
         question mark.
         """
         spelled = [self._spelling.spell(sentence) for sentence in sentences]
-        encoded = [text.encode(errors="replace") for text in spelled]
-        if len(encoded) <= FEW:
-            rows = [self._processor.encode(text, add_eos=True) for text in encoded]
+        texts = [text.encode(errors="replace") for text in spelled]
+        if len(texts) <= FEW:
+            rows = [self._processor.encode(text, add_eos=True) for text in texts]
         else:
-            rows = self._processor.encode(encoded, add_eos=True)
-        if self._mark:
-            for row, text in enumerate(spelled):
-                if SPACE in text:
-                    rows[row] = self._encode_with_mark(text)
-        return rows
+            rows = self._processor.encode(texts, add_eos=True)
+        return self._mend_marks(rows, spelled)
 
     def spell(self, sentences: Sequence[str]) -> list[str]:
         """The sentences in the spelling in which they are divided into pieces; `sample` takes them."""
@@ -163,6 +159,10 @@ class Vocabulary:
                     "data.source_sampling and data.target_sampling vary the pieces of vocabularies with "
                     'vocabulary.model_type "bpe" or "unigram", and this one has "char": set both to 0'
                 ) from error
+        return self._mend_marks(rows, spelled)
+
+    def _mend_marks(self, rows: list[list[int]], spelled: Sequence[str]) -> list[list[int]]:
+        """The ids of texts, of which those with the character by which SentencePiece represents a space are wrong."""
         for row, text in enumerate(spelled):
             if self._mark and SPACE in text:
                 rows[row] = self._encode_with_mark(text)
