@@ -94,9 +94,9 @@ def _open(path: str) -> BinaryIO:
         raise ValueError(f"cannot read {shown(path)} ({reason}): check the path") from error
 
 
-def _unpack(file: BinaryIO, path: str) -> Iterator[bytes]:
+def _unpack(file: Any, path: str) -> Iterator[bytes]:
     """The lines of a file, unpacked if it is compressed."""
-    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # type: ignore[type-var]  # files of buckets
+    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # files of buckets
     begin = buffered.peek(16)[:16]
     kind = next((kind for magic, kind in _COMPRESSED if re.match(magic, begin)), "")
     if not kind:
