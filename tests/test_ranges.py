@@ -83,8 +83,10 @@ def test_settings_for_booleans_refuse_anything_else(settings, name):
 
 @fields_of(str)
 def test_settings_for_strings_refuse_anything_else(settings, name):
+    is_sequence = name == "user_symbols"
     for wrong in (3, None, True, ["a"]):
-        refused(settings, name, wrong)
+        refused(settings, name, [wrong] if is_sequence else wrong)
+    refused(settings, name, "a" if is_sequence else ["a"])
 
 
 def test_what_is_no_section_is_refused_where_one_belongs():

@@ -135,7 +135,7 @@ def test_tensorboard_events_are_written_to_local_and_remote_work_directories(any
     with Report(anywhere, first_step=0, steps=1) as report:
         report.training(1, METRICS)
         report.checkpoint(1, 0.5)
-    assert b"train/loss" in events_of(anywhere) and b"checkpoint/blocked_seconds" in events_of(anywhere)
+    assert b"train/smoothed_loss" in events_of(anywhere) and b"checkpoint/blocked_seconds" in events_of(anywhere)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_events_that_cannot_be_written_do_not_block_and_are_written_later(anywhe
                 report._events.flush()
             allow_events()
     assert len(caught) == 1 and str(caught[0].message).startswith(f"{anywhere.path}/tensorboard: ")
-    assert events_of(anywhere).count(b"train/loss") == 40 and len(anywhere.read_metrics()) == 40
+    assert events_of(anywhere).count(b"train/smoothed_loss") == 40 and len(anywhere.read_metrics()) == 40
 
 
 @pytest.mark.parametrize("action", ["error", "ignore"])

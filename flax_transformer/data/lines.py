@@ -99,12 +99,17 @@ def _unpack(file: Any, path: str) -> Iterator[bytes]:
     buffered = file if hasattr(file, "peek") else io.BufferedReader(file)  # files of buckets
     begin = buffered.peek(16)[:16]
     kind = next((kind for magic, kind in _COMPRESSED if re.match(magic, begin)), "")
-    if not kind:
-        yield from buffered
-        return
-    unpacked, *errors = _unpacker(kind, path)
     try:
-        yield from unpacked(buffered)
+        yield from _unpacked(buffered, kind, path) if kind else buffered
+    finally:
+        if buffered is not file:
+            buffered.detach()  # otherwise it would close the file
+
+
+def _unpacked(packed: io.BufferedReader, kind: str, path: str) -> Iterator[bytes]:
+    unpacker, *errors = _unpacker(kind, path)
+    try:
+        yield from unpacker(packed)
     except (EOFError, *errors) as error:
         if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 raise errors without a number
             raise
