@@ -35,6 +35,7 @@ def evaluate(run, workdir, files, *options):
     return run("evaluate", "--workdir", workdir, "--source", files[0], "--reference", files[1], *options)
 
 
+@pytest.mark.slow
 def test_scores_and_signatures_equal_those_of_the_sacrebleu_command(run, workdir, files, tmp_path, translations):
     written = tmp_path / "translations.txt"
     report = json.loads(evaluate(run, workdir, files, "--output=json", "--translations", written))
@@ -92,6 +93,7 @@ def test_a_corpus_gives_both_sides(run, workdir, files):
     assert {key: report[key] for key in report.keys() - timing} == {key: both[key] for key in both.keys() - timing}
 
 
+@pytest.mark.slow
 def test_the_options_of_the_search_are_used(run, workdir, files):
     short = json.loads(evaluate(run, workdir, files, "--output=json", "--max_length=3"))
     assert short["search"] == "a beam of 4, alpha 0.6"

@@ -57,6 +57,7 @@ def test_a_byte_order_mark_carriage_returns_and_the_last_line_feed_are_not_text(
     assert run("translate", "--workdir", workdir, given=data) == said
 
 
+@pytest.mark.slow
 def test_a_small_buffer_changes_nothing(run, workdir, source):
     said = run("translate", "--workdir", workdir, "--input", source, "--beam_size=1")
     assert run("translate", "--workdir", workdir, "--input", source, "--beam_size=1", "--buffer_lines=2") == said
@@ -109,6 +110,7 @@ def test_a_translation_begins_as_its_prefix_says(run, workdir, source, lines, tm
         assert prefix or translation == other
 
 
+@pytest.mark.slow
 def test_samples_follow_the_seed(run, workdir, source):
     sample = ("translate", "--workdir", workdir, "--input", source, "--sample", "--temperature=2", "--top_k=20")
     first = run(*sample, "--seed=1")

@@ -79,6 +79,7 @@ def assert_one_target_for_each_source(*many_pairs):
         assert targets.setdefault(source, target) == target, source
 
 
+@pytest.mark.slow
 def test_a_source_has_one_target():
     # Different seeds give the same sources again; within one call each source occurs only once anyway.
     many = [pairs_of("train", 6_000, seed=seed) for seed in (0, 1)]

@@ -14,7 +14,7 @@ SOURCE, TARGET = jnp.array([[4, 5, 2, 0, 0], [7, 8, 9, 3, 2]]), jnp.array([[6, 2
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tie_embeddings": "none", "output_bias": True},
+        pytest.param({"tie_embeddings": "none", "output_bias": True}, marks=pytest.mark.slow),
         {"tie_embeddings": "three_way"},
         {"tie_embeddings": "decoder", "decoder_autoregression": "ssru"},
     ],

@@ -81,7 +81,7 @@ def wait_until_noticed(process, number):
 BEFORE = "train.py: {}: stopped before the first step; nothing is lost, and the same command starts again"
 
 
-@pytest.mark.parametrize("moment", ["imports", "compiling"])
+@pytest.mark.parametrize("moment", ["imports", pytest.param("compiling", marks=pytest.mark.slow)])
 def test_two_processes_end_before_the_first_step_of_a_training_that_is_resumed(moment, small_training):
     training = small_training(**LONG | {"training__steps": 8})
     training.finish()

@@ -53,6 +53,7 @@ def test_fsdp_divides_the_state_among_devices_and_gathers_parameters():
     assert sizes[8] < sizes[1]
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_kernels_even_if_they_are_larger_than_the_activations():
     few = dataclasses.replace(
         changed(**{"parallelism.layout": "fsdp"}),

@@ -59,6 +59,7 @@ def test_scores_need_a_validation_corpus(changes, experiment, tmp_path):
         train_and_evaluate(experiment, tmp_path)
 
 
+@pytest.mark.slow
 def test_keeping_best_checkpoints_without_evaluations_is_a_warning(experiment, tmp_path):
     experiment = with_training(without_valid(experiment), steps=1, **{"checkpoints.keep_best": 4})
     with pytest.warns(UserWarning, match="keep_best is 4, but data.valid is empty"):
@@ -147,6 +148,7 @@ def test_an_average_of_removed_steps_is_not_used_while_training_continues(experi
     assert not same(Translator.from_workdir(tmp_path, step="chosen").params, first)
 
 
+@pytest.mark.slow
 def test_scores_with_other_settings_are_ignored_and_the_step_is_scored_again(experiment, tmp_path, monkeypatch):
     changes = {
         "steps": 2,

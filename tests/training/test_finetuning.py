@@ -80,6 +80,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_stopped_finetuning_continues_without_the_initial_model(finetuning, start, tmp_path, monkeypatch):
     train_and_evaluate(finetuning, tmp_path / "whole")
     done = iter(range(7))

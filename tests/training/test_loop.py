@@ -206,6 +206,7 @@ def test_a_missing_training_corpus_is_an_error(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_after_a_mistake_is_corrected_training_works_in_the_same_folder(experiment, tmp_path):
     experiment = with_training(without_held_out(experiment), steps=1)
     mistake = dataclasses.replace(

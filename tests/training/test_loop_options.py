@@ -253,6 +253,7 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(experiment, tmp_path, 
     np.testing.assert_allclose([loss for _, loss in whole], [loss for _, loss in parts], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_in_half_precision_continues_to_the_same_bits(experiment, tmp_path, monkeypatch):
     experiment = without_held_out(experiment)
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dtype="float16"))
@@ -262,6 +263,7 @@ def test_a_stopped_training_in_half_precision_continues_to_the_same_bits(experim
     assert same(params_of(tmp_path / "broken", "latest"), params_of(tmp_path / "unbroken", "latest"))
 
 
+@pytest.mark.slow
 def test_the_time_for_which_a_save_blocks_training_is_recorded(experiment, tmp_path):
     train_and_evaluate(without_held_out(experiment), tmp_path)
     lines = lines_of(tmp_path, "checkpoint")

@@ -95,7 +95,7 @@ def test_eight_devices_give_the_sums_and_the_gradient_of_one(kind, loss_chunks, 
             assert np.linalg.norm(difference) / np.linalg.norm(gradient) < 1e-5, name
 
 
-@pytest.mark.parametrize("kind", ["pmap", "data=2,fsdp=4"])
+@pytest.mark.parametrize("kind", ["pmap", pytest.param("data=2,fsdp=4", marks=pytest.mark.slow)])
 def test_eight_devices_give_the_sums_and_the_gradient_of_one_for_a_recurrent_decoder(kind, batch):
     model = Transformer(dataclasses.replace(CONFIG, decoder_autoregression="ssru", num_decoder_layers=2, remat=True))
     params = jax.jit(functools.partial(TrainState.create, model, OPTIMIZER))(jax.random.key(0)).params
@@ -115,7 +115,7 @@ def test_eight_devices_give_the_sums_and_the_gradient_of_one_for_a_recurrent_dec
     ("kind", "share"),
     [
         pytest.param("pmap", 1, marks=pytest.mark.slow),
-        ("data", 1),
+        pytest.param("data", 1, marks=pytest.mark.slow),
         pytest.param("fsdp", 8, marks=pytest.mark.slow),
         ("data=2,fsdp=4", 4),
     ],
@@ -195,7 +195,9 @@ def test_over_a_mesh_each_device_draws_rbgs_bits_for_its_own_rows_alone(kind, rn
     assert ranks == {4 if rate == "attention_dropout_rate" else 3 for rate in rates}
 
 
-@pytest.mark.parametrize("written_by", KINDS)
+@pytest.mark.parametrize(
+    "written_by", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("jit", "fsdp") else kind for kind in KINDS]
+)
 def test_each_way_reads_the_checkpoints_of_every_other(written_by, tmp_path, made, after_step):
     def trees_of(parallelism, state):
         return parallelism.as_global({"params": state.params, "training": {"opt_state": state.opt_state}})

@@ -80,6 +80,7 @@ def test_micro_batches_give_the_sums_and_the_gradient_of_the_whole(kind, batch):
     assert relative_difference(found, expected) < 2e-6
 
 
+@pytest.mark.slow
 def test_micro_batches_need_less_memory(batch):
     def temporaries(micro_batches):
         def gradients_of(params, rows):
@@ -90,6 +91,7 @@ def test_micro_batches_need_less_memory(batch):
     assert temporaries(PARTS) < temporaries(1) / 2
 
 
+@pytest.mark.slow
 def test_a_loss_in_chunks_holds_the_logits_of_one_chunk():
     """From the compiler: all logits of this batch in float32 are 21 MB, those of a chunk a tenth of it."""
     vocabulary, slots = 16_001, 20
@@ -119,6 +121,7 @@ def test_the_loss_of_a_held_out_batch_is_the_same_in_parts(batch):
     np.testing.assert_allclose(whole.cross_entropy, parts.cross_entropy, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_part_drops_units_of_its_own(batch):
     model = Transformer(dataclasses.replace(CONFIG, dropout_rate=0.5))
     row = jax.tree.map(lambda leaf: np.tile(leaf[:1], (2, 1)), batch)
@@ -149,6 +152,7 @@ def test_r_drop_without_dropout_is_the_plain_loss(kind, parts, batch):
     assert relative_difference(found, expected) < 2e-6
 
 
+@pytest.mark.slow
 def test_r_drop_adds_the_divergence_of_two_passes_to_the_mean_of_their_losses(batch):
     model, rng, params = (
         Transformer(dataclasses.replace(CONFIG, dropout_rate=0.5)),
