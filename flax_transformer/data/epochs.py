@@ -31,7 +31,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.data.cache import KEY_LENGTH
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide, cache_key, in_background
-from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary, check_sampling
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import DataConfig
 
@@ -68,6 +68,8 @@ def training_corpus(
     strengths = config.source_sampling, config.target_sampling
     if not any(strengths) and all(float(times).is_integer() for times in set(text.repeats)):
         return first
+    if any(strengths):
+        check_sampling()
     decisive = (
         cache_key(text, vocabularies, config, max_length),
         strengths,

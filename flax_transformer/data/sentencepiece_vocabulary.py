@@ -26,12 +26,27 @@ FEW = 200  # sentences, which are encoded sooner than SentencePiece has started 
 
 # A token that names the language to translate into, e.g. ">>kan<<".
 LANGUAGE = re.compile(r">>[^<>\s]+<<")
+# The last version of SentencePiece whose random numbers are the same in every process that gives the same seed.
+REPEATABLE = "0.2.1"
 # The seed of SentencePiece's random numbers is one for all threads.
 _SAMPLING = threading.Lock()
 # SentencePiece represents a space by this character, so it reads this character as a space.
 SPACE = "▁"
 # As what bytes are decoded that are not a whole character, such as the first ones of a character in a text that grows.
 INCOMPLETE = "\ufffd"
+
+
+def check_sampling() -> None:
+    """Raises ValueError if the installed SentencePiece would divide words differently in each process.
+
+    Then a training that is resumed would not see the text that it would have seen, and hosts would not share batches.
+    """
+    found = sentencepiece.__version__
+    if found != REPEATABLE:
+        raise ValueError(
+            f"data.source_sampling and data.target_sampling need sentencepiece {REPEATABLE}, this is {found}, which "
+            f"draws other divisions in each process: pip install sentencepiece=={REPEATABLE}, or set both to 0"
+        )
 
 
 class Vocabulary:

@@ -8,9 +8,10 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 from etils import epath
 
-from flax_transformer.data import epochs
+from flax_transformer.data import epochs, sentencepiece_vocabulary
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.epochs import Ahead, ChangingCorpus, training_corpus
 from flax_transformer.data.marian_vocabulary import MarianVocabulary
@@ -41,6 +42,19 @@ def vocabularies(request):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(epochs, "SAMPLED_AT_ONCE", 13)
+
+
+@pytest.fixture(autouse=True)
+def any_version(monkeypatch):
+    """In one process the random numbers of every version depend on the seed alone."""
+    monkeypatch.setattr(sentencepiece_vocabulary, "REPEATABLE", sentencepiece.__version__)
+
+
+def test_a_version_that_draws_other_divisions_in_each_process_is_refused(vocabularies, monkeypatch):
+    monkeypatch.setattr(sentencepiece_vocabulary, "REPEATABLE", "0.0.1")
+    with pytest.raises(ValueError, match="need sentencepiece 0.0.1, .* pip install sentencepiece==0.0.1, or set both"):
+        build(vocabularies)
+    build(vocabularies, source_sampling=0.0, target_sampling=0.0)
 
 
 def build(vocabularies, *, max_length=64, multiple=1, host=0, num_hosts=1, cache=None, text=TEXT, **config):
