@@ -54,6 +54,7 @@ def test_sigterm_and_ctrl_c_stop_after_a_checkpoint_and_the_same_command_continu
     assert_equal(training, unbroken_long)
 
 
+@pytest.mark.slow
 def test_signals_of_schedulers_and_of_a_closed_terminal_stop_training_like_sigterm(unbroken_long, small_training):
     """SIGHUP comes twice, from the terminal and from the shell, and SIGXCPU every second."""
     training = small_training(**LONG)

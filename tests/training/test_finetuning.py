@@ -110,6 +110,7 @@ def test_a_stopped_finetuning_continues_without_the_initial_model(finetuning, st
         pytest.param("embeddings,encoder", {"optimizer.clip_norm": 1.0}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_all_others_change(finetuning, start, tmp_path, freeze, others):
     """Also where the training is begun and goes on."""
     frozen = with_training(finetuning, freeze=freeze, **{"optimizer.weight_decay": 0.1}, **others)
