@@ -58,10 +58,8 @@ class Draft:
         if len(self._begun) != len(sentences):
             raise ValueError(f"there are {len(self._begun)} prefixes for {len(sentences)} sentences: give one for each")
         self._target, self._search = vocabularies.target, search
-        self.sentences, self.parts = (
-            sentences,
-            split_sources(vocabularies.source, sentences, longest, stacklevel=5),
-        )  # who called `hypotheses`
+        self.sentences = sentences
+        self.parts = split_sources(vocabularies.source, sentences, longest, stacklevel=5)  # who called `hypotheses`
         # Where each part comes from: the number of its sentence, and its number within the sentence.
         self._places = [(number, part) for number, parts in enumerate(self.parts) for part in range(len(parts))]
         self.sources = [self.parts[number][part] for number, part in self._places]

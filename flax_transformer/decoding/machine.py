@@ -90,11 +90,6 @@ class Machine:
         """Whether someone waits for each token of a sentence."""
         return any(request is not None and request.streams for request in self._requests)
 
-    @property
-    def free(self) -> int:
-        """How many slots are empty and not yet promised to an encoded sentence."""
-        return max(0, self.size.slots - self.living - len(self._encoded))
-
     def requests(self) -> list[Request]:
         """Those in slots and those that are encoded."""
         return [*filter(None, self._requests), *(encoded.request for encoded in self._encoded)]
