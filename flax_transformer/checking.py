@@ -51,7 +51,13 @@ def check_shapes() -> None:
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its calls checked; jaxtyping decorates the library with it."""
+    """The function with its calls checked; jaxtyping decorates the library with it.
+
+    A function inside a function stays as it is: Python makes it anew in each call of the outer one, and to make its
+    check each time takes far longer than what it does.
+    """
+    if "<locals>" in function.__qualname__:
+        return function
     checked = BEARTYPE(function)
     if function.__name__ != "__init__":
         return checked

@@ -102,7 +102,7 @@ def _unpack(file: Any, path: str) -> Iterator[bytes]:
     try:
         yield from _unpacked(buffered, kind, path) if kind else buffered
     finally:
-        if buffered is not file:
+        if buffered is not file and not file.closed:
             buffered.detach()  # otherwise it would close the file
 
 

@@ -52,6 +52,7 @@ def test_scores_and_signatures_equal_those_of_the_sacrebleu_command(run, workdir
     assert report["sentences_per_second"] == pytest.approx(23 / report["seconds"])
 
 
+@pytest.mark.slow
 def test_the_default_tokeniser_is_that_of_training_or_of_the_script(run, workdir, broken, files, tmp_path, monkeypatch):
     def tokeniser(folder, files, *options):
         report = json.loads(evaluate(run, folder, files, "--output=json", *options))

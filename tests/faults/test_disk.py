@@ -50,6 +50,7 @@ def error_of(ended):
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -57,7 +58,7 @@ def error_of(ended):
         [("4k", "a file in"), ("12k", "a file in"), ("16k", "a file in")],
         # For the cache of the corpus, which only gives a warning; for the first checkpoint, or for what is written
         # meanwhile.
-        pytest.param([("60k", ""), ("250k", "")], marks=pytest.mark.slow),
+        [("60k", ""), ("250k", "")],
     ],
     ids=["small files", "cache and checkpoint"],
 )

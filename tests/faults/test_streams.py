@@ -23,6 +23,7 @@ TESTED = {
 }
 
 
+@pytest.mark.slow
 def test_a_training_without_output_trains_and_tests_and_does_not_corrupt_its_files(small_training):
     training = small_training(**TESTED)
     for times, shell in ((1, "<&- >&- 2>&-"), (2, ">/dev/full 2>/dev/full")):

@@ -13,9 +13,15 @@ ctranslate2 = pytest.importorskip("ctranslate2")
 
 EVERYTHING = [
     {"norm": "post", "activation": "relu", "tie_embeddings": "three_way", "positions": "sinusoidal"},
-    {"norm": "pre", "activation": "gelu", "tie_embeddings": "decoder", "positions": "sinusoidal_concatenated"},
+    pytest.param(
+        {"norm": "pre", "activation": "gelu", "tie_embeddings": "decoder", "positions": "sinusoidal_concatenated"},
+        marks=pytest.mark.slow,
+    ),
     {"norm": "post", "activation": "swish", "positions": "learned", "output_bias": True, "norm_epsilon": 1e-3},
-    {"norm": "pre", "activation": "relu", "scale_embeddings": False, "output_bias": True, "norm_epsilon": 1e-6},
+    pytest.param(
+        {"norm": "pre", "activation": "relu", "scale_embeddings": False, "output_bias": True, "norm_epsilon": 1e-6},
+        marks=pytest.mark.slow,
+    ),
     {"activation": "quick_gelu", "positions": "sinusoidal_tensor2tensor", "position_offset": 2, "zero_start": True},
 ]
 every_model = pytest.mark.parametrize("options", EVERYTHING, ids=lambda options: "-".join(map(str, options.values())))

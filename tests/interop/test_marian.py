@@ -151,7 +151,8 @@ def test_limits_and_banned_tokens_of_the_generation_config_are_kept(folder, tmp_
     assert dataclasses.replace(read_marian(tmp_path / "again").config, banned_ids=after.banned_ids) == after
 
 
-@pytest.mark.parametrize("renormalize", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("renormalize", [True, False])
 def test_banned_tokens_lose_their_probability_with_renormalize_logits(folder, tmp_path, renormalize):
     edit_tensors(folder, lambda tensors: tensors["final_logits_bias"].__setitem__((0, 0), 4.0))
     change(folder, "generation_config.json", renormalize_logits=renormalize)

@@ -26,7 +26,7 @@ def batch(config, rows, width, seed=0):
     "options",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        {"norm": "pre", "positions": "learned", "output_bias": True},
+        pytest.param({"norm": "pre", "positions": "learned", "output_bias": True}, marks=pytest.mark.slow),
         {"decoder_autoregression": "ssru"},
     ],
     ids=str,

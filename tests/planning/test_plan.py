@@ -44,6 +44,7 @@ def test_pmap_reduces_the_gradient_and_the_sums_of_the_losses_and_nothing_else()
     assert kind == "all-reduce" and plan.gradient_bytes < size <= plan.gradient_bytes + 4 * 4
 
 
+@pytest.mark.slow
 def test_fsdp_divides_the_state_among_devices_and_gathers_parameters():
     sizes = {}
     for count in (1, 8):

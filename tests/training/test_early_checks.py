@@ -66,6 +66,7 @@ def test_keeping_best_checkpoints_without_evaluations_is_a_warning(experiment, t
         train_and_evaluate(experiment, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_continued_training_counts_existing_checkpoints_and_keeps_the_test(experiment, tmp_path, monkeypatch):
     experiment = with_training(experiment, **(AVERAGED | {"weights": "trained"}), **{"checkpoints.every": 2}, steps=6)
     let_losses_be(monkeypatch, [1.0] * 9)

@@ -150,7 +150,7 @@ def test_both_texts_are_named_if_both_were_edited(experiment, path, edit):
     refused(experiment, path, r"^data\.train \(.*train\.out\) and data\.valid \(.*valid\.out\) has another text")
 
 
-@pytest.mark.parametrize(("split", "scored"), [("train", {1, 2}), ("valid", {2})])
+@pytest.mark.parametrize(("split", "scored"), [pytest.param("train", {1, 2}, marks=pytest.mark.slow), ("valid", {2})])
 def test_scores_are_removed_if_the_validation_text_has_changed(split, scored, experiment, path, edit):
     edit(split)
     # Step 1 is not scored again, since its turn does not come.
@@ -160,6 +160,7 @@ def test_scores_are_removed_if_the_validation_text_has_changed(split, scored, ex
         assert checkpoints.scores.keys() == scored
 
 
+@pytest.mark.slow
 def test_a_validation_text_that_was_not_used_for_a_while_is_still_known(experiment, path, edit):
     without = change(change(experiment, "data", valid=""), "training", steps=2)
     train_and_evaluate(without, path)

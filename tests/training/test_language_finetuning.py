@@ -156,6 +156,7 @@ def test_an_unknown_language_is_an_error_before_anything_is_written(finetuning, 
         train_and_evaluate(with_training(finetuning, steps=1).changed({"data.source_language": "kan_Knda"}), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", ["embeddings", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_frozen_parts_stay_with_a_new_language_too(finetuning, start, tmp_path, freeze):
     train_and_evaluate(with_training(finetuning, freeze=freeze, steps=2), tmp_path)

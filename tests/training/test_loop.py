@@ -71,6 +71,7 @@ def test_a_stopped_training_continues_to_the_same_bits(whole, tmp_path, monkeypa
     assert again == scores
 
 
+@pytest.mark.slow
 def test_a_recurrent_decoder_learns_and_continues_to_the_same_bits(experiment, tmp_path, monkeypatch):
     experiment = without_held_out(experiment).changed({"model.decoder_autoregression": "ssru"})
     changes = {"parallelism.layout": "data=2,fsdp=4", "schedule.name": "constant", "schedule.learning_rate": 1e-2}

@@ -75,6 +75,7 @@ def test_a_training_that_dies_during_an_evaluation_has_its_checkpoint_and_evalua
     assert [line["step"] for line in lines_of(broken, "valid")] == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_stops_it_after_the_current_batch(experiment, tmp_path, monkeypatch):
     experiment = with_training(experiment, **{"evaluation.every": 4})
     batches = []
@@ -104,7 +105,7 @@ def test_a_signal_during_an_evaluation_stops_it_after_the_current_batch(experime
     [
         ([5.0, 4.0, 4.0, 4.5, 3.0], 4),  # equal is not better
         pytest.param([5.0, 4.0, 3.0, 2.0, 1.0, 0.5], 6, marks=pytest.mark.slow),
-        ([3.0, 5.0, 4.0, 1.0, 1.0, 1.0], 3),
+        pytest.param([3.0, 5.0, 4.0, 1.0, 1.0, 1.0], 3, marks=pytest.mark.slow),
     ],
 )
 def test_patience_ends_a_training_whose_metric_does_not_improve(losses, ended_at, experiment, tmp_path, monkeypatch):
@@ -183,6 +184,7 @@ def explode_from(monkeypatch, first, last):
     monkeypatch.setattr(loop, "make_train_step", step_module.make_train_step.__wrapped__)
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_counted_and_reported(experiment, tmp_path, monkeypatch):
     experiment = with_training(without_held_out(experiment), max_skipped=4, log_every=2)
     explode_from(monkeypatch, 5, 7)

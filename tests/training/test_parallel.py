@@ -168,7 +168,8 @@ RATES = "dropout_rate", "attention_dropout_rate", "activation_dropout_rate"
 @pytest.mark.parametrize(
     ("kind", "rng_impl", "rates"),
     [
-        *((kind, "rbg", RATES) for kind in ("data", "fsdp", "data=2,fsdp=4")),
+        *(pytest.param(kind, "rbg", RATES, marks=pytest.mark.slow) for kind in ("data", "fsdp")),
+        ("data=2,fsdp=4", "rbg", RATES),
         *(pytest.param("data=2,fsdp=4", "rbg", (rate,), marks=pytest.mark.slow) for rate in RATES),
         pytest.param("data=2,fsdp=4", "unsafe_rbg", RATES, marks=pytest.mark.slow),
     ],

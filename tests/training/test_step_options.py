@@ -67,7 +67,7 @@ def relative_difference(found, expected):
     return optax.tree.norm(optax.tree.sub(found, expected)) / optax.tree.norm(expected)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.parametrize("kind", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_micro_batches_give_the_sums_and_the_gradient_of_the_whole(kind, batch):
     def gradients_of(parallelism, micro_batches):
         function = functools.partial(loss_and_gradients, objective=objective_of(micro_batches=micro_batches))
