@@ -67,8 +67,9 @@ LAYOUT = {
     "data.batch": "tokens",
     "data.cache": "atomic_files",
     "data.pipeline": "experiment text tokens data.vocabulary data.corpus data.batch data.cache",
+    "data.subword_sampling": "data.sentencepiece_model data.sentencepiece_vocabulary data.pipeline",
     "data.epochs": "experiment atomic_files data.vocabulary data.sentencepiece_vocabulary data.corpus data.batch "
-    "data.cache data.pipeline",
+    "data.cache data.pipeline data.subword_sampling",
     "data.cleaning": "ranges text",
     "data.seen": "",
     "orbax_paths": "",

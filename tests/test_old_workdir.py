@@ -32,7 +32,7 @@ def expected(unpacked):
     return json.loads((unpacked / "expected.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("search", ["greedy", "beam"])
+@pytest.mark.parametrize("search", [pytest.param("greedy", marks=pytest.mark.slow), "beam"])
 def test_it_translates_as_before(unpacked, expected, search):
     settings = {"greedy": BeamSearch(beam_size=1), "beam": BeamSearch(beam_size=4, num_return=2)}[search]
     found = Translator.from_workdir(unpacked / "run").hypotheses(expected["sources"], settings)

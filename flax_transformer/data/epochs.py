@@ -17,12 +17,11 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from etils import epath
 from jaxtyping import Float, Int
 
@@ -31,12 +30,11 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.data.cache import KEY_LENGTH
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide, cache_key, in_background
-from flax_transformer.data.sentencepiece_vocabulary import Vocabulary, check_sampling
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.data.subword_sampling import SubwordSampler
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import DataConfig
 
-# Sentences that are divided at once, from one seed. Another number gives other divisions, so the cache depends on it.
-SAMPLED_AT_ONCE = 1000
 # What random numbers are for: with the seed, each purpose has numbers of its own.
 ORDER_OF_ROWS, ORDER_OF_PAIRS, RANKS, PIECES = 1, 2, 3, 4
 
@@ -68,21 +66,14 @@ def training_corpus(
     strengths = config.source_sampling, config.target_sampling
     if not any(strengths) and all(float(times).is_integer() for times in set(text.repeats)):
         return first
-    if any(strengths):
-        check_sampling()
-    decisive = (
-        cache_key(text, vocabularies, config, max_length),
-        strengths,
-        SAMPLED_AT_ONCE,
-        sentencepiece.__version__,
-    )
+    decisive = cache_key(text, vocabularies, config, max_length), strengths, "own divisions"
     key = hashlib.sha256(repr(decisive).encode()).hexdigest()[:KEY_LENGTH]
     return ChangingCorpus(
         first,
         np.asarray(text.repeats, np.float64),
         (
-            SampledSide(vocabularies.source, text.source, first.source, strengths[0], (config.seed, PIECES, 0)),
-            SampledSide(vocabularies.target, text.target, first.target, strengths[1], (config.seed, PIECES, 1)),
+            SampledSide(vocabularies.source, first.source, strengths[0], (config.seed, PIECES, 0)),
+            SampledSide(vocabularies.target, first.target, strengths[1], (config.seed, PIECES, 1)),
         ),
         config,
         max_length=max_length,
@@ -120,26 +111,20 @@ class SampledSide:
         fixed: the most probable division, by which it is decided which pairs fit into a row.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, sentences: Sequence[str], fixed: TokenSide, strength: float, seed: tuple[int, ...]
-    ):
-        """Takes the sentences; with strength 0 each epoch has the most probable division."""
-        self.fixed, self._vocabulary, self._strength, self._seed = fixed, vocabulary, strength, seed
-        self._spelled = vocabulary.spell(sentences) if strength else []
-        if strength:
-            vocabulary.sample(self._spelled[:1], strength, 0)  # fails now if this vocabulary cannot
+    def __init__(self, vocabulary: Vocabulary, fixed: TokenSide, strength: float, seed: tuple[int, ...]):
+        """Takes the sentences; with strength 0 each epoch has the most probable division.
+
+        Raises:
+            ValueError: they are to vary, and the vocabulary has one division of each.
+        """
+        self.fixed, self._seed = fixed, seed
+        self._sampler = SubwordSampler(vocabulary, fixed, strength) if strength else None
 
     def of_epoch(self, epoch: int) -> TokenSide:
         """All sentences, as an epoch has them."""
-        if not self._strength:
+        if self._sampler is None:
             return self.fixed
-        parts = []
-        for start in range(0, len(self._spelled), SAMPLED_AT_ONCE):
-            digest = hashlib.sha256(repr((*self._seed, epoch, start)).encode()).digest()
-            seed = int.from_bytes(digest[:4], "little") >> 1
-            rows = self._vocabulary.sample(self._spelled[start : start + SAMPLED_AT_ONCE], self._strength, seed)
-            parts.append(TokenSide.join(rows))
-        return TokenSide.concatenate(parts)
+        return self._sampler.sample(np.random.default_rng([*self._seed, epoch]))
 
 
 class EpochSizes:

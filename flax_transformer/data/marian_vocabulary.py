@@ -108,7 +108,7 @@ class MarianVocabulary(Vocabulary):
         begin = LANGUAGE.match(text)
         return begin[0] if begin and begin[0] in self._ids else ""
 
-    def sample(self, spelled: Sequence[str], strength: float, seed: int) -> list[list[int]]:
+    def check_sampling(self) -> None:
         """Raises ValueError: only vocabularies that this library trains vary their pieces."""
         raise ValueError(
             "data.source_sampling and data.target_sampling vary the pieces of vocabularies that are trained here, and "

@@ -10,13 +10,10 @@ and decomposed accents, a tab and a space, or a word with and without a byte ord
 """
 
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
-import sentencepiece
-
-from flax_transformer.data.sentencepiece_model import byte_ids, is_composed, read_processor
+from flax_transformer.data.sentencepiece_model import byte_ids, is_composed, parse, read_processor
 from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
@@ -26,27 +23,10 @@ FEW = 200  # sentences, which are encoded sooner than SentencePiece has started 
 
 # A token that names the language to translate into, e.g. ">>kan<<".
 LANGUAGE = re.compile(r">>[^<>\s]+<<")
-# The last version of SentencePiece whose random numbers are the same in every process that gives the same seed.
-REPEATABLE = "0.2.1"
-# The seed of SentencePiece's random numbers is one for all threads.
-_SAMPLING = threading.Lock()
 # SentencePiece represents a space by this character, so it reads this character as a space.
 SPACE = "▁"
 # As what bytes are decoded that are not a whole character, such as the first ones of a character in a text that grows.
 INCOMPLETE = "\ufffd"
-
-
-def check_sampling() -> None:
-    """Raises ValueError if the installed SentencePiece would divide words differently in each process.
-
-    Then a training that is resumed would not see the text that it would have seen, and hosts would not share batches.
-    """
-    found = sentencepiece.__version__
-    if found != REPEATABLE:
-        raise ValueError(
-            f"data.source_sampling and data.target_sampling need sentencepiece {REPEATABLE}, this is {found}, which "
-            f"draws other divisions in each process: pip install sentencepiece=={REPEATABLE}, or set both to 0"
-        )
 
 
 class Vocabulary:
@@ -142,39 +122,14 @@ class Vocabulary:
             rows = self._processor.encode(texts, add_eos=True)
         return self._mend_marks(rows, spelled)
 
-    def spell(self, sentences: Sequence[str]) -> list[str]:
-        """The sentences in the spelling in which they are divided into pieces; `sample` takes them."""
-        spelled = (self._spelling.spell(sentence).encode(errors="replace").decode() for sentence in sentences)
-        # Most sentences are spelled so already; these take no memory again.
-        return [given if given == text else text for given, text in zip(sentences, spelled, strict=True)]
-
-    def sample(self, spelled: Sequence[str], strength: float, seed: int) -> list[list[int]]:
-        """Returns the ids of each sentence in a random division into pieces: a function of the arguments.
-
-        It computes without Python's lock, so other threads go on meanwhile.
-
-        Args:
-            spelled: sentences from `spell`.
-            strength: with a "bpe" model, the share of merges that are left out (BPE-dropout: Provilkov et al., 2020);
-                with "unigram", the power to which the probabilities of divisions are raised (Kudo, 2018).
-            seed: seed of the random numbers, from 0 to 2^31 - 1.
-
-        Raises:
-            ValueError: this vocabulary has one division of each sentence.
-        """
-        with _SAMPLING:
-            # SentencePiece seeds the generator of each thread once, from this number, and each call starts a thread.
-            sentencepiece.set_random_generator_seed(seed)
-            try:
-                rows = self._processor.encode(
-                    list(spelled), add_eos=True, enable_sampling=True, alpha=strength, nbest_size=-1, num_threads=1
-                )
-            except RuntimeError as error:
-                raise ValueError(
-                    "data.source_sampling and data.target_sampling vary the pieces of vocabularies with "
-                    'vocabulary.model_type "bpe" or "unigram", and this one has "char": set both to 0'
-                ) from error
-        return self._mend_marks(rows, spelled)
+    def check_sampling(self) -> None:
+        """Raises ValueError if this vocabulary has only one division of each sentence into pieces."""
+        trainer = parse(self._model).trainer_spec
+        if trainer.model_type not in map(trainer.ModelType.Value, ("BPE", "UNIGRAM")):
+            raise ValueError(
+                "data.source_sampling and data.target_sampling vary the pieces of vocabularies with "
+                'vocabulary.model_type "bpe" or "unigram", and this one has "char": set both to 0'
+            )
 
     def _mend_marks(self, rows: list[list[int]], spelled: Sequence[str]) -> list[list[int]]:
         """The ids of texts, of which those with the character by which SentencePiece represents a space are wrong."""

@@ -12,6 +12,7 @@ def change_config(path, **changes):
     WorkDirectory(path).write_config(config)
 
 
+@pytest.mark.slow
 def test_to_marian_and_back_translates_as_before(run, workdir, source, tmp_path):
     before = run("translate", "--workdir", workdir, "--input", source)
     assert "MarianMTModel" in run("convert", "to-marian", workdir, tmp_path / "marian")

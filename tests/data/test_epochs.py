@@ -8,10 +8,8 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-import sentencepiece
 from etils import epath
 
-from flax_transformer.data import epochs, sentencepiece_vocabulary
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.epochs import Ahead, ChangingCorpus, training_corpus
 from flax_transformer.data.marian_vocabulary import MarianVocabulary
@@ -37,24 +35,6 @@ def vocabularies(request):
         TEXT.target,
         VocabularyConfig(size=SIZES[request.param], byte_fallback=False, model_type=request.param),
     )
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(epochs, "SAMPLED_AT_ONCE", 13)
-
-
-@pytest.fixture(autouse=True)
-def any_version(monkeypatch):
-    """In one process the random numbers of every version depend on the seed alone."""
-    monkeypatch.setattr(sentencepiece_vocabulary, "REPEATABLE", sentencepiece.__version__)
-
-
-def test_a_version_that_draws_other_divisions_in_each_process_is_refused(vocabularies, monkeypatch):
-    monkeypatch.setattr(sentencepiece_vocabulary, "REPEATABLE", "0.0.1")
-    with pytest.raises(ValueError, match="need sentencepiece 0.0.1, .* pip install sentencepiece==0.0.1, or set both"):
-        build(vocabularies)
-    build(vocabularies, source_sampling=0.0, target_sampling=0.0)
 
 
 def build(vocabularies, *, max_length=64, multiple=1, host=0, num_hosts=1, cache=None, text=TEXT, **config):
@@ -209,25 +189,6 @@ def test_vocabularies_with_one_division_of_a_sentence_are_refused(vocabularies):
     letters = VocabularyConfig(model_type="char", byte_fallback=False)
     with pytest.raises(ValueError, match='this one has "char": set both to 0'):
         build(VocabularyPair.train(TEXT.source, TEXT.target, letters))
-
-
-def test_sampling_is_a_function_of_the_seed_in_whatever_thread(vocabularies):
-    vocabulary = vocabularies.source
-    spelled = vocabulary.spell(TEXT.source)
-    expected = {seed: vocabulary.sample(spelled, 0.3, seed) for seed in range(8)}
-    assert len({repr(rows) for rows in expected.values()}) > 4
-    found = {}
-
-    def work(seeds):
-        for seed in seeds:
-            found[seed] = vocabulary.sample(spelled, 0.3, seed)
-
-    threads = [threading.Thread(target=work, args=(range(first, 8, 2),)) for first in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == expected
 
 
 def test_the_next_item_is_made_ahead_and_an_error_is_raised_where_it_is_wanted():

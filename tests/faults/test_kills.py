@@ -10,19 +10,21 @@ import random
 import time
 
 import pytest
-import sentencepiece
 
-from flax_transformer.data.sentencepiece_vocabulary import REPEATABLE
 from tests.faults.conftest import differences
 
 pytestmark = pytest.mark.faults
 
 RUNS = int(os.environ.get("KILLS", "1"))
 SEED = int(os.environ.get("SEED", "0"))
-# A checkpoint after every second step, so that many kills happen while one is being written.
-OFTEN = {"training__checkpoints__every": 2, "training__steps": 40}
-if sentencepiece.__version__ == REPEATABLE:  # each epoch, of which there are three, has its own tokens
-    OFTEN |= {"data__source_sampling": 0.1, "data__target_sampling": 0.1}
+# A checkpoint after every second step, so that many kills happen while one is being written. Each epoch, of which there
+# are three, has its own tokens.
+OFTEN = {
+    "training__checkpoints__every": 2,
+    "training__steps": 40,
+    "data__source_sampling": 0.1,
+    "data__target_sampling": 0.1,
+}
 
 
 def kill_and_restart(training, rng, *, victims=(0,), **layout):

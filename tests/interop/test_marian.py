@@ -37,6 +37,7 @@ def test_an_exported_model_imports_as_the_same_model(make_model, tmp_path, sente
         assert translate(stored, sentences) == translate(model, sentences)
 
 
+@pytest.mark.slow
 def test_interleaved_positions_become_concatenated_without_other_changes(make_model):
     for tying in TYINGS:
         model = make_model(tie_embeddings=tying, output_bias=True)

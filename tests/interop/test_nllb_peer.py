@@ -107,7 +107,11 @@ def make(folder, kind, number, pieces):
     return model
 
 
-@pytest.fixture(scope="module", params=[("nllb", 0), ("m2m100", 1)], ids=lambda param: param[0])
+@pytest.fixture(
+    scope="module",
+    params=[("nllb", 0), pytest.param(("m2m100", 1), marks=pytest.mark.slow)],
+    ids=lambda param: param[0],
+)
 def converted(request, tmp_path_factory, pieces):
     """The kind, transformers' model, its folder, and the work directory made of it."""
     path = tmp_path_factory.mktemp("nllb")

@@ -60,6 +60,7 @@ def test_a_profile_of_steps_that_training_will_not_make_is_a_warning(wish, first
     assert line == (said and f"--profile={wish} profiles nothing: {said}")
 
 
+@pytest.mark.slow
 def test_a_training_reports_its_profile_at_its_start_or_end(experiment, tmp_path, traces, capsys):
     experiment = without_held_out(experiment)
     train_and_evaluate(experiment, tmp_path, profile=f"{STEPS - 1}:{STEPS + 5}")

@@ -174,7 +174,8 @@ def test_a_process_that_ends_because_of_another_says_so_on_its_own_line(failing)
     assert lines[1 - failing][-1] == other
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
 def test_a_process_whose_peer_does_not_connect_ends_after_saying_what_it_waited_for(number, tmp_path):
     address, began = free_address(), time.monotonic()
     flags = [f"--coordinator={address}", "--num_processes=2", f"--process_id={number}", "--connect_timeout=2"]

@@ -86,6 +86,7 @@ def test_a_continued_training_counts_existing_checkpoints_and_keeps_the_test(exp
     assert lines_of(tmp_path / "run", "test")[-1]["loss"] == 1.0
 
 
+@pytest.mark.slow
 def test_after_early_stopping_the_existing_checkpoints_are_averaged(experiment, tmp_path, monkeypatch):
     changes = AVERAGED | {
         "checkpoints.average_best": 5,
@@ -103,6 +104,7 @@ def roll_back(path, *steps):
         shutil.rmtree(path / "checkpoints" / str(step))
 
 
+@pytest.mark.slow
 def test_after_a_rollback_removed_steps_are_scored_again_and_patience_ignores_them(experiment, tmp_path, monkeypatch):
     changes = {
         "steps": 4,

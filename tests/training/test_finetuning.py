@@ -64,6 +64,7 @@ def test_finetuning_starts_with_the_model_and_its_vocabulary(finetuning, start, 
     assert found.fingerprint() == TrainedModel.load(start).vocabularies.fingerprint()
 
 
+@pytest.mark.slow
 def test_the_loss_of_finetuning_falls_and_the_model_can_be_exported(finetuning, start, tmp_path):
     train_and_evaluate(finetuning, tmp_path / "run")
     losses = [loss for _, loss in losses_of(tmp_path / "run")]

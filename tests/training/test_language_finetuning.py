@@ -135,6 +135,7 @@ def check_finetuning(finetuning, tmp_path, monkeypatch, steps, share):
     return ours
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 def test_finetuning_goes_on_bit_for_bit_and_transformers_translates_with_the_result(finetuning, tmp_path, monkeypatch):
     check_finetuning(finetuning, tmp_path, monkeypatch, STEPS, 0.97)

@@ -55,6 +55,7 @@ class Died(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_training_that_dies_during_an_evaluation_has_its_checkpoint_and_evaluates_first_when_continued(
     experiment, tmp_path, monkeypatch
 ):
@@ -147,7 +148,8 @@ def test_a_stopped_training_continues_to_the_same_moving_average(experiment, tmp
     assert same(params_of(tmp_path / "broken", "latest"), params_of(tmp_path / "unbroken", "latest"))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("last", marks=pytest.mark.slow), "best"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["last", "best"])
 def test_a_training_ends_by_averaging_checkpoints_and_testing_the_average(kind, experiment, tmp_path, monkeypatch):
     changes = {
         "evaluation.every": 3,
@@ -198,6 +200,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_reported(experiment
     assert lines[-1]["learning_rate"] == pytest.approx(8**-0.5 * n**-0.5, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_too_many_updates_in_a_row_that_are_not_finite_end_the_training(experiment, tmp_path, monkeypatch):
     experiment = with_training(without_held_out(experiment), max_skipped=3)
     with monkeypatch.context() as patch:
