@@ -118,6 +118,7 @@ LAYOUT = {
     "interop.stablehlo": "model trained_model interop.folders",
     "decoding.settings": "ranges",
     "decoding.results": "",
+    "decoding.mbr": "decoding.results",
     "decoding.texts": "decoding.results",
     "decoding.unreadable": "data.sentencepiece_vocabulary text.spelling",
     "decoding.sources": "data.sentencepiece_vocabulary text decoding.unreadable",

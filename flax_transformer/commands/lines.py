@@ -22,14 +22,13 @@ _ONE_FOR_ONE = "line i of {} must belong to line i of {}"
 Item = TypeVar("Item")
 
 
-def read_pairs(first: str, second: str) -> Iterator[tuple[str, str]]:
-    """Pairs of line i of both files; raises ValueError if one of them ends before the other."""
-    lines = itertools.zip_longest(read_lines(first), read_lines(second))
-    for number, (line, other) in enumerate(lines, start=1):
-        if line is None or other is None:
-            ended = first if line is None else second
-            raise ValueError(f"{shown(ended)} ends after line {number - 1}: {_ONE_FOR_ONE.format(first, second)}")
-        yield line, other
+def read_all(*paths: str) -> Iterator[tuple[str, ...]]:
+    """Line i of all files; raises ValueError if one of them ends before another."""
+    for number, lines in enumerate(itertools.zip_longest(*map(read_lines, paths)), start=1):
+        for path, line in zip(paths, lines, strict=True):
+            if line is None:
+                raise ValueError(f"{shown(path)} ends after line {number - 1}: {_ONE_FOR_ONE.format(*paths)}")
+        yield lines
 
 
 def count_lines(*paths: str) -> int | None:

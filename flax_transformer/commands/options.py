@@ -166,6 +166,12 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         f"(default {SAMPLING.top_p:g}: from all)",
     )
     sampling.add_argument(
+        "--mbr",
+        type=whole,
+        metavar="N",
+        help="draw N samples and choose the one that is most like the others by chrF (minimum Bayes risk decoding)",
+    )
+    sampling.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="the same seed gives the same samples (default 0)"
     )
 
@@ -218,12 +224,14 @@ def add_length_penalty(group: Any) -> None:
 
 def search_settings(options: argparse.Namespace) -> SearchSettings:
     """The settings of the search that the options ask for; raises ValueError naming the option that is wrong."""
-    sample = getattr(options, "sample", False)
+    sample = getattr(options, "sample", False) or "mbr" in options
     own, other = (Sampling, BeamSearch) if sample else (BeamSearch, Sampling)
     names = {field.name for field in dataclasses.fields(own)}
     for field in dataclasses.fields(other):
         if field.name in options and field.name not in names:
-            wanted, remedy = ("beam search", "remove it or --sample") if sample else ("sampling", "add --sample")
+            wanted, remedy = (
+                ("beam search", "remove it, or --sample and --mbr") if sample else ("sampling", "add --sample")
+            )
             raise ValueError(f"--{field.name} applies to {wanted} only: {remedy}")
     try:
         return own(**{name: value for name, value in vars(options).items() if name in names})

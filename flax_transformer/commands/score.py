@@ -22,7 +22,7 @@ from flax_transformer.commands.lines import (
     json_line,
     open_output,
     progress_bar,
-    read_pairs,
+    read_all,
 )
 from flax_transformer.commands.options import (
     add_length_penalty,
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("there are no pairs: the input is empty")
     if not options.source and sys.stdin.isatty():
         print("type a source, a tab and a target on each line, and end with Ctrl-D", file=sys.stderr)
-    pairs = read_pairs(options.source, options.target) if options.source else read_columns(STANDARD)
+    pairs = read_all(options.source, options.target) if options.source else read_columns(STANDARD)
     (translator,) = in_languages([load_translator(models, options)], options)
     done, tokens, log_prob = 0, 0, 0.0
     with open_output(output) as file, progress_bar(total, beside=output) as bar:

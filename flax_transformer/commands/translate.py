@@ -17,7 +17,7 @@ from flax_transformer.commands.lines import (
     json_line,
     open_output,
     progress_bar,
-    read_pairs,
+    read_all,
 )
 from flax_transformer.commands.options import (
     add_model_options,
@@ -167,7 +167,7 @@ def run(options: argparse.Namespace) -> None:
         _translate_page(translator, page, search, options, output)
         return
     if options.prefixes:
-        lines = read_pairs(source, options.prefixes)
+        lines = read_all(source, options.prefixes)
     else:
         lines = ((line, "") for line in options.sentences or read_lines(source))
     write_lines = FORMATS[options.format or "text"]

@@ -102,10 +102,14 @@ class BeamSearch(SearchSettings):
 class Sampling(SearchSettings):
     """Draws `num_return` outputs for each sentence at random, returned in the order they were drawn.
 
+    With `mbr` it draws that many instead, and those `num_return` are returned that are most like all of them, the best
+    first (minimum Bayes risk decoding, `decoding/mbr.py`).
+
     Attributes:
         temperature: divides the logits; below 1 outputs are more predictable, above 1 more varied.
         top_k: draw only from this many of the most probable tokens; 0 for all.
         top_p: draw only from the most probable tokens that together have this probability; 1 for all.
+        mbr: among how many outputs those are chosen that are most like the others; 0 returns all that are drawn.
     """
 
     # Outside these limits the divided logits would be infinite or all equal.
@@ -114,10 +118,25 @@ class Sampling(SearchSettings):
     )
     top_k: int = setting(0, AT_LEAST_NONE)
     top_p: float = setting(1.0, Range(above=0, at_most=1))
+    mbr: int = setting(0, Range(at_least=0, within=Range(at_most=1000)))
+
+    def __post_init__(self):
+        """Checks each field as above; raises ValueError also if more outputs are returned than drawn."""
+        super().__post_init__()
+        if self.mbr and self.num_return > self.mbr:
+            raise ValueError(
+                f"num_return is {self.num_return}, but mbr is {self.mbr}: lower the first or raise the second"
+            )
+
+    @property
+    def hypotheses(self) -> int:
+        """How many outputs of each sentence are drawn side by side."""
+        return self.mbr or self.num_return
 
 
 def in_words(search: SearchSettings) -> str:
     """Which search it is, e.g. "greedy search", "a beam of 4, alpha 0.6" or "sampling, temperature 0.7"."""
     if isinstance(search, Sampling):
-        return f"sampling, temperature {search.temperature:g}"
+        chosen = f", the one most like the others of {search.mbr}" if search.mbr else ""
+        return f"sampling, temperature {search.temperature:g}{chosen}"
     return "greedy search" if search.hypotheses == 1 else f"a beam of {search.hypotheses}, alpha {search.alpha:g}"

@@ -14,6 +14,7 @@ from flax_transformer.decoding.drafts import Draft, given_tokens, random_keys
 from flax_transformer.decoding.engine import Engine, check_streaming
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.inspection import Inspector
+from flax_transformer.decoding.mbr import rank_by_agreement
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.scoring import Scorer
@@ -202,6 +203,16 @@ class Translator:
             ValueError: `sentences` is a single string, is not ordered or contains something other than a str, or
                 prefixes are too many, too few or too long.
         """
+        if isinstance(search, Sampling) and search.mbr:
+            samples = self.hypotheses(
+                sentences,
+                search.replace(num_return=search.mbr, mbr=0),
+                prefixes=prefixes,
+                seed=seed,
+                replace_unknown=replace_unknown,
+                after_batch=after_batch,
+            )
+            return [rank_by_agreement(each)[: search.num_return] for each in samples]
         draft = self.draft(sentences, search, prefixes=prefixes, seed=seed)
         found = self._engine.search(
             draft.sources,

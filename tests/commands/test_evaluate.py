@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -72,7 +73,9 @@ def test_the_default_tokeniser_is_that_of_training_or_of_the_script(run, workdir
     assert tokeniser(broken, files, "--compare", broken) == "char"
     assert tokeniser(broken, files, "--tokenize=13a", "--compare", broken) == "13a"
     warned = []
-    monkeypatch.setattr("flax_transformer.commands.evaluate.warn_of_missing_spaces", lambda *said: warned.append(said))
+    monkeypatch.setattr(
+        "flax_transformer.commands.corpus_scores.warn_of_missing_spaces", lambda *said: warned.append(said)
+    )
     tokeniser(workdir, (files[0], chinese), "--tokenize=13a")
     assert [(tokenize, setting) for tokenize, _, setting in warned] == [("13a", "--tokenize")]
 
@@ -123,6 +126,62 @@ def test_a_model_is_not_better_than_itself(run, workdir, files):
     assert set(report["compare"]["p_values"].values()) == {1.0}
 
 
+def test_several_references_and_the_translations_of_another_system(run, workdir, files, tmp_path, translations):
+    other, theirs = tmp_path / "other.txt", tmp_path / "theirs.txt"
+    other.write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
+    theirs.write_text("".join(f"{line[: len(line) // 2]} on\n" for line in translations), encoding="utf-8")
+    options = ("--source", files[0], "--reference", files[1], other, "--compare_translations", theirs)
+    options += ("--chrf_word_order=2", "--metrics", "bleu", "chrf")
+    report = json.loads(run("evaluate", "--workdir", workdir, *options, "--output=json"))
+    assert [report["bleu"], report["chrf++"]] == pytest.approx([100, 100]) and "ter" not in report
+    assert "nrefs:2" in report["signatures"]["bleu"] and "nw:2" in report["signatures"]["chrf++"]
+    command = [sys.executable, "-m", "sacrebleu", files[1], other, "-i", theirs, "-m", "bleu", "chrf"]
+    peers = subprocess.run([*command, "--chrf-word-order", "2", "-w", "9"], capture_output=True, check=True, text=True)
+    for peer, name in zip(json.loads(peers.stdout), ("bleu", "chrf++"), strict=True):
+        assert report["compare"][name] == pytest.approx(peer["score"], abs=1e-6)
+        assert 0 < report["compare"]["p_values"][name] < 0.05
+    assert report["compare"]["translations"] == str(theirs) and "seconds" not in report["compare"]
+    said = run("evaluate", "--workdir", workdir, *options)
+    assert re.search(rf"^ *[\d.]+ +[\d.]+ +[\d.]+ +{re.escape(str(theirs))}$", said, re.M), said
+
+
+def test_comet_is_asked_with_sources_translations_and_references(run, workdir, files, monkeypatch, translations):
+    asked = []
+
+    class Model:
+        def predict(self, data, **options):
+            asked.append(data)
+            return types.SimpleNamespace(system_score=0.8125)
+
+    def load(path):
+        assert path == "/models/Unbabel/wmt22-comet-da"
+        return Model()
+
+    fake = types.SimpleNamespace(download_model=lambda name: f"/models/{name}", load_from_checkpoint=load)
+    monkeypatch.setitem(sys.modules, "comet", fake)
+    report = json.loads(evaluate(run, workdir, files, "--metrics", "comet", "chrf", "--output=json"))
+    assert report["comet"] == 81.25 and report["signatures"]["comet"] == "Unbabel/wmt22-comet-da"
+    assert [entry["mt"] for entry in asked[0]] == translations
+    assert asked[0][4]["src"] == sentence(4) and asked[0][3]["ref"] == f"{translations[3]} the cat ."
+    said = evaluate(run, workdir, files, "--metrics", "comet", "--compare", workdir)
+    assert "   81.25" in said and "p-value" not in said
+
+
+def test_without_its_package_or_its_model_comet_is_an_error_before_the_model_loads(
+    fail, unloaded, workdir, files, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "comet", None)
+    options = ("--source", files[0], "--reference", files[1], "--metrics", "comet")
+    assert "pip install unbabel-comet, or leave comet out" in fail("evaluate", "--workdir", workdir, *options)
+
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "comet", types.SimpleNamespace(download_model=offline))
+    said = fail("evaluate", "--workdir", workdir, *options)
+    assert "wmt22-comet-da, which cannot be loaded (no route to host): try again with a network" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -142,6 +201,14 @@ def test_a_model_is_not_better_than_itself(run, workdir, files):
         (["--corpus=tsv:{source}", "--translations={workdir}/joint.model"], r"belongs to the work directory"),
         (["--source=-", "--reference=-"], r"only one of them; .*--corpus=tsv:-"),
         (["--compare_checkpoint=2"], r"--compare_checkpoint needs --compare"),
+        (["--compare=a", "--compare_translations=b"], r"both name a second system: remove one"),
+        (
+            ["--source={source}", "--reference={reference}", "--compare_translations={short}"],
+            r"has 23 lines, .*has 2 lines: line i of",
+        ),
+        (["--corpus=files:{source},{reference}", "--compare_translations={short}"], r"has 2 lines, the corpus 23"),
+        (["--metrics=meteor"], r"--metrics: invalid choice: 'meteor'"),
+        (["--mbr=4", "--beam_size=2"], r"--beam_size applies to beam search only: remove it, or --sample and --mbr"),
     ],
 )
 def test_a_mistake_is_an_error_of_one_line_before_the_model_loads(

@@ -11,7 +11,7 @@ from flax_transformer.commands.lines import (
     json_line,
     open_output,
     progress_bar,
-    read_pairs,
+    read_all,
 )
 from flax_transformer.data.lines import read_columns, read_lines
 
@@ -42,10 +42,10 @@ def test_text_that_is_not_utf_8_is_an_error_that_names_line_and_byte(write):
 
 def test_pairs_are_lines_of_the_same_number(write):
     short, long = write("short", "a\nb\n"), write("long", "1\n2\n3\n")
-    assert [*read_pairs(short, short)] == [("a", "a"), ("b", "b")]
+    assert [*read_all(short, short)] == [("a", "a"), ("b", "b")]
     for first, second in ((short, long), (long, short)):
         with pytest.raises(ValueError, match=r"short ends after line 2: line i of .* must belong to line i of .*"):
-            [*read_pairs(first, second)]
+            [*read_all(first, second)]
         with pytest.raises(ValueError, match=r"has \d lines, .* has \d lines: line i of .* must belong to line i of"):
             count_lines(first, second)
     assert count_lines(long, long) == 3

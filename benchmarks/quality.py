@@ -1,0 +1,158 @@
+"""Scores trained models on test sets, keeps the results, and writes docs/results.md from them.
+
+    python -m benchmarks.quality measure multi30k_tok --title="Multi30k, English to German, tokenised" \
+        --workdir=runs/multi30k-tok --test 2016 test_2016_flickr.en test_2016_flickr.de -- --tokenize=none --beam_size=5
+    python -m benchmarks.quality table
+
+`measure` runs `flax-transformer evaluate` for each --test, with the options that follow `--`, and writes the scores,
+the settings and the course of the training to results/quality/NAME.json. `table` writes docs/results.md from all of
+them, and from results/ablations.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import ablations, report
+from benchmarks.report import RESULTS
+from flax_transformer.trained_model import TrainedModel
+from flax_transformer.workdir import WorkDirectory
+
+FOLDER = RESULTS / "quality"
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+INTRODUCTION = """\
+# Results
+
+`python -m benchmarks.quality table` writes this page from `benchmarks/results/quality/`, where the settings, versions
+and learning curve of each training are. Every model was chosen on its validation set, and each test set was scored
+once. Hours are those of training alone on the machine that is named; other programs ran beside it.
+"""
+ABLATIONS = """\
+## One thing changed
+
+Small models of 1,500 steps on the built-in Kannada phrases and on Multi30k, that differ from the first in one thing;
+the mean of three seeds, and in brackets the lowest and the highest. Greedy search on the test set
+(`python -m benchmarks.ablations`).
+"""
+
+
+def course(workdir: WorkDirectory) -> dict[str, Any]:
+    """How a training went: its commands, machine, time and learning curve, from `metrics.jsonl`."""
+    lines = workdir.read_metrics()
+    starts = [line for line in lines if line["kind"] == "start"]
+    hours, latest = 0.0, 0.0  # of each run, until its last evaluation
+    curve = []
+    for line in lines:
+        if line["kind"] == "start":
+            hours, latest = hours + latest, 0.0
+        if line["kind"] == "valid":
+            latest = line["seconds"] / 3600
+            curve.append({name: line[name] for name in ("step", "loss", "bleu", "chrf")})
+    first = {name: starts[0][name] for name in ("command", "versions", "revision", "devices")}
+    return first | {"starts": len(starts), "hours": hours + latest, "curve": curve}
+
+
+def scores(workdir: str, files: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
+    """What `evaluate` prints for a test set."""
+    source, *references = files
+    command = [sys.executable, "-m", "flax_transformer", "evaluate", f"--workdir={workdir}", f"--source={source}"]
+    command += ["--reference", *references, "--output=json", *options]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Scores a model and writes what is known of it."""
+    machine = report.machine()
+    workdir = WorkDirectory(options.workdir)
+    config = workdir.read_config()
+    tests = {name: scores(options.workdir, files, options.options) for name, *files in options.test}
+    for name, found in tests.items():
+        print(f"{name}: BLEU {found['bleu']:.1f}, chrF {found['chrf']:.1f}", file=sys.stderr)
+    measured = {
+        "title": options.title,
+        "machine": machine,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(TrainedModel.load(options.workdir).params)),
+        "config": config,
+        "training": course(workdir),
+        "tests": tests,
+    }
+    report.write(FOLDER / f"{options.name}.json", "benchmarks.quality", ("jax", "flax", "sacrebleu"), measured)
+
+
+def row(name: str, result: Mapping[str, Any]) -> str:
+    """A row of the table for each test set of a result."""
+    config, training = result["config"], result["training"]
+    model = config["model"]
+    sizes = f"{model['num_encoder_layers']}+{model['num_decoder_layers']} layers, {model['d_model']}, "
+    sizes += f"{result['parameters'] / 1e6:.1f} million parameters"
+    steps = f"{config['training']['steps']:,} steps, {training['hours']:.1f} h, seed {config['training']['seed']}"
+    return "".join(
+        f"| [{result['title']}](#{name}) | {test} | {found['bleu']:.1f} | {found['chrf']:.1f} | {sizes} | {steps} |\n"
+        for test, found in result["tests"].items()
+    )
+
+
+def details(name: str, result: Mapping[str, Any]) -> str:
+    """What one needs to repeat a result."""
+    training, machine = result["training"], result["machine"]
+    first = next(iter(result["tests"].values()))
+    curve = ", ".join(f"{entry['step']:,}: {entry['bleu']:.1f}" for entry in training["curve"])
+    versions = ", ".join(f"{package} {number}" for package, number in training["versions"].items())
+    return f"""
+## {name}
+
+{result["title"]}.
+
+    {training["command"]}
+
+- corpus: `{result["config"]["data"]["train"]}`
+- search and signatures: {first["search"]}; BLEU `{first["signatures"]["bleu"]}`; chrF `{first["signatures"]["chrf"]}`
+- BLEU on the validation set after so many steps: {curve}
+- {machine["processor"]}, {machine["cores"]} cores; {versions}; revision {training["revision"]}
+"""
+
+
+def write_page() -> None:
+    """Writes docs/results.md."""
+    results = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+    table = "| experiment | test set | BLEU | chrF | model | training |\n|---|---|---|---|---|---|\n"
+    table += "".join(row(name, result) for name, result in results.items())
+    text = f"{INTRODUCTION}\n{table}"
+    if ablations.FILE.exists():
+        text += f"\n{ABLATIONS}\n{ablations.table(json.loads(ablations.FILE.read_text('utf-8')))}"
+    PAGE.write_text(text + "".join(map(details, results, results.values())), "utf-8")
+    print(f"written to {PAGE}", file=sys.stderr)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("table", help="write docs/results.md")
+    measured = verbs.add_parser("measure", help="score a model")
+    measured.add_argument("name", help="of the file in results/quality")
+    measured.add_argument("--title", required=True, help="what the model translates, for a person")
+    measured.add_argument("--workdir", required=True, help="the work directory of its training")
+    measured.add_argument(
+        "--test",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("NAME", "FILE"),
+        help="a test set: its name, its sources, and its references",
+    )
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:cut])
+    options.options = arguments[cut + 1 :]
+    write_page() if options.verb == "table" else measure(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Scores the translations of a test set by one system or two, compares them, and prints the report of `evaluate`.
+
+A system is a model, an ensemble, or a file of translations that something else has made.
+"""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from sacrebleu.metrics import CHRF, TER
+from sacrebleu.metrics.base import Metric, Score
+from sacrebleu.metrics.bleu import BLEUScore
+from sacrebleu.significance import PairedTest, Result
+
+from flax_transformer.bleu import choose_tokenizer, make_bleu, warn_of_missing_spaces
+from flax_transformer.text.spelling import comparable
+
+METRICS = ("bleu", "chrf", "ter", "comet")
+COMET_MODEL = "Unbabel/wmt22-comet-da"
+# A difference with a smaller p-value is called significant, as is usual.
+SIGNIFICANT = 0.05
+LESS_IS_BETTER = ("TER",)
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """The translations of the test set by one system.
+
+    Attributes:
+        name: what it is, for a person.
+        described: the same for a program: its models, or its file.
+        translations: of each sentence.
+        seconds: how long translating took, compiling included; `None` for a file.
+    """
+
+    name: str
+    described: Mapping[str, Any]
+    translations: Sequence[str]
+    seconds: float | None = None
+
+
+class Comet:
+    """COMET (Rei et al., 2022), with a neural model that the package unbabel-comet downloads; a percentage here."""
+
+    def __init__(self) -> None:
+        """Loads the model; raises ValueError if the package is not installed, or the model cannot be had."""
+        try:
+            comet = importlib.import_module("comet")
+        except ImportError as error:
+            raise ValueError(
+                f"--metrics comet needs the package unbabel-comet ({error}): pip install unbabel-comet, or leave "
+                "comet out"
+            ) from error
+        try:
+            downloaded = comet.download_model(COMET_MODEL)
+            self._model = comet.load_from_checkpoint(downloaded)
+        except Exception as error:  # of the network, the disk, or the model's format; all have the same remedy
+            raise ValueError(
+                f"--metrics comet needs the model {COMET_MODEL}, which cannot be loaded ({error}): try again with a "
+                "network, or leave comet out"
+            ) from error
+
+    def score(self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str]) -> float:
+        """The mean over the sentences, from 0 to about 100."""
+        columns = zip(sources, translations, references, strict=True)
+        data = [{"src": source, "mt": translation, "ref": reference} for source, translation, reference in columns]
+        return 100 * float(self._model.predict(data, batch_size=16, gpus=0, progress_bar=False).system_score)
+
+
+class Judge:
+    """The metrics, and the test set that they judge by.
+
+    Attributes:
+        names: of the metrics, as in the report.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        references: Sequence[Sequence[str]],
+        metrics: Sequence[str] = ("bleu", "chrf", "ter"),
+        *,
+        tokenize: str = "",
+        chrf_word_order: int = 0,
+    ):
+        """Makes the metrics.
+
+        Args:
+            sources: the N sentences.
+            references: for each of several translators, the N translations.
+            metrics: which of `METRICS`.
+            tokenize: sacrebleu's tokeniser for BLEU; "" chooses it by the script of the references.
+            chrf_word_order: n-grams of words up to this length count too in chrF; 2 makes it chrF++.
+
+        Raises:
+            ValueError: the tokeniser or COMET lacks a package or data.
+        """
+        self._sources = sources
+        self._references = [list(map(comparable, each)) for each in references]
+        self._sacrebleu: dict[str, Metric] = {}
+        if "bleu" in metrics:
+            tokenize = tokenize or choose_tokenizer(self._references[0])
+            self._sacrebleu["BLEU"] = make_bleu(tokenize, "--tokenize")
+            warn_of_missing_spaces(tokenize, self._references[0], "--tokenize")
+        if "chrf" in metrics:
+            self._sacrebleu["chrF" + min(chrf_word_order, 2) * "+"] = CHRF(word_order=chrf_word_order)
+        if "ter" in metrics:
+            self._sacrebleu["TER"] = TER()
+        self._comet = Comet() if "comet" in metrics else None
+        self.names = [*self._sacrebleu, *(["COMET"] if self._comet else [])]
+
+    def scores(self, system: System) -> dict[str, Score]:
+        """A system's scores, by metric."""
+        translations = list(map(comparable, system.translations))
+        found: dict[str, Score] = {
+            name: metric.corpus_score(translations, self._references) for name, metric in self._sacrebleu.items()
+        }
+        if self._comet:
+            each = [self._comet.score(self._sources, translations, references) for references in self._references]
+            found["COMET"] = Score("COMET", sum(each) / len(each))
+        return found
+
+    def signatures(self) -> dict[str, str]:
+        """What the metrics computed, for others who repeat it; there is one after `scores` has been called."""
+        found = {name: str(metric.get_signature()) for name, metric in self._sacrebleu.items()}
+        return found | ({"COMET": COMET_MODEL} if self._comet else {})
+
+    def compare(
+        self, systems: Sequence[System], scores: Sequence[Mapping[str, Score]]
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """For each of sacrebleu's metrics the probability that equally good systems differ this much.
+
+        It is sacrebleu's paired bootstrap; but where two systems do not differ it is 1, not sacrebleu's "never by
+        chance".
+
+        Returns:
+            The probabilities, and the signatures of the tests.
+        """
+        if not self._sacrebleu:
+            return {}, self.signatures()
+        named: list[tuple[str, Sequence[str]]] = [
+            (str(number), list(map(comparable, each.translations))) for number, each in enumerate(systems)
+        ]
+        signatures, results = PairedTest(named, self._sacrebleu, self._references, test_type="bs")()
+        p_values, tested = {}, self.signatures()
+        for name in self._sacrebleu:
+            score = scores[0][name]
+            differ = score.score != scores[1][name].score
+            p_values[name] = cast(float, cast(Result, results[score.name][1]).p_value) if differ else 1.0
+            tested[name] = str(signatures[score.name])
+        return p_values, tested
+
+
+def report(judge: Judge, systems: Sequence[System], search: str, *, as_json: bool) -> str:
+    """What `evaluate` prints of one system, or of two and their difference."""
+    scores = [judge.scores(system) for system in systems]
+    p_values, signatures = judge.compare(systems, scores) if len(systems) == 2 else ({}, judge.signatures())
+    show = _json if as_json else _text
+    return show(systems, scores, p_values, signatures, search)
+
+
+def _length_ratio(scores: Mapping[str, Score]) -> float | None:
+    """The translations' tokens divided by the references', as BLEU counts them."""
+    return cast(BLEUScore, scores["BLEU"]).ratio if "BLEU" in scores else None
+
+
+def _speed(system: System) -> float | None:
+    return len(system.translations) / system.seconds if system.seconds else None
+
+
+def _text(
+    systems: Sequence[System],
+    scores: Sequence[Mapping[str, Score]],
+    p_values: Mapping[str, float],
+    signatures: Mapping[str, str],
+    search: str,
+) -> str:
+    lines = ["".join(f"{name:>8}" for name in scores[0]) + f"{'length':>8}{'sentences/s':>13}"]
+    for system, found in zip(systems, scores, strict=True):
+        ratio, speed = _length_ratio(found), _speed(system)
+        columns = "".join(f"{score.score:8.2f}" for score in found.values())
+        columns += f"{'' if ratio is None else f'{ratio:.3f}':>8}{'' if speed is None else f'{speed:.1f}':>13}"
+        lines.append(f"{columns}   {system.name}")
+    if p_values:
+        columns = "".join(f"{p_values[name]:8.3f}" if name in p_values else " " * 8 for name in scores[0])
+        lines += [columns + f"{'':21}   p-value, paired bootstrap", ""]
+        lines += [_verdict(name, systems, scores, p_value) for name, p_value in p_values.items()]
+    lines += ["", *(f"{name:<7}{signature}" for name, signature in signatures.items())]
+    if any(system.seconds for system in systems):
+        lines.append(f"translated with {search}")
+    return "\n".join(lines)
+
+
+def _verdict(name: str, systems: Sequence[System], scores: Sequence[Mapping[str, Score]], p_value: float) -> str:
+    """A sentence that says what a p-value means."""
+    difference = scores[1][name].score - scores[0][name].score
+    if difference == 0:
+        return f"{name}: both score the same."
+    better = systems[(difference > 0) != (name in LESS_IS_BETTER)].name
+    if p_value < SIGNIFICANT:
+        standing, how_often = "better by {:.2f}, significantly", "would rarely"
+    else:
+        standing, how_often = "ahead by {:.2f}, not significantly", "could easily"
+    standing = standing.format(abs(difference))
+    by_chance = f"equally good models {how_often} differ this much by chance (p = {p_value:.3f})"
+    return f"{name}: {better} is {standing}: {by_chance}."
+
+
+def _json(
+    systems: Sequence[System],
+    scores: Sequence[Mapping[str, Score]],
+    p_values: Mapping[str, float],
+    signatures: Mapping[str, str],
+    search: str,
+) -> str:
+    """One object: the first system's scores, and under "compare" the second's with the p-values."""
+    entries: list[dict[str, Any]] = []
+    for system, found in zip(systems, scores, strict=True):
+        entry = {**system.described, **{name.lower(): score.score for name, score in found.items()}}
+        entry |= {"length_ratio": _length_ratio(found), "sentences": len(system.translations)}
+        if system.seconds:
+            entry |= {"seconds": system.seconds, "sentences_per_second": _speed(system)}
+        entries.append(entry)
+    first, *others = entries
+    first |= {"search": search, "signatures": {name.lower(): signature for name, signature in signatures.items()}}
+    for other in others:
+        first["compare"] = other | {"p_values": {name.lower(): p_value for name, p_value in p_values.items()}}
+    return json.dumps(first, indent=2)  # ASCII alone, which is JSON in every terminal's encoding

@@ -1,0 +1,42 @@
+"""Minimum Bayes risk decoding: the sample that is most like the others comes first."""
+
+import numpy as np
+import pytest
+from sacrebleu.metrics import CHRF
+
+from flax_transformer.decoding.mbr import agreement, rank_by_agreement
+from flax_transformer.decoding.results import Translation
+from flax_transformer.decoding.settings import Sampling, in_words
+
+TEXTS = ["the black cat sat", "the black cat sits", "a black cat sat there", "zebra", "the black cat sat", ""]
+
+
+def test_the_first_has_the_highest_mean_chrf_against_all_samples():
+    means = {text: np.mean([CHRF().sentence_score(text, [other]).score for other in TEXTS]) for text in TEXTS}
+    found = [translation.text for translation in rank_by_agreement([Translation(text) for text in TEXTS])]
+    assert sorted(found) == sorted(TEXTS)
+    assert found[:2] == ["the black cat sat"] * 2 and found[-1] in ("", "zebra")
+    assert [means[text] for text in found[:4]] == sorted([means[text] for text in found[:4]], reverse=True)
+
+
+def test_a_text_agrees_with_itself_and_with_nothing_else_that_shares_no_character():
+    found = agreement(["abc def", "xyz", ""])
+    assert np.diag(found).tolist() == [1, 1, 1]
+    assert found[0, 1] == found[1, 0] == 0
+
+
+def test_the_translator_returns_the_samples_that_agree_most(translator):
+    sentences = ["the cat sat", "", "a dog runs up"]
+    search = Sampling(temperature=0.8, extra_length=4)
+    drawn = translator.hypotheses(sentences, search.replace(num_return=9), seed=3)
+    best = [rank_by_agreement(samples) for samples in drawn]
+    found = translator.hypotheses(sentences, search.replace(mbr=9, num_return=2), seed=3)
+    assert found == [samples[:2] for samples in best]
+    assert translator.translate(sentences, search.replace(mbr=9), seed=3) == [samples[0].text for samples in best]
+    assert any(samples[0] != kept[0] for samples, kept in zip(drawn, best, strict=True))
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    assert in_words(Sampling(mbr=8)) == "sampling, temperature 1, the one most like the others of 8"
+    with pytest.raises(ValueError, match="num_return is 9, but mbr is 8: lower the first or raise the second"):
+        Sampling(mbr=8, num_return=9)
