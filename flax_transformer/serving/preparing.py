@@ -12,7 +12,7 @@ from flax_transformer.serving.models import Served
 
 Step = Callable[[], None]
 STREAMING = BeamSearch(beam_size=1)
-MANY = 16  # up to so many slots a step takes about as long as for one, and fewer programs do
+MANY = 4  # a step with two or three slots takes about as long as with so many, so there is no program for them
 AT_ONCE = 4  # programs, where there are as many processors
 ALL = 2**20  # more sentences than there are slots
 
