@@ -9,11 +9,10 @@ not be resumed exactly.
 
 import bisect
 import functools
-import heapq
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -40,6 +39,7 @@ class BpeDropout:
     def __init__(self, pieces: dict[str, Piece], strength: float):
         """Takes the ordinary pieces by their text, and the probability with which a merge is left out."""
         self._pieces, self._strength = pieces, strength
+        self._costs = {text: -piece.score for text, piece in pieces.items()}  # the merge that costs least comes first
         self._merged = functools.lru_cache(DIVISIONS_KEPT)(self._merge)
 
     def may_change(self, words: list[str], places: Int[np.ndarray, "N"], rng: np.random.Generator) -> np.ndarray:
@@ -54,16 +54,21 @@ class BpeDropout:
         first = rng.geometric(self._strength, len(places)) - 1
         return np.where(first < merges[places], first, -1)
 
-    def divide(self, word: str, drawn: int, uniform: Iterator[float]) -> Ids:
-        """The ids of a word, drawn with numbers from 0 up to 1; `drawn` is what `may_change` has drawn."""
+    def numbers(self, rng: np.random.Generator) -> Iterator[int]:
+        """Draws what `divide` takes: how far it is from one merge that is left out to the next."""
+        while True:
+            yield from rng.geometric(self._strength, DRAWN_AT_ONCE).tolist()
+
+    def divide(self, word: str, drawn: int, numbers: Iterator[int]) -> Ids:
+        """The ids of a word, drawn with `numbers`; `drawn` is what `may_change` has drawn."""
         left_out: tuple[int, ...] = (drawn,)
+        last = drawn
         while True:
             ids, considered = self._merged(word, left_out)
-            # How many merges are made before the next is left out, a geometric distribution.
-            gap = int(math.log1p(-next(uniform)) / math.log1p(-self._strength)) if self._strength < 1 else 0
-            if left_out[-1] + 1 + gap >= considered:
+            last += next(numbers)
+            if last >= considered:
                 return ids
-            left_out = (*left_out, left_out[-1] + 1 + gap)
+            left_out = (*left_out, last)
 
     def _merge(self, word: str, left_out: tuple[int, ...]) -> tuple[Ids, int]:
         """Merges neighbours, those with the best score first, until no two make a piece.
@@ -75,34 +80,23 @@ class BpeDropout:
         Returns:
             The ids, and how many merges came up.
         """
-        symbols = list(word)
-        end = len(symbols)
-        after, before = list(range(1, end + 1)), list(range(-1, end - 1))
-        agenda: list[tuple[float, int, int, str]] = []
-
-        def consider(left: int) -> None:
-            right = after[left]
-            if right < end and (piece := self._pieces.get(symbols[left] + symbols[right])):
-                heapq.heappush(agenda, (-piece.score, left, right, symbols[left] + symbols[right]))
-
-        for left in range(end - 1):
-            consider(left)
-        number = 0
-        while agenda:
-            _, left, right, merged = heapq.heappop(agenda)
-            if not symbols[left] or not symbols[right] or symbols[left] + symbols[right] != merged:
-                continue  # one of the two has been merged with another neighbour
-            number += 1
-            if number - 1 in left_out:
+        symbols, costs = (
+            list(word),
+            [self._costs.get(pair, math.inf) for pair in map("".join, itertools.pairwise(word))],
+        )
+        considered = 0
+        while costs and (least := min(costs)) < math.inf:
+            place = costs.index(least)
+            considered += 1
+            if considered - 1 in left_out:
+                costs[place] = math.inf
                 continue
-            symbols[left], symbols[right] = merged, ""
-            after[left] = after[right]
-            if after[left] < end:
-                before[after[left]] = left
-            if before[left] >= 0:
-                consider(before[left])
-            consider(left)
-        return tuple(self._pieces[symbol].token for symbol in symbols if symbol), number
+            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+            del costs[place]
+            for left in (place - 1, place):  # the new symbol and its neighbours
+                if 0 <= left < len(costs):
+                    costs[left] = self._costs.get(symbols[left] + symbols[left + 1], math.inf)
+        return tuple(self._pieces[symbol].token for symbol in symbols), considered
 
 
 class UnigramSampling:
@@ -118,13 +112,18 @@ class UnigramSampling:
         """0 for each place whose word has several divisions, otherwise -1; arguments as in `BpeDropout`."""
         return np.where(np.array([len(word) > 1 for word in words], bool)[places], 0, -1)
 
-    def divide(self, word: str, drawn: int, uniform: Iterator[float]) -> Ids:
-        """The ids of a word, drawn with numbers from 0 up to 1: the last piece, then the one before it, and so on."""
+    def numbers(self, rng: np.random.Generator) -> Iterator[float]:
+        """Draws what `divide` takes: numbers from 0 up to 1."""
+        while True:
+            yield from rng.random(DRAWN_AT_ONCE).tolist()
+
+    def divide(self, word: str, drawn: int, numbers: Iterator[float]) -> Ids:
+        """The ids of a word, drawn with `numbers`: the last piece, then the one before it, and so on."""
         lattice, end = self._lattice(word), len(word)
         ids: list[int] = []
         while end:
             shares, begins, tokens = lattice[end - 1]
-            chosen = min(bisect.bisect_right(shares, next(uniform)), len(shares) - 1)
+            chosen = min(bisect.bisect_right(shares, next(numbers)), len(shares) - 1)
             ids.append(tokens[chosen])
             end = begins[chosen]
         return tuple(reversed(ids))
@@ -187,12 +186,13 @@ class SubwordSampler:
     def sample(self, rng: np.random.Generator) -> TokenSide:
         """The sentences in divisions that are drawn from a generator."""
         drawn = self._divider.may_change(self._words, self._places, rng)
-        divisions, numbers = list(self._divisions), {division: i for i, division in enumerate(self._divisions)}
-        chosen, uniform = self._places.copy(), _uniform(rng)
+        divisions, known = list(self._divisions), {division: i for i, division in enumerate(self._divisions)}
+        chosen = self._places.copy()
+        numbers: Iterator[Any] = self._divider.numbers(rng)
         for place in np.flatnonzero(drawn >= 0).tolist():
-            ids = self._divider.divide(self._words[chosen[place]], int(drawn[place]), uniform)
-            if (number := numbers.get(ids)) is None:
-                number = numbers[ids] = len(divisions)
+            ids = self._divider.divide(self._words[chosen[place]], int(drawn[place]), numbers)
+            if (number := known.get(ids)) is None:
+                number = known[ids] = len(divisions)
                 divisions.append(ids)
             chosen[place] = number
         # The divisions lie one after another in `pool`; each place copies its own.
@@ -203,11 +203,6 @@ class SubwordSampler:
         ends = np.concatenate([[0], np.cumsum(own)])
         tokens = pool[np.repeat(begins[chosen] - ends[:-1], own) + np.arange(ends[-1])]
         return TokenSide(tokens, ends[self._starts])
-
-
-def _uniform(rng: np.random.Generator) -> Iterator[float]:
-    while True:
-        yield from rng.random(DRAWN_AT_ONCE).tolist()
 
 
 def _read(vocabulary: Vocabulary, strength: float) -> tuple[BpeDropout | UnigramSampling, np.ndarray, np.ndarray]:
