@@ -32,8 +32,8 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
     """The experiment."""
     return ConfigDict(
         Experiment(
-            model=TransformerConfig.tiny(norm="pre", dropout_rate=0.3),
-            vocabulary=VocabularyConfig(size=4000),
+            model=TransformerConfig.tiny(norm="pre"),
+            vocabulary=VocabularyConfig(size=4000, byte_fallback=False),  # as when its result was measured
             data=DataConfig(
                 train=f"files:{folder}/train.en,{folder}/train.de",
                 valid=f"files:{folder}/val.en,{folder}/val.de",
@@ -41,16 +41,13 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
                 rows=32,
                 source_slots=64,
                 target_slots=64,
-                source_sampling=0.1,
-                target_sampling=0.1,
             ),
             training=TrainingConfig(
-                steps=16_000,
-                weights="averaged",
-                schedule=ScheduleConfig(name="cosine", learning_rate=2e-3, warmup_steps=800),
+                steps=5000,
+                schedule=ScheduleConfig(name="cosine", learning_rate=2e-3, warmup_steps=400),
                 parallelism=ParallelismConfig(loss_chunks=8),
-                evaluation=EvaluationConfig(every=1000, beam_size=1),
-                checkpoints=CheckpointsConfig(every=250, keep_latest=10, average_last=10),
+                evaluation=EvaluationConfig(every=500, beam_size=1),
+                checkpoints=CheckpointsConfig(every=250),
             ),
         ).to_mapping()
     )
