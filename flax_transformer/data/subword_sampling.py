@@ -80,10 +80,8 @@ class BpeDropout:
         Returns:
             The ids, and how many merges came up.
         """
-        symbols, costs = (
-            list(word),
-            [self._costs.get(pair, math.inf) for pair in map("".join, itertools.pairwise(word))],
-        )
+        symbols = list(word)
+        costs = [self._costs.get(word[left : left + 2], math.inf) for left in range(len(word) - 1)]
         considered = 0
         while costs and (least := min(costs)) < math.inf:
             place = costs.index(least)
