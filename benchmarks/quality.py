@@ -31,7 +31,8 @@ INTRODUCTION = """\
 
 `python -m benchmarks.quality table` writes this page from `benchmarks/results/quality/`, where the settings, versions
 and learning curve of each training are. Every model was chosen on its validation set, and each test set was scored
-once. Hours are those of training alone on the machine that is named; other programs ran beside it.
+once with it. Hours count from the start of a training to its last evaluation, on the machine that is named, where other
+programs ran beside it.
 """
 ABLATIONS = """\
 ## One thing changed
