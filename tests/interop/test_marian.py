@@ -131,6 +131,7 @@ def found_by(path, sentences):
     return [hypotheses[0] for hypotheses in Translator.from_workdir(path).hypotheses(sentences)]
 
 
+@pytest.mark.slow
 def test_limits_and_banned_tokens_of_the_generation_config_are_kept(folder, tmp_path, sentences):
     edit_tensors(folder, lambda tensors: tensors["final_logits_bias"].__setitem__((0, 2), -6.0))  # an improbable end
     from_marian(folder, tmp_path / "before")

@@ -64,6 +64,7 @@ def pieces(model, side, lines):
     return [vocabulary.pieces(row[:-1]) for row in vocabulary.encode(lines)]
 
 
+@pytest.mark.slow
 def test_logits_equal_those_of_ctranslate2(both):
     model, peer, _ = both
     source = pieces(model, "source", LINES[:2])

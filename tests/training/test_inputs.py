@@ -112,7 +112,8 @@ def lines_of(path, kind):
     return [line for line in WorkDirectory(path).read_metrics() if line["kind"] == kind]
 
 
-@pytest.mark.parametrize("split", ["train", pytest.param("valid", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "valid"])
 def test_an_edited_text_is_refused_until_it_is_restored_or_accepted(split, experiment, path, edit):
     fingerprints = WorkDirectory(path).read_fingerprints()
     put_back = edit(split)
