@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.report import RESULTS
-from benchmarks.training_data import MULTI30K, Padded
+from benchmarks.training_data import MULTI30K
 from benchmarks.training_engines import LEARNING_RATE, Ours, Run
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.batch import Batch
@@ -40,9 +40,6 @@ class Epochs:
         start = self._next
         self._next += self._updates
         return self._corpus.batches(start, self._next)
-
-    def padded(self) -> list[Padded]:
-        raise NotImplementedError("only this library trains on these batches")
 
 
 def main() -> None:

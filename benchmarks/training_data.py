@@ -22,12 +22,16 @@ MULTI30K = DataConfig(rows=32, source_slots=64, target_slots=64, seed=SEED)
 Padded = tuple[np.ndarray, np.ndarray]
 
 
-class Data(Protocol):
-    """The training data, in the form that each library needs."""
+class PackedData(Protocol):
+    """Training data for this library."""
 
     def packed(self) -> Iterable[Batch]:
-        """Batches of this library."""
+        """Its batches."""
         ...
+
+
+class Data(PackedData, Protocol):
+    """The training data, in the form that each library needs."""
 
     def padded(self) -> list[Padded]:
         """Source and target of each batch, with one sentence per row."""

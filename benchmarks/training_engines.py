@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.report import SEED
 from benchmarks.torch_training import make_step
-from benchmarks.training_data import Data
+from benchmarks.training_data import Data, PackedData
 from flax_transformer.experiment import Experiment
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import create_state, make_train_step
@@ -58,7 +58,7 @@ class Engine(Protocol):
 class Ours:
     """This library, as in the training loop; its step also computes norms of gradients and counts correct tokens."""
 
-    def __init__(self, experiment: Experiment, data: Data, device: str):
+    def __init__(self, experiment: Experiment, data: PackedData, device: str):
         self._data, self._device, self._dtype = data, device, experiment.model.dtype
         self._parallelism = Parallelism("jit")
         rng = jax.random.key(SEED, impl=experiment.training.rng_impl)

@@ -217,7 +217,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[list[str]], list
     if not rows:
         raise ValueError(f"{options.source} is empty: give a test set that has sentences")
     sources, *columns = map(list, zip(*rows, strict=True))
-    return sources, columns[: len(options.reference)], [*columns[len(options.reference) :], []][0]
+    translations = columns.pop() if others else []
+    return sources, columns, translations
 
 
 def _translate(translator: Any, sources: list[str], search: SearchSettings, seed: int) -> tuple[list[str], float]:
