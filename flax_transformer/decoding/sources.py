@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.decoding.unreadable import UnreadableSentences
-from flax_transformer.text.spelling import is_blank
+from flax_transformer.text.spelling import is_blank, quotable
 from flax_transformer.text.splitting import split_sentence
 
 
@@ -43,7 +43,7 @@ def split_sources(
 
             split[number] = list(map(begun, split_sentence(texts[number], length, longest)))
             warnings.warn(
-                f'a sentence of {tokens:,} tokens ("{sentence[:40]}…") is longer than model.max_length = '
+                f'a sentence of {tokens:,} tokens ("{quotable(sentence[:40])}…") is longer than model.max_length = '
                 f"{longest}: it is translated in {len(split[number])} parts",
                 stacklevel=stacklevel,
             )

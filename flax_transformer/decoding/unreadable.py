@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
-from flax_transformer.text.spelling import is_blank
+from flax_transformer.text.spelling import is_blank, quotable
 
 # A sentence with at least this share of unknown characters is hardly readable: it is probably in another script or
 # language, and does not just have an unusual name.
@@ -70,7 +70,7 @@ class UnreadableSentences:
         if self.count:
             warnings.warn(
                 f"{self.count:,} of {self.total:,} sentences consist to a third or more of characters that the "
-                f'vocabulary does not have (the first: "{self.example[:40]}"): their translations mean little; check '
+                f'vocabulary does not have (the first: "{quotable(self.example[:40])}"): their translations mean little; check '
                 "that they are in the source language of the model",
                 UnreadableWarning,
                 stacklevel + 1,

@@ -53,7 +53,12 @@ def training_text(text: str, *, compose: bool = True) -> str:
     and Persian, stay: translations should be able to write them.
     """
     text = unicodedata.normalize("NFC", text) if compose else text
-    return in_one_cell(text).replace(_BYTE_ORDER_MARK, "").encode(errors="replace").decode()
+    return quotable(in_one_cell(text).replace(_BYTE_ORDER_MARK, ""))
+
+
+def quotable(text: str) -> str:
+    """The text for a message that any stream can write: a lone surrogate, which is not a character, becomes "?"."""
+    return text.encode(errors="replace").decode()
 
 
 class Spelling:

@@ -77,6 +77,13 @@ def test_sentences_in_another_script_give_one_warning_with_a_count(translator):
         translator.translate([SENTENCE, "the cat ☃", "", "\u200b"], GREEDY)
 
 
+def test_warnings_quote_half_a_character_so_that_any_stream_can_write_it(translator):
+    for sentence in ("日本\ud800語", "the \ud800 cat " * 40):
+        with pytest.warns(UserWarning, match=r"\?") as told:
+            translator.translate([sentence], GREEDY)
+        assert all(str(warning.message).encode() for warning in told)
+
+
 def test_unreadable_characters_are_listed_with_their_share(translator):
     counted = UnreadableSentences(translator.vocabularies.source)
     found = [*counted.add(["the\xa0cat ☃", "日本"]), *counted.add(["", "日本 cat sat"])]
