@@ -1,14 +1,9 @@
 """Draws masks, position vectors, learning-rate schedules, losses and attention weights with matplotlib.
 
-The figures do not use pyplot, so you need not close them: `figure.savefig(path)` writes one to a file, and a notebook
-that has run `%matplotlib inline` shows it if it is the value of a cell.
 Glossary: B batch, H heads, Q query positions, M memory positions, S source, T target, P positions, D d_model.
 """
 
-import functools
 import math
-import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,27 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-try:
-    from matplotlib import font_manager, rcParams
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis, XAxis
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f'flax_transformer.plots draws with matplotlib ({error}): pip install "flax_transformer[plots]"',
-        name=error.name,
-    ) from error
+from flax_transformer.figures import (
+    HIDDEN,
+    LINES,
+    SIGNED,
+    VISIBLE,
+    WEIGHTS,
+    Axes,
+    Figure,
+    check_some,
+    make_panels,
+    tidy_bar,
+    tidy_lines,
+    whole_numbers,
+)
+from flax_transformer.fonts import font_families
 
-HIDDEN, VISIBLE = "#e9ecf1", "#2f6690"
-LINES = ("#2f6690", "#d1495b", "#5b8e55", "#8a5fa8", "#c98a1b", "#5c677d")
-WEIGHTS = "Blues"
-SIGNED = "RdBu_r"
+from matplotlib.axis import Axis, XAxis  # isort: skip: figures.py says what to install where it is missing
+from matplotlib.colors import ListedColormap  # isort: skip
+from matplotlib.patches import Patch  # isort: skip
+
 CELL = 0.3  # inches; enough for a token's label
 WIDEST = 11.0  # inches; a notebook shrinks wider figures until they are unreadable
-BOXES = "Last Resort High-Efficiency"  # comes with matplotlib; draws one kind of box for each script
 MOST_NUMBERS = 12  # masks of at most this many positions show the number in each cell
 
 
@@ -60,7 +56,7 @@ def plot_masks(
         ValueError: there are no masks, a mask has the wrong shape or holds other numbers, or the number of labels is
             wrong.
     """
-    _check_some(masks, "masks")
+    check_some(masks, "masks")
     for name, mask in masks.items():
         if mask.ndim != 4 or mask.shape[1] != 1:
             raise ValueError(f"mask {name!r} has shape {mask.shape}: give it [B, 1, Q, M]")
@@ -72,7 +68,7 @@ def plot_masks(
     }
     batch, queries, memory = next(iter(visible.values())).shape
     size = _cells(memory, memory_tokens), _cells(queries, query_tokens)
-    figure, grid = _panels(batch, len(visible), size, _room(query_tokens), _room(memory_tokens) + 0.3)
+    figure, grid = make_panels(batch, len(visible), size, _room(query_tokens), _room(memory_tokens) + 0.3)
     for column, (name, panels) in enumerate(visible.items()):
         for row, panel in enumerate(panels):
             axes = grid[row, column]
@@ -100,8 +96,8 @@ def plot_positions(encodings: Mapping[str, Float[jax.Array | np.ndarray, "P D"]]
     Raises:
         ValueError: there are no vectors.
     """
-    _check_some(encodings, "encodings")
-    figure, grid = _panels(1, len(encodings), (4.2, 3.4))
+    check_some(encodings, "encodings")
+    figure, grid = make_panels(1, len(encodings), (4.2, 3.4))
     limit = max(float(np.abs(vectors).max(initial=0)) for vectors in encodings.values())
     for axes, (name, vectors) in zip(grid[0], encodings.items(), strict=True):
         image = axes.imshow(
@@ -110,9 +106,9 @@ def plot_positions(encodings: Mapping[str, Float[jax.Array | np.ndarray, "P D"]]
         axes.set_title(name)
         axes.set_xlabel("feature")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(_whole_numbers())
+            axis.set_major_locator(whole_numbers())
     grid[0, 0].set_ylabel("position")
-    _tidy_bar(figure.colorbar(image, ax=list(grid[0]), label="value", aspect=28, pad=0.02))
+    tidy_bar(figure.colorbar(image, ax=list(grid[0]), label="value", aspect=28, pad=0.02))
     return figure
 
 
@@ -127,10 +123,10 @@ def plot_schedules(schedules: Mapping[str, Callable[[Any], Any]], steps: int) ->
     Raises:
         ValueError: there are no schedules, or `steps` is below 1.
     """
-    _check_some(schedules, "schedules")
+    check_some(schedules, "schedules")
     if steps < 1:
         raise ValueError(f"steps is {steps}: draw at least 1")
-    figure, grid = _panels(1, 1, (6.4, 3.2))
+    figure, grid = make_panels(1, 1, (6.4, 3.2))
     axes = grid[0, 0]
     updates = np.arange(steps)
     for number, (name, schedule) in enumerate(schedules.items()):
@@ -138,7 +134,7 @@ def plot_schedules(schedules: Mapping[str, Callable[[Any], Any]], steps: int) ->
         axes.plot(updates, rates, label=name, color=LINES[number % len(LINES)], linewidth=2)
     axes.set(title="Learning rate", xlabel="update", ylabel="learning rate", ylim=(0, None))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    _tidy_lines(axes)
+    tidy_lines(axes)
     return figure
 
 
@@ -175,7 +171,9 @@ def plot_attention(
     targets, sources = heads.shape[1:]
     size = _cells(sources, source_tokens), _cells(targets, target_tokens)
     rows = math.ceil(len(heads) / max(1, int(WIDEST / size[0])))
-    figure, grid = _panels(rows, math.ceil(len(heads) / rows), size, _room(target_tokens) + 0.6, _room(source_tokens))
+    figure, grid = make_panels(
+        rows, math.ceil(len(heads) / rows), size, _room(target_tokens) + 0.6, _room(source_tokens)
+    )
     for axes in grid.flat[len(heads) :]:
         axes.set_axis_off()
     for axes, head, head_title in zip(grid.flat, heads, head_titles, strict=False):
@@ -187,8 +185,59 @@ def plot_attention(
         axes.set_xlabel("memory position: source")
     for axes in grid[:, 0]:
         axes.set_ylabel("query: target")
-    figure.suptitle(title)
-    _tidy_bar(figure.colorbar(image, ax=grid.ravel().tolist(), label="weight", aspect=28, pad=0.02))
+    figure.suptitle(title, fontfamily=font_families(title), parse_math=False)
+    tidy_bar(figure.colorbar(image, ax=grid.ravel().tolist(), label="weight", aspect=28, pad=0.02))
+    return figure
+
+
+def plot_links(
+    weights: Float[jax.Array | np.ndarray, "T S"],
+    source_tokens: Sequence[str],
+    target_tokens: Sequence[str],
+    *,
+    title: str = "Alignment",
+    shown: int | None = None,
+) -> Figure:
+    """Draws an alignment as lines between two rows of words, the thicker the more a target attends to a source word.
+
+    Where the lines cross, the two languages have other word orders.
+
+    Args:
+        weights: how much each target token attends to each source token, from 0 to 1.
+        source_tokens: the S tokens of the upper row.
+        target_tokens: the T tokens of the lower row.
+        title: the title of the figure.
+        shown: how many target tokens have been written so far, the last one of them being emphasised; all if not given.
+
+    Raises:
+        ValueError: the weights do not fit the tokens.
+    """
+    heads = np.asarray(weights)
+    if heads.shape != (len(target_tokens), len(source_tokens)):
+        raise ValueError(
+            f"weights have shape {heads.shape}, there are {len(target_tokens)} target and {len(source_tokens)} source "
+            "tokens: give [T, S]"
+        )
+    rows = (1.0, source_tokens), (0.0, target_tokens)
+    lengths = [[max(len(token), 1) + 1.5 for token in tokens] for _, tokens in rows]
+    widest = max(map(sum, lengths))
+    figure, grid = make_panels(1, 1, (min(max(0.1 * widest, 3.0), WIDEST), 2.0), 0.2, 0.2)
+    axes = grid[0, 0]
+    places = [(np.cumsum(sizes) - np.array(sizes) / 2) * widest / sum(sizes) for sizes in lengths]
+    last = len(target_tokens) if shown is None else shown
+    for (target, source), weight in np.ndenumerate(heads[:last]):
+        new = shown is None or target == last - 1
+        if weight > 0.05:
+            ends = [places[0][source], places[1][target]], [0.9, 0.1]
+            axes.plot(*ends, color=LINES[0 if new else 5], lw=4 * weight, alpha=float(min(1, 0.2 + weight)))
+    for (height, tokens), middle in zip(rows, places, strict=True):
+        for number, (x, token) in enumerate(zip(middle, tokens, strict=True)):
+            hidden = height == 0 and number >= last
+            label = axes.text(x, height, token, ha="center", va="center", fontsize=10, parse_math=False)
+            label.set(fontfamily=font_families(token), alpha=0.0 if hidden else 1.0)
+    axes.set(xlim=(0, widest), ylim=(-0.2, 1.2))
+    axes.set_title(title, fontfamily=font_families(title), parse_math=False)
+    axes.set_axis_off()
     return figure
 
 
@@ -212,33 +261,20 @@ def plot_training(lines: Iterable[Mapping[str, Any]]) -> Figure:
             curves[line["kind"]][line["step"]] = loss
     if not any(curves.values()):
         raise ValueError("no line has a loss of training or of a validation corpus: train first")
-    figure, grid = _panels(1, 1, (6.4, 3.2))
+    figure, grid = make_panels(1, 1, (6.4, 3.2))
     axes = grid[0, 0]
     for (name, curve), color in zip(curves.items(), LINES, strict=False):
         steps = sorted(curve)
         marker = "o" if name == "valid" else None
         axes.plot(steps, [curve[step] for step in steps], label=name, color=color, linewidth=2, marker=marker)
     axes.set(title="Loss", xlabel="update", ylabel="nats per token", ylim=(0, None))
-    _tidy_lines(axes)
+    tidy_lines(axes)
     return figure
 
 
 def picture_formats() -> list[str]:
     """The endings of file names in which a figure can be written, e.g. png, svg and pdf."""
     return sorted(Figure().canvas.get_supported_filetypes())
-
-
-def _tidy_lines(axes: Axes) -> None:
-    axes.margins(x=0.01)
-    axes.grid(color=HIDDEN)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-
-
-def _check_some(mapping: Mapping[str, Any], name: str) -> None:
-    if not mapping:
-        raise ValueError(f"{name} is empty: give at least one, with the name to show above it")
 
 
 def _cells(count: int, tokens: Sequence[str] | None) -> float:
@@ -249,15 +285,6 @@ def _cells(count: int, tokens: Sequence[str] | None) -> float:
 def _room(tokens: Sequence[str] | None) -> float:
     """The room that an axis needs for its labels, in inches."""
     return 0.6 + 0.07 * max(map(len, tokens or [""]), default=0)
-
-
-def _panels(
-    rows: int, columns: int, size: tuple[float, float], left: float = 0.6, below: float = 0.6
-) -> tuple[Figure, np.ndarray]:
-    """Makes a figure and its axes, by row; panel size and the room left of all panels and below each are in inches."""
-    width, height = columns * (size[0] + 0.3) + left, rows * (size[1] + below + 0.3) + 0.3
-    figure = Figure(figsize=(width, height), layout="compressed")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=True)
 
 
 def _write_numbers(axes: Axes, visible: np.ndarray) -> None:
@@ -275,84 +302,15 @@ def _separate_cells(axes: Axes, shape: tuple[int, ...], color: str) -> None:
     axes.spines[:].set_color(color)
 
 
-def _whole_numbers() -> MaxNLocator:
-    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
-
-
-def _tidy_bar(bar: Any) -> None:
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-
-
 def _label_positions(axis: Axis, tokens: Sequence[str] | None, count: int, name: str, what: str) -> None:
     """Labels an axis with tokens, or with position numbers if there are none."""
     if tokens is None:
-        axis.set_major_locator(_whole_numbers())
+        axis.set_major_locator(whole_numbers())
         return
     if len(tokens) != count:
         raise ValueError(f"{name} has {len(tokens)} tokens, there are {count} {what}: give one for each")
     # Otherwise dollar signs, as in prices, would start a formula.
-    axis.set_ticks(range(count), tokens, fontfamily=_font_families("".join(tokens)), fontsize=8, parse_math=False)
+    axis.set_ticks(range(count), tokens, fontfamily=font_families("".join(tokens)), fontsize=8, parse_math=False)
     if isinstance(axis, XAxis):
         for label in axis.get_ticklabels():
             label.set(rotation=60, rotation_mode="anchor", ha="right", va="center")
-
-
-def _font_families(text: str) -> list[str]:
-    """The default font families, followed by those that have the characters of `text` which the default ones lack."""
-    families = list(rcParams["font.family"])
-    missing = {ord(character) for character in text}
-    for family in families:
-        missing -= _characters(font_manager.findfont(font_manager.FontProperties(family=[family])))
-    for search in (_known_fonts, _new_fonts):
-        for font in search(missing) if missing else ():
-            found = missing & _characters(font.fname)
-            if found:
-                families.append(font.name)
-                missing -= found
-    if missing:
-        _warn_of_missing_characters(frozenset(map(_script, missing)))
-        families.append(BOXES)
-    return families
-
-
-def _known_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
-    """The fonts that matplotlib knows; first upright sans-serif fonts that are named after the characters' scripts."""
-    scripts = {_script(character) for character in characters}
-
-    def strangeness(font: font_manager.FontEntry) -> tuple[bool, bool, bool, int, str]:
-        named = any(script in font.name for script in scripts)
-        return not named, "Sans" not in font.name, font.style != "normal", abs(int(font.weight) - 400), font.name
-
-    fonts = [font for font in font_manager.fontManager.ttflist if font.name != BOXES]
-    return sorted(fonts, key=strangeness)
-
-
-def _new_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
-    """The fonts installed after matplotlib made its list of fonts, which it keeps in a file and does not update."""
-    known = {font.fname for font in font_manager.fontManager.ttflist}
-    for path in sorted(set(font_manager.findSystemFonts()) - known):
-        try:
-            font_manager.fontManager.addfont(path)
-        except (OSError, RuntimeError, ValueError, NotImplementedError):
-            continue  # matplotlib cannot use this font, e.g. because it consists of bitmaps
-    return [font for font in _known_fonts(characters) if font.fname not in known]
-
-
-def _characters(path: str) -> set[int]:
-    return set(font_manager.get_font(path).get_charmap())
-
-
-def _script(character: int) -> str:
-    """The first word of the character's name, which for letters is their script, e.g. "Kannada"."""
-    return unicodedata.name(chr(character), "unnamed").split()[0].title()
-
-
-@functools.cache  # warns once per set of scripts
-def _warn_of_missing_characters(scripts: frozenset[str]) -> None:
-    names = ", ".join(sorted(scripts))
-    warnings.warn(
-        f"no installed font has all {names} characters, so boxes replace them: install a Noto font for the script, "
-        "e.g. `apt-get install fonts-noto-core`, and draw again",
-        stacklevel=5,  # the line that called plot_masks or plot_attention
-    )

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 matplotlib = pytest.importorskip("matplotlib")
-from matplotlib import font_manager, pyplot  # noqa: E402
+from matplotlib import pyplot  # noqa: E402
 
 from flax_transformer import plots  # noqa: E402
 from flax_transformer.masks import causal_mask, combine_masks, padding_mask, segment_mask  # noqa: E402
@@ -17,7 +17,6 @@ from flax_transformer.positions import sinusoidal_positions  # noqa: E402
 
 SOURCE = ["Ein", "Mann", "läuft", "schnell", "</s>"]
 TARGET = ["A", "man", "is", "running", "very", "fast", "</s>"]
-KANNADA = ["ಕ"]
 
 
 def random_weights(*shape):
@@ -182,60 +181,30 @@ def test_figures_do_not_use_pyplot():
     assert pyplot.get_fignums() == []
 
 
-@pytest.fixture
-def bare_fonts(monkeypatch):
-    """Matplotlib as on a machine that has no fonts but matplotlib's own."""
-    own = [font for font in font_manager.fontManager.ttflist if font.fname.startswith(matplotlib.get_data_path())]
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
-    plots._warn_of_missing_characters.cache_clear()
-
-
-def write_font(path, family, characters):
-    """Writes a font in which each of the characters is a box."""
-    from fontTools.fontBuilder import FontBuilder
-    from fontTools.pens.ttGlyphPen import TTGlyphPen
-
-    pen = TTGlyphPen(None)
-    pen.moveTo((50, 0))
-    for corner in ((50, 700), (450, 700), (450, 0)):
-        pen.lineTo(corner)
-    pen.closePath()
-    font = FontBuilder(1000, isTTF=True)
-    font.setupGlyphOrder([".notdef", "box"])
-    font.setupCharacterMap({ord(character): "box" for character in characters})
-    font.setupGlyf(dict.fromkeys([".notdef", "box"], pen.glyph()))
-    font.setupHorizontalMetrics(dict.fromkeys([".notdef", "box"], (500, 50)))
-    font.setupHorizontalHeader(ascent=800, descent=-200)
-    font.setupNameTable({"familyName": family, "styleName": "Regular"})
-    font.setupOS2()
-    font.setupPost()
-    font.save(path)
-    return str(path)
-
-
-@pytest.mark.usefixtures("bare_fonts")
-def test_a_font_installed_after_matplotlib_listed_fonts_is_found(tmp_path, monkeypatch):
-    paths = [write_font(tmp_path / "kannada.ttf", "Boxes Kannada", KANNADA[0]), str(tmp_path / "broken.ttf")]
-    (tmp_path / "broken.ttf").write_bytes(b"no font")
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: paths)
-    figure = plots.plot_attention(random_weights(7, 1), KANNADA, TARGET)
-    (axes,) = panels(figure)
-    default = axes.yaxis.get_ticklabels()[0].get_fontfamily()
-    assert axes.xaxis.get_ticklabels()[0].get_fontfamily() == [*default, "Boxes Kannada"]
+def test_links_join_the_words_that_attend_and_are_thicker_for_more_weight():
+    weights = np.array([[0.9, 0.1, 0.0], [0.0, 0.2, 0.8]])
+    figure = plots.plot_links(weights, ["46", "ವರ್ಷಗಳ", "</s>"], ["46", "years"])
+    (axes,) = figure.axes
+    drawn = sorted(line.get_linewidth() for line in axes.lines)
+    assert drawn == pytest.approx([0.4, 0.8, 3.2, 3.6])
+    assert [text.get_text() for text in axes.texts] == ["46", "ವರ್ಷಗಳ", "</s>", "46", "years"]
     draw(figure)
 
 
-@pytest.mark.usefixtures("bare_fonts")
-def test_a_script_without_a_font_gives_one_warning_with_a_remedy():
-    with pytest.warns(UserWarning, match="Kannada characters.*install a Noto font") as caught:
-        figures = [plots.plot_attention(random_weights(7, 1), KANNADA, TARGET) for _ in range(2)]
-    assert len(caught) == 1
-    draw(figures[0])
+def test_links_of_a_translation_that_is_being_written_hide_what_comes_later():
+    (axes,) = plots.plot_links(np.eye(3), list("abc"), list("xyz"), shown=2).axes
+    assert len(axes.lines) == 2
+    assert [text.get_alpha() for text in axes.texts] == [1, 1, 1, 1, 1, 0]
+
+
+def test_links_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="2 target and 3 source tokens"):
+        plots.plot_links(np.eye(3), list("abc"), list("xy"))
 
 
 def test_without_matplotlib_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "flax_transformer.plots")
+    for name in ("plots", "figures"):
+        monkeypatch.delitem(sys.modules, f"flax_transformer.{name}")
     with pytest.raises(ModuleNotFoundError, match=r'pip install "flax_transformer\[plots\]"'):
         importlib.import_module("flax_transformer.plots")

@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flax_transformer.packaged_font import packaged_font
 from flax_transformer.serving import exploring, libretranslate
 from flax_transformer.serving.openapi import describe, describe_in_html
 from flax_transformer.serving.refusals import Refusal
@@ -49,7 +50,8 @@ def page_policy(page: str) -> str:
         allowed[tag] = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
     return (
         f"default-src 'none'; style-src {allowed['style']}; script-src {allowed['script']}; "
-        "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "connect-src 'self'; img-src 'self' data:; font-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
     )
 
 
@@ -87,6 +89,12 @@ def make_application(service: Service, *, page: str | None = None, origins: Sequ
     async def show_page(call: Call) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
 
+    async def show_font(call: Call) -> Response:
+        path = packaged_font()
+        if path is None:
+            raise Refusal(404, "this server has no font: install weblate-fonts")
+        return FileResponse(path, media_type="font/ttf", headers={"Cache-Control": "public, max-age=604800"})
+
     async def metrics(call: Call) -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -107,6 +115,7 @@ def make_application(service: Service, *, page: str | None = None, origins: Sequ
 
     routes = [
         route("/", show_page, "GET", public=True),
+        route("/font.ttf", show_font, "GET", public=True),
         route("/translate", libretranslate.translate, "POST"),
         route("/detect", libretranslate.detect, "POST"),
         route("/languages", libretranslate.languages, "GET", "POST", public=True),  # argostranslate posts

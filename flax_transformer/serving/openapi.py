@@ -14,6 +14,7 @@ TEXT: Schema = {"type": "string"}
 NUMBER: Schema = {"type": "number"}
 WHOLE: Schema = {"type": "integer"}
 FLAG: Schema = {"type": "boolean"}
+FILE: Schema = {"type": "string", "format": "binary"}
 ERRORS = {
     "400": "Something is missing or wrong; the error says what.",
     "403": "The API key is missing or wrong.",
@@ -188,6 +189,9 @@ def describe(limits: Limits) -> Schema:
                     "responses": _answers({"text/event-stream": {"schema": TEXT}}),
                 },
                 "post": _posts("The same with a body.", stream, TEXT, forms, answer="text/event-stream"),
+            },
+            "/font.ttf": {
+                "get": _gets("The font of the page, for scripts that a machine lacks.", FILE, answer="font/ttf")
             },
             "/metrics": {"get": _gets("Numbers for Prometheus.", TEXT, answer="text/plain")},
             "/spec": {"get": _gets("This description.", {"type": "object"})},

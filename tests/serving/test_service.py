@@ -7,6 +7,7 @@ import pytest
 
 from flax_transformer.decoding.inspection import Inspector
 from flax_transformer.decoding.machine import Machine
+from flax_transformer.packaged_font import packaged_font
 from flax_transformer.serving.application import page_policy
 from flax_transformer.serving.limits import Keys, Limits, Meter, read_keys
 from flax_transformer.serving.models import Models, Served
@@ -99,6 +100,17 @@ def test_each_answer_has_security_headers_and_the_page_a_policy_that_allows_its_
     )
     assert "connect-src 'self'" in policy and "unsafe" not in policy and "http" not in policy
     assert "script-src 'none'" in page_policy("<p>no script</p>")
+
+
+def test_the_font_of_the_page_is_served_and_may_be_kept_by_browsers(make_client, monkeypatch):
+    client = make_client()
+    answer = client.get("/font.ttf")
+    assert answer.status_code == 200 and answer.headers["content-type"] == "font/ttf"
+    assert answer.content == packaged_font().read_bytes() and "max-age" in answer.headers["Cache-Control"]
+    assert "font-src 'self'" in client.get("/").headers["Content-Security-Policy"]
+    monkeypatch.setattr("flax_transformer.serving.application.packaged_font", lambda: None)
+    answer = client.get("/font.ttf")
+    assert answer.status_code == 404 and "install weblate-fonts" in answer.json()["error"]
 
 
 def test_cors_is_a_choice(make_client):

@@ -42,7 +42,8 @@ def test_the_page_needs_nothing_but_itself(elements):
     assert all(address.startswith("data:") for address in addresses)
     outside = set(re.findall(r"https?://[^'\"\s)]+", PAGE.read_text("utf-8")))
     assert outside <= {"http://www.w3.org/2000/svg"}  # the name of a format, which nobody fetches
-    assert not re.search(r"@import|url\(", PAGE.read_text("utf-8"))
+    loaded = re.findall(r"@import.*|url\(.*?\)", PAGE.read_text("utf-8"))
+    assert loaded == ["url(font.ttf)"]  # of this server; only a machine without letters of India asks for it
 
 
 def test_the_page_obeys_a_strict_policy(elements):
@@ -53,6 +54,13 @@ def test_the_page_obeys_a_strict_policy(elements):
     assert "style" not in names and not any(name.startswith("on") for name in names)
     dangerous = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function"
     assert not re.search(dangerous, PAGE.read_text("utf-8"))
+
+
+def test_the_font_of_the_server_has_kannada_and_loads_where_it_is_needed(open_page):
+    page = open_page()
+    loaded = "async (text) => (await document.fonts.load('16px Packaged', text)).map((face) => face.status)"
+    assert page.evaluate(loaded, "ಕನ್ನಡ") == ["loaded"]
+    assert page.evaluate(loaded, "Deutsch") == []  # no other text asks for it
 
 
 def test_a_text_is_translated_while_one_types(open_page):
