@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart serve test test-slow test-faults test-wheel check peers release settings address clean
+.PHONY: help venv quickstart serve test test-slow test-faults test-wheel check peers release settings docs experiments address clean
 
 help:
 	@echo "make quickstart  trains a small model on the built-in corpus, into runs/quickstart"
@@ -24,6 +24,8 @@ help:
 	@echo "make peers       installs the libraries that some tests compare with"
 	@echo "make release     builds sdist and wheel into dist/, checks them and tries the wheel in a new environment"
 	@echo "make settings    writes docs/settings.md from the settings in the library"
+	@echo "make docs        builds the documentation site in site/"
+	@echo "make experiments runs the experiments of docs/learning.md: some hours, and may be stopped"
 	@echo "make address REPOSITORY=OWNER/NAME  puts the address on GitHub into README, notebook and package"
 	@echo "make clean       removes .venv, caches and build products; runs/ stays"
 
@@ -46,6 +48,10 @@ $(VENV)/peers.stamp: $(VENV)/library.stamp
 
 $(VENV)/serve.stamp: $(VENV)/library.stamp
 	@$(PIP) --editable ".[serve]"
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/library.stamp
+	@$(PIP) --editable ".[docs]"
 	@touch $@
 
 venv: $(VENV)/tools.stamp
@@ -85,9 +91,15 @@ release: $(VENV)/tools.stamp
 settings: $(VENV)/library.stamp
 	$(BIN)/python -m flax_transformer train --list_settings=markdown > docs/settings.md
 
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+experiments: $(VENV)/library.stamp
+	$(BIN)/python -m experiments
+
 address:
 	@test -n "$(REPOSITORY)" || { echo "give the repository on GitHub: make address REPOSITORY=OWNER/NAME"; exit 1; }
-	sed -i 's#OWNER/flax_transformer#$(REPOSITORY)#g' README.md pyproject.toml colab/quickstart.ipynb
+	sed -i 's#OWNER/flax_transformer#$(REPOSITORY)#g' README.md pyproject.toml mkdocs.yml colab/*.ipynb
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist site

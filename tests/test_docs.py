@@ -33,6 +33,7 @@ def test_a_model_of_other_layers_takes_less_than_forty_lines():
 
 def test_the_address_of_the_repository_is_the_same_everywhere():
     """`make address` replaces it in these files."""
-    files = [DOCS.parent / name for name in ("README.md", "pyproject.toml", "colab/quickstart.ipynb")]
+    files = [DOCS.parent / name for name in ("README.md", "pyproject.toml", "mkdocs.yml")]
+    files += sorted((DOCS.parent / "colab").glob("*.ipynb"))
     found = {file.name: set(re.findall(r"github(?:\.com)?/([\w-]+/[\w-]+)", file.read_text())) for file in files}
     assert all(found.values()) and len(set().union(*found.values())) == 1, found

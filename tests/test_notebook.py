@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -60,20 +61,14 @@ def test_a_committed_notebook_is_valid_has_no_outputs_and_defines_no_model(path)
         assert "linen" not in source, f"cell {name} builds layers: let the library build them"
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """Runs the quick start on one CPU device, to its last step, and gives each code cell's outputs by cell id."""
-    notebook = read("quickstart.ipynb")
-    workdir = tmp_path_factory.mktemp("notebook") / "run"
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("QUICKSTART_STEPS", str(STEPS))
-        environment.setenv("QUICKSTART_CHANGES", json.dumps(CHANGES))
-        environment.setenv("QUICKSTART_WORKDIR", str(workdir))
-        environment.setenv("XLA_FLAGS", QUICK_COMPILING)
+def execute(name, **environment):
+    """Runs a notebook on one CPU device, and gives each code cell's outputs by cell id."""
+    notebook = read(name)
+    with pytest.MonkeyPatch.context() as changed:
+        for variable, value in {"XLA_FLAGS": QUICK_COMPILING, **environment}.items():
+            changed.setenv(variable, value)
         client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(COLAB)}})
         client.execute()
-    steps = {line["kind"]: line["step"] for line in WorkDirectory(workdir).read_metrics()}
-    assert steps["train"] == steps["valid"] == STEPS and "test" in steps
     return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
 
 
@@ -81,27 +76,70 @@ def text(cell_outputs):
     return "".join(output.text for output in cell_outputs if output.output_type == "stream" and output.name == "stdout")
 
 
-def figures(cell_outputs):
-    return [output for output in cell_outputs if "image/png" in output.get("data", {})]
+def assert_each_plot_is_drawn(outputs):
+    for name, cell_outputs in outputs.items():
+        if name.startswith("plot-"):
+            assert any("image/png" in output.get("data", {}) for output in cell_outputs), name
 
 
-def test_the_quick_start_draws_masks_positions_schedules_and_attention(outputs):
-    drawn = {name for name, cell_outputs in outputs.items() if figures(cell_outputs)}
-    wanted = "plot-masks plot-positions plot-schedule lesson-plot plot-curve plot-alignment plot-attention"
-    assert set(wanted.split()) <= drawn
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Where chapter 3 trains the model that chapter 4 opens."""
+    return tmp_path_factory.mktemp("notebook") / "run"
 
 
-def test_the_quick_start_translates_held_out_phrases(outputs):
+@pytest.fixture(scope="module")
+def training(workdir):
+    """Chapter 3, trained to its last step."""
+    outputs = execute(
+        "3_training.ipynb",
+        QUICKSTART_STEPS=str(STEPS),
+        QUICKSTART_CHANGES=json.dumps(CHANGES),
+        QUICKSTART_WORKDIR=str(workdir),
+    )
+    steps = {line["kind"]: line["step"] for line in WorkDirectory(workdir).read_metrics()}
+    assert steps["train"] == steps["valid"] == STEPS and "test" in steps
+    return outputs
+
+
+def test_chapter_1_looks_words_up_the_more_sharply_the_larger_the_scores_are():
+    outputs = execute("1_attention.ipynb")
+    assert_each_plot_is_drawn(outputs)
+    weights = [float(re.search(r"km ([0-9.]+)", line)[1]) for line in text(outputs["look-up"]).splitlines()]
+    assert weights == sorted(weights) and weights[0] < 0.5 < weights[-1]
+
+
+def test_chapter_2_only_a_mask_before_the_softmax_hides_the_future():
+    outputs = execute("2_masks_and_positions.ipynb")
+    assert_each_plot_is_drawn(outputs)
+    before, after = text(outputs["lesson-plot"]).splitlines()
+    assert before.count("1.00") == 3
+    assert after.count("1.00") == 1  # the last word, after which there is nothing to hide
+    lines = text(outputs["leak-numbers"]).splitlines()
+    before, after = (line.split("gathers ")[1].split(", after the change ") for line in lines)
+    assert before[0] == before[1]
+    assert after[0] != after[1]
+    assert float(text(outputs["plot-rotation"]).rpartition(" ")[2]) < 1e-4
+
+
+def test_chapter_3_trains_and_translates_held_out_phrases_and_one_of_one_s_own(training):
+    assert_each_plot_is_drawn(training)
     for name in ("source", "reference", "translation"):
-        assert sum(line.split()[:1] == [name] for line in text(outputs["translate"]).splitlines()) == 8
+        assert sum(line.split()[:1] == [name] for line in text(training["translate"]).splitlines()) == 8
+    assert text(training["own-phrase"]).endswith("\n")
 
 
-def test_the_quick_start_translates_a_phrase_of_one_s_own(outputs):
-    assert text(outputs["own-phrase"]).endswith("\n")
+@pytest.mark.usefixtures("training")
+def test_chapter_4_opens_the_model_of_chapter_3(workdir):
+    outputs = execute("4_inside.ipynb", QUICKSTART_WORKDIR=str(workdir))
+    assert_each_plot_is_drawn(outputs)
+    for line in text(outputs["next-words"]).splitlines():
+        probabilities = [float(number) for number in re.findall(r" (0\.\d\d|1\.00)", line)]
+        assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) < 1.03
 
 
 def test_the_glosses_of_the_quick_start_are_what_the_locale_data_says():
-    (cell,) = (cell for cell in read("quickstart.ipynb").cells if cell.id == "glosses")
+    (cell,) = (cell for cell in read("3_training.ipynb").cells if cell.id == "glosses")
     rows = [line.strip("| ").split(" | ") for line in cell.source.splitlines() if line.startswith("| ")][1:]
     kannada, english = (locale_phrases._locale(name) for name in ("kn", "en"))
     kinds = {kind.label: kind for kind in (*locale_phrases.NAMES, *locale_phrases.VALUES)}
@@ -122,13 +160,3 @@ def test_the_glosses_of_the_quick_start_are_what_the_locale_data_says():
     for shown, _, meaning in rows:
         (target,) = (target for source, target in pairs if source == shown)
         assert target in meaning
-
-
-def test_only_a_mask_before_the_softmax_hides_the_future_in_the_lesson_of_the_quick_start(outputs):
-    before, after = text(outputs["lesson-plot"]).splitlines()
-    assert before.count("1.00") == 3
-    assert after.count("1.00") == 1  # the last word, after which there is nothing to hide
-    lines = text(outputs["leak-numbers"]).splitlines()
-    before, after = (line.split("gathers ")[1].split(", after the change ") for line in lines)
-    assert before[0] == before[1]
-    assert after[0] != after[1]

@@ -70,8 +70,8 @@ class UnreadableSentences:
         if self.count:
             warnings.warn(
                 f"{self.count:,} of {self.total:,} sentences consist to a third or more of characters that the "
-                f'vocabulary does not have (the first: "{quotable(self.example[:40])}"): their translations mean little; check '
-                "that they are in the source language of the model",
+                f'vocabulary does not have (the first: "{quotable(self.example[:40])}"): their translations mean '
+                "little; check that they are in the source language of the model",
                 UnreadableWarning,
                 stacklevel + 1,
             )
