@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 HIDDEN, VISIBLE = "#e9ecf1", "#2f6690"
 GRID = "#dfe3e8"
+INK = "#1f2328"  # for text on light cells, whatever the page
 WEIGHTS = "Blues"
 SIGNED = "RdBu_r"
 # Where a page is dark, black ink is drawn light, and the grid nearly as dark as the page.

@@ -64,8 +64,12 @@ def _packaged_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
     return font_manager.fontManager.ttflist[-1:]
 
 
-def _characters(path: str) -> set[int]:
-    return set(font_manager.get_font(path).get_charmap())
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    try:
+        return frozenset(font_manager.get_font(path).get_charmap())
+    except (OSError, RuntimeError):  # it was removed after matplotlib listed it
+        return frozenset()
 
 
 def _script(character: int) -> str:

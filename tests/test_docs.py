@@ -12,10 +12,10 @@ def test_the_pages_on_reuse_are_tested():
     assert {"assemble.md", "nnx.md", "optax_loop.md"} <= set(PAGES)
 
 
-# The pages on NNX and on assembling a model run in `make test`.
+# The pages on assembling a model and on search run in `make test`.
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.slow) if page == "optax_loop.md" else page for page in PAGES],
+    [pytest.param(page, marks=pytest.mark.slow) if page in ("optax_loop.md", "nnx.md") else page for page in PAGES],
 )
 def test_the_programs_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

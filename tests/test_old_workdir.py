@@ -42,6 +42,7 @@ def test_it_translates_as_before(unpacked, expected, search):
         assert [each.score for each in hypotheses] == pytest.approx([score for _, score in wanted], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_its_training_goes_on_as_it_would_have(unpacked, expected, tmp_path, monkeypatch):
     folder = shutil.copytree(unpacked, tmp_path / "copy")
     monkeypatch.chdir(folder)  # its config names the text by relative paths

@@ -11,10 +11,12 @@ changed, so a clean corpus stays as it is. A pair counts for the first rule it b
   script     less than --min_script of a side's letters are in its language's script
              (with --source_language and --target_language)
   equal      source and target are the same text
-  repeats    the same letters follow one another more than --max_repeats times
+  repeats    the same words, or parts of a word, follow one another more than --max_repeats
+             times, or a letter or vowel sign more than nine times
   numbers    the numbers in digits differ
   held_out   a side is also a line of a file named by --held_out
-  duplicate  the pair came before (with --duplicates: the source, the target)
+  duplicate  the pair came before (with --duplicates: the source, the target, also in a pair
+             that was dropped as a duplicate of the other side)
 """
 
 import argparse
@@ -23,8 +25,10 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from flax_transformer.commands.lines import in_chunks, open_output, progress_bar
@@ -43,6 +47,7 @@ CHUNK = 2000  # pairs that a process examines at once
 AHEAD = 4  # chunks that wait for each process, so that memory does not grow with the files
 STATEFUL = ("held_out", "duplicate")
 NAMES = ("unicode", "empty", "long", "ratio", "letters", "script", "equal", "repeats", "numbers", *STATEFUL)
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 WIDTH = 60  # characters of a side that the report shows
 OUTPUTS = {"source": "output_source", "target": "output_target", "lines": "lines"}  # the option of each file
 
@@ -106,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--{error}" if str(error).split(" ")[0] in given else str(error)) from error
     dropping = _Dropping(options, rules.without)
     report = Report(options.examples)
-    total = _count(inputs)
+    total = _count(options.source, options.target)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open_output(file)) for name, file in outputs.items()}
         bar = stack.enter_context(progress_bar(total, beside=""))
@@ -138,17 +143,22 @@ def _check_files(options: argparse.Namespace) -> tuple[list[Named], dict[str, st
     for name, file in outputs.items():
         if file == STANDARD:
             raise ValueError(f"--{OUTPUTS[name]} is -, but the report goes to standard output: name a file")
+        if file.endswith(COMPRESSED):
+            raise ValueError(f"--{OUTPUTS[name]} is {file}, but outputs are not compressed: name it without that end")
         others = [(f"--{OUTPUTS[other]}", outputs[other]) for other in outputs if other < name]
         check_output(f"--{OUTPUTS[name]}", file, [*inputs, *others])
     return inputs, outputs
 
 
-def _count(inputs: Sequence[Named]) -> int | None:
-    """The number of lines, for the progress bar, if the source can be read twice."""
-    from flax_transformer.data.lines import read_lines
+def _count(source: str, target: str) -> int | None:
+    """The number of pairs, `None` if a side is a stream, which can be read only once.
 
-    source = inputs[0][1]
-    return None if is_stream(source) else sum(1 for _ in read_lines(source, errors="surrogateescape"))
+    Raises:
+        ValueError: a file cannot be read, or one of them has more lines; nothing has been written yet.
+    """
+    if is_stream(source) or is_stream(target):
+        return None
+    return sum(1 for _ in _read(source, target))
 
 
 def _read(source: str, target: str) -> Iterator[tuple[str, str]]:
@@ -177,15 +187,24 @@ def _examined(
     if processes == 1:
         yield from ((chunk, examine(chunk, rules)) for chunk in chunks)
         return
-    pool = stack.enter_context(ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")))
+    # This process alone handles Ctrl-C, and then leaves out what is waiting.
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    )
+    stack.callback(pool.shutdown, cancel_futures=True)
     waiting: collections.deque[tuple[list[tuple[str, str]], Future]] = collections.deque()
-    for chunk in chunks:
-        waiting.append((chunk, pool.submit(examine, chunk, rules)))
-        if len(waiting) > AHEAD * processes:
-            oldest, found = waiting.popleft()
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(examine, chunk, rules)))
+            if len(waiting) > AHEAD * processes:
+                oldest, found = waiting.popleft()
+                yield oldest, found.result()
+        for oldest, found in waiting:
             yield oldest, found.result()
-    for oldest, found in waiting:
-        yield oldest, found.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that examined pairs was ended, probably because memory ran out: use fewer --processes"
+        ) from error
 
 
 class _Dropping:

@@ -92,7 +92,7 @@ class Judge:
             references: for each of several translators, the N translations.
             metrics: which of `METRICS`.
             tokenize: sacrebleu's tokeniser for BLEU; "" chooses it by the script of the references.
-            chrf_word_order: n-grams of words up to this length count too in chrF; 2 makes it chrF++.
+            chrf_word_order: n-grams of words up to this length count too in chrF: 0, 1 (chrF+) or 2 (chrF++).
 
         Raises:
             ValueError: the tokeniser or COMET lacks a package or data.
@@ -105,7 +105,7 @@ class Judge:
             self._sacrebleu["BLEU"] = make_bleu(tokenize, "--tokenize")
             warn_of_missing_spaces(tokenize, self._references[0], "--tokenize")
         if "chrf" in metrics:
-            self._sacrebleu["chrF" + min(chrf_word_order, 2) * "+"] = CHRF(word_order=chrf_word_order)
+            self._sacrebleu["chrF" + chrf_word_order * "+"] = CHRF(word_order=chrf_word_order)
         if "ter" in metrics:
             self._sacrebleu["TER"] = TER()
         self._comet = Comet() if "comet" in metrics else None

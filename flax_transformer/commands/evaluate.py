@@ -91,10 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument(
         "--chrf_word_order",
         type=whole,
-        choices=range(7),
+        choices=range(3),
         default=0,
         metavar="N",
-        help="sequences of up to N words count in chrF, too, not only those of characters; 2 is chrF++ (default 0)",
+        help="sequences of up to N words count in chrF, too, not only those of characters; 1 is chrF+, 2 is chrF++ "
+        "(default 0)",
     )
     shown.add_argument(
         "--tokenize",

@@ -167,7 +167,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument(
         "--mbr",
-        type=whole,
+        type=positive,
         metavar="N",
         help="draw N samples and choose the one that is most like the others by chrF (minimum Bayes risk decoding)",
     )

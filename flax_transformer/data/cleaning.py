@@ -23,7 +23,7 @@ from flax_transformer.text.spelling import is_blank
 RATIO_SLACK = 10
 # Numbers up to this one are often written in words on one of the sides.
 SPELLED_OUT = 12
-# A single letter may be repeated more often than a longer unit, as in "Nooooo!".
+# A single letter or vowel sign may be repeated more often than a longer unit, as in "Nooooo!".
 LONGEST_RUN = 9
 # The longest unit whose repetitions are looked for: in words, and in characters of a script without spaces.
 MOST_WORDS, LONGEST_UNIT = 6, 20
@@ -32,7 +32,7 @@ _INVALID = regex.compile(r"[\p{Cs}\ufffd\p{Noncharacter_Code_Point}]|(?!\t)\p{Cc
 _LETTER = regex.compile(r"[\p{L}\p{M}]")
 # Letters and marks that belong to certain scripts; many marks, such as accents and vowel signs of Arabic, do not.
 _OF_A_SCRIPT = regex.compile(r"[[\p{L}\p{M}]--[\p{Script=Zyyy}\p{Script=Zinh}]]", regex.VERSION1)
-_RUN = regex.compile(rf"(\p{{L}})\1{{{LONGEST_RUN},}}")
+_RUN = regex.compile(rf"([\p{{L}}\p{{M}}])\1{{{LONGEST_RUN},}}")
 _BETWEEN_WORDS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")
 _NUMBER = regex.compile(r"\p{Nd}+(?:[.,'’٫٬\u00a0\u202f]\p{Nd}+)*")
 # What a script that several languages are named by consists of, by the names of ISO 15924.
@@ -54,7 +54,7 @@ class CleaningRules:
         max_ratio: how many times as long as the other a side may be; both are counted with ten characters more.
         min_letters: the share of letters and their marks among the visible characters of a side.
         min_script: the share of a side's letters that must be in the script of its language.
-        max_repeats: how often the same letters may follow one another.
+        max_repeats: how often the same words, or the same parts of a word, may follow one another.
         source_language: the code of the source's language, e.g. "kn" or "kan_Knda"; empty if any script is right.
         target_language: that of the target's.
         without: names of rules that are not applied.
@@ -234,9 +234,8 @@ def _repeats(text: str, most: int) -> bool:
 
 
 def _repeated_part(word: str, most: int) -> bool:
-    found = _unit(most).search(word)
     # A part that is one letter is looked for above, as "aa" is the letter a twice.
-    return bool(found and _LETTER.search(found[1]) and len(set(found[1])) > 1)
+    return any(_LETTER.search(found[1]) and len(set(found[1])) > 1 for found in _unit(most).finditer(word))
 
 
 @functools.cache

@@ -149,10 +149,13 @@ class _Options:
 def _sources(spec: str) -> Iterator[tuple[int | float, str, _Options]]:
     """The weight, the name and the options of each source."""
     for part in _split(spec, " + "):
-        weighted = re.fullmatch(r"(\d+(?:\.\d+)?)\*(.*)", part.strip(), re.DOTALL)
+        weighted = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) ?\* ?(.*)", part.strip(), re.DOTALL)
         number, name = (float(weighted[1]), weighted[2]) if weighted else (1.0, part.strip())
         if not 0 < number < 1e6:
-            raise ValueError(f"corpus {part!r} has weight {number:g}: give more than 0, or leave the source out")
+            raise ValueError(
+                f"corpus {part!r} has weight {number:,g}: give more than 0 and less than a million, "
+                "or leave the source out"
+            )
         yield int(number) if number.is_integer() else number, *_take_options(name)
 
 
@@ -199,7 +202,13 @@ def _load_pairs(name: str) -> tuple[list[str], list[str]]:
     kind, _, rest = name.partition(":")
     if kind not in loaders:
         raise ValueError(f"corpus {name!r} is of an unknown kind: {_choose(kind, loaders)}, e.g. files:SOURCE,TARGET")
-    source, target = loaders[kind](rest)
+    try:
+        source, target = loaders[kind](rest)
+    except ValueError as error:
+        *_, query = _split(rest, "?")
+        if query == rest or kind not in ("files", "tsv"):
+            raise
+        raise ValueError(f"{error}; or correct its option ?{query}: there are ?swap and ?tag=TAG") from error
     if not source:
         raise ValueError(f"corpus {name!r} has no sentence pairs: check its path or split")
     return source, target

@@ -66,7 +66,7 @@ def training_corpus(
     strengths = config.source_sampling, config.target_sampling
     if not any(strengths) and all(float(times).is_integer() for times in set(text.repeats)):
         return first
-    decisive = cache_key(text, vocabularies, config, max_length), strengths, "own divisions"
+    decisive = cache_key(text, vocabularies, config, max_length), strengths, np.__version__
     key = hashlib.sha256(repr(decisive).encode()).hexdigest()[:KEY_LENGTH]
     return ChangingCorpus(
         first,
@@ -217,6 +217,10 @@ class ChangingCorpus:
         self._all_repeats, self._repeats = repeats, repeats[self._pairs]
         self._limits = min(config.source_slots, max_length), min(config.target_slots, max_length)
         self._ranks = even_ranks(self._repeats, np.random.default_rng([config.seed, RANKS]))
+        if not times_in_epoch(self._repeats, self._ranks, 0).any():
+            raise ValueError(
+                f"by the weights of the corpora an epoch has {self._repeats.sum():.2g} sentence pairs: raise them"
+            )
         self._ahead = Ahead(self._make)
         self._starts = [0]  # the number of rows before each epoch
         self._lock = threading.RLock()  # of `_starts` and of `sizes`

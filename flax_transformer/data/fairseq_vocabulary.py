@@ -173,9 +173,9 @@ class FairseqVocabulary(MarianVocabulary):
         ids = self._split(text)
         return [*ids, self.eos_id, language] if self.language_last else [language, *ids, self.eos_id]
 
-    def unknown_characters(self, sentence: str) -> str:
-        """See `Vocabulary.unknown_characters`; ignores the language token."""
-        return self._spelling.unknown(self.split_language(sentence)[1])
+    def without_symbols(self, sentence: str) -> str:
+        """See `Vocabulary.without_symbols`; the token of the language is the only such text."""
+        return self.split_language(sentence)[1]
 
     def split_language(self, sentence: str) -> tuple[str, str]:
         """See `Vocabulary.split_language`; raises ValueError for a language that the model does not know."""

@@ -115,10 +115,10 @@ class MarianVocabulary(Vocabulary):
             "this one comes from a converted model: set both to 0"
         )
 
-    def unknown_characters(self, sentence: str) -> str:
-        """See `Vocabulary.unknown_characters`; ignores the language token."""
+    def without_symbols(self, sentence: str) -> str:
+        """See `Vocabulary.without_symbols`; the token of the language is the only such text."""
         text = self._spelling.spell(sentence)
-        return self._spelling.unknown(text.removeprefix(self._known_language(text)))
+        return text.removeprefix(self._known_language(text))
 
     def _knows(self, character: str) -> bool:
         ids = self._split(character)

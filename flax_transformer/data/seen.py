@@ -5,7 +5,7 @@ from jaxtyping import Bool, UInt64
 
 
 class Seen:
-    """A set of 64-bit numbers that grows; two different texts out of a billion have the same number by chance.
+    """A set of 64-bit numbers that grows. That any two of a billion texts share a number has a chance of 3 %.
 
     The numbers are kept in sorted runs, each more than twice as long as the next, so that a hundred million of them
     take 800 MB, and adding many at once takes little time.

@@ -9,6 +9,7 @@ Before a sentence is encoded, it is rewritten in the spelling that the vocabular
 and decomposed accents, a tab and a space, or a word with and without a byte order mark give the same ids.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
@@ -152,8 +153,23 @@ class Vocabulary:
         return ids
 
     def unknown_characters(self, sentence: str) -> str:
-        """The visible characters of a sentence that have no piece, in their order, each as often as it occurs."""
-        return self._spelling.unknown(sentence)
+        """The visible characters of a sentence that have no piece, in their order, each as often as it occurs.
+
+        Those of tags and other texts that are always one piece are known.
+        """
+        return self._spelling.unknown(self.without_symbols(sentence))
+
+    def without_symbols(self, sentence: str) -> str:
+        """The sentence without the texts that are always one piece (`vocabulary.user_symbols`, tags of corpora)."""
+        for symbol in self._symbols:
+            sentence = sentence.replace(symbol, "")
+        return sentence
+
+    @functools.cached_property
+    def _symbols(self) -> list[str]:
+        pieces = parse(self._model).pieces
+        found = [piece.piece for piece in pieces if piece.type == piece.Type.Value("USER_DEFINED")]
+        return sorted(found, key=len, reverse=True)
 
     def _knows(self, character: str) -> bool:
         """Whether a character has pieces other than the unknown one and those of single bytes."""

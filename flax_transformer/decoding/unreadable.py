@@ -33,7 +33,8 @@ class Unreadable:
         if not characters:
             return cls("", 0.0)
         # Unknown characters are counted in composed form, so the visible ones must be too.
-        visible = sum(not is_blank(character) for character in unicodedata.normalize("NFC", sentence))
+        text = unicodedata.normalize("NFC", vocabulary.without_symbols(sentence))
+        visible = sum(not is_blank(character) for character in text)
         return cls(characters, len(characters) / visible)
 
 

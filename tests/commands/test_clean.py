@@ -102,7 +102,7 @@ def test_mistakes_are_found_before_anything_is_written(fail, tmp_path):
         (tmp_path / name).write_text("x\n")
     (tmp_path / "c").write_text("x\ny\n")
     a, b, c, out = (str(tmp_path / name) for name in ("a", "b", "c", "out"))
-    both = [f"--source={a}", f"--target={b}"]
+    both, written = [f"--source={a}", f"--target={b}"], [f"--output_source={out}", f"--output_target={out}2"]
     for arguments, message in [
         (both, "--output_source is not given"),
         ([*both, f"--output_source={out}"], "--output_target is not given"),
@@ -111,8 +111,16 @@ def test_mistakes_are_found_before_anything_is_written(fail, tmp_path):
         ([*both, "--dry_run", "--source_language=xx"], "script of the language 'xx' is not known"),
         ([*both, "--dry_run", "--max_ratio=0.5"], "--max_ratio is 0.5: it must be at least 1"),
         ([*both, "--dry_run", "--without", "ratoi"], "ratoi"),
-        ([f"--source={a}", f"--target={c}", "--dry_run", "--processes=1"], "ends after line 1"),
+        ([f"--source={a}", f"--target={c}", *written], "ends after line 1"),
+        ([f"--source={a}", "--target=missing", *written], "cannot read missing"),
+        ([*both, f"--output_source={out}.gz", f"--output_target={out}"], "outputs are not compressed"),
         (["--source=-", "--target=-", "--dry_run"], "standard input can be only one of them"),
     ]:
         assert message in fail("clean", *arguments)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_stream_that_has_fewer_lines_is_an_error(fail, tmp_path):
+    (tmp_path / "c").write_text("x\n")
+    message = fail("clean", "--source=-", f"--target={tmp_path / 'c'}", "--dry_run", "--processes=1")
+    assert "standard input ends after line 0" in message  # of a test it has no lines

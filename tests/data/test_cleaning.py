@@ -26,7 +26,8 @@ BAD = {
     "letters": [("ಮನೆ 12345678", "12345678"), ("*** --- ಮ ---", "the house")],
     "script": [("the red house", "the red house is big"), ("ಕೆಂಪು ಮನೆ ದೊಡ್ಡದು", "ಕೆಂಪು ಮನೆ")],
     "equal": [("ಕನ್ನಡ Abcde", "ಕನ್ನಡ  aBCDE "), ("ಮನೆ", "ಮನೆ")],
-    "repeats": [("ಮನೆ", "the the the the the"), ("ಮ", "abc" * 5), ("ಅ" * 12, "aah"), ("ಹೋದನು, " * 5, "he went and went")],
+    "repeats": [("ಮನೆ", "the the the the the"), ("ಮ", "abc" * 5), ("ಅ" * 12, "aah"), ("ಹೋದನು, " * 5, "he went and went"),
+                ("ಕ" + "ಾ" * 12, "kaa"), ("ಮ", "ok00000000000ababababab")],
     "numbers": [("೨೦೧೪ರಲ್ಲಿ", "in 2015"), ("ಆಗ", "in 2015"), ("೩ ಮನೆಗಳು", "4 houses"), ("ದೋಷ ೪೦೪", "an error")],
 }  # fmt: skip
 KANNADA = CleaningRules(source_language="kn", target_language="en")

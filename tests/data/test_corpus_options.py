@@ -9,6 +9,7 @@ import pytest
 from flax_transformer.data.corpus import corpus_files, corpus_tags, load_corpus
 from flax_transformer.data.epochs import even_ranks, times_in_epoch, training_corpus
 from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.unreadable import Unreadable
 from flax_transformer.experiment import DataConfig, VocabularyConfig
 
 
@@ -30,6 +31,25 @@ def test_a_tag_comes_before_each_source_and_swap_exchanges_the_sides(write):
     assert corpus.target == ["a is 0", "a is 1", "a 0", "a 1", "a 0", "a 1"]
     assert corpus.repeats == [1, 1, 2, 2, 1, 1]
     assert corpus_tags(spec) == ["<bt>", ">>kan<<"] and corpus_files(spec) == [path] * 3
+
+
+def test_the_characters_of_a_tag_do_not_make_a_sentence_unreadable():
+    text = ["the house", "no", "kan not here"]
+    vocabulary = VocabularyPair.train(
+        text, text, VocabularyConfig(size=30, byte_fallback=False, user_symbols=[">>kan<<"])
+    ).source
+    assert vocabulary.unknown_characters(">>kan<< no") == ""
+    assert Unreadable.of(">>kan<< noż", vocabulary).share == pytest.approx(1 / 3)
+
+
+def test_a_mistyped_option_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match=r"correct its option \?tga=<bt>: there are \?swap and \?tag=TAG"):
+        load_corpus("tsv:t.tsv?tga=<bt>")
+
+
+@pytest.mark.parametrize("weight", [".5*", "0.5 * ", "0.5*"])
+def test_a_weight_may_be_written_with_spaces_and_without_a_zero(write, weight):
+    assert load_corpus(f"{weight}tsv:{write('a', 1)}").repeats == [0.5]
 
 
 def test_a_tag_does_not_hide_that_a_source_is_blank(tmp_path):

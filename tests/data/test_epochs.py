@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import threading
 from collections import Counter
 
@@ -136,7 +137,14 @@ def test_a_damaged_file_of_sizes_is_counted_again(vocabularies, tmp_path, damage
     whole = file.read_bytes()
     file.write_bytes(damage)
     assert equal(build(vocabularies, cache=cache).batch(20), expected)
-    assert whole.startswith(file.read_bytes()[:-1])
+    written = json.loads(file.read_bytes())
+    assert written and json.loads(whole)[: len(written)] == written
+
+
+def test_weights_that_leave_no_pair_for_an_epoch_are_refused(vocabularies):
+    text = ParallelText(["river"] * 4, ["quiet river"] * 4, [0.1] * 4)
+    with pytest.raises(ValueError, match="an epoch has 0.4 sentence pairs: raise them"):
+        build(vocabularies, text=text)
 
 
 def test_three_hosts_share_the_batch_of_one_host(vocabularies):

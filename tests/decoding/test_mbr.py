@@ -25,6 +25,18 @@ def test_a_text_agrees_with_itself_and_with_nothing_else_that_shares_no_characte
     assert found[0, 1] == found[1, 0] == 0
 
 
+def test_agreement_is_sacrebleu_s_chrf():
+    rng = np.random.default_rng(0)
+    words = "the black cat sat ಬೆಕ್ಕು ಕುಳಿತಿತು a ab abc 12 12,5 !".split()
+    texts = [" ".join(rng.choice(words, rng.integers(0, 9))) for _ in range(24)] + ["a", "ab", " \u200b ", "x  y\tz"]
+    texts = sorted(set(texts))
+    metric = CHRF()
+    expected = [[metric.sentence_score(text, [other]).score / 100 for other in texts] for text in texts]
+    found = agreement(texts)
+    different = [[text != other for other in texts] for text in texts]
+    np.testing.assert_allclose(found, np.where(different, expected, 1.0), atol=1e-12)
+
+
 def test_the_translator_returns_the_samples_that_agree_most(translator):
     sentences = ["the cat sat", "", "a dog runs up"]
     search = Sampling(temperature=0.8, extra_length=4)
@@ -38,5 +50,6 @@ def test_the_translator_returns_the_samples_that_agree_most(translator):
 
 def test_settings_that_contradict_each_other_are_refused():
     assert in_words(Sampling(mbr=8)) == "sampling, temperature 1, the one most like the others of 8"
+    assert in_words(Sampling(top_k=5, top_p=0.9)) == "sampling, temperature 1, top_k 5, top_p 0.9"
     with pytest.raises(ValueError, match="num_return is 9, but mbr is 8: lower the first or raise the second"):
         Sampling(mbr=8, num_return=9)
