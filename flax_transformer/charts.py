@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from flax_transformer.figures import GRID, LINES, Figure, check_some, make_panels, tidy_lines
+from flax_transformer.figures import GRID, LINES, Figure, check_some, make_panels, tidy_lines, whole_numbers
 from flax_transformer.fonts import font_families
 
 MARKERS = "osD^vP"  # the shapes tell curves apart where colours do not
@@ -57,11 +57,15 @@ def plot_curves(panels: Sequence[Curves], *, title: str = "") -> Figure:
             axes.plot(where, [np.mean(v) for v in values], label=name, color=color, marker=marker, markersize=5, lw=2)
             axes.fill_between(where, [np.min(v) for v in values], [np.max(v) for v in values], color=color, alpha=0.2)
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        if not panel.log_x and all(x == int(x) for curve in panel.curves.values() for x in curve):
+            axes.xaxis.set_major_locator(whole_numbers())
         if panel.log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.3g}")
         if panel.log_y:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         tidy_lines(axes)
     figure.suptitle(title)
     return figure

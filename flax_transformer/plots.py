@@ -221,7 +221,7 @@ def plot_links(
     rows = (1.0, source_tokens), (0.0, target_tokens)
     lengths = [[max(len(token), 1) + 1.5 for token in tokens] for _, tokens in rows]
     widest = max(map(sum, lengths))
-    figure, grid = make_panels(1, 1, (min(max(0.1 * widest, 3.0), WIDEST), 2.0), 0.2, 0.2)
+    figure, grid = make_panels(1, 1, (min(max(0.13 * widest, 4.8), WIDEST), 2.0), 0.2, 0.2)
     axes = grid[0, 0]
     places = [(np.cumsum(sizes) - np.array(sizes) / 2) * widest / sum(sizes) for sizes in lengths]
     last = len(target_tokens) if shown is None else shown

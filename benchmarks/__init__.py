@@ -1,0 +1,1 @@
+"""Programs that compare this library with others, and their results."""

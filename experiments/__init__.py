@@ -1,0 +1,1 @@
+"""Programs that measure what tutorials say of the Transformer: one claim each."""
