@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -177,6 +178,10 @@ def _parse_json(body: bytes) -> dict[str, Any]:
 async def _parse_form(request: Request, kind: str, body: bytes) -> dict[str, Any]:
     if not body:
         return {}
+
+    if kind != "multipart/form-data":
+        # `curl -d` sends UTF-8 as it is, which Starlette would read as Latin-1.
+        body = re.sub(rb"[\x80-\xff]", lambda found: b"%%%02X" % ord(found[0]), body)
 
     async def stream() -> Any:
         yield body

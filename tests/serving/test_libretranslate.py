@@ -1,4 +1,5 @@
 import json
+from urllib.parse import quote
 
 import pytest
 
@@ -42,6 +43,14 @@ def test_a_form_and_a_query_string_are_as_good_as_json(client, expected, how):
     }[how]
     answer = client.post("/translate", **options)
     assert (answer.status_code, answer.json()) == (200, {"translatedText": expected(fields["q"])[0]})
+
+
+@pytest.mark.parametrize("write", [str, quote])
+def test_a_form_may_hold_utf_8_as_it_is_as_curl_sends_it(client, write):
+    text = "😀 ☃ 12"  # has no letters and comes back as it is
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = client.post("/translate", content=f"q={write(text)}&source=en&target=de".encode(), headers=headers)
+    assert answer.json() == {"translatedText": text}
 
 
 def test_a_field_that_a_form_repeats_is_a_list(client, expected):
