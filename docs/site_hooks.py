@@ -21,6 +21,11 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
 }
+WITHOUT_PICTURES = """
+<div class="admonition note"><p class="admonition-title">Run it to see its pictures</p>
+<p>This page shows the text and the code of a notebook of <code>colab/</code>. Its kept figures are on the page
+<a href="../learning.html">Learning</a>, too.</p></div>
+"""
 LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -52,5 +57,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, files: F
 
 
 def on_page_content(html: str, *, page: Any, config: MkDocsConfig, files: Files) -> str:
-    """Points a notebook's links to other notebooks to their pages."""
-    return re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', html) if page.file.src_path.endswith(".ipynb") else html
+    """Points a notebook's links to other notebooks to their pages, and says where its pictures are."""
+    if not page.file.src_path.endswith(".ipynb"):
+        return html
+    html = re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', html)
+    return html.replace("</h1>", f"</h1>{WITHOUT_PICTURES}", 1)

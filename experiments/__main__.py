@@ -6,14 +6,13 @@ little from several cores.
 
 import argparse
 import concurrent.futures
-import itertools
 import os
 import queue
 import subprocess
 import sys
 from pathlib import Path
 
-from experiments.trainings import SEEDS, VARIANTS
+from experiments.trainings import VARIANTS
 
 SHARED = ("__init__", "__main__", "command", "trainings")
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in SHARED)
@@ -57,7 +56,7 @@ def main() -> None:
         options.processes,
         initializer=lambda: keep_to(shares.get()),  # this thread, and the programs that it starts
     ) as pool:
-        list(pool.map(train, itertools.product(VARIANTS, SEEDS)))
+        list(pool.map(train, [(name, seed) for name, variant in VARIANTS.items() for seed in variant.seeds]))
     for name in NAMES:
         run(name, folder)
 

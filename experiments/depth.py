@@ -59,7 +59,7 @@ def example(folder: Path) -> Results:
     return {
         "source": layers[0].source_tokens,
         "target": layers[0].target_tokens,
-        "weights": [layer.weights.round(3).tolist() for layer in layers],
+        "weights": [layer.weights.astype(float).round(3).tolist() for layer in layers],
     }
 
 
@@ -82,6 +82,8 @@ def draw(results: Results) -> Mapping[str, Figure]:
         y_label="entropy of cross-attention, nats",
         curves={"5 + 5 layers": layers},
     )
+    entropy = plot_curves([sure])
+    entropy.axes[0].set_ylim(bottom=0)
     shown = results["example"]
     pictures = plot_attention(
         np.array(shown["weights"]),
@@ -92,7 +94,7 @@ def draw(results: Results) -> Mapping[str, Figure]:
     )
     return {
         "depth": plot_scores({"Translations exactly right": right}, x_label="% of the test set"),
-        "depth_entropy": plot_curves([sure]),
+        "depth_entropy": entropy,
         "depth_layers": pictures,
     }
 

@@ -3,7 +3,7 @@
     python -m experiments.feed_forward
 
 Models without it, with 3 * d_model (the tutorial's) and with 4 * d_model (the paper's). And what single neurons of the
-first encoder layer answer to: the source pieces at which they are largest.
+first encoder layer of the quick start's model answer to: the source pieces at which they are largest.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments.command import Results, padded, run
-from experiments.trainings import BASE, NO_FEED_FORWARD, SEEDS, WIDER, all_scores, phrases, trained
+from experiments.trainings import BASE, NO_FEED_FORWARD, QUICKSTART, WIDER, all_scores, phrases, trained
 from flax_transformer.charts import plot_scores
 from flax_transformer.figures import INK, WEIGHTS, Figure, make_panels, tidy_bar
 from flax_transformer.fonts import font_families
@@ -73,8 +73,8 @@ def choosy_neurons(model: TrainedModel) -> list[dict[str, float]]:
 
 def measure(folder: Path) -> Results:
     """The scores, and the neurons."""
-    first = TrainedModel.load(trained(BASE, SEEDS[0], folder).path)
-    return {"scores": all_scores(VARIANTS, folder), "neurons": choosy_neurons(first)}
+    learned = TrainedModel.load(trained(QUICKSTART, QUICKSTART.seeds[0], folder).path)
+    return {"scores": all_scores(VARIANTS, folder), "neurons": choosy_neurons(learned)}
 
 
 def draw_neurons(neurons: list[dict[str, float]]) -> Figure:
@@ -92,9 +92,11 @@ def draw_neurons(neurons: list[dict[str, float]]) -> Figure:
     axes.set_yticks(range(len(neurons)), range(1, len(neurons) + 1))
     axes.tick_params(length=0)
     axes.set(
-        title="What eight neurons of the first layer answer to", xlabel="source piece, by activation", ylabel="neuron"
+        title="What eight neurons of the first encoder layer answer to",
+        xlabel="source piece, by activation",
+        ylabel="neuron",
     )
-    tidy_bar(figure.colorbar(image, ax=axes, label="activation / largest"))
+    tidy_bar(figure.colorbar(image, ax=axes, label="mean activation ÷ the neuron's largest"))
     return figure
 
 

@@ -2,9 +2,9 @@
 
     python -m experiments.heads
 
-Models with 1, 4 and 16 heads of together 64 features. In the one with 4: how much of its weight each head gives to the
-token before, to the token itself, to the end of the sentence and, in cross-attention, to the same digits; and how many
-phrases remain right when a single head gives nothing.
+Models with 1, 4 and 16 heads of together 64 features. In the quick start's model, which has learned its task: how much
+of its weight each head gives to the token before, to the token itself, to the end of the sentence and, in
+cross-attention, to the same digits; and how many phrases remain right when a single head gives nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from experiments.command import Results, run
-from experiments.trainings import BASE, ONE_HEAD, SEEDS, SIXTEEN_HEADS, all_scores, exactly_right, phrases, trained
+from experiments.trainings import BASE, ONE_HEAD, QUICKSTART, SIXTEEN_HEADS, all_scores, exactly_right, phrases, trained
 from flax_transformer.charts import plot_scores
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.figures import HIDDEN, INK, WEIGHTS, Figure, make_panels, tidy_bar
@@ -111,9 +111,9 @@ def prune(model: TrainedModel) -> dict[str, float]:
 
 
 def measure(folder: Path) -> Results:
-    """The scores; and of the first seed's model with 4 heads, what heads look at and what is lost without them."""
+    """The scores; and of the quick start's model, what heads look at and what is lost without them."""
     scores = all_scores(VARIANTS, folder)
-    model = TrainedModel.load(trained(BASE, SEEDS[0], folder).path)
+    model = TrainedModel.load(trained(QUICKSTART, QUICKSTART.seeds[0], folder).path)
     return {"scores": scores, "jobs": look(model), "pruned": prune(model)}
 
 
@@ -131,7 +131,11 @@ def draw_jobs(found: Mapping[str, Sequence[float | None]]) -> Figure:
     axes.set_yticks(range(len(found)), list(found))
     axes.set_xticks(range(len(JOBS)), JOBS, rotation=30, ha="right")
     axes.tick_params(length=0)
-    axes.set(title="What each head gives its weight to", ylabel="attention, layer.head")
+    axes.set(
+        title="What each head gives its weight to",
+        xlabel="grey: not counted for this kind of attention",
+        ylabel="attention (cross: from the decoder to the source), layer.head",
+    )
     tidy_bar(figure.colorbar(image, ax=axes, label="share of the head's weight"))
     return figure
 

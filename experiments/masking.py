@@ -32,9 +32,9 @@ def draw(results: Results) -> Mapping[str, Figure]:
     right = {title: scores["exact_match"] for title, scores in results.items()}
     figures = {
         "masking_loss": plot_scores(
-            {"With the right words before each word given: the loss": losses}, x_label="nats per token", digits=3
+            {"The loss, with the right earlier words given": losses}, x_label="nats per token", digits=3
         ),
-        "masking": plot_scores({"Without them: translations exactly right": right}, x_label="% of the test set"),
+        "masking": plot_scores({"Translating by itself: exactly right": right}, x_label="% of the test set"),
     }
     return figures
 

@@ -258,8 +258,8 @@ def measure(folder: Path) -> Results:
 def draw(results: Results) -> Mapping[str, Figure]:
     """Time over length, accuracy over distance, and the phrases."""
     timed = Curves(
-        title="One update, 8 rows",
-        x_label="length, tokens",
+        title="Time of one update with 8 rows, on 2 CPU cores",
+        x_label="length of a row, symbols",
         y_label="milliseconds",
         curves={
             name: {float(length): 1000 * seconds for length, seconds in curve.items()}
@@ -269,9 +269,9 @@ def draw(results: Results) -> Mapping[str, Figure]:
         log_y=True,
     )
     copied = Curves(
-        title=f"Copying; longest rows in training: {LONGEST}",
-        x_label="distance to what is copied, tokens",
-        y_label="symbols copied, %",
+        title=f"Copying (longest rows in training: {LONGEST})",
+        x_label="length of the row, symbols",
+        y_label="symbols copied, the right ones before given, %",
         curves={
             name: {float(length): [seed[length] for seed in found["copied"]] for length in found["copied"][0]}
             for name, found in results["copying"].items()

@@ -69,7 +69,7 @@ def draw_numbers(found: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]
     titles = {
         "variance": ("The scores grow with d_k …", "variance of the scores", True),
         "entropy": ("… one word gets all the weight …", "entropy of the weights, nats", False),
-        "left_out": ("… and most queries get no gradient", "queries with next to no gradient, %", False),
+        "left_out": ("… and ever more queries get no gradient", "queries with next to no gradient, %", False),
     }
     return plot_curves(
         [

@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from flax_transformer.figures import GRID, LINES, Figure, check_some, make_panels, tidy_lines, whole_numbers
+from flax_transformer.figures import (
+    GRID,
+    LINES,
+    Figure,
+    check_some,
+    make_panels,
+    tidy_lines,
+    twos_and_fives,
+    whole_numbers,
+)
 from flax_transformer.fonts import font_families
 
 MARKERS = "osD^vP"  # the shapes tell curves apart where colours do not
@@ -65,7 +74,9 @@ def plot_curves(panels: Sequence[Curves], *, title: str = "") -> Figure:
         if panel.log_y:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
+            few = np.ptp(np.log10(axes.get_ylim())) < 2  # powers of ten that are seen
+            axes.yaxis.set_minor_locator(twos_and_fives())
+            axes.yaxis.set_minor_formatter("{x:g}" if few else "")
         tidy_lines(axes)
     figure.suptitle(title)
     return figure

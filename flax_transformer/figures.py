@@ -15,7 +15,7 @@ try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f'flax_transformer draws with matplotlib ({error}): pip install "flax_transformer[plots]"', name=error.name
@@ -73,7 +73,8 @@ def tidy_lines(axes: Axes) -> None:
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    many = len(axes.get_legend_handles_labels()[1]) > 3
+    axes.legend(frameon=False, **{"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {})
 
 
 def check_some(mapping: Mapping[str, Any], name: str) -> None:
@@ -85,6 +86,11 @@ def check_some(mapping: Mapping[str, Any], name: str) -> None:
 def whole_numbers() -> MaxNLocator:
     """Ticks of an axis that counts."""
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
+def twos_and_fives() -> LogLocator:
+    """Ticks between the powers of ten."""
+    return LogLocator(subs=(2, 5))
 
 
 def tidy_bar(bar: Any) -> None:

@@ -105,6 +105,7 @@ def test_a_recurrent_network_as_large_learns_to_copy_a_little():
 
 def test_a_translation_that_grows_is_drawn_token_by_token(tmp_path):
     shown = {"source": ["46", "ವರ್ಷಗಳ"], "target": ["years", "46"], "weights": [[0.1, 0.9], [0.8, 0.2]]}
+    shown["phrase"] = next(iter(word_order.SHOWN))
     word_order.animate(shown, tmp_path / "grows.gif")
     from PIL import Image
 

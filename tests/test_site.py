@@ -24,6 +24,7 @@ def site(tmp_path_factory):
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
+    assert not list(folder.rglob("*.py*"))  # the hooks are no page
     return folder
 
 
