@@ -3,8 +3,8 @@
     python -m experiments.word_order
 
 Kannada puts "in" behind its noun and the day before the month. What the quick start's model attends to is drawn for two
-phrases with the words of both languages, once as it grows with each chosen token. Counted: how often two links cross, by
-the source token with the largest weight for each target token.
+phrases with the words of both languages, once as it grows with each chosen token. Counted: how often two links cross;
+each target token has one, to the source token with the largest weight.
 """
 
 from collections.abc import Mapping

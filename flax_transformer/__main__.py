@@ -55,6 +55,10 @@ class Parser(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(words)
         if unknown:
             name = unknown[0].partition("=")[0]
+            if self.get_default("changes") is not None and re.fullmatch(r"(--)?[a-z]\w*(\.\w+)+", name):
+                self.error(
+                    f"there is no option {name}: a setting is changed by --config.{name.removeprefix('--')}=VALUE"
+                )
             if not name.startswith("-"):
                 self.error(f"unexpected argument {name}: give every value after the name of its option")
             near = difflib.get_close_matches(name, re.findall(r"--\w+", self.format_help()), n=1)

@@ -5,6 +5,7 @@ changed, so a clean corpus stays as it is. A pair counts for the first rule it b
 
   unicode    bytes that are not UTF-8, replacement, control and non-characters
   empty      a side shows nothing
+  markup     a side has tags or entities of HTML, such as <b> and &nbsp;
   long       a side has more than --max_characters characters
   ratio      one side is more than --max_ratio times as long as the other
   letters    less than --min_letters of a side's visible characters are letters
@@ -46,7 +47,7 @@ MEMORY_REMEDY = "give fewer --processes, or divide the files"
 CHUNK = 2000  # pairs that a process examines at once
 AHEAD = 4  # chunks that wait for each process, so that memory does not grow with the files
 STATEFUL = ("held_out", "duplicate")
-NAMES = ("unicode", "empty", "long", "ratio", "letters", "script", "equal", "repeats", "numbers", *STATEFUL)
+NAMES = ("unicode", "empty", "markup", "long", "ratio", "letters", "script", "equal", "repeats", "numbers", *STATEFUL)
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 WIDTH = 60  # characters of a side that the report shows
 OUTPUTS = {"source": "output_source", "target": "output_target", "lines": "lines"}  # the option of each file

@@ -80,7 +80,8 @@ def _allowed(field: dataclasses.Field) -> str:
     if isinstance(allowed, tuple):
         return "one of " + ", ".join(repr(each) for each in allowed)
     if typing.get_origin(kind) is collections.abc.Sequence:
-        return "whole numbers, separated by commas"
+        (item,) = typing.get_args(kind)
+        return f"{'texts' if item is str else 'whole numbers'}, separated by commas"
     words = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[typing.cast(type, kind)]
     return f"{words}, {allowed}" if allowed else words
 

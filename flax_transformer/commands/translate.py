@@ -111,7 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--replace_unknown",
         action="store_true",
-        help="where the model can only write its unknown piece, copy the characters of the source at which it looked",
+        help="where the model can only write its unknown piece, copy the characters of the source at which it looked; "
+        "with --markup this is always so",
     )
     text.add_argument(
         "--markup",
@@ -223,9 +224,7 @@ def _translate_page(translator: Any, page: str, search: Any, options: argparse.N
     # Loads jax, so not for --help.
     from flax_transformer.decoding.documents import translate_documents
 
-    (translated,) = translate_documents(
-        translator, [page], search, markup=True, seed=options.seed, replace_unknown=options.replace_unknown
-    )
+    (translated,) = translate_documents(translator, [page], search, markup=True, seed=options.seed)
     with open_output(output) as file:
         file.write(translated.encode())
 

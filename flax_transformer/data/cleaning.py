@@ -33,6 +33,10 @@ _LETTER = regex.compile(r"[\p{L}\p{M}]")
 # Letters and marks that belong to certain scripts; many marks, such as accents and vowel signs of Arabic, do not.
 _OF_A_SCRIPT = regex.compile(r"[[\p{L}\p{M}]--[\p{Script=Zyyy}\p{Script=Zinh}]]", regex.VERSION1)
 _RUN = regex.compile(rf"([\p{{L}}\p{{M}}])\1{{{LONGEST_RUN},}}")
+# Tags such as <b>, </p> and <a href="x">, and entities such as &nbsp; and &#39;.
+_MARKUP = re.compile(
+    r"</?[A-Za-z][\w:-]*(?:\s[^<>]*)?/?>|&(?:[A-Za-z][A-Za-z0-9]{1,30}|#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6});"
+)
 _BETWEEN_WORDS = regex.compile(r"[^\p{L}\p{M}\p{N}]+")
 _NUMBER = regex.compile(r"\p{Nd}+(?:[.,'’٫٬\u00a0\u202f]\p{Nd}+)*")
 # What a script that several languages are named by consists of, by the names of ISO 15924.
@@ -86,6 +90,11 @@ def is_empty(source: str, target: str, rules: CleaningRules) -> bool:
     return is_blank(source) or is_blank(target)
 
 
+def has_markup(source: str, target: str, rules: CleaningRules) -> bool:
+    """Whether a side has tags or entities of HTML, or of XML."""
+    return any(map(_MARKUP.search, (source, target)))
+
+
 def is_too_long(source: str, target: str, rules: CleaningRules) -> bool:
     """Whether a side has more than `max_characters` characters."""
     return max(len(source), len(target)) > rules.max_characters
@@ -135,6 +144,7 @@ Rule = Callable[[str, str, CleaningRules], bool]
 RULES: dict[str, Rule] = {
     "unicode": is_invalid,
     "empty": is_empty,
+    "markup": has_markup,
     "long": is_too_long,
     "ratio": is_uneven,
     "letters": has_few_letters,

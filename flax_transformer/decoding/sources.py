@@ -14,7 +14,8 @@ def split_sources(
 ) -> list[list[list[int]]]:
     """The ids of each sentence, in several parts if it is too long; a blank sentence has no part.
 
-    It warns of sentences that are split, and of those that the vocabulary can hardly read.
+    It warns of sentences that are split, of those that the vocabulary can hardly read, and of those that do not name
+    the language that is wanted where the model needs that.
 
     Args:
         vocabulary: the source's vocabulary.
@@ -28,6 +29,12 @@ def split_sources(
     shown = [number for number, text in enumerate(texts) if not is_blank(text)]
     for number, ids in zip(shown, encode([sentences[number] for number in shown]), strict=True):
         split[number] = [ids]
+    if vocabulary.languages and not vocabulary.language_ids and not all(languages[number] for number in shown):
+        warnings.warn(
+            f"the model writes several languages, and a sentence does not name the one that is wanted: begin each with "
+            f"one of {', '.join(vocabulary.languages[:8])}",
+            stacklevel=stacklevel,
+        )
     unreadable = UnreadableSentences(vocabulary)
     unreadable.add(sentences)
     unreadable.warn(stacklevel=stacklevel)

@@ -18,7 +18,7 @@ from flax_transformer.files import Named, check_inputs, same_file, work_director
 from flax_transformer.monitoring.provenance import OF_TEXTS, other_versions
 from flax_transformer.processes import hosts
 from flax_transformer.training.early_checks import check_ahead
-from flax_transformer.training.notices import notice_of_rows, warn_of_settings, warn_of_texts
+from flax_transformer.training.notices import notice_of_rows, notice_of_tags, warn_of_settings, warn_of_texts
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.workdir import WorkDirectory
 
@@ -158,6 +158,8 @@ def prepare(
     hosts.wait("the first process has written what the training is")
     for name, corpus in {"train": train, **held_out}.items():
         hosts.say(_describe(name, texts[name], corpus, experiment.training.steps))
+    if told := notice_of_tags(experiment.data, vocabularies.source.all_pieces()):
+        hosts.say(told)
     if told := notice_of_rows(experiment.data.rows, train.batch_rows, parallelism.num_devices):
         hosts.say(told)
     return Materials(experiment, before, texts, train, held_out, vocabularies, micro_batches)

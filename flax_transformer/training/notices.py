@@ -3,8 +3,8 @@
 import warnings
 from collections.abc import Sequence
 
-from flax_transformer.data.corpus import ParallelText
-from flax_transformer.experiment import Experiment
+from flax_transformer.data.corpus import ParallelText, corpus_tags
+from flax_transformer.experiment import DataConfig, Experiment
 from flax_transformer.training.optimizer import learning_rate_schedule
 
 # Of how many sentences of the training corpus, spread over all of it, the words are compared with a held-out corpus.
@@ -26,6 +26,22 @@ def notice_of_rows(rows: int, batch_rows: int, devices: int) -> str:
     return (
         f"data.rows = {rows} on {devices} devices: {batch_rows - rows} empty rows fill up each batch; a multiple of "
         "the devices, and of the rows that one takes at once, would waste none"
+    )
+
+
+def notice_of_tags(data: DataConfig, pieces: Sequence[str]) -> str:
+    """Says which tags of the corpora are no pieces of the source's vocabulary; empty if all are.
+
+    Args:
+        data: names the corpora.
+        pieces: the pieces of the vocabulary.
+    """
+    tags = dict.fromkeys(tag for corpus in (data.train, data.valid, data.test) if corpus for tag in corpus_tags(corpus))
+    if not (without := sorted(tags.keys() - set(pieces))):
+        return ""
+    return (
+        f"the vocabulary has no piece for {', '.join(without)}, and reads each in parts, like any word: only tags "
+        "of data.train get a piece, and only when the vocabulary is trained"
     )
 
 

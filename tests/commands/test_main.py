@@ -53,6 +53,8 @@ def test_a_verb_that_fails_has_an_exit_status_and_no_traceback(tmp_path):
         (["average", "--workdir=x", "--last=2", "--best=2"], r"--best: not allowed with argument --last"),
         (["score", "--workdir=x", "--targte=x"], r"--targte.*--target\?"),
         (["score", "--workdir=x", "x.de", "y.de"], r"unexpected argument x.de"),
+        (["train", "--workdir=x", "--data.temperature=5"], "a setting is changed by --config.data.temperature=VALUE"),
+        (["train", "--workdir=x", "data.temperature=5"], "a setting is changed by --config.data.temperature=VALUE"),
     ],
 )
 def test_a_wrong_command_line_is_an_error_of_one_line(fail, unloaded, arguments, message):

@@ -17,10 +17,12 @@ GOOD = [
     ("GNOME ಟರ್ಮಿನಲ್ ತೆರೆಯಿರಿ", "Open the GNOME terminal"),
     ("ಆಂಡ್ರಾಯ್ಡ್\u200cನಲ್ಲಿ", "In Android 👍"),
     ("ಬೆಲೆ ೨.೫೦ ರೂಪಾಯಿ", "the price is 2,50 rupees"),
+    ("ಎ < ಬಿ ಮತ್ತು ಸಿ > ಡಿ", "a < b and c > d, R&D; I <3 it"),
 ]
 BAD = {
     "unicode": [("ಮನೆ\ufffd", "house"), ("ಮನೆ", "a\udcff"), ("ಮ\0ನೆ", "house"), ("ಮನೆ\ufdd0", "house"), ("ಮನೆ", "a\x85")],
     "empty": [("", "house"), ("ಮನೆ", " \u200b"), ("\t", "\ufeff")],
+    "markup": [("<b>ಮನೆ</b>", "house"), ("ಮನೆ", "a&nbsp;house"), ("ಮನೆ", 'the <a href="x">house'), ("ಮನೆ", "it&#39;s")],
     "long": [("ಮನೆ " * 300, "house " * 200), ("ಮನೆ", "house " * 200)],
     "ratio": [("ಮನೆ", "this is a house that is very much longer than that"), ("ಇದು ತುಂಬಾ ಉದ್ದವಾದ ಮನೆ. " * 2, "it")],
     "letters": [("ಮನೆ 12345678", "12345678"), ("*** --- ಮ ---", "the house")],

@@ -3,8 +3,15 @@ import warnings
 import pytest
 
 from flax_transformer.data.corpus import ParallelText
+from flax_transformer.experiment import DataConfig
 from flax_transformer.training.loop import train_and_evaluate
-from flax_transformer.training.notices import notice_of_other_rate, notice_of_rows, warn_of_settings, warn_of_texts
+from flax_transformer.training.notices import (
+    notice_of_other_rate,
+    notice_of_rows,
+    notice_of_tags,
+    warn_of_settings,
+    warn_of_texts,
+)
 from flax_transformer.training.optimizer import learning_rate_schedule
 from tests.training.conftest import with_training, without_held_out
 
@@ -29,6 +36,13 @@ def test_held_out_pairs_that_training_sees_are_counted_once_each():
     assert len(told) == 1 and "3 of the 4 different pairs of data.valid are in data.train too" in told[0]
     # A sentence with another translation is another pair.
     assert not warned(warn_of_texts, {"train": train, "valid": text(ONE[:3], EIN[1:4])})
+
+
+def test_tags_without_a_piece_are_named():
+    data = DataConfig(train="tsv:a?tag=<a> + tsv:b?tag=<b>", valid="tsv:c?tag=<c>", test="")
+    assert notice_of_tags(data, ["the", "<a>", "<b>", "<c>"]) == notice_of_tags(DataConfig(train="tsv:a"), []) == ""
+    told = notice_of_tags(data, ["the", "<b>"])
+    assert told.startswith("the vocabulary has no piece for <a>, <c>, and")
 
 
 def test_swapped_files_are_noticed_by_their_words():
