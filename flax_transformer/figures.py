@@ -73,8 +73,10 @@ def tidy_lines(axes: Axes) -> None:
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    many = len(axes.get_legend_handles_labels()[1]) > 3
-    axes.legend(frameon=False, **{"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {})
+    if len(axes.get_legend_handles_labels()[1]) > 3:  # it would hide some of them
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        axes.legend(frameon=False)
 
 
 def check_some(mapping: Mapping[str, Any], name: str) -> None:
