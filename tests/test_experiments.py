@@ -91,6 +91,7 @@ def test_every_variant_is_an_experiment_of_its_own():
     assert trainings.BASE.experiment(2).training.seed == 2
 
 
+@pytest.mark.slow
 def test_a_recurrent_network_as_large_learns_to_copy_a_little():
     model = recurrence.Recurrent(vocabulary=9, width=16)
     batch = recurrence.copying(jax.random.key(0), 8, 5, 2)

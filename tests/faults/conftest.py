@@ -205,9 +205,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def said(process: subprocess.CompletedProcess) -> list[str]:
-    """The lines of a process's stderr, without the progress bar and the notes of jax's C++ code."""
+    """The lines of a process's stderr, without the progress bar and the notes of jax's C++ code and of gloo."""
     lines = [line.strip() for line in process.stderr.replace("\r", "\n").splitlines()]
-    return [line for line in lines if line and "%|" not in line and not re.match(r"[IWE]\d{4} |WARNING: All log", line)]
+    return [
+        line
+        for line in lines
+        if line and "%|" not in line and not re.match(r"[IWE]\d{4} |WARNING: All log|\[external/gloo/", line)
+    ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hearing_sighup():
+    """Trainings hear SIGHUP even if the tests were started by nohup, whose ignoring they would inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 # Long enough for something to happen between two checkpoints, and yet over in seconds.

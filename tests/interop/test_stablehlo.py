@@ -27,7 +27,7 @@ def batch(config, rows, width, seed=0):
     [
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"norm": "pre", "positions": "learned", "output_bias": True}, marks=pytest.mark.slow),
-        {"decoder_autoregression": "ssru"},
+        pytest.param({"decoder_autoregression": "ssru"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
