@@ -93,14 +93,14 @@ def main() -> None:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The table for docs/results.md: the mean over seeds, and the lowest and highest in brackets."""
-    lines = ["| model | BLEU | chrF | loss, nats |", "|---|---|---|---|"]
+    """The table for docs/results.md: the number of seeds, their mean, and in brackets the lowest and the highest."""
+    lines = ["| model | seeds | BLEU | chrF | loss, nats |", "|---|---|---|---|---|"]
     for variant in VARIANTS:
-        cells = []
+        cells = [str(sum(run["variant"] == variant for run in results["runs"]))]
         for metric, digits in (("bleu", 1), ("chrf", 1), ("loss", 3)):
             found = [run[metric] for run in results["runs"] if run["variant"] == variant]
-            spread = f"({min(found):.{digits}f} to {max(found):.{digits}f})" if found else ""
-            cells.append(f"{statistics.mean(found):.{digits}f} {spread}" if found else "not run")
+            spread = f" ({min(found):.{digits}f} to {max(found):.{digits}f})" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.{digits}f}{spread}" if found else "not run")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -37,8 +37,8 @@ programs ran beside it.
 ABLATIONS = """\
 ## One thing changed
 
-Small models of 1,500 steps on Multi30k that differ from the first in one thing; the mean of three seeds, and in
-brackets the lowest and the highest. Greedy search on the test set of 2016 (`python -m benchmarks.ablations`).
+Small models of 1,500 steps on Multi30k that differ from the first in one thing; the mean of the seeds, and in brackets
+the lowest and the highest. Greedy search on the test set of 2016 (`python -m benchmarks.ablations`).
 [Learning](learning.md) compares the same on the built-in Kannada phrases.
 """
 

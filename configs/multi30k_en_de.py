@@ -31,25 +31,25 @@ def get_config(folder: str = "data/multi30k/raw") -> ConfigDict:
     """The experiment."""
     return ConfigDict(
         Experiment(
-            model=TransformerConfig.tiny(norm="pre", dropout_rate=0.3),
+            model=TransformerConfig.tiny(norm="pre", dropout_rate=0.2),
             vocabulary=VocabularyConfig(size=4000),
             data=DataConfig(
                 train=f"files:{folder}/train.en,{folder}/train.de",
                 valid=f"files:{folder}/val.en,{folder}/val.de",
                 test=f"files:{folder}/test_2016_flickr.en,{folder}/test_2016_flickr.de",
-                rows=32,
+                rows=16,
                 source_slots=64,
                 target_slots=64,
                 source_sampling=0.1,
                 target_sampling=0.1,
             ),
             training=TrainingConfig(
-                steps=12_000,
+                steps=24_000,
                 weights="averaged",
-                schedule=ScheduleConfig(name="cosine", learning_rate=2.5e-3, warmup_steps=800),
+                schedule=ScheduleConfig(name="cosine", learning_rate=2e-3, warmup_steps=1000),
                 parallelism=ParallelismConfig(loss_chunks=8),
-                evaluation=EvaluationConfig(every=1000, beam_size=1),
-                checkpoints=CheckpointsConfig(every=250, keep_latest=10, average_last=10),
+                evaluation=EvaluationConfig(every=2000, beam_size=1),
+                checkpoints=CheckpointsConfig(every=500, keep_latest=10, average_last=10),
             ),
         ).to_mapping()
     )
