@@ -27,6 +27,7 @@ from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import Experiment
 from flax_transformer.masks import causal_mask, combine_masks, segment_mask
+from flax_transformer.processes.memory import keep_freed_memory
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.workdir import WorkDirectory
 
@@ -237,4 +238,5 @@ if __name__ == "__main__":
     parser.add_argument("seed", type=int)
     parser.add_argument("--workdirs", type=Path, default=Path("runs/experiments"))
     options = parser.parse_args()
+    keep_freed_memory()
     trained(VARIANTS[options.name], options.seed, options.workdirs)

@@ -154,6 +154,7 @@ LAYOUT = {
     "processes.__init__": "",
     "processes.interruption": "",
     "processes.lock": "",
+    "processes.memory": "",
     "processes.hosts": "",
     "monitoring.__init__": "",
     "monitoring.utilization": "config experiment",

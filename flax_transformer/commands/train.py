@@ -16,6 +16,7 @@ from flax_transformer.commands.config import add_config_option, config_of, read_
 from flax_transformer.commands.options import filled, path, positive, process_number, true_or_false
 from flax_transformer.commands.process import load_jax, start_devices
 from flax_transformer.processes.interruption import Interrupted, Interruption
+from flax_transformer.processes.memory import keep_freed_memory
 
 USAGE = "[--config CONFIG] --workdir FOLDER [OPTIONS] [--config.SECTION.KEY=VALUE ...]"
 EXAMPLES = """\
@@ -96,6 +97,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, interruption: Interruption) -> None:
     settings = read_config(options.config or config_of(options.workdir), options.changes)
+    keep_freed_memory()
     # jax and flax load here, so that --help answers at once.
     load_jax()
     from flax_transformer.experiment import Experiment
