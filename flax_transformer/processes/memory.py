@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
 
     On a CPU, XLA allocates the intermediate results of each step and frees them after it. The GNU C library gives
     blocks of that size back to the system at once, which has to clear memory anew for the next step. That took from a
-    tenth to a third of the time of a step (benchmarks/README.md). With this the process is as large as its largest
+    tenth to a quarter of the time of a step (benchmarks/README.md). With this the process is as large as its largest
     step until it ends. Call it before jax starts its devices: threads that have allocated already keep a heap of their
     own.
 
