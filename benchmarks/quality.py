@@ -6,7 +6,7 @@
 
 `measure` runs `flax-transformer evaluate` for each --test, with the options that follow `--`, and writes the scores,
 the settings and the course of the training to results/quality/NAME.json. `table` writes docs/results.md from all of
-them, and from results/ablations.json.
+them, and from results/ablations.json and results/ingredients.json.
 """
 
 import argparse
@@ -34,12 +34,19 @@ and learning curve of each training are. Every model was chosen on its validatio
 once with it. Hours count from the start of a training to its last evaluation, on the machine that is named, where other
 programs ran beside it.
 """
-ABLATIONS = """\
+MODELS = """\
 ## One thing changed
 
 Small models of 1,500 steps on Multi30k that differ from the first in one thing; the mean of the seeds, and in brackets
-the lowest and the highest. Greedy search on the test set of 2016 (`python -m benchmarks.ablations`).
+the lowest and the highest. Greedy search on the test set of 2016 (`python -m benchmarks.ablations models`).
 [Learning](learning.md) compares the same on the built-in Kannada phrases.
+"""
+INGREDIENTS = """\
+## What each ingredient gives
+
+The tokenised model of Multi30k goes on for 2,000 steps, with dropout alone or with one thing more; the mean of the
+seeds, and in brackets the lowest and the highest. Greedy search on the validation set
+(`python -m benchmarks.ablations ingredients`).
 """
 
 
@@ -125,8 +132,9 @@ def write_page() -> None:
     table = "| experiment | test set | BLEU | chrF | model | training |\n|---|---|---|---|---|---|\n"
     table += "".join(row(name, result) for name, result in results.items())
     text = f"{INTRODUCTION}\n{table}"
-    if ablations.FILE.exists():
-        text += f"\n{ABLATIONS}\n{ablations.table(json.loads(ablations.FILE.read_text('utf-8')))}"
+    for title, comparison in ((MODELS, ablations.MODELS), (INGREDIENTS, ablations.INGREDIENTS)):
+        if comparison.file.exists():
+            text += f"\n{title}\n{comparison.table()}"
     PAGE.write_text(text + "".join(map(details, results, results.values())), "utf-8")
     print(f"written to {PAGE}", file=sys.stderr)
 
