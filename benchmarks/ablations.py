@@ -96,6 +96,7 @@ MODELS = Comparison(
         "model.norm": "pre",
         "model.dropout_rate": 0.1,
         "model.max_length": 128,
+        "vocabulary.size": 4000,
         "data.rows": 12,
         "data.source_sampling": 0.0,
         "data.target_sampling": 0.0,
