@@ -320,7 +320,7 @@ class TrainingConfig:
         if self.weights == "ema" and not self.optimizer.ema_decay:
             raise ValueError("training.weights is ema, but training.optimizer.ema_decay is 0: set it, e.g. 0.999")
         last, best = self.checkpoints.average_last, self.checkpoints.average_best
-        if (self.weights == "averaged") != (len([count for count in (last, best) if count]) == 1):
+        if (last > 0) + (best > 0) != (self.weights == "averaged"):
             raise ValueError(
                 f"training.weights is {self.weights}, checkpoints.average_last {last} and checkpoints.average_best "
                 f"{best}: for the mean of checkpoints set weights to averaged and one of the two; else leave both at 0"

@@ -129,6 +129,15 @@ def test_chunks_of_the_loss_divide_the_target_slots():
     assert CHANGED.changed({"training.parallelism.loss_chunks": 8}).training.parallelism.loss_chunks == 8
 
 
+@pytest.mark.parametrize(
+    ("weights", "last", "best"), [("averaged", 0, 0), ("averaged", 2, 1), ("trained", 2, 0), ("trained", 2, 1)]
+)
+def test_one_mean_of_checkpoints_goes_with_averaged_weights(weights, last, best):
+    checkpoints = CheckpointsConfig(average_last=last, average_best=best)
+    with pytest.raises(ValueError, match=f"weights is {weights}, .*average_last {last} .*one of the two"):
+        TrainingConfig(weights=weights, checkpoints=checkpoints)
+
+
 def test_three_way_tying_needs_a_joint_vocabulary():
     two_sided = VocabularyConfig(joint=False)
     with pytest.raises(ValueError, match='vocabulary.joint is false: .* to "decoder" or "none"'):
