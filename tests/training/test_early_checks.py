@@ -146,7 +146,7 @@ def test_an_average_of_removed_steps_is_not_used_while_training_continues(experi
     chosen, first = (Translator.from_workdir(tmp_path, step=step).params for step in ("chosen", 1))
     assert same(chosen, first)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*includes checkpoints")
         train_and_evaluate(experiment, tmp_path)
     assert not same(Translator.from_workdir(tmp_path, step="chosen").params, first)
 
