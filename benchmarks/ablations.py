@@ -98,6 +98,7 @@ MODELS = Comparison(
         "model.max_length": 128,
         "vocabulary.size": 4000,
         "data.rows": 12,
+        "data.source_slots": 64,
         "data.source_sampling": 0.0,
         "data.target_sampling": 0.0,
         "training.weights": "trained",

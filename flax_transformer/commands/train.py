@@ -83,6 +83,7 @@ def _add_switch(parser: argparse._ActionsContainer, name: str, text: str) -> Non
 
 def run(options: argparse.Namespace) -> None:
     """Trains; raises ValueError or OSError, with what to do, where a user can correct what is wrong."""
+    keep_freed_memory()  # while there is no other thread yet, which would have a heap of its own
     # Before anything heavy is imported, so that a signal is noticed from the start.
     with Interruption(options.program) as interruption:
         with contextlib.suppress(OSError, ValueError):  # where standard error is not a file
@@ -97,7 +98,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, interruption: Interruption) -> None:
     settings = read_config(options.config or config_of(options.workdir), options.changes)
-    keep_freed_memory()
     # jax and flax load here, so that --help answers at once.
     load_jax()
     from flax_transformer.experiment import Experiment
