@@ -17,8 +17,8 @@ def keep_freed_memory() -> None:
     On a CPU, XLA allocates the intermediate results of each step and frees them after it. The GNU C library gives
     blocks of that size back to the system at once, which has to clear memory anew for the next step. That took from a
     tenth to a quarter of the time of a step (benchmarks/README.md). With this the process is as large as its largest
-    step until it ends. Call it before there is a second thread, so before numpy is imported, which starts some: a thread
-    that has allocated already keeps a heap of its own, and blocks of the size of a step do not fit into such heaps.
+    step until it ends. Call it while there is no second thread, so before numpy is imported, which starts some: a
+    thread that has allocated already keeps a heap of its own, and blocks of this size do not fit into such a heap.
 
     It does nothing where jax will use a GPU or TPU, as far as that can be told beforehand, or where the system has
     another C library, as macOS and Alpine Linux have.
