@@ -44,13 +44,11 @@ class Comparison:
         file: where the results are kept.
         shared: the settings that all runs share.
         variants: the settings that differ, by what a variant is called.
-        scored: the kind of the metrics' last line of which the scores are taken, "test" or "valid".
     """
 
     file: Path
     shared: Mapping[str, Any]
     variants: Mapping[str, Mapping[str, Any]]
-    scored: str
 
     def read(self) -> list[dict[str, Any]]:
         """The runs that are done."""
@@ -64,7 +62,7 @@ class Comparison:
             if (variant, seed) in done:
                 continue
             settings = {**self.shared, **changes, "training.seed": seed, "data.seed": seed}
-            found = train(config, settings, str(workdirs / f"{number}-{seed}"), self.scored)
+            found = train(config, settings, str(workdirs / f"{number}-{seed}"))
             print(f"{variant}, seed {seed}: BLEU {found['bleu']:.1f}", file=sys.stderr, flush=True)
             runs.append({"variant": variant, "seed": seed, "settings": settings, **found})
             found = {"machine": machine, "runs": runs}
@@ -86,7 +84,6 @@ class Comparison:
 
 MODELS = Comparison(
     file=RESULTS / "ablations.json",
-    scored="test",
     shared={
         "model.d_model": 128,
         "model.num_heads": 4,
@@ -121,7 +118,6 @@ MODELS = Comparison(
 )
 INGREDIENTS = Comparison(
     file=RESULTS / "ingredients.json",
-    scored="valid",
     shared={
         "data.test": "",
         "data.source_sampling": 0.0,
@@ -144,15 +140,16 @@ INGREDIENTS = Comparison(
 )
 
 
-def train(config: str, settings: Mapping[str, Any], workdir: str, scored: str) -> dict[str, Any]:
-    """Trains, and returns the scores of the last line of this kind and the losses of the validation set."""
+def train(config: str, settings: Mapping[str, Any], workdir: str) -> dict[str, Any]:
+    """Trains, and returns the last scores, of the test set if there is one, and the losses of the validation set."""
     changes = [f"--config.{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "flax_transformer", "train", f"--config={config}", f"--workdir={workdir}"]
     subprocess.run([*command, *changes], check=True, stdout=subprocess.DEVNULL)
     lines = WorkDirectory(workdir).read_metrics()
-    last = [line for line in lines if line["kind"] == scored][-1]
+    last = [line for line in lines if line["kind"] in ("valid", "test")][-1]
     losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "valid"}
-    return {name: last[name] for name in ("bleu", "chrf", "exact_match", "loss", "signature")} | {"valid_loss": losses}
+    names = ("bleu", "chrf", "exact_match", "loss", "signature")  # scores of a validation set have no signature
+    return {name: last[name] for name in names if name in last} | {"valid_loss": losses}
 
 
 def main() -> None:
