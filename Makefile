@@ -99,6 +99,7 @@ experiments: $(VENV)/library.stamp
 
 address:
 	@test -n "$(REPOSITORY)" || { echo "give the repository on GitHub: make address REPOSITORY=OWNER/NAME"; exit 1; }
+	sed -i '/^`OWNER` stands for/,+1d' README.md
 	sed -i 's#OWNER/flax_transformer#$(REPOSITORY)#g' README.md pyproject.toml mkdocs.yml colab/*.ipynb
 
 clean:

@@ -90,9 +90,11 @@ class DataConfig:
         test: the corpus that is translated and scored at the end; may be empty.
         source_language: for models of many languages, such as NLLB: that of the source, e.g. "kan_Knda".
         target_language: that of the target.
-        new_language_like: the language, or "mean" of all, whose embedding a language new to the model begins with.
-        temperature: how much of an epoch small corpora of `train` make up. With T, the share of each grows with its
-            size, times its weight, to the power of 1/T: 1 gives the shares of their sizes, more nearer to equal ones.
+        new_language_like: if the initial model does not know a language of this training, the new language's embedding
+            begins as a copy of this language's embedding, or as the mean of all with "mean".
+        temperature: how much of an epoch small corpora of `train` make up. With temperature T, the share of a corpus is
+            proportional to (its size times its weight) to the power of 1/T: 1 leaves the shares as they are, and
+            larger values make them more equal.
         source_sampling: how much the division of training sources into pieces varies from epoch to epoch; 0 not at all.
             With a "bpe" vocabulary the share of merges that are left out (BPE-dropout), e.g. 0.1. With "unigram" the
             power to which the probabilities of divisions are raised, e.g. 0.2; the smaller, the more they vary.
