@@ -137,6 +137,7 @@ class EpochSizes:
     def __init__(self, path: epath.Path | None, *, writes: bool = True):
         """Reads the file, if there is one; `writes` is false for all hosts but one."""
         self._path, self._writes = path, writes
+        self._written = 0  # how many of them the file has
         self.found: list[tuple[int, int]] = []
         if path is not None:
             with contextlib.suppress(Exception):  # a missing or damaged file is written again
@@ -148,9 +149,11 @@ class EpochSizes:
             return
         assert epoch == len(self.found), f"epoch {epoch} follows {len(self.found)} known ones: count those before first"
         self.found.append((rows, tokens))
-        if self._path is not None and self._writes:
+        # A tiny corpus has many epochs: not each of them is worth a file. What the file lacks is counted again.
+        if self._path is not None and self._writes and len(self.found) >= 1.01 * self._written:
             with contextlib.suppress(Exception):  # without the file, a resumed training counts again
                 write_file(self._path, json.dumps(self.found).encode())
+            self._written = len(self.found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,13 +261,23 @@ class ChangingCorpus:
     def _places(self, step: int) -> list[tuple[Epoch, int]]:
         """The epoch of each row of a batch over all hosts, and the row's place in it."""
         first, last = step * self._config.rows, (step + 1) * self._config.rows - 1
+        places: list[tuple[Epoch, int]] = []
         with self._lock:
-            while self._starts[-1] <= last:
-                self._starts.append(self._starts[-1] + self._size(len(self._starts) - 1)[0])
-            numbers = [bisect.bisect_right(self._starts, row) - 1 for row in range(first, last + 1)]
-            places = [(number, row - self._starts[number]) for row, number in enumerate(numbers, first)]
-        epochs = {number: self._ahead.get(number) for number, _ in places}
-        return [(epochs[number], place) for number, place in places]
+            number = self._epoch_of(first)
+            # Epochs are asked for in their order alone, since `Ahead` forgets those before.
+            while True:
+                epoch, begin = self._ahead.get(number), self._starts[number]
+                end = begin + self._size(number)[0]
+                places += [(epoch, row - begin) for row in range(max(first, begin), min(last + 1, end))]
+                if end > last:
+                    return places
+                number = self._epoch_of(end)
+
+    def _epoch_of(self, row: int) -> int:
+        """The number of the epoch that has this row, if the rows of all epochs are counted."""
+        while self._starts[-1] <= row:
+            self._starts.append(self._starts[-1] + self._size(len(self._starts) - 1)[0])
+        return bisect.bisect_right(self._starts, row) - 1
 
     def _size(self, epoch: int) -> tuple[int, int]:
         """The rows and the tokens of an epoch; those of the epochs before it are known afterwards, too."""

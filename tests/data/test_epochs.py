@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from flax_transformer.data.corpus import ParallelText
-from flax_transformer.data.epochs import Ahead, ChangingCorpus, training_corpus
+from flax_transformer.data.epochs import Ahead, ChangingCorpus, EpochSizes, training_corpus
 from flax_transformer.data.marian_vocabulary import MarianVocabulary
 from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
@@ -127,6 +127,26 @@ def test_a_resumed_training_makes_only_the_epochs_that_it_reads(vocabularies, tm
     assert corpus.epoch_steps > 0 and not made
     assert equal(corpus.batch(100), expected)
     assert min(made) >= 2 and made[0] == len([end for _, end in rows_of_epochs(corpus, made[0]) if end <= 100])
+
+
+def test_epochs_are_made_once_though_batches_span_them(vocabularies, monkeypatch):
+    made = []
+    make = ChangingCorpus._make
+    monkeypatch.setattr(ChangingCorpus, "_make", lambda self, number: made.append(number) or make(self, number))
+    corpus = build(vocabularies)
+    epochs = [{epoch.order.tobytes() for epoch, _ in corpus._places(step)} for step in range(40)]
+    assert max(map(len, epochs)) > 1
+    assert made == list(range(len(made))) and len(made) > 3
+
+
+def test_many_epochs_are_not_written_one_by_one(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("flax_transformer.data.epochs.write_file", lambda path, content: written.append(content))
+    sizes = EpochSizes(epath.Path(tmp_path / "sizes.json"))
+    for epoch in range(2000):
+        sizes.add(epoch, 1, 5)
+    assert len(sizes.found) == 2000 and 100 < len(written) < 500
+    assert len(json.loads(written[-1])) > 1980
 
 
 @pytest.mark.parametrize("damage", [b"", b"[[1", b'{"a": 1}', b"[[1, 2, 3]]"])
