@@ -52,6 +52,13 @@ def choose_tokenizer(references: Sequence[str]) -> str:
     return "char" if 2 * len(_WITHOUT_SPACES.findall(text)) > letters else DEFAULT
 
 
+def has_han_or_kana(references: Sequence[str]) -> bool:
+    """Whether most of the letters are Han or kana, as in Chinese and Japanese."""
+    text = _beginning(references)
+    letters, han, kana = (len(pattern.findall(text)) for pattern in (_LETTERS, _HAN, _KANA))
+    return 2 * (han + kana) > letters
+
+
 def make_bleu(tokenize: str, setting: str) -> BLEU:
     """Makes the metric with one of sacrebleu's tokenisers.
 

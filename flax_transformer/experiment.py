@@ -26,15 +26,12 @@ from flax_transformer.ranges import (
     check,
     setting,
 )
+from flax_transformer.text.symbols import SPECIAL_SYMBOLS, is_free_symbol
 
 # The names of sacrebleu, which is not loaded to check them, and "auto".
 TOKENIZERS = (
     "auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none", "spm", "flores101", "flores200", "spBLEU-1K"
 )  # fmt: skip
-
-# SentencePiece's own pieces, and the texts that a piece of the user's own may have; "<0x41>" is the piece of a byte.
-SPECIAL_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>")
-SYMBOL = re.compile(r"(?!<0x[0-9A-F]{2}>$)\S+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +68,7 @@ class VocabularyConfig:
         """Checks each field; raises ValueError naming the field, what it holds and what it may hold."""
         check(self, "vocabulary")
         for symbol in self.user_symbols:
-            if not SYMBOL.fullmatch(symbol) or symbol in SPECIAL_SYMBOLS or "▁" in symbol or "▅" in symbol:
+            if not is_free_symbol(symbol):
                 raise ValueError(
                     f"vocabulary.user_symbols has {symbol!r}: give texts without white space and ▁ and ▅, other than "
                     f"{', '.join(SPECIAL_SYMBOLS)} and bytes such as <0x41>"

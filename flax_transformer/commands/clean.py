@@ -27,14 +27,14 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from flax_transformer.commands.lines import in_chunks, open_output, progress_bar
 from flax_transformer.commands.options import filled, path, positive
-from flax_transformer.files import STANDARD, Named, check_inputs, check_output, is_stream, shown
+from flax_transformer.files import STANDARD, Named, check_inputs, check_output, is_stream, same_file, shown
 
 EXAMPLES = """\
 examples:
@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
     dropping = _Dropping(options, rules.without)
     report = Report(options.examples)
     total = _count(options.source, options.target)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _telling_what_is_incomplete(outputs):
         files = {name: stack.enter_context(open_output(file)) for name, file in outputs.items()}
         bar = stack.enter_context(progress_bar(total, beside=""))
         chunks = in_chunks(_read(options.source, options.target), CHUNK)
@@ -131,6 +131,16 @@ def run(options: argparse.Namespace) -> None:
     print(report.text(), end="")
 
 
+@contextlib.contextmanager
+def _telling_what_is_incomplete(outputs: Mapping[str, str]) -> Iterator[None]:
+    """Adds to an error, which came while the outputs were written, that they are not to be used."""
+    try:
+        yield
+    except ValueError as error:
+        names = ", ".join(outputs.values())
+        raise ValueError(f"{error} (incomplete: {names})" if names else str(error)) from error
+
+
 def _check_files(options: argparse.Namespace) -> tuple[list[Named], dict[str, str]]:
     """The files that are read, with their options, and those that are written, by what goes there."""
     inputs = [("--source", options.source), ("--target", options.target)]
@@ -146,8 +156,10 @@ def _check_files(options: argparse.Namespace) -> tuple[list[Named], dict[str, st
             raise ValueError(f"--{OUTPUTS[name]} is -, but the report goes to standard output: name a file")
         if file.endswith(COMPRESSED):
             raise ValueError(f"--{OUTPUTS[name]} is {file}, but outputs are not compressed: name it without that end")
-        others = [(f"--{OUTPUTS[other]}", outputs[other]) for other in outputs if other < name]
-        check_output(f"--{OUTPUTS[name]}", file, [*inputs, *others])
+        check_output(f"--{OUTPUTS[name]}", file, inputs)
+        for other in outputs:
+            if other < name and same_file(file, outputs[other]) and file != os.devnull:
+                raise ValueError(f"--{OUTPUTS[name]} and --{OUTPUTS[other]} are both {file}: name two files")
     return inputs, outputs
 
 

@@ -6,7 +6,8 @@ A system is a model, an ensemble, or a file of translations that something else 
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from sacrebleu.metrics import CHRF, TER
@@ -14,13 +15,15 @@ from sacrebleu.metrics.base import Metric, Score
 from sacrebleu.metrics.bleu import BLEUScore
 from sacrebleu.significance import PairedTest, Result
 
-from flax_transformer.bleu import choose_tokenizer, make_bleu, warn_of_missing_spaces
-from flax_transformer.text.spelling import comparable
+from flax_transformer.bleu import choose_tokenizer, has_han_or_kana, make_bleu, warn_of_missing_spaces
+from flax_transformer.text.spelling import comparable, is_blank
 
 METRICS = ("bleu", "chrf", "ter", "comet")
 COMET_MODEL = "Unbabel/wmt22-comet-da"
 # A difference with a smaller p-value is called significant, as is usual.
 SIGNIFICANT = 0.05
+# With fewer sentences, how much systems differ depends on which sentences were chosen.
+FEW = 50
 LESS_IS_BETTER = ("TER",)
 
 
@@ -62,10 +65,9 @@ class Comet:
                 "network, or leave comet out"
             ) from error
 
-    def score(self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str]) -> float:
-        """The mean over the sentences, from 0 to about 100."""
-        columns = zip(sources, translations, references, strict=True)
-        data = [{"src": source, "mt": translation, "ref": reference} for source, translation, reference in columns]
+    def score(self, triples: Iterable[tuple[str, str, str]]) -> float:
+        """The mean over sources, translations and references, from 0 to about 100."""
+        data = [{"src": source, "mt": translation, "ref": reference} for source, translation, reference in triples]
         return 100 * float(self._model.predict(data, batch_size=16, gpus=0, progress_bar=False).system_score)
 
 
@@ -89,7 +91,8 @@ class Judge:
 
         Args:
             sources: the N sentences.
-            references: for each of several translators, the N translations.
+            references: for each of several translators, the N translations; a blank one counts for nothing where
+                another translator has one.
             metrics: which of `METRICS`.
             tokenize: sacrebleu's tokeniser for BLEU; "" chooses it by the script of the references.
             chrf_word_order: n-grams of words up to this length count too in chrF: 0, 1 (chrF+) or 2 (chrF++).
@@ -98,16 +101,17 @@ class Judge:
             ValueError: the tokeniser or COMET lacks a package or data.
         """
         self._sources = sources
-        self._references = [list(map(comparable, each)) for each in references]
+        self._references = _without_blanks([list(map(comparable, each)) for each in references])
         self._sacrebleu: dict[str, Metric] = {}
+        there = [text for text in self._references[0] if text is not None]
         if "bleu" in metrics:
-            tokenize = tokenize or choose_tokenizer(self._references[0])
+            tokenize = tokenize or choose_tokenizer(there)
             self._sacrebleu["BLEU"] = make_bleu(tokenize, "--tokenize")
-            warn_of_missing_spaces(tokenize, self._references[0], "--tokenize")
+            warn_of_missing_spaces(tokenize, there, "--tokenize")
         if "chrf" in metrics:
             self._sacrebleu["chrF" + chrf_word_order * "+"] = CHRF(word_order=chrf_word_order)
         if "ter" in metrics:
-            self._sacrebleu["TER"] = TER()
+            self._sacrebleu["TER"] = _make_ter(there)
         self._comet = Comet() if "comet" in metrics else None
         self.names = [*self._sacrebleu, *(["COMET"] if self._comet else [])]
 
@@ -118,8 +122,15 @@ class Judge:
             name: metric.corpus_score(translations, self._references) for name, metric in self._sacrebleu.items()
         }
         if self._comet:
-            each = [self._comet.score(self._sources, translations, references) for references in self._references]
-            found["COMET"] = Score("COMET", sum(each) / len(each))
+            found["COMET"] = Score(
+                "COMET",
+                self._comet.score(
+                    (source, translation, reference)
+                    for references in self._references
+                    for source, translation, reference in zip(self._sources, translations, references, strict=True)
+                    if reference is not None
+                ),
+            )
         return found
 
     def signatures(self) -> dict[str, str]:
@@ -132,8 +143,8 @@ class Judge:
     ) -> tuple[dict[str, float], dict[str, str]]:
         """For each of sacrebleu's metrics the probability that equally good systems differ this much.
 
-        It is sacrebleu's paired bootstrap; but where two systems do not differ it is 1, not sacrebleu's "never by
-        chance".
+        It is sacrebleu's paired bootstrap; but where two systems do not differ, and for a single sentence, it is 1, not
+        sacrebleu's "never by chance".
 
         Returns:
             The probabilities, and the signatures of the tests.
@@ -143,14 +154,42 @@ class Judge:
         named: list[tuple[str, Sequence[str]]] = [
             (str(number), list(map(comparable, each.translations))) for number, each in enumerate(systems)
         ]
+        if len(self._sources) < FEW:
+            warnings.warn(
+                f"{len(self._sources)} sentences are too few to say which system is better: give at least {FEW}, and "
+                "better some hundreds",
+                stacklevel=3,
+            )
         signatures, results = PairedTest(named, self._sacrebleu, self._references, test_type="bs")()
         p_values, tested = {}, self.signatures()
         for name in self._sacrebleu:
             score = scores[0][name]
-            differ = score.score != scores[1][name].score
+            differ = score.score != scores[1][name].score and len(self._sources) > 1
             p_values[name] = cast(float, cast(Result, results[score.name][1]).p_value) if differ else 1.0
             tested[name] = str(signatures[score.name])
         return p_values, tested
+
+
+def _without_blanks(references: Sequence[Sequence[str]]) -> list[list[Any]]:  # sacrebleu's types do not have None
+    """The references with `None`, which sacrebleu leaves out, for each that is blank if another one is not."""
+    rows = [
+        [None if is_blank(text) and not all(map(is_blank, texts)) else text for text in texts]
+        for texts in zip(*references, strict=True)
+    ]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _make_ter(references: Sequence[str]) -> TER:
+    """TER, which counts characters as words in Chinese and Japanese; warns of other scripts without spaces."""
+    if choose_tokenizer(references) in ("zh", "ja-mecab", "char"):
+        if has_han_or_kana(references):
+            return TER(normalized=True, asian_support=True)
+        warnings.warn(
+            "TER divides words at spaces, and the script of the references has none between words: TER says little; "
+            "look at chrF",
+            stacklevel=3,
+        )
+    return TER()
 
 
 def report(judge: Judge, systems: Sequence[System], search: str, *, as_json: bool) -> str:

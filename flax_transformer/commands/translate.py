@@ -34,7 +34,7 @@ from flax_transformer.data.lines import read_lines, read_text
 from flax_transformer.decoding.settings import SearchSettings
 from flax_transformer.files import STANDARD, check_inputs, check_output
 from flax_transformer.text.markup_tokens import read_tokens
-from flax_transformer.text.spelling import in_one_cell, in_one_line
+from flax_transformer.text.spelling import in_one_cell, in_one_line, quotable
 
 USAGE = "--workdir=FOLDER [OPTIONS] [SENTENCE ...]"
 EXAMPLES = """\
@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2000,
         metavar="N",
         help="number of lines that are read, sorted by length and translated together; a larger number is faster, a "
-        "smaller one shows results sooner (default 2000)",
+        "smaller one shows results sooner (default 2000); samples depend on it",
     )
 
     add_search_options(parser)
@@ -273,7 +273,7 @@ def _tsv(number: int, sentence: str, unknown: Any, hypotheses: Sequence[dict[str
 
 def _jsonl(number: int, sentence: str, unknown: Any, hypotheses: Sequence[dict[str, Any]]) -> list[str]:
     mark = {"unknown_characters": unknown.characters, "unknown_share": unknown.share} if unknown.characters else {}
-    return [json_line({"line": number, "source": sentence} | mark | {"hypotheses": hypotheses})]
+    return [json_line({"line": number, "source": quotable(sentence)} | mark | {"hypotheses": hypotheses})]
 
 
 # Each makes the output lines of one sentence from its line number, the sentence, the characters that the vocabulary

@@ -172,7 +172,7 @@ def examine(
 
 
 def keys_of(texts: Sequence[str]) -> UInt64[np.ndarray, "texts"]:
-    """Numbers of 64 bits that are equal for equal texts, apart from white space and composition."""
+    """Numbers of 64 bits that are equal for equal texts, apart from white space, composition and byte order marks."""
     digests = (
         hashlib.blake2b(comparable_side(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
         for text in texts
@@ -181,8 +181,8 @@ def keys_of(texts: Sequence[str]) -> UInt64[np.ndarray, "texts"]:
 
 
 def comparable_side(text: str) -> str:
-    """The text in composed form, with single spaces between words."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    """The text in composed form, with single spaces between words, and without byte order marks."""
+    return " ".join(unicodedata.normalize("NFC", text).replace("\ufeff", "").split())
 
 
 @functools.cache
@@ -190,7 +190,8 @@ def scripts_of(language: str) -> tuple[str, ...]:
     """The scripts in which a language is written, by their names in ISO 15924.
 
     Args:
-        language: a code such as "kn" or "kan", with the script after it if it is not the usual one: "sr_Latn".
+        language: a code such as "kn" or "kan", with the region where it decides the script: "pa_PK", or with the script
+            after it if it is not the usual one: "sr_Latn".
 
     Raises:
         ValueError: the code is not known.
@@ -200,7 +201,9 @@ def scripts_of(language: str) -> tuple[str, ...]:
     if not script:
         aliases, likely = get_global("language_aliases"), get_global("likely_subtags")
         code = words[0].lower()
-        found = likely.get(aliases.get(code, code)) or likely.get(code, "")
+        codes = [each for each in (aliases.get(code, code), code) if each]
+        regions = [f"{each}_{word.upper()}" for each in codes for word in words[1:]]
+        found = next(filter(None, map(likely.get, [*regions, *codes])), "")
         script = next((word for word in found.split("_")[1:] if len(word) == 4), "")
     scripts = _PARTS.get(script, (script,))
     try:

@@ -26,6 +26,7 @@ import difflib
 import hashlib
 import os
 import re
+import unicodedata
 import urllib.error
 import urllib.request
 import warnings
@@ -38,6 +39,7 @@ from flax_transformer.data.lines import read_columns, read_lines
 from flax_transformer.data.locale_phrases import locale_phrases
 from flax_transformer.files import check_inputs, expand, is_remote, same_file, shown
 from flax_transformer.text.spelling import is_blank
+from flax_transformer.text.symbols import is_free_symbol
 
 # A quoted path: it comes after the colon or a comma, and before a comma, " + " or the end.
 _QUOTED = re.compile(r'(?:(?<=[:,])|^)\s*"(?:[^"]|"")+"(?=\s*(?:,|\?|$)| +\+ )')
@@ -170,9 +172,12 @@ def _take_options(name: str) -> tuple[str, _Options]:
     if others and name.partition(":")[0] in ("files", "tsv"):
         known = _choose(others[0].partition("=")[0], ("swap", "tag"))
         raise ValueError(f"corpus {name!r}: option {others[0]!r} is not known: {known}")
-    tags = [word.removeprefix("tag=") for word in own if word != "swap"]
-    if len(tags) > 1 or not all(re.fullmatch(r"\S+", tag) for tag in tags):
-        raise ValueError(f"corpus {name!r}: give one tag, a word without white space, e.g. ?tag=<bt>")
+    tags = [unicodedata.normalize("NFC", word.removeprefix("tag=")) for word in own if word != "swap"]
+    if len(tags) > 1 or not all(map(is_free_symbol, tags)):
+        raise ValueError(
+            f"corpus {name!r}: give one tag, a word without white space that means nothing else to a vocabulary, as "
+            "<s> does, e.g. ?tag=<bt>"
+        )
     bare = "?".join([*rest, *(["&".join(others)] if others else [])])
     return bare, _Options("swap" in own, tags[0] if tags else "")
 

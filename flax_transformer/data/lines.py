@@ -24,9 +24,10 @@ _COMPRESSED = (
     (rb"\x1f\x8b", "gzip"),
     (rb"\xfd7zXZ\x00", "xz"),
     (rb"BZh[1-9](1AY&SY|\x17rE8P)", "bzip2"),
-    (rb"\x28\xb5\x2f\xfd", "zstd"),
+    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd"),  # a frame, or one that is to be skipped
     (rb"\x04\x22\x4d\x18", "lz4"),
 )
+_TAR = b"ustar", 257  # what a tar archive has, and where
 _ARCHIVES = ((b"PK\x03\x04", "a zip archive, as .docx and .xlsx files are"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"))
 # UTF-32 comes first because its byte order mark begins with that of UTF-16.
 _MARKS = {
@@ -153,6 +154,9 @@ def _decode(lines: Iterable[bytes], path: str, errors: str) -> Iterator[str]:
 def _check_first(line: bytes, path: str) -> None:
     """Raises ValueError if the beginning of a file shows that it is not UTF-8 text with lines."""
     name = shown(path)
+    magic, place = _TAR
+    if line[place : place + len(magic)] == magic:
+        raise ValueError(f"{name} is a tar archive: unpack it with tar -xf, and name a file in it")
     for beginning, kind in _ARCHIVES:
         if line.startswith(beginning):
             raise ValueError(f"{name} is {kind}, not text: give a UTF-8 text file with one sentence per line")

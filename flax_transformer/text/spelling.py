@@ -39,8 +39,8 @@ def in_one_cell(text: str) -> str:
 
 
 def comparable(text: str) -> str:
-    """The text as translations and references are compared: composed (NFC), in one line."""
-    return unicodedata.normalize("NFC", in_one_line(text))
+    """The text as translations and references are compared: composed (NFC), in one line, with single spaces inside."""
+    return " ".join(filter(None, unicodedata.normalize("NFC", in_one_line(text)).split(" ")))
 
 
 def training_text(text: str, *, compose: bool = True) -> str:

@@ -102,13 +102,16 @@ class Evaluation:
             sentences: how many sentences to translate; 0 means all.
 
         Raises:
-            ValueError: positions are learned and a source sentence is longer than the model allows.
+            ValueError: positions are learned and a source sentence is longer than the model allows, or a source begins
+                with the token of a language that the vocabulary does not know.
         """
         if model_config.positions == "learned":
             # Fail now and not at the first evaluation: a sentence that is too long cannot be translated.
             check_length(int(packed.source.lengths.max()), model_config.max_length)
         count = sentences or len(text)
         self.source, self.references = text.source[:count], text.target[:count]
+        for sentence in self.source:
+            vocabularies.source.split_language(sentence)  # raises the error now and not at the first evaluation
         self._packed, self._vocabularies = packed, vocabularies
         if hosts.is_first():
             unreadable = UnreadableSentences(vocabularies.source)

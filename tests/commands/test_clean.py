@@ -107,6 +107,7 @@ def test_mistakes_are_found_before_anything_is_written(fail, tmp_path):
         (both, "--output_source is not given"),
         ([*both, f"--output_source={out}"], "--output_target is not given"),
         ([*both, f"--output_source={a}", f"--output_target={out}"], "which --source reads"),
+        ([*both, f"--output_source={out}", f"--output_target={out}"], "--output_source are both"),
         ([*both, "--output_source=-", f"--output_target={out}"], "report goes to standard output"),
         ([*both, "--dry_run", "--source_language=xx"], "script of the language 'xx' is not known"),
         ([*both, "--dry_run", "--max_ratio=0.5"], "--max_ratio is 0.5: it must be at least 1"),
@@ -122,5 +123,9 @@ def test_mistakes_are_found_before_anything_is_written(fail, tmp_path):
 
 def test_a_stream_that_has_fewer_lines_is_an_error(fail, tmp_path):
     (tmp_path / "c").write_text("x\n")
-    message = fail("clean", "--source=-", f"--target={tmp_path / 'c'}", "--dry_run", "--processes=1")
-    assert "standard input ends after line 0" in message  # of a test it has no lines
+    options = ("clean", "--source=-", f"--target={tmp_path / 'c'}", "--processes=1")
+    # The standard input of a test has no lines.
+    assert fail(*options, "--dry_run").endswith("line i of the other")
+    message = fail(*options, f"--output_source={tmp_path / 'o1'}", f"--output_target={tmp_path / 'o2'}")
+    assert f"standard input ends after line 0, {tmp_path / 'c'} does not" in message
+    assert message.endswith(f"(incomplete: {tmp_path / 'o1'}, {tmp_path / 'o2'})")

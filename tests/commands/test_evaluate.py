@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from flax_transformer.commands.corpus_scores import Judge, System
 from flax_transformer.workdir import WorkDirectory
 
 WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
@@ -143,6 +144,37 @@ def test_several_references_and_the_translations_of_another_system(run, workdir,
     assert report["compare"]["translations"] == str(theirs) and "seconds" not in report["compare"]
     said = run("evaluate", "--workdir", workdir, *options)
     assert re.search(rf"^ *[\d.]+ +[\d.]+ +[\d.]+ +{re.escape(str(theirs))}$", said, re.M), said
+
+
+def judged(metrics, references, *systems):
+    """The scores of each system by a metric, and how likely the difference of the first two is by chance."""
+    judge = Judge(["x"] * len(references[0]), references, metrics)
+    systems = [System(str(number), {}, translations) for number, translations in enumerate(systems)]
+    scores = [judge.scores(system) for system in systems]
+    p_values = judge.compare(systems, scores)[0] if len(systems) == 2 else {}
+    return [{name: score.score for name, score in each.items()} for each in scores], p_values
+
+
+def test_a_blank_reference_counts_for_nothing_where_another_translator_has_one():
+    first = ["the cat sat on the mat", "a dog ran over the hill", ""]
+    second = ["", "\u200b ", "three birds sang a song"]
+    others = ["the cat sat on a mat", "a dog ran", "three birds sang"]
+    found, _ = judged(["bleu", "chrf", "ter"], [first, second], others)
+    expected, _ = judged(["bleu", "chrf", "ter"], [[*first[:2], second[2]]], others)
+    assert found == expected and found[0]["BLEU"] < 70
+
+
+def test_ter_counts_characters_in_chinese_and_warns_of_thai():
+    found, _ = judged(["ter"], [["猫坐在垫子上。", "狗跑过山。"]], ["猫坐在桌子上。", "狗跑过山。"])
+    assert 0 < found[0]["TER"] < 20
+    with pytest.warns(UserWarning, match="TER divides words at spaces.*look at chrF"):
+        judged(["ter"], [["แมวนั่งบนเสื่อ"]], ["แมวนั่งบนโต๊ะ"])
+
+
+def test_few_sentences_are_no_proof():
+    with pytest.warns(UserWarning, match="1 sentences are too few to say which system is better: give at least 50"):
+        _, p_values = judged(["chrf"], [["the cat sat"]], ["the cat sat"], ["a dog"])
+    assert p_values == {"chrF": 1}
 
 
 def test_comet_is_asked_with_sources_translations_and_references(run, workdir, files, monkeypatch, translations):

@@ -33,6 +33,12 @@ def test_a_tag_comes_before_each_source_and_swap_exchanges_the_sides(write):
     assert corpus_tags(spec) == ["<bt>", ">>kan<<"] and corpus_files(spec) == [path] * 3
 
 
+def test_a_tag_is_composed_as_text_is(write):
+    path = write("x", 1)
+    spec = f"tsv:{path}?tag=<e\u0301>"
+    assert load_corpus(spec).source == ["<\u00e9> x 0"] and corpus_tags(spec) == ["<\u00e9>"]
+
+
 def test_the_characters_of_a_tag_do_not_make_a_sentence_unreadable():
     text = ["the house", "no", "kan not here"]
     vocabulary = VocabularyPair.train(
@@ -74,6 +80,9 @@ def test_a_path_in_quotes_may_contain_options(tmp_path):
     [
         ("tsv:a?tag=", "give one tag"),
         ("tsv:a?tag=a b", "give one tag"),
+        ("tsv:a?tag=<s>", "means nothing else to a vocabulary"),
+        ("tsv:a?tag=<0x41>", "means nothing else to a vocabulary"),
+        ("tsv:a?tag=a▁b", "means nothing else to a vocabulary"),
         ("tsv:a?tag=<a>&tag=<b>", "give one tag"),
         ("tsv:a?swap&tga=<a>", "option 'tga=<a>' is not known: did you mean 'tag'"),
         ("0.0*tsv:a", "weight 0: give more than 0"),

@@ -1,7 +1,9 @@
 import bz2
 import gzip
+import io
 import lzma
 import sys
+import tarfile
 import types
 
 import pytest
@@ -26,6 +28,16 @@ def write(tmp_path):
 TEXT = "ab c\nd\n" * 50
 
 
+def tar_archive():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("name"), io.BytesIO())
+    return file.getvalue()
+
+
+TAR = tar_archive()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -36,6 +48,7 @@ TEXT = "ab c\nd\n" * 50
         (b"\x28\xb5\x2f\xfd" + b"x" * 9, r"compressed \(zstd\) and damaged"),
         (b"\x04\x22\x4d\x18" + bytes(9), r"compressed \(lz4\): unpack it first, or name <\(lz4cat FILE\)"),
         (b"PK\x03\x04" + bytes(9), r"a zip archive.*\.docx"),
+        (gzip.compress(TAR), r"a tar archive: unpack it with tar -xf"),
         (TEXT.encode("utf-16"), r"UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8"),
         (TEXT.encode("utf-32"), r"UTF-32, not UTF-8"),
         (TEXT.encode("utf-16-le"), r"UTF-16LE, not UTF-8"),
@@ -43,7 +56,7 @@ TEXT = "ab c\nd\n" * 50
         (TEXT.replace("\n", "\r").encode(), r"carriage returns only: .*tr '\\r' '\\n'"),
         (b"one\rtwo", r"carriage returns only"),
     ],
-    ids="gzip bzip2 xz zstd zstd-begun lz4 zip UTF-16 UTF-32 UTF-16LE UTF-16BE CR one-CR".split(),
+    ids="gzip bzip2 xz zstd zstd-begun lz4 zip tar.gz UTF-16 UTF-32 UTF-16LE UTF-16BE CR one-CR".split(),
 )
 def test_a_file_that_is_not_utf_8_text_is_an_error_that_says_what_it_is(write, content, message):
     with pytest.raises(ValueError, match=f"text is .*{message}"):
@@ -55,6 +68,7 @@ PACK = {
     "bzip2": bz2.compress,
     "xz": lzma.compress,
     "zstd": zstd.compress,
+    "zstd after a frame to skip": lambda text: b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc" + zstd.compress(text),
 }
 
 

@@ -30,8 +30,13 @@ def test_references_get_the_maximum_scores():
 
 
 def test_exact_match_requires_equal_texts():
-    others = [REFERENCES[0].lower(), REFERENCES[1], REFERENCES[2] + " "]
+    others = [REFERENCES[0].lower(), REFERENCES[1], REFERENCES[2] + "!"]
     assert score_translations(others, REFERENCES, 0.0).exact_match == pytest.approx(100 / 3)
+
+
+def test_spaces_that_no_vocabulary_keeps_do_not_hinder_an_exact_match():
+    spaced = [REFERENCES[0].replace(" ", "  "), f" {REFERENCES[1]} ", REFERENCES[2]]
+    assert score_translations(REFERENCES, spaced, 0.0).exact_match == 100
 
 
 def test_bleu_is_sacrebleu_s_and_says_how_it_was_computed():
@@ -117,6 +122,15 @@ def test_the_loss_covers_all_tokens_and_translations_equal_the_translator_s(
     translator = Translator(TrainedModel(config, params, vocabularies))
     assert translations == translator.translate(TEXT.source, BeamSearch(beam_size=1))
     assert scores.sentences == 8  # pairs that are too long for the loss are translated anyway
+
+
+def test_an_unknown_language_is_found_before_the_first_step(config):
+    settings = VocabularyConfig(size=24, byte_fallback=False, model_type="char", user_symbols=(">>eng<<",))
+    vocabularies = VocabularyPair.train(TEXT.source, TEXT.target, settings)
+    text = ParallelText([">>eng<< a", ">>en<< b"], ["u", "q"], [1, 1])
+    corpus = PackedCorpus.from_text(text, vocabularies, DATA, max_length=config.max_length)
+    with pytest.raises(ValueError, match="knows no language >>en<< .*begin with one of >>eng<<"):
+        Evaluation(text, corpus, vocabularies, config, SETTINGS, lambda params, batch: None)
 
 
 def test_evaluate_sentences_limits_the_translations_also_under_pmap(vocabularies, config, params, expected_loss):
