@@ -5,6 +5,7 @@ could not be completed is removed; one whose process was killed stays and is ign
 """
 
 import contextlib
+import itertools
 import uuid
 from collections.abc import Iterator
 
@@ -41,6 +42,11 @@ def write_folder(path: epath.Path) -> Iterator[epath.Path]:
     except BaseException:
         draft.rmtree(missing_ok=True)
         raise
+
+
+def free_name(folder: epath.Path, name: str) -> epath.Path:
+    """A path in a folder that nothing has yet: the name with a number, from 1 on."""
+    return next(path for number in itertools.count(1) if not (path := folder / f"{name}-{number}").exists())
 
 
 def _draft_of(path: epath.Path) -> epath.Path:

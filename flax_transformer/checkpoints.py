@@ -11,7 +11,7 @@ import re
 import textwrap
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from flax_transformer.atomic_files import free_name
 from flax_transformer.orbax_paths import literal
 from flax_transformer.scores import Scores, StepScores
 
@@ -44,6 +45,7 @@ class Checkpoints:
         keep_best: int,
         best_metric: str,
         found_by: Mapping[str, Any] = types.MappingProxyType({}),
+        is_planned: Callable[[int], bool] = lambda step: True,
         read_only: bool,
     ):
         """Opens the checkpoints.
@@ -55,6 +57,7 @@ class Checkpoints:
             keep_best: see there.
             best_metric: see there.
             found_by: see there.
+            is_planned: see there.
             read_only: see there.
         """
         path = literal(path, read_only=read_only)
@@ -62,7 +65,7 @@ class Checkpoints:
         self._scores = StepScores(scores_file, best_metric, found_by)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [checkpoint_managers.LatestN(keep_latest), _Best(self._scores, keep_best)]
+                [_Newest(keep_latest, is_planned), _Best(self._scores, keep_best)]
             ),
             # Removes what is left of a save that was killed. A reader must not: the save may still be in progress.
             cleanup_tmp_directories=not read_only,
@@ -208,6 +211,8 @@ class Checkpoints:
             yield
         except Exception as error:  # Whatever Orbax and the storage raise, the remedy is the same.
             self._expected = []  # report a failure only once
+            with contextlib.suppress(Exception):  # this error is the one to report
+                self._manager.reload()  # Orbax may have forgotten a checkpoint that it has not removed
             complete = [step for step in self._manager.all_steps() if step != self._writing]
             goes_on = f"continues from step {max(complete)}" if complete else "starts again"
             raise OSError(
@@ -259,8 +264,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             folder.mkdir(exist_ok=True)
             for step, reason in damaged.items():
-                number = len(list(folder.glob(f"{step}-*"))) + 1
-                (self._path / str(step)).rename(folder / f"{step}-{number}")
+                (self._path / str(step)).rename(free_name(folder, str(step)))
                 warnings.warn(
                     f"the checkpoint of step {step} cannot be read ({reason}): it was moved to {folder}, and training "
                     f"continues from step {instead}",
@@ -323,6 +327,21 @@ class Checkpoints:
                     f"{self._path / str(step)} does not fit config.json: {leaf} has the shape {stored.get(leaf)} there "
                     f"and {wanted.get(leaf)} by the config: put back the config.json that it was trained with"
                 )
+
+
+class _Newest(checkpoint_managers.PreservationPolicy):
+    """Keeps the newest checkpoint, and the newest of those that a training has that is never stopped.
+
+    So a training that was stopped now and then has at its end the same checkpoints as one that was not.
+    """
+
+    def __init__(self, count: int | None, is_planned: Callable[[int], bool]):
+        self._count, self._is_planned = count, is_planned
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        planned = steps if self._count is None else list(filter(self._is_planned, steps))[-self._count :]
+        return [checkpoint.step in (*planned, steps[-1]) for checkpoint in checkpoints]
 
 
 class _Best(checkpoint_managers.PreservationPolicy):

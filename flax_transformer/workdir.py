@@ -7,15 +7,16 @@ events. This file handles parameters as pytrees and does not depend on the model
 import contextlib
 import json
 import os
+import shlex
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 from jaxtyping import PyTree
 
-from flax_transformer.atomic_files import write_file
+from flax_transformer.atomic_files import free_name, write_file
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
@@ -166,6 +167,10 @@ class WorkDirectory:
                 "remove it if vocabulary and texts are what they were"
             ) from error
 
+    def forget_fingerprints(self) -> None:
+        """Removes the checksums that a start recorded which failed before it wrote `config.json`."""
+        self._fingerprints_file.unlink(missing_ok=True)
+
     def forget_scores(self) -> None:
         """Removes the scores of all checkpoints: the validation text has changed, so they cannot be compared."""
         self._scores_file.unlink(missing_ok=True)
@@ -177,15 +182,16 @@ class WorkDirectory:
         """
         values = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
         line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
-        before = self._read_metrics_file()
-        if before and not before.endswith(b"\n"):  # a kill or a full disk cut off the last line; start a new one
-            line = b"\n" + line
+        # A kill or a full disk may have cut off the last line; then a new one is begun.
         if self.is_remote:
+            before = self._read_metrics_file()
             # Object stores cannot append. They replace objects atomically, so a draft is not needed.
-            self._metrics_file.write_bytes(before + line)
-        else:
-            with self._metrics_file.open("ab") as file:
-                file.write(line)
+            self._metrics_file.write_bytes(before + (b"\n" if before and not before.endswith(b"\n") else b"") + line)
+            return
+        with open(self._metrics_file, "ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            last = file.read()
+            file.write((b"\n" if last and last != b"\n" else b"") + line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Reads the lines of `metrics.jsonl`, skipping any that was cut off."""
@@ -209,6 +215,7 @@ class WorkDirectory:
         keep_best: int = 1,
         best_metric: str = "loss",
         found_by: Mapping[str, Any] = types.MappingProxyType({}),
+        is_planned: Callable[[int], bool] = lambda step: True,
         read_only: bool = False,
     ) -> "Checkpoints":
         """Opens the checkpoints; use it in a `with` statement, which waits until the last one is written.
@@ -219,6 +226,8 @@ class WorkDirectory:
             best_metric: the metric that ranks them.
             found_by: the current settings of evaluation, from `scored_by`; scores that were found with other settings
                 are not compared with new ones.
+            is_planned: whether a training that is never stopped has a checkpoint at this step. Others do not count for
+                `keep_latest`, and are removed when there is a newer one.
             read_only: changes nothing in the folder, to which a training may be writing.
         """
         return Checkpoints(
@@ -228,6 +237,7 @@ class WorkDirectory:
             keep_best=keep_best,
             best_metric=best_metric,
             found_by=found_by,
+            is_planned=is_planned,
             read_only=read_only,
         )
 
@@ -255,7 +265,8 @@ class WorkDirectory:
         with self._open_averages(read_only=True) as averages:
             if averages.latest_step is None:
                 raise ValueError(
-                    f"{self.path} holds no average: write one with `flax-transformer average --workdir={self.path}`"
+                    f"{self.path} holds no average: write one, e.g. with `flax-transformer average --last=5 "
+                    f"--workdir={shlex.quote(str(self.path))}`"
                 )
             return averages.restore_params("latest", shapes)
 
@@ -272,8 +283,7 @@ class WorkDirectory:
         """Moves the average to `damaged/`, with a warning, because training continues from an earlier step."""
         folder = self.path / "damaged"
         folder.mkdir(exist_ok=True)
-        number = len(list(folder.glob("averaged-*"))) + 1
-        (self.path / "averaged").rename(folder / f"averaged-{number}")
+        (self.path / "averaged").rename(free_name(folder, "averaged"))
         warnings.warn(
             f"the average in {self.path} includes checkpoints after step {step}, from which training continues: it was "
             f"moved to {folder}",

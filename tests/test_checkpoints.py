@@ -127,6 +127,16 @@ def test_the_best_is_kept_across_unscored_checkpoints_and_an_interruption(workdi
     assert steps_of(workdir) == {1, 6}
 
 
+def test_checkpoints_of_signals_do_not_count_among_the_newest(workdir):
+    options = {"keep_latest": 2, "is_planned": lambda step: step % 10 == 0}
+    write(workdir, dict.fromkeys([10, 20, 24]), **options)
+    assert steps_of(workdir) == {10, 20, 24}
+    write(workdir, dict.fromkeys([28, 30]), **options)
+    assert steps_of(workdir) == {20, 30}
+    write(workdir, dict.fromkeys([31, 33]), **options)
+    assert steps_of(workdir) == {20, 30, 33}
+
+
 def test_keep_best_keeps_several_of_the_best(workdir):
     values = dict(enumerate([5.0, 1.0, 3.0, 4.0, 2.0, 6.0], 1))
     write(workdir, {step: {"loss": value} for step, value in values.items()}, keep_latest=1, keep_best=2)

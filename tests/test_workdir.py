@@ -303,11 +303,21 @@ def test_an_average_that_cannot_be_made_is_an_error_with_a_remedy(choice, messag
     assert not (workdir.path / "averaged").exists()
 
 
+def test_an_average_is_set_aside_under_a_free_name(workdir):
+    for taken in (2, 3):
+        (workdir.path / "damaged" / f"averaged-{taken}").mkdir(parents=True)
+    for _ in range(2):
+        (workdir.path / "averaged").mkdir()
+        with pytest.warns(UserWarning, match="it was moved to"):
+            workdir.set_average_aside(1)
+    assert {path.name for path in (workdir.path / "damaged").iterdir()} == {f"averaged-{n}" for n in range(1, 5)}
+
+
 def test_a_missing_average_is_an_error_that_names_the_command(workdir):
     workdir.write_config({})
     write(workdir, {1: None})
     with pytest.raises(
-        ValueError, match=r"first holds no average: write one with `flax-transformer average --workdir="
+        ValueError, match=r"first holds no average: write one, e.g. with `flax-transformer average --last=5 --workdir=/"
     ):
         workdir.restore_params("averaged", params_of(0))
     assert not (workdir.path / "averaged").exists()

@@ -34,7 +34,9 @@ A training uses all devices of its host. On several hosts, run the same command 
 with --distributed if the cluster gives the processes their addresses (Cloud TPU, Slurm),
 otherwise with --coordinator, --num_processes and --process_id.
 """
-MEMORY_REMEDY = "lower training.parallelism.rows_per_device or data.rows"
+MEMORY_REMEDY = (
+    "set training.parallelism.rows_per_device, e.g. to 4, or lower it; or give a smaller data.rows in another --workdir"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,8 @@
 Pre-empted machines and schedulers send SIGTERM, Ctrl-C sends SIGINT, and SIGHUP comes when the terminal or the ssh
 connection is gone. Slurm and other schedulers send SIGUSR1, SIGUSR2 or SIGXCPU some time before they end a job. SIGHUP
 often comes twice, from the terminal and from the shell, and SIGXCPU every second, so only a second SIGTERM or SIGINT
-ends the training at once.
+ends the training at once. One of them that follows within a second is no second one: make, and programs like it, pass
+on a signal that has reached the training already.
 """
 
 import contextlib
@@ -29,6 +30,8 @@ BEFORE_FIRST_STEP, OVER = 0, sys.maxsize
 # In seconds: how often to ask the other processes, and how long a process that receives a signal while it is connecting
 # with them waits before it stops alone.
 LOOK_INTERVAL, MEETING_TIMEOUT = 0.5, 30.0
+# In seconds: how long after the first SIGTERM or SIGINT another one still belongs to it.
+SAME_REQUEST = 1.0
 
 
 class Interrupted(Exception):
@@ -83,7 +86,7 @@ class Interruption:
         """Handles nothing yet; `program` names the program that may be ended, `None` if only the training may be."""
         self._program = program
         self._signal: signal.Signals | None = None
-        self._insisted = False
+        self._requested: float | None = None  # when the first SIGTERM or SIGINT came
         self._before: dict[signal.Signals, Any] = {}
         self._lock = threading.Lock()
         self._position = BEFORE_FIRST_STEP
@@ -177,12 +180,18 @@ class Interruption:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number)
-        if self._program is not None or number not in INSISTING:
-            return  # the thread of a program counts its signals
-        if self._insisted:
+        # The thread of a program counts its signals.
+        if self._program is None and self._insists(number):
             self._restore()
             signal.raise_signal(number)
-        self._insisted = True
+
+    def _insists(self, number: int) -> bool:
+        """Whether a signal that has come is the second request to stop."""
+        if number not in INSISTING:
+            return False
+        now = time.monotonic()
+        self._requested = self._requested or now
+        return now - self._requested > SAME_REQUEST
 
     def _restore(self) -> None:
         while self._before:
@@ -198,10 +207,9 @@ class Interruption:
         while not self._ended.is_set():
             for number in self._signals_received():
                 self._signal = self._signal or number
-                if number in INSISTING and self._insisted:
+                if self._insists(number):
                     what = "stopped at once, since it came twice; the same command continues from the last checkpoint"
                     self._end_program(number, what)
-                self._insisted = self._insisted or number in INSISTING
             if self._stop_at is None:
                 self._look()
 

@@ -132,7 +132,7 @@ def prepare(
     vocabularies = _vocabularies(experiment, workdir, texts["train"])
     experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
     before = _check_config(experiment, workdir)
-    fingerprints = {name: text.fingerprint() for name, text in texts.items() if name != "test"}
+    fingerprints = {name: text.fingerprint() for name, text in texts.items()}
     begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
     micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.parallelism.rows_per_device)
     options: dict[str, Any] = {
@@ -152,8 +152,9 @@ def prepare(
     if hosts.is_first():
         if "valid" in changed:
             workdir.forget_scores()
-        # The fingerprint of a corpus that the experiment no longer names stays recorded.
-        workdir.write_fingerprints(begun | fingerprints | {"vocabulary": vocabularies.fingerprint()})
+        # The fingerprint of a corpus that the experiment no longer names stays recorded; the test corpus may change.
+        recorded = {name: fingerprint for name, fingerprint in fingerprints.items() if name != "test"}
+        workdir.write_fingerprints(begun | recorded | {"vocabulary": vocabularies.fingerprint()})
         workdir.write_config(experiment.to_mapping())
     hosts.wait("the first process has written what the training is")
     for name, corpus in {"train": train, **held_out}.items():
@@ -177,6 +178,7 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
         vocabularies = vocabularies.speaking(
             data.source_language, data.target_language, add=bool(data.new_language_like)
         )
+        workdir.forget_fingerprints()
         workdir.write_vocabularies(vocabularies)
     hosts.wait("the first process has written the vocabulary")
     if not workdir.has_vocabularies():
@@ -294,7 +296,7 @@ def _check_fingerprints(
             raise ValueError(
                 f"process {process} has other texts than process {hosts.index()}: give all hosts the same files"
             )
-    changed = {name for name, found in fingerprints.items() if begun.get(name, found) != found}
+    changed = {name for name, found in fingerprints.items() if name != "test" and begun.get(name, found) != found}
     if changed and not accept_changed_corpus:
         specs = " and ".join(f"data.{name} ({getattr(experiment.data, name)})" for name in sorted(changed))
         other = other_versions(workdir.read_metrics(), OF_TEXTS)

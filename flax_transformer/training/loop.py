@@ -104,9 +104,11 @@ def _explain_disk_error(workdir: WorkDirectory) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        with workdir.open_checkpoints(read_only=True) as checkpoints:
-            step = checkpoints.latest_step
-        continues = "starts again" if step is None else f"continues from step {step}"
+        continues = "continues from the last checkpoint"
+        if hosts.count() == 1:  # to open the checkpoints, all processes would have to be here
+            with workdir.open_checkpoints(read_only=True) as checkpoints:
+                step = checkpoints.latest_step
+            continues = "starts again" if step is None else f"continues from step {step}"
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if is_full else "check the disk and the permissions"
         raise OSError(
@@ -158,6 +160,9 @@ class _Training:
             keep_best=self.config.checkpoints.keep_best,
             best_metric=self.config.evaluation.best_metric,
             found_by=scored_by(dataclasses.asdict(self.config)),
+            is_planned=lambda step: (
+                self._is_due(step, self.config.checkpoints.every) or self._is_due(step, self.config.evaluation.every)
+            ),
         )
 
     def run(self) -> None:
@@ -184,6 +189,7 @@ class _Training:
                 self._steps(state, first, _Session(checkpoints, report, interruption, Clock(seconds)))
         if self.interruption is not None:
             self.interruption.training_is_over()
+        hosts.wait("the first process has written the scores")
         if self.config.weights == "averaged":
             self._average()
 

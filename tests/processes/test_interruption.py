@@ -16,7 +16,8 @@ from flax_transformer.processes.interruption import OVER, Interrupted, Interrupt
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_first_signal_is_handled_and_the_second_has_its_default_effect():
+def test_the_first_signal_is_handled_and_the_second_has_its_default_effect(monkeypatch):
+    monkeypatch.setattr("flax_transformer.processes.interruption.SAME_REQUEST", 0.05)
     told = []
     # Not Python's default handler, because shells make background jobs ignore SIGINT.
     ours = signal.signal(signal.SIGINT, lambda number, frame: told.append(number))
@@ -26,6 +27,9 @@ def test_the_first_signal_is_handled_and_the_second_has_its_default_effect():
             assert interruption.check(1) is None
             signal.raise_signal(signal.SIGINT)
             assert interruption.check(2) is signal.SIGINT and not told
+            signal.raise_signal(signal.SIGINT)
+            assert not told  # so soon, it is the same request
+            time.sleep(0.1)
             signal.raise_signal(signal.SIGINT)
             assert told == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is before
@@ -146,7 +150,7 @@ def test_a_program_with_nothing_to_save_ends_at_once_with_a_message(program, whe
 def test_a_program_that_is_still_connecting_waits_for_the_others_unless_a_second_sigterm_comes(program):
     process = program("connecting")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert "stopped at once" in process.communicate(timeout=60)[1] and process.returncode == 143
@@ -161,20 +165,22 @@ def test_a_signal_between_steps_is_returned_by_the_next_check(program, number):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "ends"),
+    ("numbers", "apart", "ends"),
     [
-        ([signal.SIGTERM], False),
-        ([signal.SIGTERM, signal.SIGTERM], True),
-        ([signal.SIGINT, signal.SIGTERM], True),
-        ([signal.SIGHUP, signal.SIGHUP, signal.SIGXCPU, signal.SIGINT], False),
+        ([signal.SIGTERM], 0.2, False),
+        ([signal.SIGTERM, signal.SIGTERM], 0, False),  # make passes on what its children have received already
+        ([signal.SIGTERM, signal.SIGTERM], 0.2, False),
+        ([signal.SIGTERM, signal.SIGTERM], 1.5, True),
+        ([signal.SIGINT, signal.SIGTERM], 1.5, True),
+        ([signal.SIGHUP, signal.SIGHUP, signal.SIGXCPU, signal.SIGINT], 0.2, False),
     ],
     ids=lambda value: "-".join(number.name for number in value) if isinstance(value, list) else "",
 )
-def test_a_second_sigterm_or_ctrl_c_ends_a_program_that_has_something_to_save(program, numbers, ends):
+def test_a_second_sigterm_or_ctrl_c_ends_a_program_that_has_something_to_save(program, numbers, apart, ends):
     process = program("between")
     for number in numbers:
         process.send_signal(number)
-        time.sleep(0.2)
+        time.sleep(apart)
     if ends:
         assert f"program: {numbers[-1].name}: stopped at once" in process.communicate(timeout=60)[1]
         assert process.returncode == 128 + numbers[-1]

@@ -253,6 +253,13 @@ def test_damaged_fingerprints_are_an_error_and_missing_ones_are_written(experime
     assert file.read_bytes() == written
 
 
+def test_a_start_that_failed_before_the_config_was_written_may_have_another_vocabulary(experiment, path):
+    (path / "config.json").unlink()
+    shutil.rmtree(path / "checkpoints")
+    train_and_evaluate(change(experiment, "vocabulary", size=45), path)
+    assert WorkDirectory(path).read_vocabularies().source.size == 45
+
+
 @pytest.mark.parametrize("name", ["joint.model", "config.json", "cache/text", "not_finite_3.tsv"])
 def test_a_corpus_file_that_training_would_overwrite_is_refused_before_it_is_read(name, experiment, tmp_path):
     text = tmp_path / "run" / name
