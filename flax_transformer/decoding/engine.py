@@ -371,6 +371,7 @@ class Engine:
         """Makes slots for so many sentences, after it has let go of those that nobody uses."""
         for each in self._groups.values():
             each.machines = [(own, machine) for own, machine in each.machines if machine.busy]
+            each.current = {own: machine for own, machine in each.current.items() if machine.busy}
         machine = self.programs.machine(group.settings, room, count)
         group.machines = sorted([*group.machines, (room, machine)], key=lambda entry: -entry[0])
         return machine

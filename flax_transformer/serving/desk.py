@@ -126,15 +126,18 @@ class Desk:
                 request.when_told(tell)
                 request.when_done(functools.partial(_tell_end, tell))
                 try:
-                    ended = False
+                    ended, latest = False, None
                     while not ended:
                         events = [await told.get()]
                         while not told.empty():
                             events.append(told.get_nowait())
                         ended = None in events
                         if some := [ids for ids in events if ids is not None]:
-                            yield [*found, some[-1]]
+                            latest = some[-1]
+                            yield [*found, latest]
                     found.append(request.result()[0].ids.tolist())
+                    if found[-1] != latest:  # it ended before it was asked to tell
+                        yield [*found]
                 finally:
                     request.cancel()
                 self._count_tokens(len(found[-1]))

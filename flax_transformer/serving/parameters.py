@@ -181,7 +181,7 @@ async def _parse_form(request: Request, kind: str, body: bytes) -> dict[str, Any
 
     if kind != "multipart/form-data":
         # `curl -d` sends UTF-8 as it is, which Starlette would read as Latin-1.
-        body = re.sub(rb"[\x80-\xff]", lambda found: b"%%%02X" % ord(found[0]), body)
+        body = re.sub(rb"[\x80-\xff]+", lambda found: b"%" + found[0].hex("%").encode(), body)
 
     async def stream() -> Any:
         yield body
@@ -193,7 +193,7 @@ async def _parse_form(request: Request, kind: str, body: bytes) -> dict[str, Any
                 request.headers, stream(), max_files=0, max_fields=FIELDS, max_part_size=len(body)
             ).parse()
         else:
-            form = await FormParser(request.headers, stream()).parse()
+            form = await FormParser(request.headers, stream(), max_fields=FIELDS, max_part_size=len(body)).parse()
     except (HTTPException, ValueError, KeyError, AssertionError) as error:
         raise Refusal(400, "the form cannot be read: send application/x-www-form-urlencoded or JSON") from error
     except Exception as error:

@@ -143,7 +143,7 @@ class Service:
             work: what is to be done.
             public: whether no key is needed, and the server says so even while it stops.
         """
-        route, started = request.url.path, time.monotonic()
+        route, started = request.scope["path"], time.monotonic()
         self.metrics.running.inc()
         try:
             answer = await self._answer(request, work, public)

@@ -14,6 +14,9 @@ from jaxtyping import Float
 
 Span = tuple[int, int]
 
+# Of how many parts of each text a matrix may be: larger ones would take gigabytes for a text of 25,000 words.
+MOST_BLOCKS = 1000
+
 _SPACE, _UNKNOWN = "▁", "<unk>"
 _CONTROL = frozenset(("<s>", "</s>", "<pad>", "<mask>"))
 # Characters that vocabularies drop, so that no piece stands for them.
@@ -45,8 +48,8 @@ class TextAlignment:
 
     @classmethod
     def by_position(cls, source: str, target: str) -> "TextAlignment":
-        """Aligns units that stand at the same place, relative to the whole; equal texts are aligned exactly."""
-        sides = units(source), units(target)
+        """Aligns blocks that stand at the same place, relative to the whole; equal texts are aligned exactly."""
+        sides = blocks(source), blocks(target)
         edges = [np.linspace(0, 1, len(side) + 1) for side in sides]
         starts = np.maximum(edges[1][:-1, None], edges[0][None, :-1])
         stops = np.minimum(edges[1][1:, None], edges[0][None, 1:])
@@ -56,6 +59,16 @@ class TextAlignment:
 def units(text: str) -> list[Span]:
     """The spans of the words of a text, and of its other visible signs one by one."""
     return [match.span() for match in _UNIT.finditer(text)]
+
+
+def blocks(text: str) -> list[Span]:
+    """The units of a text; of a very long one groups of neighbours, so that a matrix of two texts' blocks is small."""
+    found = units(text)
+    size = -(-len(found) // MOST_BLOCKS)
+    if size <= 1:
+        return found
+    groups = (found[start : start + size] for start in range(0, len(found), size))
+    return [(group[0][0], group[-1][1]) for group in groups]
 
 
 def spans(pieces: Sequence[str], text: str, unknown: Sequence[bool] | None = None) -> list[Span]:

@@ -24,7 +24,7 @@ _ADDRESS = regex.compile(
     # Each begins where a word begins, so that a long word is read once.
     r"(?<![\p{L}\p{Nd}+.-])(?:\p{L}[\p{L}\p{Nd}+.-]*+://|mailto:|www\.)[^\s<>]+"
     r"|(?<![\p{L}\p{Nd}._%+-])[\p{L}\p{Nd}._%+-]++@[\p{L}\p{Nd}-]+(?:\.[\p{L}\p{Nd}-]+)+"
-    r"|(?<!\S)(?:[a-z0-9-]+\.)+[a-z]{2,}(?:/[^\s<>]*)(?!\S)",
+    r"|(?<!\S)(?:[a-z0-9-]++\.)++[a-z]{2,}(?:/[^\s<>]*)(?!\S)",
     regex.VERSION1,
 )
 _LETTER = regex.compile(r"\p{L}")

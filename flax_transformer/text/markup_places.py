@@ -1,8 +1,8 @@
 """Puts the tags of a sentence into its translation, where the alignment says that their words are.
 
 Tags keep their nesting: an element stands around one run of words within its parent's, and never around words of its
-siblings. Glossary: U units of the translation (words and other signs), S source pieces. A gap is the place before the
-unit of the same number; the last one is behind all.
+siblings. Glossary: U units of the translation (words and other signs, or blocks of them if it is very long), S source
+pieces. A gap is the place before the unit of the same number; the last one is behind all.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from flax_transformer.text.alignment import Span, TextAlignment, units
+from flax_transformer.text.alignment import Span, TextAlignment, blocks
 from flax_transformer.text.markup_tokens import escape
 
 _WORD = re.compile(r"\w")
@@ -55,7 +55,7 @@ def insert_markup(nodes: Sequence[Node], source: str, target: str, alignment: Te
     Without an alignment markup is put at the same place relative to the whole.
     """
     alignment = alignment or TextAlignment.by_position(source, target)
-    words = units(target)
+    words = blocks(target)
     spread = _Spread(source, target, alignment, words)
     gaps: dict[Node, Span] = {}
     waiting = [(list(nodes), 0, len(words))]
@@ -70,7 +70,7 @@ class _Spread:
     """How much of each unit of the translation comes from each part of the source."""
 
     def __init__(self, source: str, target: str, alignment: TextAlignment, words: Sequence[Span]):
-        here = units(source)
+        here = blocks(source)
         self._starts, self._stops = np.array(here, int).reshape(-1, 2).T
         weights = alignment.weights.astype(float)
         # Without a model's pieces the spans are units already; such texts may be long, and products of matrices slow.

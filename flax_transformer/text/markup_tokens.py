@@ -51,22 +51,19 @@ def read_tokens(text: str) -> list[Token]:
     """The tokens of a text: every start has its end, and ends come in the order that nesting wants.
 
     Raises:
-        ValueError: lxml is needed and not installed, or HTML is nested more than 2,000 deep.
+        ValueError: lxml is needed and not installed, HTML is nested more than 2,000 deep, or the document type has
+            declarations of its own, such as entities.
     """
     data = text.encode(errors="replace")
     try:
         return list(_join_opaque(_read_xml(data)))
-    except (expat.ExpatError, _InternalSubset):
+    except expat.ExpatError:
         return list(_read_html(data))
 
 
 def escape(text: str) -> str:
     """The text as HTML and XML write it."""
     return text.translate(_ESCAPES)
-
-
-class _InternalSubset(Exception):
-    """The document type defines entities, which may grow without limit: it is not read as XML."""
 
 
 def _read_xml(data: bytes) -> list[Token]:
@@ -86,8 +83,11 @@ def _read_xml(data: bytes) -> list[Token]:
         event("other" if decoded == written else "text", text=decoded)
 
     def doctype(name: str, system: Any, public: Any, has_internal_subset: int) -> None:
-        if has_internal_subset:
-            raise _InternalSubset
+        if has_internal_subset:  # its entities may grow without limit
+            raise ValueError(
+                "the markup has declarations in square brackets in its document type, such as <!ENTITY>: remove them, "
+                "and write in full what they stand for"
+            )
         event("other")
 
     parser.StartElementHandler = lambda name, attributes: event("start", name, translate=_switch(attributes))
@@ -154,7 +154,7 @@ def _read_html(data: bytes) -> Iterator[Token]:
     """The tokens of HTML as lxml reads it."""
     etree = _etree()
     whole = _WHOLE.match(data)
-    parser = etree.HTMLParser(encoding="utf-8", huge_tree=True)
+    parser = etree.HTMLParser(encoding="utf-8", huge_tree=True, default_doctype=False)
     root = etree.fromstring(data if whole else b"<html><body>" + data, parser)
     if any("depth" in entry.message for entry in parser.error_log):
         raise ValueError("the markup has elements that are nested more than 2,000 deep: close them, or divide the text")

@@ -26,10 +26,15 @@ _END = regex.compile(
     regex.VERSION1,
 )
 
+# Hindi ends most sentences with one of these, each of one sign, as initials in scripts without capital letters are.
+_NO_INITIALS = frozenset("है हैं हूँ हूं हो था थे थी थीं".split())
+
 # What may stand before a full stop that ends no sentence: the last word, up to the stop.
 _LAST_WORD = regex.compile(r"[^\s\p{Ps}\p{Pi}]*\Z", regex.VERSION1)
 _REACH = 24  # a longer word is no abbreviation
-_INITIAL = regex.compile(r"(?:\p{Lu}\p{M}*\.?-?)*\p{Lu}\p{M}*|(?=\p{Lo})\X|(?:\p{L}{1,2}\.)+\p{L}{1,2}", regex.VERSION1)
+_INITIAL = regex.compile(
+    r"(?:\p{Lu}\p{M}*\.?-?)*\p{Lu}\p{M}*|(?=\p{Lo})(?!\p{Hangul})\X|(?:\p{L}{1,2}\.)+\p{L}{1,2}", regex.VERSION1
+)
 _BROKEN = regex.compile(r"\s(?:\p{Lu}\.|\p{Ll}\.|\p{Nd})", regex.VERSION1)  # what follows the "z." of "z. B."
 _WITH_LOWER = regex.compile(r"\p{Ll}\s+I\Z")
 
@@ -74,7 +79,7 @@ def _is_inside(text: str, match: regex.Match[str]) -> bool:
     word = last[0] if last else ""
     if not word:
         return False
-    if _INITIAL.fullmatch(word):
+    if _INITIAL.fullmatch(word) and word not in _NO_INITIALS:
         return not _WITH_LOWER.search(before)  # "so am I."
     if len(word) == 1 and word.islower() and _BROKEN.match(text, match.end()):
         return True

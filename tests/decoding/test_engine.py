@@ -13,6 +13,7 @@ from flax_transformer.decoding import ensemble as ensemble_module
 from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
+from flax_transformer.decoding.programs import Programs
 from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling
@@ -378,6 +379,18 @@ def test_an_exception_while_waiting_gives_up_the_sentences_that_are_left(make_en
         engine.search(SOURCES, GREEDY, after_each=after_each)
     assert len(calls) == 3
     check_same(search(engine, SOURCES[:2], GREEDY), search(make_engine(), SOURCES[:2], GREEDY))
+
+
+def test_machines_that_an_engine_lets_go_of_are_kept_nowhere(make_engine, monkeypatch):
+    made = []
+    make = Programs.machine
+    monkeypatch.setattr(Programs, "machine", lambda self, *size: made.append(make(self, *size)) or made[-1])
+    engine = make_engine()
+    for settings in (GREEDY, BEAM, SAMPLING, GREEDY, BEAM):
+        search(engine, SOURCES, settings)
+    machines = {id(machine) for group in engine._groups.values() for _, machine in group.machines}
+    kept = {id(machine) for group in engine._groups.values() for machine in group.current.values()}
+    assert kept and kept <= machines and len(machines) < len(made)
 
 
 def test_while_sentences_wait_nearly_all_slots_hold_one(make_engine):

@@ -156,6 +156,22 @@ def test_more_sentences_than_the_queue_holds_are_refused_at_once(run):
     run(test, queue=100)
 
 
+class FastEngine(SlowEngine):
+    """Has ended each sentence when `submit` returns."""
+
+    def submit(self, sources, settings, **options):
+        requests = super().submit(sources, settings, **options)
+        self.end(len(requests))
+        return requests
+
+
+def test_a_stream_tells_sentences_that_ended_before_anyone_listened(run):
+    async def test(desk, engine):
+        return [ids async for ids in desk.stream(FastEngine(), Sentences(7, 2), SEARCH)]
+
+    assert run(test) == [[[7]], [[7], [7, 0]]]
+
+
 def test_no_sentences_are_done_at_once(run):
     async def test(desk, engine):
         return await asyncio.wait_for(desk.decode(engine, Sentences(1, 0), SEARCH), 1)

@@ -1,9 +1,12 @@
+import asyncio
 import threading
 import time
+import urllib.parse
 
 import jax
 import jax.numpy as jnp
 import pytest
+from starlette.requests import Request
 
 from flax_transformer.decoding.inspection import Inspector
 from flax_transformer.decoding.machine import Machine
@@ -11,6 +14,7 @@ from flax_transformer.packaged_font import packaged_font
 from flax_transformer.serving.application import page_policy
 from flax_transformer.serving.limits import Keys, Limits, Meter, read_keys
 from flax_transformer.serving.models import Models, Served
+from flax_transformer.serving.parameters import _parse_form
 from flax_transformer.serving.refusals import Refusal
 from tests.serving.conftest import PAGE, sentence
 
@@ -132,6 +136,17 @@ def test_a_body_that_is_too_large_is_not_read(make_client):
             "/translate", content=content, headers={"Content-Type": "application/x-www-form-urlencoded"}
         )
         assert answer.status_code == 413 and "1000 bytes" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("encode", [lambda text: text.encode(), lambda text: urllib.parse.quote(text).encode()])
+def test_long_forms_are_read_and_take_no_time(encode):
+    text, kind = "ಕನ್ನಡ " * 30_000, "application/x-www-form-urlencoded"
+    form = Request({"type": "http", "headers": [(b"content-type", kind.encode())]})
+    begin = time.monotonic()
+    assert asyncio.run(_parse_form(form, kind, b"q=" + encode(text))) == {"q": text}
+    assert time.monotonic() - begin < 0.5
+    many = asyncio.run(_parse_form(form, kind, b"q=a&" * 2000 + b"source=kn"))
+    assert many == {"q": ["a"] * 2000, "source": "kn"}
 
 
 def test_beyond_its_queue_a_server_says_when_to_try_again(make_client):

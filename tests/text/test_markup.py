@@ -1,4 +1,5 @@
 import re
+import tracemalloc
 
 import lxml.html
 import numpy as np
@@ -182,11 +183,32 @@ def test_every_tag_is_written_where_a_translation_has_too_few_words():
     assert tags(translated("a <b>x</b> <!-- c --> b", "")) == ["<!-- c -->", "</b>", "<b>"]
 
 
-def test_entities_that_an_internal_subset_defines_are_never_expanded():
-    bomb = "<!DOCTYPE a [<!ENTITY x 'yyyyyyyyyy'><!ENTITY z '&x;&x;&x;&x;'>]><a>&z;</a>"
-    assert "yyyy" not in untranslated(divide_markup(bomb)).partition("<a>")[2]
-    external = "<!DOCTYPE a SYSTEM 'file:///etc/passwd' [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><a>&x; hello</a>"
-    assert "root:" not in untranslated(divide_markup(external))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!DOCTYPE a [<!ENTITY x 'yyyyyyyyyy'><!ENTITY z '&x;&x;&x;&x;'>]><a>&z;</a>",
+        "<!DOCTYPE a SYSTEM 'file:///etc/passwd' [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><a>&x; hello</a>",
+        "<!DOCTYPE resources [\n<!ENTITY app 'MyApp'>\n]>\n<resources><string>Hello &app;</string></resources>",
+    ],
+)
+def test_entities_that_a_document_type_defines_are_refused_and_never_expanded(text):
+    with pytest.raises(ValueError, match="declarations in square brackets .* remove them"):
+        divide_markup(text)
+
+
+def test_a_page_without_a_document_type_gets_none():
+    page = "<html><body>Hi there<br></body></html>"
+    assert "DOCTYPE" not in untranslated(divide_markup(page)) and "Hi there" in untranslated(divide_markup(page))
+
+
+def test_a_very_long_sentence_without_an_alignment_takes_little_memory():
+    words = " ".join(f"w{number}" for number in range(20_000))
+    tracemalloc.start()
+    found = translated(f"<p>{words} <b>end</b></p>", f"{words} end")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200e6 and re.sub("<[^>]+>", "", found) == f"{words} end"
+    assert re.search(r"<b>[^<]*end</b></p>$", found)
 
 
 DEEP = ["<b>" * 1500 + "x", "<b>x " * 100, "<i>" * 2500 + "x" + "</i>" * 2500, "x" + "</b>" * 3000]

@@ -262,6 +262,18 @@ def test_the_translation_can_be_copied(open_page):
     assert page.evaluate("navigator.clipboard.readText()") == translation(page)
 
 
+@pytest.mark.parametrize(
+    ("sentences", "shown"), [(["Hello.", "I came."], "Hello. I came."), (["你好。", "我来了。"], "你好。我来了。")]
+)
+def test_sentences_that_had_no_space_between_them_get_one_where_the_target_needs_it(open_page, sentences, shown):
+    page = open_page()
+    parts = [("你好。", sentences[0]), ("我来了。", sentences[1])]
+    explained = [(source, target, [("▁", 0, len(source))], [("▁", 0, len(target))]) for source, target in parts]
+    page.route(EXPLAIN, lambda route: route.fulfill(json=answer(explained)))
+    type_text(page, "你好。我来了。")
+    assert translation(page) == shown
+
+
 def test_only_the_blocks_that_changed_are_sent_again(open_page):
     page, asked = open_page(), []
 
