@@ -11,6 +11,7 @@ them, and from results/ablations.json and results/ingredients.json.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -56,16 +57,10 @@ def course(workdir: WorkDirectory) -> dict[str, Any]:
     """How a training went: its commands, machine, time and learning curve, from `metrics.jsonl`."""
     lines = workdir.read_metrics()
     starts = [line for line in lines if line["kind"] == "start"]
-    hours, latest = 0.0, 0.0  # of each run, until its last evaluation
-    curve = []
-    for line in lines:
-        if line["kind"] == "start":
-            hours, latest = hours + latest, 0.0
-        if line["kind"] == "valid":
-            latest = line["seconds"] / 3600
-            curve.append({name: line[name] for name in ("step", "loss", "bleu", "chrf")})
+    evaluations = [line for line in lines if line["kind"] == "valid"]
+    curve = [{name: line[name] for name in ("step", "loss", "bleu", "chrf")} for line in evaluations]
     first = {name: starts[0][name] for name in ("command", "versions", "revision", "devices")}
-    return first | {"starts": len(starts), "hours": hours + latest, "curve": curve}
+    return first | {"starts": len(starts), "hours": evaluations[-1]["seconds"] / 3600, "curve": curve}
 
 
 def scores(workdir: str, files: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
@@ -120,6 +115,7 @@ def details(name: str, result: Mapping[str, Any]) -> str:
 {result["title"]}.
 
     {training["command"]}
+    {shlex.join(result["command"])}
 
 - corpus: `{result["config"]["data"]["train"]}`
 - search and signatures: {first["search"]}; BLEU `{first["signatures"]["bleu"]}`; chrF `{first["signatures"]["chrf"]}`

@@ -135,10 +135,13 @@ class Sampling(SearchSettings):
 
 
 def in_words(search: SearchSettings) -> str:
-    """Which search it is, e.g. "greedy search", "a beam of 4, alpha 0.6" or "sampling, temperature 0.7"."""
+    """Which search it is, e.g. "greedy search", "a beam of 4, alpha 0.6", "a beam of 5, length^1" or "sampling, temperature 0.7"."""
     if isinstance(search, Sampling):
         chosen = f", the one most like the others of {search.mbr}" if search.mbr else ""
         among = f", top_k {search.top_k}" if search.top_k else ""
         among += f", top_p {search.top_p:g}" if search.top_p < 1 else ""
         return f"sampling, temperature {search.temperature:g}{among}{chosen}"
-    return "greedy search" if search.hypotheses == 1 else f"a beam of {search.hypotheses}, alpha {search.alpha:g}"
+    if search.hypotheses == 1:
+        return "greedy search"
+    penalty = "length^" if search.length_penalty == "length" else "alpha "
+    return f"a beam of {search.hypotheses}, {penalty}{search.alpha:g}"

@@ -6,7 +6,7 @@ from sacrebleu.metrics import CHRF
 
 from flax_transformer.decoding.mbr import agreement, rank_by_agreement
 from flax_transformer.decoding.results import Translation
-from flax_transformer.decoding.settings import Sampling, in_words
+from flax_transformer.decoding.settings import BeamSearch, Sampling, in_words
 
 TEXTS = ["the black cat sat", "the black cat sits", "a black cat sat there", "zebra", "the black cat sat", ""]
 
@@ -49,6 +49,7 @@ def test_the_translator_returns_the_samples_that_agree_most(translator):
 
 
 def test_settings_that_contradict_each_other_are_refused():
+    assert in_words(BeamSearch(beam_size=5, alpha=1.4, length_penalty="length")) == "a beam of 5, length^1.4"
     assert in_words(Sampling(mbr=8)) == "sampling, temperature 1, the one most like the others of 8"
     assert in_words(Sampling(top_k=5, top_p=0.9)) == "sampling, temperature 1, top_k 5, top_p 0.9"
     with pytest.raises(ValueError, match="num_return is 9, but mbr is 8: lower the first or raise the second"):
