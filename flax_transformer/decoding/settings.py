@@ -135,7 +135,7 @@ class Sampling(SearchSettings):
 
 
 def in_words(search: SearchSettings) -> str:
-    """Which search it is, e.g. "greedy search", "a beam of 4, alpha 0.6", "a beam of 5, length^1" or "sampling, temperature 0.7"."""
+    """Which search it is, e.g. "greedy search", "a beam of 4, alpha 0.6" or "sampling, temperature 0.7"."""
     if isinstance(search, Sampling):
         chosen = f", the one most like the others of {search.mbr}" if search.mbr else ""
         among = f", top_k {search.top_k}" if search.top_k else ""
