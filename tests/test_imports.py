@@ -79,7 +79,7 @@ LAYOUT = {
     "data.seen": "",
     "orbax_paths": "",
     "scores": "atomic_files",
-    "checkpoints": "orbax_paths scores",
+    "checkpoints": "atomic_files orbax_paths scores",
     "workdir": "config experiment moved_settings data.vocabulary checkpoints files atomic_files",
     "decoding.__init__": "",
     "decoding.shortlist": "config",
