@@ -32,8 +32,9 @@ INTRODUCTION = """\
 
 `python -m benchmarks.quality table` writes this page from `benchmarks/results/quality/`, where the settings, versions
 and learning curve of each training are. The checkpoint of a training and the settings of the search were chosen on the
-validation set; then each test set was scored once. Hours count from the start of a training to its last evaluation, on
-the machine that is named, where other programs ran beside it.
+validation set; then each test set was scored once. (A training also scores its own test set at its end, and no choice
+depends on that.) Hours count from the start of a training to its last evaluation, on the machine that is named, where
+other programs ran beside it.
 """
 MODELS = """\
 ## One thing changed

@@ -42,7 +42,7 @@ def choose_tokenizer(references: Sequence[str]) -> str:
     and "13a" if MeCab is not installed; "char" for other scripts without spaces between words; "13a" for all others.
     """
     text = _beginning(references)
-    letters, han, kana = (len(pattern.findall(text)) for pattern in (_LETTERS, _HAN, _KANA))
+    letters, han, kana = _count(text)
     if 2 * (han + kana) > letters:
         if kana < KANA * (han + kana):
             return "zh"
@@ -54,8 +54,7 @@ def choose_tokenizer(references: Sequence[str]) -> str:
 
 def has_han_or_kana(references: Sequence[str]) -> bool:
     """Whether most of the letters are Han or kana, as in Chinese and Japanese."""
-    text = _beginning(references)
-    letters, han, kana = (len(pattern.findall(text)) for pattern in (_LETTERS, _HAN, _KANA))
+    letters, han, kana = _count(_beginning(references))
     return 2 * (han + kana) > letters
 
 
@@ -116,6 +115,12 @@ def warn_of_missing_spaces(tokenize: str, references: Sequence[str], setting: st
 def _is_installed(tokenize: str) -> bool:
     packages, _ = PACKAGES[tokenize]
     return all(importlib.util.find_spec(package) for package in packages)
+
+
+def _count(text: str) -> tuple[int, int, int]:
+    """The numbers of letters, and of Han and kana among them."""
+    letters, han, kana = (len(pattern.findall(text)) for pattern in (_LETTERS, _HAN, _KANA))
+    return letters, han, kana
 
 
 def _beginning(references: Sequence[str]) -> str:
