@@ -2,10 +2,10 @@
 
     python train.py --config=configs/wmt14_en_de_base.py --workdir=runs/wmt14-base
 
-It needs the TFDS data set `wmt14_translate/de-en` (prepared on first use where there is a network), and one host with
-TPUs or GPUs and room for 25,000 source and 25,000 target tokens a batch. The paper reports BLEU 27.3 on newstest2014
-after 100,000 steps, 12 hours on 8 P100 GPUs, from the mean of the last five checkpoints (here `training.weights`), with
-beam 4 and alpha 0.6.
+It needs the TFDS data set `wmt14_translate/de-en` (prepared on first use where there is a network), and TPUs or GPUs,
+on one host or more, with room for 25,000 source and 25,000 target tokens a batch. The paper reports BLEU 27.3 on
+newstest2014 after 100,000 steps, 12 hours on 8 P100 GPUs, from the mean of the last five checkpoints (here
+`training.weights`), with beam 4 and alpha 0.6.
 
 Not run.
 """

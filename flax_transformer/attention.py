@@ -57,11 +57,12 @@ def dot_product_attention(
         weights.
 
     Raises:
-        ValueError: query, key and value do not have these four dimensions; the mask does not have four dimensions that
-            broadcast, is boolean or of integers, or is known to hold anything but 0 and -inf; or "cudnn" is asked for
-            where it cannot run.
+        ValueError: query, key and value do not have these four dimensions, or are not floats; the mask does not have
+            four dimensions that broadcast, is boolean or of integers, or is known to hold anything but 0 and -inf; or
+            "cudnn" is asked for where it cannot run.
     """
-    _check_shapes(query, key, value)
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    _check_inputs(query, key, value)
     if mask is not None:
         check_mask(mask)
         full = (*query.shape[:1], query.shape[2], query.shape[1], key.shape[1])
@@ -83,11 +84,11 @@ def dot_product_attention(
     kept = weights
     if dropout_rng is not None and dropout_rate > 0:
         kept = dropout(weights, dropout_rate, dropout_rng)
-    gathered = jnp.einsum("bhqm,bmhk->bhqk", kept.astype(value.dtype), value).swapaxes(1, 2)
+    gathered = jnp.einsum("bhqm,bmhk->bhqk", kept.astype(value.dtype), value).swapaxes(1, 2).astype(query.dtype)
     return (gathered, weights) if return_weights else gathered
 
 
-def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     shapes = query.shape, key.shape, value.shape
     is_right = all(len(shape) == 4 for shape in shapes) and key.shape == value.shape
     if not (is_right and (query.shape[0], *query.shape[2:]) == (key.shape[0], *key.shape[2:])):
@@ -95,6 +96,9 @@ def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             f"query, key and value have shapes {', '.join(map(str, shapes))}: give [B, Q, H, K] and twice "
             "[B, M, H, K]; MultiHeadAttention makes them from [B, Q, D] and [B, M, D]"
         )
+    types = query.dtype, key.dtype, value.dtype
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in types):
+        raise ValueError(f"query, key and value are {', '.join(map(str, types))}: convert them to floats")
 
 
 def _cudnn_attention(
@@ -232,6 +236,8 @@ class MultiHeadAttention(nn.Module):
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q M"] | None]:
         """Attends to projected keys and values; other arguments as in `__call__`."""
+        if inputs.shape[-1] != self.d_model:
+            raise ValueError(f"inputs have shape {inputs.shape}, and d_model is {self.d_model}: give [B, Q, d_model]")
         dropout_rng = None if deterministic or self.dropout_rate == 0 else self.make_rng("dropout")
         query = self._split_heads(self.query(inputs))
         gathered = dot_product_attention(

@@ -19,7 +19,8 @@ def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> F
     """Sets each entry to zero with probability `rate`, rounded to 1/256, without changing the expectation.
 
     Args:
-        inputs: of any shape; over a mesh the first dimension is the one that Flax's rules of logical axes call "batch".
+        inputs: of one dimension or more; over a mesh the first one is that which Flax's rules of logical axes call
+            "batch".
         rate: at least 0 and less than 1; a rate that rounds to 1 keeps one entry in 256.
         rng: random key; equal keys drop equal entries.
 
@@ -33,7 +34,7 @@ def dropout(inputs: Float[Array, "*shape"], rate: float, rng: PRNGKeyArray) -> F
         return inputs
     *leading, last = inputs.shape
     words = _draw(rng, (*leading, math.ceil(last / 4)))
-    levels = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*leading, -1)[..., :last]
+    levels = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*leading, 4 * words.shape[-1])[..., :last]
     return jnp.where(levels >= dropped_levels, inputs * (LEVELS / (LEVELS - dropped_levels)), 0)
 
 

@@ -50,6 +50,8 @@ class FeedForward(nn.Module):
             "kernel_init": nn.initializers.xavier_uniform(),
             "dot_general": dense_project,
         }
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}: give the name of one of {', '.join(ACTIVATIONS)}")
         inner = nn.Dense(self.d_ff, name="inner", **options)(inputs)
         inner = ACTIVATIONS[self.activation](inner)
         inner = Dropout(self.dropout_rate)(inner, deterministic=deterministic)
@@ -202,19 +204,26 @@ class DecoderLayer(_Layer):
         Returns:
             The outputs, the cache after these positions, and the weights of self-attention and cross-attention, which
             are `None` unless asked for; a recurrent unit has none.
+
+        Raises:
+            ValueError: `memory` is not from `project_memory`, or the cache is not this layer's or has no `write_at`.
         """
+        if not isinstance(memory, KVCache):
+            raise ValueError("memory is an array: give layer.project_memory(memory), its keys and values")
         options = {"deterministic": deterministic, "return_weights": return_weights}
 
         def attend(x: Array) -> tuple[Array, Any]:
             keys_values = self.self_attention.project_memory(x)
             if cache is not None:
-                assert isinstance(cache, KVCache) and write_at is not None, "a cache needs a place to write to"
+                if not isinstance(cache, KVCache) or write_at is None:
+                    raise ValueError("self-attention needs a cache of keys and values, and write_at, a place in it")
                 keys_values = cache.write(write_at, keys_values)
             outputs, weights = self.self_attention.attend(x, keys_values, self_mask, **options)
             return outputs, (keys_values, weights)
 
         def recur(x: Array) -> tuple[Array, Any]:
-            assert not isinstance(cache, KVCache), "a recurrent unit has a state, no keys and values"
+            if isinstance(cache, KVCache):
+                raise ValueError("a recurrent unit has a state [B, N, D], but cache has keys and values")
             outputs, state = self.recurrence(x, begins, cache)
             return outputs, (state, None)
 

@@ -66,6 +66,11 @@ class Transformer(nn.Module):
                 f"model.source_vocab_size is {config.source_vocab_size}, model.target_vocab_size "
                 f"{config.target_vocab_size}: set both to the numbers of token ids"
             )
+        if not 0 <= config.pad_id < min(config.source_vocab_size, config.target_vocab_size):
+            raise ValueError(
+                f"model.pad_id is {config.pad_id}, model.source_vocab_size {config.source_vocab_size} and "
+                f"model.target_vocab_size {config.target_vocab_size}: padding is a token of both vocabularies"
+            )
         if not 0 <= config.start_id < config.target_vocab_size:
             raise ValueError(
                 f"model.start_id is {config.start_id}, model.target_vocab_size {config.target_vocab_size}: "
@@ -243,7 +248,7 @@ class Transformer(nn.Module):
         if config.positions == "learned":
             check_length(max_length, config.max_length)
         check_tokens("source", source, config.source_vocab_size)
-        tokens = Tokens.from_segments(source, (source != config.pad_id).astype(jnp.int32))
+        tokens = Tokens.from_ids(source, config.pad_id)
         memory = self.encode(tokens, deterministic=True)
         state = DecodingState.empty(
             config,
@@ -272,7 +277,12 @@ class Transformer(nn.Module):
         """
         check_tokens("tokens", tokens, self.config.target_vocab_size)
         batch, hypotheses, room = state.ancestors.shape
-        length = tokens.shape[1]
+        given, length = tokens.shape
+        if given != batch * hypotheses:
+            raise ValueError(
+                f"tokens have {given} rows, the state has {batch} sentences with {hypotheses} hypotheses each: give "
+                f"[{batch * hypotheses}, Q]"
+            )
         if length > room:
             raise ValueError(f"{length} tokens at once, start_decoding made room for {room}: raise max_length")
         by_position = tokens.reshape(batch, hypotheses, length).swapaxes(1, 2).reshape(batch, -1)

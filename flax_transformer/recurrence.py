@@ -65,10 +65,10 @@ class SSRU(nn.Module):
         shape = (batch, length // hypotheses, hypotheses, width)
         forget = jax.nn.sigmoid(forget.astype(jnp.float32).reshape(shape))
         new = (1.0 - forget) * new.astype(jnp.float32).reshape(shape)
+        begun = (jnp.zeros((batch, length), bool) if begins is None else begins).reshape(*shape[:3], 1)
         if before is not None:
-            new = new.at[:, 0].add(forget[:, 0] * before)
-        begun = jnp.zeros((batch, length), bool) if begins is None else begins
-        states = scan_states(forget, new, begun.reshape(*shape[:3], 1))
+            new = new.at[:, 0].add(jnp.where(begun[:, 0], 0.0, forget[:, 0] * before))
+        states = scan_states(forget, new, begun)
         return jax.nn.relu(states).astype(self.dtype).reshape(inputs.shape), states[:, -1]
 
 

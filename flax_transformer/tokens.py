@@ -32,9 +32,12 @@ class Tokens(flax.struct.PyTreeNode):
 
     @classmethod
     def from_ids(cls, ids: Int[Any, "B S"], pad_id: int) -> "Tokens":
-        """One sentence in each row: every token that is not `pad_id` belongs to segment 1."""
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return cls(ids, (ids != pad_id).astype(jnp.int32), positions)
+        """One sentence in each row: every token that is not `pad_id` belongs to segment 1.
+
+        Padding may stand behind the sentence or, as some tokenizers write it, in front.
+        """
+        segments = (ids != pad_id).astype(jnp.int32)
+        return cls(ids, segments, segments * (jnp.cumsum(segments, axis=1, dtype=jnp.int32) - 1))
 
     @classmethod
     def from_segments(cls, ids: Int[Any, "B S"], segments: Int[Any, "B S"]) -> "Tokens":

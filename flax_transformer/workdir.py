@@ -116,6 +116,11 @@ class WorkDirectory:
             config = json.loads(self._config_file.read_bytes())
         except ValueError as error:  # no JSON, or no UTF-8
             raise self._damaged(str(error)) from error
+        if isinstance(config, dict) and "model_type" in config:
+            raise ValueError(
+                f"{self.path} has a model in the format of transformers: convert it first, flax-transformer convert "
+                "from-marian or from-nllb"
+            )
         if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
             raise self._damaged("it has no sections")
         return by_new_names(config)

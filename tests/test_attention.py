@@ -202,3 +202,25 @@ def test_a_boolean_mask_is_an_error_that_says_what_to_give():
 def test_a_mask_that_does_not_broadcast_is_an_error(shape):
     with pytest.raises(ValueError, match=r"which does not broadcast to \[B, H, Q, M\], here \(2, 3, 5, 7\)"):
         inspect.unwrap(dot_product_attention)(*random_inputs(), jnp.zeros(shape))
+
+
+def test_the_result_has_the_query_s_type_and_arrays_of_numpy_need_no_warning():
+    query, key, value = random_inputs()
+    mixed = dot_product_attention(query.astype("bfloat16"), key, value)
+    assert mixed.dtype == jnp.bfloat16
+    wide = (np.float64(array) for array in (query, key, value))
+    assert np.array_equal(inspect.unwrap(dot_product_attention)(*wide), dot_product_attention(query, key, value))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_integers_are_an_error_and_are_not_averaged_to_zero(which):
+    inputs = list(random_inputs())
+    inputs[which] = jnp.ones_like(inputs[which], dtype="int32")
+    with pytest.raises(ValueError, match=r"query, key and value are .*int32.*: convert them to floats"):
+        inspect.unwrap(dot_product_attention)(*inputs)
+
+
+def test_inputs_of_another_width_than_the_module_s_are_an_error():
+    module = MultiHeadAttention(d_model=4, num_heads=2)
+    with pytest.raises(ValueError, match=r"inputs have shape \(2, 5, 8\), and d_model is 4"):
+        module.init(jax.random.key(0), jnp.ones((B, Q, 8)), jnp.ones((B, M, 8)), deterministic=True)

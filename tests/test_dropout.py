@@ -45,6 +45,11 @@ def test_any_size_of_the_last_axis_works_and_jit_changes_nothing(last):
     assert np.array_equal(dropped, jax.jit(dropout, static_argnums=1)(inputs, 0.5, jax.random.key(3)))
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (2, 0)])
+def test_nothing_is_dropped_from_nothing(shape):
+    assert dropout(jnp.zeros(shape), 0.1, jax.random.key(0)).shape == shape
+
+
 def test_equal_keys_drop_the_same_entries_and_different_keys_do_not():
     once, again, other = (dropout(INPUTS, 0.5, jax.random.key(seed)) for seed in (4, 4, 5))
     assert np.array_equal(once, again)

@@ -1,3 +1,4 @@
+import inspect
 import math
 from functools import partial
 
@@ -237,3 +238,17 @@ def test_a_cache_adds_the_next_positions():
         )
         parts.append(outputs)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
+
+
+def test_what_a_caller_of_a_layer_forgets_is_an_error_that_names_the_mend():
+    layer, variables, inputs, memory = decoder_layer()
+    apply = partial(layer.apply, variables, inputs, deterministic=True)
+    with pytest.raises(ValueError, match=r"memory is an array: give layer\.project_memory\(memory\)"):
+        inspect.unwrap(DecoderLayer.__call__)(layer, inputs, inputs, deterministic=True)
+    with pytest.raises(ValueError, match="needs a cache of keys and values, and write_at"):
+        apply(memory, cache=memory)
+    layer, variables, inputs, memory = decoder_layer(decoder_autoregression="ssru")
+    with pytest.raises(ValueError, match="a recurrent unit has a state"):
+        layer.apply(variables, inputs, memory, deterministic=True, cache=memory)
+    with pytest.raises(ValueError, match="activation is 'tanh': give the name of one of relu, gelu"):
+        FeedForward(D, F, "tanh").init(jax.random.key(0), inputs, deterministic=True)

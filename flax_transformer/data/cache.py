@@ -10,6 +10,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -60,7 +61,8 @@ def _write(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> bool:
     """Writes the file and returns whether that was possible; warns if not."""
     try:
         content = io.BytesIO()  # zipfile seeks back to write its headers, which a file in a bucket does not allow
-        np.savez(content, allow_pickle=False, **arrays)
+        named: dict[str, Any] = dict(arrays)
+        np.savez(content, **named)
         write_file(path, content.getvalue())
         return True
     except Exception as error:  # Errors of buckets are not OSErrors.

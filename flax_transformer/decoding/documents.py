@@ -5,10 +5,11 @@ elsewhere, calls the two steps: `divide_documents`, and `Documents.join` when it
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from flax_transformer.decoding.results import Translation
 from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.texts import Texts, as_list
 from flax_transformer.decoding.translator import BEAM, Translator
 from flax_transformer.text.alignment import TextAlignment, spans
 from flax_transformer.text.documents import Document, check_count, divide
@@ -51,13 +52,18 @@ class Documents:
         return joined
 
 
-def divide_documents(texts: Iterable[str], *, markup: bool) -> Documents:
+def divide_documents(texts: Texts, *, markup: bool) -> Documents:
     """Divides texts into sentences.
 
     Args:
         texts: the texts, each of which may have any number of sentences and paragraphs, or none.
         markup: whether they are HTML or XML.
+
+    Raises:
+        ValueError: `texts` is a single string, is not ordered or contains something other than a str; or HTML is to be
+            read and lxml is not installed.
     """
+    texts = as_list("texts", texts)
     documents: list[Document | MarkupDocument] = [divide_markup(text) if markup else divide(text) for text in texts]
     sentences: list[str] = []
     aligned: list[bool] = []
@@ -72,7 +78,7 @@ def divide_documents(texts: Iterable[str], *, markup: bool) -> Documents:
 
 def translate_documents(
     translator: Translator,
-    texts: Iterable[str],
+    texts: Texts,
     search: BeamSearch | Sampling = BEAM,
     *,
     markup: bool = False,
@@ -90,7 +96,7 @@ def translate_documents(
         replace_unknown: as in `Translator.hypotheses`.
 
     Raises:
-        ValueError: HTML is to be read and lxml is not installed.
+        ValueError: as in `divide_documents`.
     """
     documents = divide_documents(texts, markup=markup)
     found = translator.hypotheses(documents.sentences, search, seed=seed, replace_unknown=replace_unknown)

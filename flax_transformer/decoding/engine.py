@@ -21,7 +21,7 @@ from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
 from flax_transformer.decoding.programs import Programs
 from flax_transformer.decoding.requests import Ids, Output, Request
-from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
+from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings, check_sampling
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sizes import rooms_up_to
 from flax_transformer.decoding.waiting import Waiting
@@ -115,11 +115,11 @@ class Engine:
             streams: whether the tokens of each are told one by one, which takes longer; only with one hypothesis.
 
         Raises:
-            ValueError: the engine is closed, sampling has no random keys, or tokens of several hypotheses are to be
-                told.
+            ValueError: the engine is closed, sampling has no random keys or is to compare texts (`mbr`), or tokens of
+                several hypotheses are to be told.
         """
-        if isinstance(settings, Sampling) and rngs is None:
-            raise ValueError("sampling needs random keys: give rngs, one for each sentence")
+        if isinstance(settings, Sampling):
+            check_sampling(settings, rngs)
         if streams:
             check_streaming(settings)
         submission = next(self._submissions)
@@ -236,6 +236,12 @@ class Engine:
                     f"a {name} has the token id {wrong[0]}, the vocabulary has {size}, 0 to {size - 1}: give ids of "
                     "this model's vocabulary"
                 )
+        never = {token for each in self.ensemble.configs for token in each.banned_ids}.intersection(request.prefix)
+        if never:
+            raise ValueError(
+                f"a prefix has the token id {min(never)}, which the model never generates (model.banned_ids): begin "
+                "with a text that has no such token"
+            )
 
     def _listed(self, shortlist: Shortlist, request: Request) -> Int[np.ndarray, "C"]:
         """The tokens among which the outputs of a sentence are chosen, in rising order."""
@@ -245,10 +251,10 @@ class Engine:
     def compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings of the program: what each request says for itself is left out, and ids that no output contains
         are banned."""
-        config = self.ensemble.configs[0]
-        banned = tuple(sorted({*settings.banned, *config.never_chosen} - {config.eos_id}))
+        never = {token for config in self.ensemble.configs for token in config.never_chosen}
+        banned = tuple(sorted({*settings.banned, *never} - {self.ensemble.configs[0].eos_id}))
         shared = settings.replace(banned=banned, extra_length=0, max_length=None)
-        return shared.replace(num_return=shared.beam_size) if isinstance(shared, BeamSearch) else shared
+        return shared.replace(num_return=shared.beam_size) if isinstance(shared, BeamSearch) else shared.drawn
 
     def _run(self) -> None:
         """What the thread does."""

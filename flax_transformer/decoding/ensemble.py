@@ -50,7 +50,18 @@ class Ensemble:
     def on_devices(
         cls, configs: Sequence[TransformerConfig], models: Sequence[PyTree], devices: Sequence[jax.Device]
     ) -> "Ensemble":
-        """Copies the parameters to every device."""
+        """Copies the parameters to every device.
+
+        Raises:
+            ValueError: models differ in the ids of padding, start or end.
+        """
+        special = [(config.pad_id, config.start_id, config.eos_id) for config in configs]
+        for number, ids in enumerate(special[1:], 2):
+            if ids != special[0]:
+                raise ValueError(
+                    f"model {number} has pad_id, start_id and eos_id {ids}, model 1 has {special[0]}: an ensemble "
+                    "decodes the same ids with all models, so combine models that agree in these"
+                )
         # "cudnn" would fail in the steps of a search, which have too few queries for it, and "auto" decides by the
         # default device, which may not be one of these.
         attention = "auto" if devices[0].platform == get_default_device().platform else "xla"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from flax_transformer.decoding.next_token import allowed_tokens, best_tokens, draw_tokens
-from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.settings import BeamSearch, Sampling, check_sampling
 
 # The log-probability of the end of a sentence whose logits are not finite, as when its activations overflow float16.
 BROKEN = -1e9
@@ -110,9 +110,9 @@ class Search:
     follow: Callable[[Any, jax.Array], Any] = follow_rows
 
     def __post_init__(self):
-        """Raises ValueError if sampling has no random keys."""
-        if isinstance(self.settings, Sampling) and self.rngs is None:
-            raise ValueError("sampling needs random keys: give rngs, one for each sentence")
+        """Raises ValueError if sampling has no random keys, or if samples are to be compared as texts."""
+        if isinstance(self.settings, Sampling):
+            check_sampling(self.settings, self.rngs)
 
     @property
     def _beam(self) -> BeamSearch | None:
@@ -267,7 +267,9 @@ class Search:
             step=progress.step + 1,
             state=self.follow(state, parents),
             live=self._append(progress, parents, chosen, going_on),
-            ended=_best(progress.ended, self._append(progress, ending, jnp.full_like(ending, self.eos_id), ends)),
+            ended=_best(
+                progress.ended, self._append(progress, ending, jnp.full_like(ending, self.eos_id, jnp.int32), ends)
+            ),
         )
 
     def _append(

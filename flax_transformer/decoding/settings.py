@@ -133,6 +133,22 @@ class Sampling(SearchSettings):
         """How many outputs of each sentence are drawn side by side."""
         return self.mbr or self.num_return
 
+    @property
+    def drawn(self) -> "Sampling":
+        """The search that draws all the outputs among which `mbr` chooses."""
+        return self.replace(num_return=self.hypotheses, mbr=0)
+
+
+def check_sampling(settings: Sampling, rngs: object) -> None:
+    """Raises ValueError if a search by token ids cannot draw: it has no random keys, or is to compare texts."""
+    if rngs is None:
+        raise ValueError("sampling needs random keys: give rngs, one for each sentence")
+    if settings.mbr:
+        raise ValueError(
+            f"mbr is {settings.mbr}: it compares texts, and this search has token ids alone: give these settings to "
+            f"Translator.hypotheses, or draw the outputs with num_return={settings.mbr}"
+        )
+
 
 def in_words(search: SearchSettings) -> str:
     """Which search it is, e.g. "greedy search", "a beam of 4, alpha 0.6" or "sampling, temperature 0.7"."""

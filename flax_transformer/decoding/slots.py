@@ -248,7 +248,7 @@ def advance(
             step = jnp.where(going, after.step, progress.step)
             position = jnp.minimum(step, room - 1)
             state = tuple(state.replace(position=position) for state in after.state)
-            return after.replace(step=step, state=state), made + 1, living + jnp.sum(going)
+            return after.replace(step=step, state=state), made + 1, living + jnp.sum(going, dtype=jnp.int32)
 
         nothing = jnp.zeros((), jnp.int32)
         progress, made, living = jax.lax.while_loop(goes_on, extend, (progress, nothing, nothing))
@@ -342,9 +342,10 @@ def _copy_source(memory: KVCache, pool: KVCache, slot: jax.Array, row: jax.Array
     def copied(whole: jax.Array, sources: jax.Array, axis: int) -> jax.Array:
         width = whole.shape[axis]
         first = jnp.minimum(start, sources.shape[axis] - width)  # a slice that begins later would not fit
-        begin: list[Any] = [row, 0, 0, 0]
+        zero = jnp.zeros_like(row)  # a plain 0 would be of another type where jax has 64 bits
+        begin: list[Any] = [row, zero, zero, zero]
         begin[axis] = first
         source = jax.lax.dynamic_slice(sources, begin, [1, *whole.shape[1:]])
-        return jax.lax.dynamic_update_slice(whole, jnp.roll(source, first - start, axis), [slot, 0, 0, 0])
+        return jax.lax.dynamic_update_slice(whole, jnp.roll(source, first - start, axis), [slot, zero, zero, zero])
 
     return KVCache(key=copied(memory.key, pool.key, 3), value=copied(memory.value, pool.value, 2))

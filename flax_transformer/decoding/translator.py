@@ -206,7 +206,7 @@ class Translator:
         if isinstance(search, Sampling) and search.mbr:
             samples = self.hypotheses(
                 sentences,
-                search.replace(num_return=search.mbr, mbr=0),
+                search.drawn,
                 prefixes=prefixes,
                 seed=seed,
                 replace_unknown=replace_unknown,
@@ -268,7 +268,7 @@ class Translator:
         return draft.translations(found, copies)
 
     def score(self, sources: Texts, targets: Texts, search: SearchSettings = BEAM) -> list[Translation]:
-        """Scores given translations by forced decoding; `hypotheses` gives its own translations the same scores.
+        """Scores given translations by forced decoding; `hypotheses` gives its own the same unless it split the source.
 
         Args:
             sources: sentences of the source language.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Translation
-from flax_transformer.decoding.settings import SearchSettings
+from flax_transformer.decoding.settings import BeamSearch, SearchSettings
 from flax_transformer.text.splitting import join_parts
 
 # The texts that replace an output's unknown pieces, in order.
@@ -20,7 +20,9 @@ def write_translations(
     prefix: str = "",
     copies: Sequence[Sequence[Copies]] | None = None,
 ) -> list[Translation]:
-    """The translations of a sentence: of the best outputs of all parts, then of the second best, and so on.
+    """The translations of a sentence: of the best outputs of all parts, of the second best, and so on.
+
+    Those of beam search come with the best score first: with a length penalty the second may be better than the first.
 
     Args:
         target: the target's vocabulary.
@@ -31,9 +33,12 @@ def write_translations(
     """
     ranks = zip(*parts, strict=False)
     own = itertools.repeat(None) if copies is None else zip(*copies, strict=False)
-    return [
+    written = [
         write_translation(target, outputs, search, prefix, texts) for outputs, texts in zip(ranks, own, strict=False)
-    ] or [Translation()]
+    ]
+    if len(parts) > 1 and isinstance(search, BeamSearch):
+        written.sort(key=lambda translation: translation.score, reverse=True)
+    return written or [Translation()]
 
 
 def write_translation(

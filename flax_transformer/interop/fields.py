@@ -24,11 +24,13 @@ class KnownFields:
         fixed: the fields that can be converted only with the value given here.
         read: the fields that the conversion reads.
         without_effect: the fields that do not affect translations.
+        search: settings of a search with the values that change nothing.
     """
 
     fixed: Mapping[str, Any]
     read: Collection[str]
     without_effect: Collection[str]
+    search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self, place: object, fields: Mapping[str, Any]) -> None:
         """Raises ValueError for a field that cannot be converted or is unknown; `place` says where the fields stand."""
@@ -38,6 +40,12 @@ class KnownFields:
                     raise ValueError(
                         f"{place}: {name} is {shown(value)}, but only {self.fixed[name]!r} can be converted: choose "
                         "another model"
+                    )
+            elif name in self.search:
+                if value not in NOTHING and value != self.search[name]:
+                    raise ValueError(
+                        f"{place}: {name} is {shown(value)}, a setting of the search that a model does not have here: "
+                        "remove that line, and give the settings of the search to translate"
                     )
             elif name not in self.read and name not in self.without_effect and value not in (*NOTHING, False, ""):
                 raise ValueError(

@@ -21,11 +21,15 @@ def check_new_folder(path: epath.PathLike) -> epath.Path:
     place = workdir.path
     if os.path.islink(place):
         raise ValueError(f"{path} is a symbolic link, which a folder cannot replace: give another folder")
+    if os.path.ismount(place):
+        raise ValueError(f"{path} is where a disk is mounted, which a folder cannot replace: give a folder inside it")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{path} exists and is not empty: give another folder, or remove that one")
     if owner := work_directory_of(str(place)):
         raise ValueError(f"{path} belongs to the work directory {owner}: name another folder")
     workdir.check_place()
+    if place.exists() and not os.access(place.parent, os.W_OK):
+        raise ValueError(f"{place.parent}, where {path} is to be made, cannot be written to: name another folder")
     return place
 
 

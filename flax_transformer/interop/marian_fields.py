@@ -18,6 +18,7 @@ FIELDS = KnownFields(
         "force_bos_token_to_be_generated": False,
         "forced_bos_token_id": None,
     },
+    search=transformers_fields.FIELDS.search,
     read={*transformers_fields.FIELDS.read, "decoder_vocab_size"},
     without_effect=transformers_fields.FIELDS.without_effect,
 )

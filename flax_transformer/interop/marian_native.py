@@ -48,6 +48,9 @@ def read_native(path: epath.Path) -> TrainedModel:
     params = from_tensors(config, tensors, sizes, bias=bias, place=f"the options in {file.name}")
     shortlist = find_shortlist(file.parent)
     allowed = read_shortlist(shortlist, joint=vocabularies.shares_ids) if shortlist else None
+    if allowed is not None and allowed.sources == sizes[0]:  # the fillers of a shorter source side have no words
+        fillers = max(0, source.size - 1 - sizes[0])
+        allowed = dataclasses.replace(allowed, offsets=np.pad(allowed.offsets, (0, fillers), mode="edge"))
     return TrainedModel(config, params, vocabularies, allowed)
 
 

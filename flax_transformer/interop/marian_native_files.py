@@ -17,12 +17,25 @@ from flax_transformer.interop.yaml_text import read_yaml
 # Which files belong together, as Marian's decoder reads it.
 DECODER = "decoder.yml"
 # What the name of a vocabulary contains if there is one for each side.
+COMPRESSED = re.compile(r".*\.(npz|bin|spm|yml)\.(gz|zst|xz)")
 SIDES = ("src|source", "trg|tgt|target")
 
 
 def is_native(path: epath.Path) -> bool:
-    """Whether there is a model in Marian's own format at a path, not one as transformers stores it."""
-    return path.is_file() or (path.is_dir() and not (path / "config.json").exists() and bool(_models(path)))
+    """Whether there is a model in Marian's own format at a path, not one as transformers stores it.
+
+    Raises:
+        ValueError: the files of the folder are still compressed.
+    """
+    if path.is_file():
+        return True
+    if not path.is_dir() or (path / "config.json").exists():
+        return False
+    if _models(path):
+        return True
+    if compressed := sorted(file.name for file in path.iterdir() if COMPRESSED.fullmatch(file.name)):
+        raise ValueError(f"{path} has compressed files ({', '.join(compressed[:3])}): unpack them, e.g. with gunzip")
+    return False
 
 
 def find_files(path: epath.Path) -> tuple[epath.Path, list[epath.Path]]:
@@ -35,6 +48,8 @@ def find_files(path: epath.Path) -> tuple[epath.Path, list[epath.Path]]:
         ValueError: a file is missing, or there are several and none says which belong together.
     """
     folder = path.parent if path.is_file() else path
+    if path.is_file() and path.suffix != ".npz" and (folder / "config.json").exists():
+        raise ValueError(f"{path} belongs to a model in transformers' format: give the folder, {folder}")
     models = [path] if path.is_file() else _models(folder)
     for model, vocabularies in _belonging_together(folder):
         if path.is_dir() or path.name == model.name:
@@ -53,7 +68,10 @@ def _belonging_together(folder: epath.Path) -> Iterator[tuple[epath.Path, list[e
             settings.get(name) if isinstance(settings, dict) else None for name in ("models", "vocabs")
         )
         if isinstance(models, list) and len(models) == 1 and isinstance(vocabularies, list) and len(vocabularies) == 2:
-            model, source, target = (file_inside(folder, name, file.name) for name in (*models, *vocabularies))
+            names = (*models, *vocabularies)
+            if settings.get("relative-paths") not in (True, "true"):  # Marian writes paths from where it was started
+                names = tuple(str(name).rpartition("/")[2] for name in names)
+            model, source, target = (file_inside(folder, name, file.name) for name in names)
             yield model, [source, target]
 
 

@@ -79,6 +79,8 @@ def _read_npz(file: epath.Path, content: bytes) -> Iterator[tuple[str, np.ndarra
             if name in seen:
                 raise ValueError(f"it has {name} twice")
             seen.add(name)
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name} is compressed in a way that NumPy does not write")
             with archive.open(member) as stream:
                 # With a length, because without one a small part may unpack to more than its size says.
                 array = _read_npy(name, stream.read(member.file_size + 1))

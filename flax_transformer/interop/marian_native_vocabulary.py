@@ -64,6 +64,11 @@ def _read_ids(file: epath.Path) -> dict[str, int]:
 
 
 def _vocabulary(splitter: epath.Path, ids: dict[str, int]) -> MarianVocabulary:
+    if not splitter.exists():
+        raise ValueError(
+            f"{splitter.parent} lacks {splitter.name}, the SentencePiece model that splits the text: copy it there; "
+            "models that split text in another way, such as with BPE codes, cannot be converted"
+        )
     content = read_file(splitter)
     try:
         return MarianVocabulary(content, ids)

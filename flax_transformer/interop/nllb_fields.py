@@ -9,6 +9,7 @@ from flax_transformer.interop.fields import Fields, KnownFields, check_options
 
 FIELDS = KnownFields(
     fixed={**transformers_fields.FIELDS.fixed, "model_type": "m2m_100"},
+    search=transformers_fields.FIELDS.search,
     read={*transformers_fields.FIELDS.read, "forced_bos_token_id"},
     without_effect=transformers_fields.FIELDS.without_effect,
 )

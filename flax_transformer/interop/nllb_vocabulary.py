@@ -36,6 +36,11 @@ def read_vocabularies(folder: epath.Path, fields: Fields, size: int) -> Vocabula
     """
     settings = Fields(TOKENIZER_CONFIG, read_json_if_there(folder / TOKENIZER_CONFIG))
     special = Fields(SPECIAL_TOKENS, read_json_if_there(folder / SPECIAL_TOKENS))
+    if (folder / TOKENIZER).exists() and not (folder / PIECES_MODEL).exists():  # transformers 5 saves no other file
+        raise ValueError(
+            f"{folder} lacks {PIECES_MODEL}, and {TOKENIZER} is not enough: copy that file from the model from which "
+            "this one was fine-tuned"
+        )
     model = read_file(folder / PIECES_MODEL)
     tokenizer = _tokenizer(folder, fields, settings)
     form = FORMS[tokenizer][0]

@@ -94,8 +94,10 @@ def to_stablehlo(model: TrainedModel, folder: epath.PathLike) -> None:
         for name, program in zip((ENCODE, DECODE_STEP), export_programs(model), strict=True):
             (draft / name).write_bytes(bytes(program.serialize()))
         with (draft / PARAMS).open("wb") as file:
-            arrays = {path: np.asarray(leaf) for path, leaf in flatten_dict(model.params, sep="/").items()}
-            np.savez(file, allow_pickle=False, **arrays)
+            arrays: dict[str, Any] = {
+                path: np.asarray(leaf) for path, leaf in flatten_dict(model.params, sep="/").items()
+            }
+            np.savez(file, **arrays)
         sides = {"source": vocabularies.source, "target": vocabularies.target}
         for side, vocabulary in sides.items():
             (draft / f"{side}.spm").write_bytes(vocabulary.pieces_model)

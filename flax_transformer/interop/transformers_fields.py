@@ -19,7 +19,12 @@ _FIXED = {
     "is_decoder": False,
     "chunk_size_feed_forward": 0,
     "quantization_config": None,
-    # Settings of the search.
+    "prune_heads": None,
+    "pruned_heads": None,
+    "prefix": None,
+}
+# Settings of the search that would change translations, and that a model does not have here.
+_SEARCH = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
     "no_repeat_ngram_size": 0,
@@ -30,9 +35,6 @@ _FIXED = {
     "num_beam_groups": 1,
     "do_sample": False,
     "min_length": 0,
-    "prefix": None,
-    "prune_heads": None,
-    "pruned_heads": None,
     "sequence_bias": None,
     "exponential_decay_length_penalty": None,
 }
@@ -107,7 +109,7 @@ _WITHOUT_EFFECT = {
     "use_bfloat16",
     "use_cache",
 }
-FIELDS = KnownFields(fixed=_FIXED, read=_READ, without_effect=_WITHOUT_EFFECT)
+FIELDS = KnownFields(fixed=_FIXED, search=_SEARCH, read=_READ, without_effect=_WITHOUT_EFFECT)
 
 
 def read_fields(fields: Fields) -> TransformerConfig:
@@ -133,6 +135,7 @@ def read_fields(fields: Fields) -> TransformerConfig:
     limits = [fields.number("max_length", 1) - 1, fields.number("max_new_tokens", 0)]
     pad_id, eos_id = fields.number("pad_token_id"), fields.number("eos_token_id")
     start_id = fields.number("decoder_start_token_id", pad_id)
+    banned, suppressed = _never_chosen(fields, {pad_id, start_id})
     if (forced := fields.get("forced_eos_token_id", eos_id)) != eos_id:
         raise ValueError(
             f"{CONFIG}: forced_eos_token_id is {shown(forced)}, but only eos_token_id = {eos_id} can be converted: "
@@ -158,17 +161,18 @@ def read_fields(fields: Fields) -> TransformerConfig:
             pad_id=pad_id,
             start_id=start_id,
             eos_id=eos_id,
-            banned_ids=_banned(fields, {pad_id, start_id}),
+            banned_ids=banned,
+            suppressed_ids=suppressed,
         )
     except TypeError as error:  # text in place of a number
         raise damaged(CONFIG, error) from error
 
 
-def _banned(fields: Fields, always: set[int]) -> tuple[int, ...]:
-    """The tokens that are never generated; raises ValueError for sequences of several tokens, which cannot be banned.
+def _never_chosen(fields: Fields, always: set[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The banned and the suppressed tokens; raises ValueError for sequences of several tokens, which cannot be banned.
 
-    Padding and start alone (`always`) are left out, because every search bans them anyway, unless `renormalize_logits`
-    gives their probability to the other tokens.
+    With `renormalize_logits` they are banned: their probability goes to the other tokens. Without, they are only not
+    chosen, and padding and start (`always`) need not be named, because every search leaves them out.
     """
     bad_words = fields.get("bad_words_ids", [])
 
@@ -179,8 +183,8 @@ def _banned(fields: Fields, always: set[int]) -> tuple[int, ...]:
         raise ValueError(
             f"{CONFIG}: bad_words_ids is {shown(bad_words)}, but only single tokens can be banned: choose another model"
         )
-    banned = {word[0] for word in bad_words}
-    return tuple(sorted(banned)) if fields.flag("renormalize_logits") or not banned <= always else ()
+    never = {word[0] for word in bad_words}
+    return (tuple(sorted(never)), ()) if fields.flag("renormalize_logits") else ((), tuple(sorted(never - always)))
 
 
 def write_fields(config: TransformerConfig) -> tuple[dict[str, Any], dict[str, Any]]:

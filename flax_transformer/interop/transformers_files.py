@@ -17,6 +17,8 @@ from flax_transformer.interop.tensor_files import SAFETENSORS, Tensors
 from flax_transformer.interop.transformers_fields import CONFIG
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+WAYS = {"marian": "from-marian", "m2m_100": "from-nllb"}  # by the type of the model
+ENDS = ("eos_token_id", "forced_eos_token_id")  # some programs store such a number as a list of one
 ADDED_TOKENS = "added_tokens.json"  # tokens that were added to a tokenizer after training
 
 
@@ -34,6 +36,9 @@ def read_configuration(folder: epath.Path, known: KnownFields) -> Fields:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: download all files of the model first")
     fields, generation = read_json(folder / CONFIG), read_json_if_there(folder / GENERATION)
+    _check_kind(folder, fields, known)
+    for each in (fields, generation):
+        each |= {name: each[name][0] for name in ENDS if isinstance(each.get(name), list) and len(each[name]) == 1}
     known.check(folder / CONFIG, fields)
     known.check(folder / GENERATION, generation)
     for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
@@ -41,6 +46,18 @@ def read_configuration(folder: epath.Path, known: KnownFields) -> Fields:
         if first is not None and second is not None and first != second:
             raise ValueError(f"{name} is {first!r} in {CONFIG} and {second!r} in {GENERATION}: download both again")
     return Fields(CONFIG, fields | {name: value for name, value in generation.items() if value is not None})
+
+
+def _check_kind(folder: epath.Path, fields: Mapping[str, Any], known: KnownFields) -> None:
+    """Raises ValueError for the folder of a model that is converted in another way, or need not be."""
+    if isinstance(fields.get("model"), dict):
+        raise ValueError(
+            f"{folder} is a work directory already: translate with it, or convert it for another library, e.g. "
+            "to-ctranslate2"
+        )
+    way = WAYS.get(str(fields.get("model_type")))
+    if way and fields["model_type"] != known.fixed["model_type"]:
+        raise ValueError(f"{folder} has a model of type {fields['model_type']}: convert it with {way}")
 
 
 def check_ids(config: TransformerConfig, vocabularies: VocabularyPair) -> None:
@@ -54,7 +71,8 @@ def check_ids(config: TransformerConfig, vocabularies: VocabularyPair) -> None:
                 raise ValueError(
                     f"{CONFIG}: {name} is {found}, but in the {side} vocabulary it is {wanted}: download both again"
                 )
-    outside = [number for number in (config.start_id, *config.banned_ids) if number >= config.target_vocab_size]
+    never = (*config.banned_ids, *config.suppressed_ids)
+    outside = [number for number in (config.start_id, *never) if number >= config.target_vocab_size]
     if outside:
         raise ValueError(
             f"{CONFIG}: decoder_start_token_id or bad_words_ids is {outside[0]}, but the vocabulary ends at "

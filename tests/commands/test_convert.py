@@ -75,6 +75,12 @@ def test_an_option_that_marian_lacks_is_an_error(fail, broken, tmp_path):
     assert not (tmp_path / "marian").exists()
 
 
+def test_a_model_of_transformers_is_not_taken_for_a_damaged_work_directory(run, fail, workdir, tmp_path):
+    run("convert", "to-marian", workdir, tmp_path / "theirs")
+    said = fail("convert", "to-ctranslate2", tmp_path / "theirs", tmp_path / "ct2")
+    assert "in the format of transformers: convert it first" in said
+
+
 def test_an_existing_folder_is_not_changed(fail, workdir, tmp_path):
     (tmp_path / "mine").write_text("mine")
     for way in ("to-marian", "to-marian-native", "to-ctranslate2", "to-stablehlo"):

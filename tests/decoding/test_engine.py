@@ -137,12 +137,13 @@ def test_outputs_begin_with_their_prefixes_and_go_on_as_if_they_had_chosen_them(
     check_same(found, reverse[::-1])
 
 
-def test_a_prefix_that_leaves_no_room_for_the_end_is_an_error_that_names_the_mend(engine):
+def test_a_prefix_that_cannot_be_followed_is_an_error_that_names_the_mend(engine, make_engine):
     fits = search(engine, [[5, EOS]], GREEDY, [[7] * 5])
     assert fits[0][0].ids.tolist() == [7] * 5 + [EOS]
-    message = "a prefix has 6 tokens, but its output may have only 6"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="a prefix has 6 tokens, but its output may have only 6"):
         search(engine, [[5, EOS]], GREEDY, [[7] * 6])
+    with pytest.raises(ValueError, match="a prefix has the token id 7, which the model never generates"):
+        search(make_engine(banned_ids=(7,)), [[5, EOS]], BEAM, [[9, 7]])
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLING, BEAM], ids=["greedy", "sampling", "beam"])

@@ -1,11 +1,14 @@
 """Minimum Bayes risk decoding: the sample that is most like the others comes first."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
 
 from flax_transformer.decoding.mbr import agreement, rank_by_agreement
 from flax_transformer.decoding.results import Translation
+from flax_transformer.decoding.search import Search
 from flax_transformer.decoding.settings import BeamSearch, Sampling, in_words
 
 TEXTS = ["the black cat sat", "the black cat sits", "a black cat sat there", "zebra", "the black cat sat", ""]
@@ -54,3 +57,18 @@ def test_settings_that_contradict_each_other_are_refused():
     assert in_words(Sampling(top_k=5, top_p=0.9)) == "sampling, temperature 1, top_k 5, top_p 0.9"
     with pytest.raises(ValueError, match="num_return is 9, but mbr is 8: lower the first or raise the second"):
         Sampling(mbr=8, num_return=9)
+
+
+def test_a_search_of_token_ids_has_no_texts_to_compare(translator):
+    settings, rngs = Sampling(mbr=8, num_return=2), np.zeros((1, 2), "uint32")
+    message = r"mbr is 8: it compares texts.*Translator\.hypotheses, or .*num_return=8"
+    with pytest.raises(ValueError, match=message):
+        translator.engine.submit([[5, translator.config.eos_id]], settings, rngs=rngs)
+    limits = {"limits": jnp.array([3]), "max_length": 3, "start_id": 1, "eos_id": 2, "pad_id": 0}
+    with pytest.raises(ValueError, match=message):
+        Search(
+            step_fn=lambda state, tokens: (state, tokens),
+            settings=settings,
+            rngs=jax.random.split(jax.random.key(0), 1),
+            **limits,
+        )

@@ -366,13 +366,16 @@ def test_a_finished_search_makes_no_more_steps(beam_size):
 
 
 @greedy_and_beam
-def test_jit_does_not_change_the_result(beam_size):
+def test_jit_and_64_bits_do_not_change_the_result(beam_size):
     limits = [3, 1, 2, 3, 3, 2, 1]
     eager, jitted = (
         search(Language(16), limits, beam_size=beam_size, run=run) for run in (search_tables, search_jitted)
     )
-    assert np.array_equal(eager.tokens, jitted.tokens)
-    np.testing.assert_allclose(eager.scores, jitted.scores, rtol=1e-6)
+    with jax.enable_x64(True):
+        wide = search(Language(16), limits, beam_size=beam_size)
+    for other in (jitted, wide):
+        assert np.array_equal(eager.tokens, other.tokens)
+        np.testing.assert_allclose(eager.scores, other.scores, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3, "num_return": 3}], ids=["greedy", "beam"])

@@ -3,6 +3,7 @@
 Its translations mean nothing, but they depend on every token of the source, so that any mix-up changes them.
 """
 
+import dataclasses
 import io
 import math
 import shutil
@@ -165,6 +166,9 @@ def test_an_ensemble_without_models_or_with_different_vocabularies_is_an_error(t
     other = TrainedModel(*make_model(others.source.size), others)
     with pytest.raises(ValueError, match="model 2 has a different vocabulary"):
         Translator([model_of(translator), other])
+    ends_otherwise = dataclasses.replace(translator.config, eos_id=3)
+    with pytest.raises(ValueError, match=r"model 2 has pad_id, start_id and eos_id \(0, 1, 3\), model 1 has \(0, 1, 2"):
+        Translator([model_of(translator), TrainedModel(ends_otherwise, translator.params, translator.vocabularies)])
     with pytest.raises(ValueError, match="105 source and 105 target pieces, but the model has 110 and 110"):
         TrainedModel(translator.config, translator.params, others)
 
@@ -273,8 +277,8 @@ def test_eight_devices_translate_like_one(make_translator, translator, sentences
     assert eight.translate(SHORT, SAMPLING) == translator.translate(SHORT, SAMPLING)
 
 
-def test_programs_compiled_in_advance_are_used(translator):
-    settings = BeamSearch(beam_size=2, extra_length=4)
+@pytest.mark.parametrize("settings", [BeamSearch(beam_size=2, extra_length=4), Sampling(mbr=3, extra_length=4)])
+def test_programs_compiled_in_advance_are_used(translator, settings):
     translator.compile(settings, longest=8, sentences=len(SHORT))
     compiled = advance._cache_size()
     translator.translate(SHORT, settings)

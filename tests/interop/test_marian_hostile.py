@@ -57,10 +57,10 @@ def damaged_archive(content, rng):
     return archive(**{name.removesuffix(".npy"): member for name, member in members.items()})
 
 
-def archive(**members):
+def archive(compression=zipfile.ZIP_DEFLATED, **members):
     """A `.npz` file with these members as they are."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(stream, "w", compression) as file:
         for name, content in members.items():
             file.writestr(f"{name}.npy", content)
     return stream.getvalue()
@@ -132,6 +132,10 @@ HOSTILE = {
     "npy header": (archive(Wemb=npy("__import__('os').system('true')")), "Wemb is no array of numbers"),
     "npy type": (archive(Wemb=npy(HEADER.format("'<i4'", (4,)), bytes(16))), "has type int32, but must be floating"),
     "zip bomb": (archive(Wemb=npy(HEADER.format("'<f4'", (10**7,)), bytes(4 * 10**7))), "much larger than the file"),
+    "compressed otherwise": (
+        archive(zipfile.ZIP_LZMA, Wemb=npy(HEADER.format("'<f4'", (4,)), bytes(16))),
+        "in a way that NumPy does not write",
+    ),
     "no settings": (archive(Wemb=npy(HEADER.format("'<f4'", (4,)), bytes(16))), "has no options"),
 }
 

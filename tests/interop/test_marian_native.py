@@ -9,9 +9,11 @@ import pytest
 
 from flax_transformer.data.marian_vocabulary import MarianVocabulary
 from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.interop.marian import from_marian, read_marian
 from flax_transformer.interop.marian_native import to_marian_native
+from flax_transformer.interop.marian_shortlist import write_shortlist
 from flax_transformer.model import Transformer
 from flax_transformer.trained_model import TrainedModel
 from tests.interop.conftest import fails, same_tree
@@ -262,6 +264,37 @@ def test_names_outside_the_folder_are_refused(vocabularies, tmp_path):
     for name in ("../vocab.60.spm", "/etc/passwd", "..", ""):
         (folder / "decoder.yml").write_text(decoder.replace("vocab.60.spm", f'"{name}"'))
         fails(folder, tmp_path, "not a file in the same folder: do not trust this folder")
+
+
+def test_paths_that_marian_wrote_while_training_name_the_files_beside_them(vocabularies, tmp_path):
+    folder, _, _ = make(tmp_path / "downloaded", vocabularies)
+    decoder = (folder / "decoder.yml").read_text().replace("relative-paths: true", "relative-paths: false")
+    (folder / "decoder.yml").unlink()
+    (folder / "model.npz.decoder.yml").write_text(
+        decoder.replace("model.npz", "training/model.npz").replace("vocab.60.spm", "/data/vocab.60.spm")
+    )
+    assert read_marian(folder).config.d_model == 16
+
+
+def test_files_that_are_still_compressed_or_of_another_format_are_an_error_that_names_the_mend(vocabularies, tmp_path):
+    folder, _, _ = make(tmp_path / "downloaded", vocabularies)
+    for file in list(folder.iterdir()):
+        file.rename(folder / f"{file.name}.gz")
+    fails(folder, tmp_path, r"has compressed files \(.*model.npz.gz.*\): unpack them, e.g. with gunzip")
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="belongs to a model in transformers' format: give the folder"):
+        read_marian(folder / "pytorch_model.bin")
+
+
+def test_a_shortlist_of_the_smaller_source_vocabulary_fits(vocabularies, tmp_path):
+    options = {"dim-vocabs": [52, 60], "tied-embeddings-all": False}
+    folder, _, _ = make(tmp_path / "downloaded", vocabularies, options)
+    shortlist = Shortlist(3, np.arange(53), np.full(52, 7, "int32"), joint=False)
+    write_shortlist(folder / "lex.50.50.enpt.s2t.bin", shortlist)
+    found = read_marian(folder).shortlist
+    found.check_fits(read_marian(folder).config)
+    assert found.allowed([5, 51], 61).tolist() == shortlist.allowed([5, 51], 61).tolist()
 
 
 def test_a_folder_with_several_models_asks_for_one_of_them(vocabularies, tmp_path):

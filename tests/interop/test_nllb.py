@@ -82,7 +82,9 @@ def test_a_damaged_file_is_an_error_of_one_line(folder, tmp_path, file, damage):
 @pytest.mark.parametrize(
     ("file", "fields", "match"),
     [
-        ("config.json", {"model_type": "marian"}, "model_type is 'marian', but only 'm2m_100'"),
+        ("config.json", {"model_type": "marian"}, "has a model of type marian: convert it with from-marian"),
+        ("config.json", {"model_type": "t5"}, "model_type is 't5', but only 'm2m_100'"),
+        ("config.json", {"model": {}}, "is a work directory already"),
         ("config.json", {"vocab_size": 10}, "the model has 10 embeddings"),
         ("config.json", {"vocab_size": 10**12}, "vocab_size is 1000000000000: it must be at most"),
         ("config.json", {"vocab_size": 118}, "embed"),
@@ -112,6 +114,18 @@ def test_a_damaged_file_is_an_error_of_one_line(folder, tmp_path, file, damage):
 def test_fields_that_cannot_be_converted_or_lie_are_named(folder, tmp_path, file, fields, match):
     change(folder, file, **fields)
     fails(folder, tmp_path, match, from_nllb)
+
+
+def test_an_end_that_is_stored_as_a_list_of_one_is_that_end(folder):
+    plain = read_nllb(folder).config
+    change(folder, "generation_config.json", eos_token_id=[plain.eos_id], forced_eos_token_id=[plain.eos_id])
+    assert read_nllb(folder).config == plain
+
+
+def test_a_tokenizer_without_its_sentencepiece_model_says_where_to_get_it(folder, tmp_path):
+    (folder / "sentencepiece.bpe.model").unlink()
+    (folder / "tokenizer.json").write_text("{}")
+    fails(folder, tmp_path, "copy that file from the model from which this one was fine-tuned", from_nllb)
 
 
 def header(folder, edit):

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -7,10 +8,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.interop.ctranslate2 import to_ctranslate2
+from flax_transformer.interop.marian import to_marian
 from flax_transformer.interop.stablehlo import PLATFORMS, export_programs, to_stablehlo
 from flax_transformer.model import Transformer
+from tests.interop.conftest import MARIAN, SENTENCES
 
 
 def batch(config, rows, width, seed=0):
@@ -79,3 +85,21 @@ def test_the_example_translates_the_same_without_this_library(make_model, tmp_pa
     # When learned positions run out, our output ends with the end of sentence, and theirs with one more token.
     assert [text[: len(mine)] for text, mine in zip(theirs, ours, strict=True)] == ours
     assert positions == "learned" or theirs == ours
+
+
+def test_language_tokens_that_the_vocabulary_itself_has_are_split_as_in_training(make_model, tmp_path):
+    """As in a model for several directions that was trained here: SentencePiece writes a space before the token."""
+    lines = [f">>{('kan', 'eng')[number % 2]}<< {line}" for number, line in enumerate(SENTENCES)]
+    settings = VocabularyConfig(size=110, byte_fallback=False, user_symbols=(">>kan<<", ">>eng<<"))
+    model = make_model(pair=VocabularyPair.train(lines, lines, settings))
+    wanted = model.vocabularies.source.pieces(model.vocabularies.source.encode([">>kan<< the cat"])[0])
+    assert wanted[:2] == ["▁", ">>kan<<"]
+    to_stablehlo(model, tmp_path / "exported")
+    example = tmp_path / "exported" / "translate.py"
+    found = {"__file__": str(example)}
+    exec(example.read_text().partition("\nrows =")[0], found)
+    assert found["spell"](">>kan<< the cat") == wanted[:-1]
+    to_ctranslate2(model, tmp_path / "ct2")
+    assert "language token, put before the text: >>" in (tmp_path / "ct2" / "README.md").read_text()
+    with pytest.raises(ValueError, match="SentencePiece itself splits off >>.*: convert to-marian-native, to-"):
+        to_marian(dataclasses.replace(model, config=dataclasses.replace(model.config, **MARIAN)), tmp_path / "marian")

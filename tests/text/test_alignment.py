@@ -21,6 +21,10 @@ def read(pieces, text):
         (["<unk>", "▁", "<unk>", "</s>"], "☃ ♛♛", ["☃", "", "♛♛", ""]),
         (["▁a", "▁", "<unk>", "b", "</s>"], "a Ħb", ["a", "", "Ħ", "b", ""]),
         (["kan_Knda", "▁ನ", "ಮಸ್ಕಾರ", "</s>"], "ನಮಸ್ಕಾರ", ["", "ನ", "ಮಸ್ಕಾರ", ""]),  # a language's token is not text
+        (["eng_Latn", "▁The", "▁dog", "▁and", "▁the", "</s>"], "The dog and the", ["", "The", "dog", "and", "the", ""]),
+        (["▁The", "▁the", "</s>", "__en__"], "The the", ["The", "the", "", ""]),
+        ([">>fra<<", "▁", "<unk>", "▁the"], "☃☃ the", ["", "", "☃☃", "the"]),
+        ([">>fra<<", "▁the"], ">>fra<< the", [">>fra<<", "the"]),
         (["▁a", ".", "</s>", "▁b", ".", "</s>"], "a. b.", ["a", ".", "", "b", ".", ""]),  # a sentence in two parts
         (["</s>"], "", [""]),
     ],
