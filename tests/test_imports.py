@@ -117,8 +117,8 @@ LAYOUT = {
     "interop.transformers_files interop.transformers_tensors interop.nllb_fields interop.nllb_vocabulary",
     "interop.hub": "data interop.tensor_files interop.transformers_fields interop.transformers_files "
     "interop.nllb_vocabulary",
-    "interop.ctranslate2": "config ranges data.marian_vocabulary positions trained_model interop.fields "
-    "interop.folders interop.parameters",
+    "interop.ctranslate2": "config ranges data.marian_vocabulary data.sentencepiece_model positions trained_model "
+    "interop.fields interop.folders interop.parameters",
     "interop.stablehlo_example": "",
     "interop.stablehlo": "model trained_model interop.folders",
     "decoding.settings": "ranges",
@@ -151,7 +151,7 @@ LAYOUT = {
     "decoding.scoring",
     "decoding.drafts": "ranges text data.sentencepiece_vocabulary data.vocabulary decoding",
     "decoding.translator": "config ranges text trained_model data.sentencepiece_vocabulary data.vocabulary decoding",
-    "decoding.documents": "text decoding.results decoding.settings decoding.translator",
+    "decoding.documents": "text decoding.results decoding.settings decoding.texts decoding.translator",
     "processes.__init__": "",
     "processes.interruption": "",
     "processes.lock": "",
