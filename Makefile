@@ -89,7 +89,8 @@ release: $(VENV)/tools.stamp
 	PYTHON=$(abspath $(BIN)/python) .ci/try_wheel dist/*.whl
 
 settings: $(VENV)/library.stamp
-	$(BIN)/python -m flax_transformer train --list_settings=markdown > docs/settings.md
+	$(BIN)/python -m flax_transformer train --list_settings=markdown > docs/settings.md.new
+	mv docs/settings.md.new docs/settings.md
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
@@ -99,8 +100,8 @@ experiments: $(VENV)/library.stamp
 
 address:
 	@test -n "$(REPOSITORY)" || { echo "give the repository on GitHub: make address REPOSITORY=OWNER/NAME"; exit 1; }
-	sed -i '/^`OWNER` stands for/,+1d' README.md
-	sed -i 's#OWNER/flax_transformer#$(REPOSITORY)#g' README.md pyproject.toml mkdocs.yml colab/*.ipynb
+	perl -0pi -e 's/^`OWNER` stands for.*?\n\n//ms' README.md
+	perl -pi -e 's#OWNER/flax_transformer#$(REPOSITORY)#g' README.md pyproject.toml mkdocs.yml colab/*.ipynb
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist site

@@ -111,6 +111,7 @@ see() { # sets `state` of the caller, and reports a change
 create() {
   local state=''
   request || return
+  [[ $verb != create || $dry_run ]] || rm -f "$archive" # of an earlier training
   [[ ! $dry_run ]] || { describe && return; }
   while see || return; [[ $state != ACTIVE ]]; do
     [[ $state != FAILED && $state != SUSPENDED ]] || die "delete $NAME and create it again, or let keep do so" 1
@@ -127,7 +128,11 @@ pack() { # the files that git tracks, as they are now, their revision, which a t
 }
 
 send() { # what was packed last, so that later edits do not slip into a training that is continued
-  [[ -e $archive ]] || pack || return
+  if [[ ! -e $archive ]]; then
+    pack || return
+  elif [[ $verb != copy && ! $dry_run ]]; then
+    say "sending the files as they were when $archive was packed; for others use copy"
+  fi
   call tpu-vm scp "$archive" "$NAME:" --worker=all &&
     remote all "mkdir -p $NAME && tar -xzf $NAME.tar.gz -C $NAME"
 }
@@ -159,7 +164,14 @@ resume() { delete && create && send && install && run; }
 tend() { # one look of `keep`, whose variables it changes, and what follows from it
   local found
   if [[ $state == DELETED ]]; then
-    request && state='' ended=0 restarts=0
+    # gcloud may report an error although Google has begun to delete or create, so this looks first.
+    if found=$(describe 2>&1); then
+      [[ $found != *DELETING* ]] || return 0
+    else
+      [[ $found == *' NOT_FOUND: '* ]] || { say "$found" >&2 && return 1; }
+      request || return
+    fi
+    state='' ended=0 restarts=0
     return
   fi
   see || return
@@ -167,7 +179,8 @@ tend() { # one look of `keep`, whose variables it changes, and what follows from
     # Sorted by status, a worker that ended with an error comes before those that a signal ended.
     ACTIVE) found=$(look | sed 's/.*: //; s/^gone$/ended 137/' | sort -k 2n) || return ;;
     FAILED | SUSPENDED)
-      delete && state=DELETED
+      state=DELETED
+      delete
       return
       ;;
     *) return 0 ;;
@@ -199,7 +212,16 @@ tend() { # one look of `keep`, whose variables it changes, and what follows from
 time_is_up() {
   say "$max_hours hours are over: stopping the training"
   stop || say 'it could not be stopped; the steps since its last checkpoint are lost if the machines are deleted'
-  if [[ $delete_when_done ]]; then delete; else say "$NAME costs money until you delete it"; fi
+  local failures=0
+  if [[ $delete_when_done ]]; then
+    until delete; do
+      failures=$((failures + 1))
+      ((failures < PATIENCE)) || die "$NAME could not be deleted and costs money: delete it" 1
+      sleep "$POLL"
+    done
+  else
+    say "$NAME costs money until you delete it"
+  fi
   exit 124
 }
 
@@ -273,5 +295,4 @@ for what in ${needs[@]+"${needs[@]}"}; do "need_$what"; done
 [[ $dry_run ]] || command -v gcloud >/dev/null ||
   die 'gcloud is not installed: see cloud.google.com/sdk/docs/install, or print the commands with --dry-run'
 archive=build/$NAME.tar.gz
-[[ $verb != create || $dry_run ]] || rm -f "$archive" # left by an earlier training
 "$verb"

@@ -67,7 +67,8 @@ case $verb in
     ;;
   stop)
     # Waits until train.py has finished its step and written a checkpoint.
-    running && kill -TERM "$(cat train.pid)"
+    # The training may have ended, while the rest still copies its log.
+    if running; then kill -TERM "$(cat train.pid)" 2>/dev/null || :; fi
     while ((SECONDS < 600)); do
       running || exit 0
       sleep 0.2

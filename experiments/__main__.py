@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments.trainings import VARIANTS
 
-SHARED = ("__init__", "__main__", "command", "trainings")
+SHARED = ("__init__", "__main__", "command", "train_one", "trainings")
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in SHARED)
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 
     def train(name_and_seed: tuple[str, int]) -> None:
         name, seed = name_and_seed
-        run("trainings", name, str(seed), folder)
+        run("train_one", name, str(seed), folder)
 
     with concurrent.futures.ThreadPoolExecutor(
         options.processes,

@@ -46,7 +46,10 @@ def draw(results: Results) -> Mapping[str, Figure]:
 
     def by_step(kind: str) -> dict[str, dict[float, list[float]]]:
         return {
-            title: {float(step): [seed[step] for seed in seeds] for step in seeds[0]}
+            # A training that was stopped for a while has one more point, where it stopped.
+            title: {
+                float(step): [seed[step] for seed in seeds] for step in seeds[0] if all(step in seed for seed in seeds)
+            }
             for title, seeds in results["curves"][kind].items()
         }
 

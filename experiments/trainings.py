@@ -6,7 +6,6 @@ experiments share them, and a training that was stopped continues. Where the lib
 something else takes the place of a part of the library while the model is trained and while it is measured.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import statistics
@@ -27,7 +26,6 @@ from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import Experiment
 from flax_transformer.masks import causal_mask, combine_masks, segment_mask
-from flax_transformer.processes.memory import keep_freed_memory
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.workdir import WorkDirectory
 
@@ -230,13 +228,3 @@ def phrases(pairs: int, parts: int, split: str = "test") -> tuple[Sequence[str],
     """Phrases of the built-in corpus, each of up to so many parts, and their translations."""
     corpus = load_corpus(f"locale_phrases:kn:en:{split}?pairs={pairs}&parts={parts}")
     return corpus.source, corpus.target
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m experiments.trainings", description="Makes one training.")
-    parser.add_argument("name", choices=VARIANTS)
-    parser.add_argument("seed", type=int)
-    parser.add_argument("--workdirs", type=Path, default=Path("runs/experiments"))
-    options = parser.parse_args()
-    keep_freed_memory()
-    trained(VARIANTS[options.name], options.seed, options.workdirs)

@@ -36,6 +36,10 @@ VERBS = {
 }
 
 
+# What looks like the name of a setting.
+SETTING = re.compile(r"(--)?(config\.)?(model|vocabulary|data|training)(\.\w+)+")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a mistake in one line and suggests the nearest option."""
 
@@ -48,23 +52,30 @@ class Parser(argparse.ArgumentParser):
 
         A verb that has --config accepts changes of its settings too, which `options.changes` holds afterwards.
         """
-        words = [re.sub(r"^-(?=[a-z]{2})", "--", word) for word in arguments]
+        words = list(map(self._with_two_dashes, arguments))
         changes: list[tuple[str, str]] = []
         if self.get_default("changes") is not None:
             words, changes = split_changes(words)
         options, unknown = self.parse_known_args(words)
         if unknown:
             name = unknown[0].partition("=")[0]
-            if self.get_default("changes") is not None and re.fullmatch(r"(--)?[a-z]\w*(\.\w+)+", name):
-                self.error(
-                    f"there is no option {name}: a setting is changed by --config.{name.removeprefix('--')}=VALUE"
-                )
+            if self.get_default("changes") is not None and name.endswith((".py", ".json")):
+                self.error(f"unexpected argument {name}: a config is named by --config={name}")
+            if self.get_default("changes") is not None and SETTING.fullmatch(name):
+                setting = name.lstrip("-").removeprefix("config.")
+                self.error(f"there is no option {name}: a setting is changed by --config.{setting}=VALUE")
             if not name.startswith("-"):
                 self.error(f"unexpected argument {name}: give every value after the name of its option")
             near = difflib.get_close_matches(name, re.findall(r"--\w+", self.format_help()), n=1)
             self.error(f"there is no option {name}" + (f": did you mean {near[0]}?" if near else ""))
         options.changes = changes
         return options
+
+    def _with_two_dashes(self, word: str) -> str:
+        """An option that was written with one dash, with two; any other word as it is, e.g. a sentence."""
+        name = f"-{word}".partition("=")[0]
+        known = name in self._option_string_actions or name.startswith(("--config.", "--noconfig."))
+        return f"-{word}" if word.startswith("-") and known else word
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> None:

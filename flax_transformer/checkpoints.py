@@ -145,12 +145,14 @@ class Checkpoints:
     def _take(self, count: int, steps: list[int], kind: str, setting: str) -> list[int]:
         if count < 1:
             raise ValueError(f"{count} of the {kind} checkpoints: ask for at least 1")
-        if count > len(steps):
-            scored = "scored " if kind == "best" else ""
+        if kind == "best" and not steps:
             raise ValueError(
-                f"{self._path} holds {len(steps)} {scored}checkpoints {sorted(steps)}, not {count}: ask for fewer, or "
-                f"let training keep more with training.checkpoints.{setting}"
+                f"{self._path} has no scored checkpoint: take the newest, --last, or train with data.valid"
             )
+        if count > len(steps):
+            held = f"{len(steps)} {'scored ' if kind == 'best' else ''}checkpoints {sorted(steps)}, not {count}"
+            mend = f"ask for fewer, or let training keep more with training.checkpoints.{setting}"
+            raise ValueError(f"{self._path} holds {held}: {mend}")
         return steps[:count]
 
     def read_notes(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 # Means standard input as the name of an input, and standard output as the name of an output.
 STANDARD = "-"
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 
 # What training, averaging and converting write to a work directory, except `not_finite_N.tsv` and drafts of all these.
 OWN_FILES = (
@@ -52,7 +53,14 @@ def is_remote(path: str) -> bool:
 def is_stream(path: str) -> bool:
     """Whether a file can be read only once: standard input, a pipe or a terminal."""
     found = _status(path)
+    if _descriptor(path) is not None:  # on macOS opening /dev/stdin twice goes on where the first reader stopped
+        return True
     return path == STANDARD or (found is not None and (stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode)))
+
+
+def is_standard_output(path: str) -> bool:
+    """Whether the name of an output means standard output: "-", or a name such as /dev/stdout."""
+    return path == STANDARD or _descriptor(path) == 1
 
 
 def same_file(path: str, other: str) -> bool:
@@ -98,6 +106,8 @@ def check_output(option: str, path: str, inputs: Sequence[Named], workdirs: Sequ
     path = expand(path)
     if os.path.isdir(path):
         raise ValueError(f"{option} is {path}, a folder: name a file in it")
+    if path.endswith(COMPRESSED):
+        raise ValueError(f"{option} is {path}, but outputs are not compressed: name it without that end")
     folder = os.path.dirname(path) or "."
     # In a bucket, folders do not exist until there is a file in them.
     if not is_remote(path):

@@ -18,7 +18,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.model import Transformer
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"__init__", "__main__", "command", "trainings"}
+SHARED = {"__init__", "__main__", "command", "train_one", "trainings"}
 NAMES = sorted({path.stem for path in (ROOT / "experiments").glob("*.py")} - SHARED)
 PAGE = (ROOT / "docs" / "learning.md").read_text("utf-8")
 CONFIG = TransformerConfig(

@@ -34,7 +34,15 @@ from typing import Any
 
 from flax_transformer.commands.lines import in_chunks, open_output, progress_bar
 from flax_transformer.commands.options import filled, path, positive
-from flax_transformer.files import STANDARD, Named, check_inputs, check_output, is_stream, same_file, shown
+from flax_transformer.files import (
+    Named,
+    check_inputs,
+    check_output,
+    is_standard_output,
+    is_stream,
+    same_file,
+    shown,
+)
 
 EXAMPLES = """\
 examples:
@@ -48,7 +56,6 @@ CHUNK = 2000  # pairs that a process examines at once
 AHEAD = 4  # chunks that wait for each process, so that memory does not grow with the files
 STATEFUL = ("held_out", "duplicate")
 NAMES = ("unicode", "empty", "markup", "long", "ratio", "letters", "script", "equal", "repeats", "numbers", *STATEFUL)
-COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 WIDTH = 60  # characters of a side that the report shows
 OUTPUTS = {"source": "output_source", "target": "output_target", "lines": "lines"}  # the option of each file
 
@@ -61,7 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for side in ("source", "target"):
         files.add_argument(f"--output_{side}", type=path, metavar="FILE", help=f"the {side}s that stay")
     files.add_argument(
-        "--held_out", type=path, nargs="+", default=[], metavar="FILE", help="texts that no side of a pair may be in"
+        "--held_out",
+        type=path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="texts that no side of a pair may be in",
     )
     files.add_argument(
         "--lines",
@@ -85,11 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules.add_argument(
         "--duplicates",
         nargs="+",
+        action="extend",
         choices=("pair", "source", "target"),
-        default=["pair"],
+        default=argparse.SUPPRESS,
         help="what may stand in one pair only (default pair)",
     )
-    rules.add_argument("--without", nargs="+", choices=NAMES, metavar="RULE", help="rules that are not applied")
+    rules.add_argument(
+        "--without", nargs="+", action="extend", choices=NAMES, metavar="RULE", help="rules that are not applied"
+    )
     work = parser.add_argument_group("the work")
     work.add_argument("--examples", type=int, default=3, metavar="N", help="pairs shown for each rule (default 3)")
     work.add_argument(
@@ -110,6 +126,10 @@ def run(options: argparse.Namespace) -> None:
         rules = CleaningRules(**given)
     except ValueError as error:
         raise ValueError(f"--{error}" if str(error).split(" ")[0] in given else str(error)) from error
+    if "min_script" in given and not {"source_language", "target_language"} & set(given):
+        raise ValueError("--min_script needs --source_language or --target_language, which say what the script is")
+    if options.held_out and "held_out" in rules.without:
+        raise ValueError("--held_out names files, and --without leaves their rule out: remove one of them")
     dropping = _Dropping(options, rules.without)
     report = Report(options.examples)
     total = _count(options.source, options.target)
@@ -152,10 +172,8 @@ def _check_files(options: argparse.Namespace) -> tuple[list[Named], dict[str, st
     elif missing := [name for name in ("source", "target") if name not in outputs]:
         raise ValueError(f"--output_{missing[0]} is not given: name a file for the pairs that stay, or add --dry_run")
     for name, file in outputs.items():
-        if file == STANDARD:
-            raise ValueError(f"--{OUTPUTS[name]} is -, but the report goes to standard output: name a file")
-        if file.endswith(COMPRESSED):
-            raise ValueError(f"--{OUTPUTS[name]} is {file}, but outputs are not compressed: name it without that end")
+        if is_standard_output(file):
+            raise ValueError(f"--{OUTPUTS[name]} is {file}, but the report goes to standard output: name a file")
         check_output(f"--{OUTPUTS[name]}", file, inputs)
         for other in outputs:
             if other < name and same_file(file, outputs[other]) and file != os.devnull:
@@ -233,7 +251,7 @@ class _Dropping:
             for file in options.held_out:
                 for chunk in in_chunks(read_lines(file), CHUNK):
                     self._held_out.add(keys_of([line for line in chunk if line.strip()]))
-        kinds = [] if "duplicate" in without else options.duplicates
+        kinds = [] if "duplicate" in without else getattr(options, "duplicates", ["pair"])
         self._seen = {kind: Seen() for kind in ("pair", "source", "target") if kind in kinds}
 
     def add(self, broken: list[str], source: Any, target: Any) -> list[str]:
@@ -245,8 +263,8 @@ class _Dropping:
             broken[place] = broken[place] or "held_out"
         # A product with an odd number keeps 64 bits; exchanged sides give another sum.
         keys = {"pair": source * np.uint64(0x9E3779B97F4A7C15) + target, "source": source, "target": target}
+        places = np.flatnonzero([not rule for rule in broken])  # a duplicate's other side counts as seen, too
         for kind, seen in self._seen.items():
-            places = np.flatnonzero([not rule for rule in broken])
             for place in places[~seen.add(keys[kind][places])]:
                 broken[place] = "duplicate"
         return broken

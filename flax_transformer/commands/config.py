@@ -169,7 +169,8 @@ def _value(texts: Sequence[str], kind: Any) -> Any:
     if typing.get_origin(kind) is collections.abc.Sequence:
         # Written "(1, 2)", "1,2", or by giving the option several times.
         (of,) = typing.get_args(kind)
-        parts = [part.strip() for text in texts for part in text.strip("()[] ").split(",")]
+        around = "()[] " if of is int else "() "  # brackets may belong to a text
+        parts = [part.strip() for text in texts for part in text.strip(around).split(",")]
         return tuple(_value([part], of) for part in parts if part)
     text = texts[-1]
     if kind is bool:

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--reference",
         nargs="+",
+        action="extend",
         type=path,
         metavar="FILE",
         help="file whose line i translates line i of the source; several are the work of several translators, and a "
@@ -84,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument(
         "--metrics",
         nargs="+",
+        action="extend",
         choices=METRICS,
-        default=["bleu", "chrf", "ter"],
         help="what is computed (default bleu chrf ter); comet needs the package unbabel-comet and downloads a model",
     )
     shown.add_argument(
@@ -107,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument(
         "--compare",
         nargs="+",
+        action="extend",
         type=path,
         metavar="FOLDER",
         help="a second work directory or ensemble, whose scores are shown and compared by paired bootstrap resampling",
@@ -114,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument(
         "--compare_checkpoint",
         nargs="+",
+        action="extend",
         type=checkpoint,
         metavar="STEP",
         help="the checkpoint of --compare (default: the same as for --workdir)",
@@ -135,6 +138,12 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--compare_checkpoint needs --compare: name the work directory of that checkpoint with it")
     if options.compare and options.compare_translations:
         raise ValueError("--compare and --compare_translations both name a second system: remove one of them")
+    metrics = options.metrics or ["bleu", "chrf", "ter"]
+    for option, metric in (("tokenize", "bleu"), ("chrf_word_order", "chrf")):
+        if getattr(options, option) and metric not in metrics:
+            raise ValueError(
+                f"--{option} is for {metric}, which --metrics leaves out: add it there, or remove --{option}"
+            )
     models = [pair_checkpoints(options.workdir, options.checkpoint)]
     if options.compare:
         models.append(pair_checkpoints(options.compare, options.compare_checkpoint or options.checkpoint))
@@ -150,7 +159,7 @@ def run(options: argparse.Namespace) -> None:
     judge = Judge(
         sources,
         references,
-        options.metrics,
+        metrics,
         tokenize=options.tokenize or _tokenizer_of_training(workdirs),
         chrf_word_order=options.chrf_word_order,
     )

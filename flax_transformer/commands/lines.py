@@ -15,7 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from flax_transformer.data.lines import read_lines
-from flax_transformer.files import STANDARD, expand, is_stream, shown
+from flax_transformer.files import STANDARD, expand, is_standard_output, is_stream, shown
 
 _ONE_FOR_ONE = "line i of {} must belong to line i of {}"
 
@@ -67,8 +67,8 @@ def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 @contextlib.contextmanager
 def open_output(path: str) -> Iterator[BinaryIO]:
-    """A file to write bytes to, replacing what it holds; "-" is standard output."""
-    if path == STANDARD:
+    """A file to write bytes to, replacing what it holds; "-" and "/dev/stdout" are standard output."""
+    if is_standard_output(path):  # to open /dev/stdout would empty the file behind it
         yield sys.stdout.buffer
         return
     with epath.Path(expand(path)).open("wb") as file:

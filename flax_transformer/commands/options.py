@@ -89,6 +89,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workdir",
         nargs="+",
+        action="extend",
         type=path,
         required=True,
         metavar="FOLDER",
@@ -97,8 +98,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint",
         nargs="+",
+        action="extend",
         type=checkpoint,
-        default=["chosen"],
         metavar="STEP",
         help="which checkpoint to load: chosen (the default: the average if training.weights of the config is averaged "
         "and an average was made, otherwise best), best, latest, averaged (the latest average) or the number of a "
@@ -239,8 +240,9 @@ def search_settings(options: argparse.Namespace) -> SearchSettings:
         raise ValueError(f"--{str(error).replace('num_return', 'nbest')}") from error
 
 
-def pair_checkpoints(workdirs: Sequence[str], checkpoints: Sequence[str | int]) -> list[Model]:
+def pair_checkpoints(workdirs: Sequence[str], checkpoints: Sequence[str | int] | None) -> list[Model]:
     """Each model's work directory and checkpoint; raises ValueError where they do not go together."""
+    checkpoints = checkpoints or ["chosen"]
     if len(workdirs) == 1:
         workdirs = [*workdirs] * len(checkpoints)
     elif len(checkpoints) == 1:

@@ -43,7 +43,7 @@ examples:
 """
 # Pairs that are scored together: enough to sort by length, few enough that output appears steadily.
 CHUNK = 2000
-MEMORY_REMEDY = "lower --batch_tokens"
+MEMORY_REMEDY = "lower --batch_tokens, or leave out lines that are very long"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,10 @@ def run(options: argparse.Namespace) -> None:
     done, tokens, log_prob = 0, 0, 0.0
     with open_output(output) as file, progress_bar(total, beside=output) as bar:
         for chunk in in_chunks(pairs, CHUNK):
-            scored = translator.score([source for source, _ in chunk], [target for _, target in chunk], search)
+            try:
+                scored = translator.score([source for source, _ in chunk], [target for _, target in chunk], search)
+            except ValueError as error:
+                raise ValueError(f"of the pairs from line {done + 1} on, counted from 0: {error}") from error
             for number, ((source, _), pair) in enumerate(zip(chunk, scored, strict=True), start=done + 1):
                 file.write(f"{_line(options.format, number, source, pair)}\n".encode())
                 tokens += len(pair.tokens)

@@ -209,6 +209,7 @@ def run(options: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error.name} is missing: pip install 'flax_transformer[serve]'") from error
+    from flax_transformer.data.lines import read_text
     from flax_transformer.serving.application import make_application
     from flax_transformer.serving.limits import Limits, read_keys
     from flax_transformer.serving.models import Models
@@ -223,8 +224,7 @@ def run(options: argparse.Namespace) -> None:
         limits = dataclasses.replace(limits, alternatives=max(0, options.beam_size - 1))
     keys = None
     if options.api_keys:
-        with open(options.api_keys, encoding="utf-8") as file:
-            keys = read_keys(file.read(), options.api_keys)
+        keys = read_keys(read_text(options.api_keys), options.api_keys)
     search = BeamSearch(beam_size=options.beam_size)
     listener = bind(options.host, options.port)
     start_devices()

@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +34,7 @@ from flax_transformer.commands.options import (
 )
 from flax_transformer.data.lines import read_lines, read_text
 from flax_transformer.decoding.settings import SearchSettings
-from flax_transformer.files import STANDARD, check_inputs, check_output
+from flax_transformer.files import STANDARD, check_inputs, check_output, is_remote, shown
 from flax_transformer.text.markup_tokens import read_tokens
 from flax_transformer.text.spelling import in_one_cell, in_one_line, quotable
 
@@ -40,11 +42,12 @@ USAGE = "--workdir=FOLDER [OPTIONS] [SENTENCE ...]"
 EXAMPLES = """\
 formats:
   text      the best translation of each line
-  tsv       line number, rank, score and translation, --nbest rows for each line
+  tsv       line number, rank, score and translation, up to --nbest rows for each line
   jsonl     an object for each line, with the source and its hypotheses: text, score,
             log_prob, tokens, ids, token_log_probs and, with --alignment, alignment. If
             the vocabulary lacks characters of the source, unknown_characters lists them
-            and unknown_share is their share of all characters.
+            and unknown_share is their share of all characters. A sentence that was so long
+            that it was translated in parts has no alignment (null).
 
 With a model for many languages, a line that begins with the token of a language, such
 as "kan_Knda ", is in that language, and so is the translation that a line of --prefixes
@@ -75,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sentences",
         nargs="*",
         metavar="SENTENCE",
-        help="the sentences to translate, each in quotes, after the options; without any, --input is read",
+        help="the sentences to translate, each in quotes, after options that are written with =, or before all; "
+        "without any, --input is read",
     )
     text.add_argument(
         "--input", type=path, metavar="FILE", help="UTF-8 text, one sentence per line; standard input if not given"
@@ -140,14 +144,16 @@ def run(options: argparse.Namespace) -> None:
 
     search = search_settings(options)
     models = pair_checkpoints(options.workdir, options.checkpoint)
+    if options.sentences == [STANDARD]:
+        options.sentences, options.input = [], options.input or STANDARD
     _check_sentences(options)
     if options.interactive:
         _check_interactive(options)
         (translator,) = in_languages([load_translator(models, options)], options)
         _converse(translator, search, options.seed)
         return
+    _check_markup(options, search)
     _check_format(options, search)
-    _check_markup(options)
     source, output = options.input or STANDARD, options.output or STANDARD
     inputs = [] if options.sentences else [("--input", source)]
     inputs += [("--prefixes", options.prefixes)] if options.prefixes else []
@@ -197,9 +203,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_sentences(options: argparse.Namespace) -> None:
+    for word in options.workdir[1:]:
+        if not (options.sentences or is_remote(word) or os.path.exists(word)):
+            raise ValueError(
+                f"--workdir names {shown(word)}, which does not exist: if it is a sentence, put it first, or write "
+                "--workdir=FOLDER"
+            )
     for name in ("input", "prefixes", "markup", "interactive"):
         if options.sentences and getattr(options, name):
             raise ValueError(f"--{name} cannot be combined with sentences on the command line: remove one of them")
+    if len(options.sentences) == 1 and os.path.isfile(options.sentences[0]):
+        warnings.warn(f"{shown(options.sentences[0])} is translated as a sentence: --input= names a file", stacklevel=2)
 
 
 def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:
@@ -211,9 +225,11 @@ def _check_format(options: argparse.Namespace, search: SearchSettings) -> None:
         raise ValueError("--alignment needs --format=jsonl: text and tsv have no place for it")
 
 
-def _check_markup(options: argparse.Namespace) -> None:
+def _check_markup(options: argparse.Namespace, search: SearchSettings) -> None:
     if not options.markup:
         return
+    if search.num_return > 1:
+        raise ValueError(f"--nbest is {search.num_return}, but --markup writes the page once: remove one of them")
     for name in ("format", "alignment", "prefixes"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is for lines, and --markup translates a whole page: remove one of them")
@@ -250,9 +266,13 @@ def _describe(
     if layer is None:
         return described
     pairs = [(sentence, one) for sentence, several in zip(sentences, found, strict=True) for one in several]
-    alignments = translator.align([sentence for sentence, _ in pairs], [one for _, one in pairs], layer=layer)
-    for one, alignment in zip(itertools.chain.from_iterable(described), alignments, strict=True):
-        one["alignment"] = {
+    end = translator.vocabularies.target.eos_id
+    whole = [one.ids.count(end) < 2 for _, one in pairs]
+    chosen = [pair for pair, is_whole in zip(pairs, whole, strict=True) if is_whole]
+    alignments = iter(translator.align([sentence for sentence, _ in chosen], [one for _, one in chosen], layer=layer))
+    for one, is_whole in zip(itertools.chain.from_iterable(described), whole, strict=True):
+        alignment = next(alignments) if is_whole else None
+        one["alignment"] = alignment and {
             "source_tokens": alignment.source_tokens,
             "target_tokens": alignment.target_tokens,
             "weights": alignment.weights.astype(float).round(4).tolist(),
@@ -306,7 +326,7 @@ def _converse(translator: Any, search: SearchSettings, seed: int) -> None:
 
 def _answer(translator: Any, sentence: str, search: SearchSettings, seed: int) -> None:
     """Prints the translation: piece by piece if the search has one hypothesis, with scores if n-best are asked for."""
-    if search.hypotheses == 1:
+    if search.hypotheses == 1 and not getattr(search, "mbr", 0):
         for piece in translator.stream(sentence, search, seed=seed):
             print(piece, end="", flush=True)
         print()

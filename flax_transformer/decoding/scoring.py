@@ -17,7 +17,6 @@ from flax_transformer.decoding.batching import bucket, shape_batches
 from flax_transformer.decoding.ensemble import Configs, Ensemble, Models, average, divided, without_banned
 from flax_transformer.decoding.requests import Ids, Output
 from flax_transformer.decoding.turned import opened
-from flax_transformer.positions import check_length
 
 SHARPNESS = 8.0  # by which a head's entropy, in nats, counts against it in an alignment
 
@@ -141,6 +140,12 @@ class Scorer:
         ensemble = self._ensemble
         results: list[np.ndarray] = [np.empty(0)] * len(sources)
         lengths = [(len(source), len(target)) for source, target in zip(sources, targets, strict=True)]
+        for number, pair in enumerate(lengths):
+            if ensemble.learned is not None and max(pair) > ensemble.learned:
+                raise ValueError(
+                    f"a side of pair {number} has {max(pair)} tokens, and the model has learned {ensemble.learned} "
+                    "positions: leave it out, or divide it into sentences"
+                )
         for shape in shape_batches(lengths, self._batch_tokens, ensemble.mesh.size):
             padded = (
                 self._pad([side[number] for number in shape.numbers], shape.rows, self._width(width))
@@ -152,13 +157,12 @@ class Scorer:
         return results
 
     def _width(self, length: int) -> int:
-        """The padded length of a sentence of `length` tokens; raises ValueError if it exceeds the learned positions."""
+        """The padded length of a sentence of `length` tokens."""
         learned = self._ensemble.learned
         return bucket(length) if learned is None else min(bucket(length), learned)
 
     def _pad(self, rows: Sequence[Ids], count: int, width: int) -> Int[np.ndarray, "B S"]:
         padded = np.full((count, width), self._ensemble.pad_id, np.int32)
         for row, ids in zip(padded, rows, strict=False):
-            check_length(len(ids), width)
             row[: len(ids)] = ids
         return padded

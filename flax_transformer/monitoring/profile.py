@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from typing import Any
 
 import jax
 from etils import epath
@@ -50,12 +49,9 @@ class Profile:
             jax.profiler.start_trace(self._folder)
             self._is_open, self._first = True, step
 
-    def after(self, step: int, result: Any) -> str | None:
-        """Stops the profiler after the last wanted step; returns a line that says where the profile is, or `None`."""
-        if not self._is_open or step < self._last:
-            return None
-        jax.block_until_ready(result)
-        return self.close()
+    def is_complete(self, step: int) -> bool:
+        """Whether the profiler runs and this was the last wanted step; `close` it when the step is done."""
+        return self._is_open and step >= self._last
 
     def close(self) -> str | None:
         """Stops the profiler if it still runs; returns a line that says where the profile is, or `None`.

@@ -46,7 +46,7 @@ class Report:
     def __init__(self, workdir: WorkDirectory, *, first_step: int, steps: int, silent: bool = False):
         """Starts a progress bar at `first_step` of `steps`; a silent report shows and records nothing."""
         self._workdir, self._silent = workdir, silent
-        self._events = None if silent else open_events(workdir.path / "tensorboard")
+        self._events = None if silent else open_events(workdir.path / "tensorboard", first_step=first_step)
         # In a log file the bar is a new line each time, so it is written only every half minute.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(

@@ -31,10 +31,15 @@ with _without_torch():
 SCHEME = "epath"
 
 
-def open_events(folder: epath.Path) -> SummaryWriter:
-    """Opens a writer of TensorBoard's events; while the folder cannot be written, it warns and keeps the events."""
+def open_events(folder: epath.Path, *, first_step: int = 0) -> SummaryWriter:
+    """Opens a writer of TensorBoard's events; while the folder cannot be written, it warns and keeps the events.
+
+    Args:
+        folder: where the files go.
+        first_step: the step with which a training continues; TensorBoard forgets the later ones of earlier files.
+    """
     record_writer.register_writer_factory(SCHEME, _EventFiles())
-    return SummaryWriter(f"{SCHEME}:{folder}")
+    return SummaryWriter(f"{SCHEME}:{folder}", purge_step=first_step + 1 if first_step else None)
 
 
 class _EventFiles:

@@ -166,18 +166,18 @@ def plans(experiment: Experiment, devices: list[jax.Device], memory: float | Non
     yield plan
     changes: dict[str, str] = {}
     for name in ("micro-batches", "loss chunks", "remat", "fsdp"):
-        while not plan.fits and (changed := _remedy(name, experiment, plan, len(devices))) is not None:
+        while not plan.fits and (changed := _remedy(name, experiment, plan)) is not None:
             experiment, changes[name] = changed
             plan = make_plan(experiment, devices, memory, changes=", ".join(changes.values()))
             yield plan
 
 
-def _remedy(name: str, experiment: Experiment, plan: Plan, num_devices: int) -> tuple[Experiment, str] | None:
+def _remedy(name: str, experiment: Experiment, plan: Plan) -> tuple[Experiment, str] | None:
     """The experiment with a remedy, and the changed setting in words; `None` if the remedy cannot be applied."""
     parallelism = experiment.training.parallelism
     assert isinstance(plan.result, TooLarge)
     value: int | str
-    share = plan.rows // num_devices
+    share = plan.rows // plan.devices
     if name == "micro-batches":
         needed, available = plan.result.needed, plan.result.available
         excess = needed / available if needed and available else 1.0
@@ -194,7 +194,7 @@ def _remedy(name: str, experiment: Experiment, plan: Plan, num_devices: int) -> 
             return None
         setting, value = "model.remat", True
     else:
-        if num_devices == 1 or "fsdp" in parallelism.layout:
+        if plan.devices == 1 or "fsdp" in parallelism.layout:
             return None
         setting, value = "training.parallelism.layout", "fsdp"
     return experiment.changed({setting: value}), f"{setting}={value}"

@@ -12,7 +12,8 @@ import regex
 
 from flax_transformer.text.sentences import CLOSING, SENTENCE, SENTENCE_WITHOUT_SPACE, cut_sentences
 
-_CLAUSE = rf"[\p{{Terminal_Punctuation}}…–-]+{CLOSING}"
+# Possessive, and only at the beginning of a run of marks: otherwise a long run would take quadratic time.
+_CLAUSE = rf"(?<![\p{{Terminal_Punctuation}}…–-])[\p{{Terminal_Punctuation}}…–-]++{CLOSING}"
 _CLAUSE_WITHOUT_SPACE = r"[\p{Terminal_Punctuation}—--[.?!,;:]]+[\p{Pf}\p{Pe}]*"
 
 # Where a sentence that is too long can be cut, the best places first.

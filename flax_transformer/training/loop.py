@@ -283,8 +283,6 @@ class _Training:
             for step, batch in enumerate(window.timed(batches), first + 1):
                 self.profile.before(step)
                 state, metrics = self.train_step(state, batch)
-                if told := self.profile.after(step, metrics):
-                    session.report.say(told)
                 if step == first + 1:
                     jax.block_until_ready(metrics)
                     session.report.compiled(
@@ -297,6 +295,10 @@ class _Training:
                     window.begin_anew()
                 session.report.step_done()
                 record(window.add(step, metrics))
+                if self.profile.is_complete(step):
+                    record(window.settle())
+                    with window.paused():  # writing a profile takes seconds
+                        session.report.say(self.profile.close() or "")
                 signal = session.interruption.check(step)
                 evaluate = self._is_due(step, self.config.evaluation.every)
                 if evaluate or signal or self._is_due(step, self.config.checkpoints.every):

@@ -44,8 +44,8 @@ mkdir -p "$(dirname "${{words[1]}}")"
 cp --recursive --no-target-directory $keep "${{words[@]}}"
 """
 
-# It records each call, fails if `failing` says so, and reports one state after another, the last one forever, and
-# NOT_FOUND until `create` is called.
+# It records each call, fails if `failing` says so, and reports one state after another, the last one forever. While
+# there are no machines, after `delete` and as long as NOT_FOUND is the first state, it reports NOT_FOUND.
 TPUS = """#!{python} -IS
 import contextlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -70,6 +70,8 @@ if verb == "describe":
 elif verb == "create":
     (home / "states").write_text((home / "states").read_text().removeprefix("NOT_FOUND "))
 elif verb == "delete":
+    states = (home / "states").read_text()
+    (home / "states").write_text(states if "NOT_FOUND" in states else f"NOT_FOUND {{states}}")
     for machine in machines:
         gone = machine.rename(home / f"gone-{{machine.name}}-{{time.time_ns()}}")
         for process in gone.glob("*/train.pid"):

@@ -33,6 +33,11 @@ def test_averaging_more_checkpoints_than_exist_is_an_error_with_their_number(fai
     assert re.search(r"3 .*checkpoints", fail("average", "--workdir", broken, f"{which}=4"))
 
 
+def test_where_nothing_was_scored_the_newest_are_proposed(fail, broken):
+    (broken / "scores.json").unlink()
+    assert "has no scored checkpoint: take the newest, --last" in fail("average", "--workdir", broken, "--best=1")
+
+
 def test_a_missing_folder_is_an_error(fail, tmp_path):
     assert "is not a work directory" in fail("average", "--workdir", tmp_path, "--last=2")
 

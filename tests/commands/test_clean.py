@@ -80,20 +80,22 @@ def test_a_dry_run_writes_nothing(clean, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "left"), [(["pair"], [0, 2, 3]), (["source"], [0, 2]), (["target"], [0, 3]), (["source", "target"], [0])]
+    ("kinds", "left"),
+    [(["pair"], [0, 2, 3, 4]), (["source"], [0, 2]), (["target"], [0, 3]), (["source", "target"], [0])],
 )
 def test_duplicates_of_a_pair_a_source_or_a_target(clean, kinds, left):
-    pairs = [("ಮನೆ", "house"), ("ಮನೆ", " house"), ("ಒಂದು ಮನೆ", "house"), ("ಮನೆ", "a house")]
+    pairs = [("ಮನೆ", "house"), ("ಮನೆ", " house"), ("ಒಂದು ಮನೆ", "house"), ("ಮನೆ", "a house"), ("ಒಂದು ಮನೆ", "a house")]
     kept, _ = clean(pairs, "--duplicates", *kinds)
     assert kept == [pairs[number] for number in left]
     assert clean(pairs, "--without", "duplicate")[0] == pairs
+    assert clean(pairs, *(f"--duplicates={kind}" for kind in kinds))[0] == kept
 
 
 def test_pairs_with_a_side_in_a_held_out_file_are_dropped(clean, tmp_path):
     pairs = [("ಮನೆ", "house"), ("ಮರ", "tree"), ("ಕಲ್ಲು", "stone"), ("ನದಿ", "river")]
     (tmp_path / "test.kn").write_bytes(gzip.compress("ಮನೆ\n\nxyz\n".encode()))
     (tmp_path / "test.en").write_text(" stone \n")
-    kept, report = clean(pairs, "--held_out", str(tmp_path / "test.kn"), str(tmp_path / "test.en"))
+    kept, report = clean(pairs, f"--held_out={tmp_path / 'test.kn'}", f"--held_out={tmp_path / 'test.en'}")
     assert kept == [pairs[1], pairs[3]] and re.search(r"held_out +2  50.00 %", report)
 
 
@@ -112,6 +114,9 @@ def test_mistakes_are_found_before_anything_is_written(fail, tmp_path):
         ([*both, "--dry_run", "--source_language=xx"], "script of the language 'xx' is not known"),
         ([*both, "--dry_run", "--max_ratio=0.5"], "--max_ratio is 0.5: it must be at least 1"),
         ([*both, "--dry_run", "--without", "ratoi"], "ratoi"),
+        ([*both, "--dry_run", "--min_script=0.9"], "--min_script needs --source_language or --target_language"),
+        ([*both, "--dry_run", f"--held_out={c}", "--without=held_out"], "--without leaves their rule out"),
+        ([*both, "--output_source=/dev/stdout", f"--output_target={out}"], "report goes to standard output"),
         ([f"--source={a}", f"--target={c}", *written], "ends after line 1"),
         ([f"--source={a}", "--target=missing", *written], "cannot read missing"),
         ([*both, f"--output_source={out}.gz", f"--output_target={out}"], "outputs are not compressed"),

@@ -66,6 +66,8 @@ def test_every_type_of_setting_can_be_changed_in_every_way_of_writing(write):
     assert switched.vocabulary.split_digits is True and switched.vocabulary.joint is False
     repeated = experiment(write(SMALL), "--config.model.banned_ids=5", "--config.model.banned_ids=7")
     assert repeated.model.banned_ids == (5, 7)
+    symbols = experiment(write(SMALL), "--config.vocabulary.user_symbols=[SEP],[NUM]").vocabulary.user_symbols
+    assert symbols == ("[SEP]", "[NUM]")
 
 
 def test_a_setting_that_refers_to_another_follows_it(write):

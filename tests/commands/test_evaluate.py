@@ -240,6 +240,8 @@ def test_without_its_package_or_its_model_comet_is_an_error_before_the_model_loa
         ),
         (["--corpus=files:{source},{reference}", "--compare_translations={short}"], r"has 2 lines, the corpus 23"),
         (["--metrics=meteor"], r"--metrics: invalid choice: 'meteor'"),
+        (["--metrics=chrf", "--tokenize=zh"], r"--tokenize is for bleu, which --metrics leaves out"),
+        (["--metrics=bleu", "--metrics=ter", "--chrf_word_order=2"], r"--chrf_word_order is for chrf"),
         (["--mbr=4", "--beam_size=2"], r"--beam_size applies to beam search only: remove it, or --sample and --mbr"),
     ],
 )

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 import threading
 
@@ -107,3 +108,13 @@ def test_progress_is_shown_on_a_terminal_that_does_not_show_the_output(monkeypat
         monkeypatch.setattr(getattr(sys, name), "isatty", lambda name=name: name in terminals, raising=False)
     with progress_bar(3, beside=beside) as bar:
         assert bar.disable is not shown
+
+
+def test_a_name_of_standard_output_does_not_empty_the_file_behind_it(tmp_path):
+    program = (
+        "from flax_transformer.commands.lines import open_output\nwith open_output('/dev/stdout') as f: f.write(b'b')"
+    )
+    (tmp_path / "out").write_bytes(b"a")
+    with (tmp_path / "out").open("ab") as out:
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
+    assert (tmp_path / "out").read_bytes() == b"ab"

@@ -55,6 +55,8 @@ def test_a_verb_that_fails_has_an_exit_status_and_no_traceback(tmp_path):
         (["score", "--workdir=x", "x.de", "y.de"], r"unexpected argument x.de"),
         (["train", "--workdir=x", "--data.temperature=5"], "a setting is changed by --config.data.temperature=VALUE"),
         (["train", "--workdir=x", "data.temperature=5"], "a setting is changed by --config.data.temperature=VALUE"),
+        (["train", "--workdir=x", "config.data.temperature=5"], "is changed by --config.data.temperature=VALUE"),
+        (["train", "--workdir=x", "quickstart.py"], "a config is named by --config=quickstart.py"),
     ],
 )
 def test_a_wrong_command_line_is_an_error_of_one_line(fail, unloaded, arguments, message):

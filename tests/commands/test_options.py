@@ -64,8 +64,10 @@ def test_checkpoints_and_work_directories_pair_up():
 def test_by_default_the_checkpoint_is_the_one_that_training_chose():
     parser = argparse.ArgumentParser()
     add_model_options(parser)
-    assert parser.parse_args(["--workdir=a"]).checkpoint == ["chosen"]
+    assert pair_checkpoints(["a"], parser.parse_args(["--workdir=a"]).checkpoint) == [("a", "chosen")]
     assert parser.parse_args(["--workdir=a", "--checkpoint", "best", "3"]).checkpoint == ["best", 3]
+    both = parser.parse_args(["--workdir=a", "--workdir=b", "--checkpoint=best", "--checkpoint=3"])
+    assert pair_checkpoints(both.workdir, both.checkpoint) == [("a", "best"), ("b", 3)]
 
 
 def test_values_that_make_no_sense_are_errors_that_name_valid_ones():

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def expected(translator, lines):
     return translator.hypotheses(lines, BeamSearch(beam_size=3, num_return=2))
 
 
-def test_sentences_on_the_command_line_are_translated_as_those_of_a_file(run, fail, workdir, tmp_path):
+def test_sentences_on_the_command_line_are_translated_as_those_of_a_file(run, fail, workdir, tmp_path, monkeypatch):
     sentences = ["red cat runs", "", "the dog sat"]
     (tmp_path / "file").write_text("".join(f"{sentence}\n" for sentence in sentences))
     from_file = run("translate", f"--workdir={workdir}", f"--input={tmp_path / 'file'}", "--beam_size=2")
@@ -36,6 +37,25 @@ def test_sentences_on_the_command_line_are_translated_as_those_of_a_file(run, fa
     both = fail("translate", f"--workdir={workdir}", f"--input={tmp_path / 'file'}", "red cat")
     assert "--input cannot be combined with sentences on the command line" in both
     assert "--interactive" in fail("translate", f"--workdir={workdir}", "--interactive", "red cat")
+    given = (tmp_path / "file").read_text()
+    assert run("translate", f"--workdir={workdir}", "--beam_size=2", "-", given=given) == from_file
+    taken = fail("translate", "--workdir", workdir, "red cat")
+    assert "--workdir names red cat, which does not exist: if it is a sentence, put it first" in taken
+    warned = []
+    monkeypatch.setattr(warnings, "warn", lambda text, *_, **__: warned.append(str(text)))
+    run("translate", f"--workdir={workdir}", "--beam_size=2", str(tmp_path / "file"))
+    assert "is translated as a sentence: --input= names a file" in warned[0]
+
+
+def test_a_sentence_that_begins_with_a_dash_is_not_given_another(run, workdir, translator, monkeypatch):
+    seen = []
+    found = Translator.hypotheses
+    monkeypatch.setattr(
+        Translator, "hypotheses", lambda self, texts, *a, **k: seen.extend(texts) or found(self, texts, *a, **k)
+    )
+    run("translate", f"-workdir={workdir}", "-beam_size=1", "-the cat runs")
+    run("translate", f"--workdir={workdir}", "--beam_size=1", "--", "-ab")
+    assert seen == ["-the cat runs", "-ab"]
 
 
 def test_each_line_of_a_file_has_its_translation_and_empty_lines_stay_empty(run, workdir, source, translator, lines):
@@ -149,6 +169,7 @@ def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, 
         (["--output={folder}/none/out.txt"], r"there is no folder .*none"),
         (["--output={folder}"], r"a folder: name a file"),
         (["--output={source}"], r"--input reads"),
+        (["--output={folder}/out.txt.gz"], r"outputs are not compressed"),
         (["--output="], r"--output: the name is empty"),
         (["--workdir="], r"--workdir: the name is empty"),
         (["--output={folder}/hard.txt"], r"--input reads"),
@@ -168,7 +189,7 @@ def test_several_checkpoints_make_an_ensemble(run, workdir, source, translator, 
         (["--checkpoint=newest"], r"--checkpoint: 'newest': choose chosen, best, latest, averaged or the number"),
         (
             ["--checkpoint", "1", "2", "--workdir", "a", "b", "c"],
-            r"2 values of --checkpoint for 3 of --workdir",
+            r"2 values of --checkpoint for 4 of --workdir",
         ),
         (["--interactive"], r"--input cannot be combined with --interactive"),
         (["--beam-size=3"], r"--beam-size.* --beam_size\?"),
@@ -318,6 +339,7 @@ def test_a_page_of_html_is_translated_as_a_whole(run, workdir, tmp_path):
     [
         (("--markup", "--format=tsv"), "--format is for lines, and --markup translates a whole page"),
         (("--markup", "--prefixes=x"), "--prefixes is for lines"),
+        (("--markup", "--nbest=2"), "--nbest is 2, but --markup writes the page once"),
         (("--markup", "--interactive"), "--markup cannot be combined with --interactive"),
         (("--replace_unknown", "--interactive"), "--replace_unknown cannot be combined with --interactive"),
     ],

@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import pytest
 from etils import epath
 
@@ -23,7 +22,7 @@ def watch(wish, first, last, tmp_path, traces):
     for step in range(first, last + 1):
         watched.before(step)
         traces.append(step)
-        said.append(watched.after(step, jnp.zeros(3)))
+        said.append(watched.close() if watched.is_complete(step) else None)
     said.append(watched.close())
     return [line for line in said if line]
 

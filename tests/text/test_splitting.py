@@ -1,4 +1,5 @@
 import random
+import time
 
 import pytest
 
@@ -161,3 +162,10 @@ def test_splitting_a_long_text_costs_only_a_few_encodings(text):
 )
 def test_translations_are_joined_with_or_without_spaces_by_script(parts, text):
     assert join_parts(parts) == text
+
+
+@pytest.mark.parametrize("piece", [",", "-", ":", ",x", "–."])
+def test_the_time_grows_with_the_length_only(piece):
+    start = time.process_time()
+    assert "".join(split_sentence(piece * 20_000, characters, 500)).replace(" ", "") == piece * 20_000
+    assert time.process_time() - start < 5  # a quadratic pattern takes minutes
