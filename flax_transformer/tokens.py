@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 class Tokens(flax.struct.PyTreeNode):
     """The tokens of one side of a batch: NumPy arrays from the data pipeline, JAX arrays inside a step.
 
-    Padding is 0 in all three.
+    Padding has segment 0, and its positions mean nothing.
 
     Attributes:
         ids: token ids, int32.
@@ -37,7 +37,9 @@ class Tokens(flax.struct.PyTreeNode):
         Padding may stand behind the sentence or, as some tokenizers write it, in front.
         """
         segments = (ids != pad_id).astype(jnp.int32)
-        return cls(ids, segments, segments * (jnp.cumsum(segments, axis=1, dtype=jnp.int32) - 1))
+        begins = jnp.argmax(segments, axis=1, keepdims=True)  # 0 in a row that is all padding
+        positions = jnp.maximum(jnp.arange(ids.shape[1]) - begins, 0).astype(jnp.int32)
+        return cls(ids, segments, positions)
 
     @classmethod
     def from_segments(cls, ids: Int[Any, "B S"], segments: Int[Any, "B S"]) -> "Tokens":

@@ -48,7 +48,7 @@ def changed(ids, where):
 
 def tokens_of(ids, real):
     """One sentence in each row, whose tokens are those that are `real`."""
-    return Tokens(ids, np.int32(real), np.where(real, np.arange(ids.shape[1], dtype="int32"), 0).astype("int32"))
+    return Tokens(ids, np.int32(real), np.tile(np.arange(ids.shape[1], dtype="int32"), (len(ids), 1)))
 
 
 OPTIONS = [

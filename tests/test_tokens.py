@@ -15,7 +15,7 @@ B, S, V = 2, 5, 31
 IDS = np.array([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]], "int32")
 
 
-@pytest.mark.parametrize(("pad_id", "positions"), [(0, [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]), (3, [[0, 0, 1, 2, 3]])])
+@pytest.mark.parametrize(("pad_id", "positions"), [(0, [[0, 1, 2, 3, 4]] * B), (3, [[0, 0, 1, 2, 3]])])
 def test_ids_alone_are_one_sentence_in_each_row(pad_id, positions):
     tokens = Tokens.from_ids(IDS, pad_id)
     assert np.array_equal(tokens.ids, IDS)

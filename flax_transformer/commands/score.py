@@ -81,13 +81,15 @@ def run(options: argparse.Namespace) -> None:
         print("type a source, a tab and a target on each line, and end with Ctrl-D", file=sys.stderr)
     pairs = read_all(options.source, options.target) if options.source else read_columns(STANDARD)
     (translator,) = in_languages([load_translator(models, options)], options)
+    from flax_transformer.decoding.scoring import TooLong  # loads jax, so not for --help
+
     done, tokens, log_prob = 0, 0, 0.0
     with open_output(output) as file, progress_bar(total, beside=output) as bar:
         for chunk in in_chunks(pairs, CHUNK):
             try:
                 scored = translator.score([source for source, _ in chunk], [target for _, target in chunk], search)
-            except ValueError as error:
-                raise ValueError(f"of the pairs from line {done + 1} on, counted from 0: {error}") from error
+            except TooLong as error:
+                raise ValueError(f"line {done + error.number + 1}: {error.reason}") from error
             for number, ((source, _), pair) in enumerate(zip(chunk, scored, strict=True), start=done + 1):
                 file.write(f"{_line(options.format, number, source, pair)}\n".encode())
                 tokens += len(pair.tokens)

@@ -104,6 +104,24 @@ def best_aligned(
     return jnp.einsum("hb,hbts->bts", shares, heads)
 
 
+class TooLong(ValueError):
+    """A pair has a side with more tokens than there are learned positions.
+
+    Attributes:
+        number: the number of the pair, counted from 0.
+        reason: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, number: int, tokens: int, positions: int):
+        """Makes the message."""
+        self.number = number
+        self.reason = (
+            f"a side has {tokens} tokens, and the model has learned {positions} positions: leave the pair out, or "
+            "divide it into sentences"
+        )
+        super().__init__(f"pair {number}: {self.reason}")
+
+
 class Scorer:
     """Divides pairs into batches of few shapes, so that few programs are compiled, and runs them."""
 
@@ -120,7 +138,7 @@ class Scorer:
             given: how many tokens of each target, from the first on, have log-probability 0 whatever the model says.
 
         Raises:
-            ValueError: a source or a target has more tokens than there are learned positions.
+            TooLong: a source or a target has more tokens than there are learned positions.
         """
         log_probs = self._run(score_targets, sources, targets)
         return [
@@ -131,7 +149,7 @@ class Scorer:
     def align(
         self, sources: Sequence[Ids], targets: Sequence[Ids], layer: int | None
     ) -> list[Float[np.ndarray, "T S"]]:
-        """Returns each pair's attention from target to source tokens; raises ValueError as `score` does."""
+        """Returns each pair's attention from target to source tokens; raises TooLong as `score` does."""
         weights = self._run(align_targets, sources, targets, layer=layer)
         sizes = [(len(target), len(source)) for source, target in zip(sources, targets, strict=True)]
         return [matrix[:rows, :columns] for matrix, (rows, columns) in zip(weights, sizes, strict=True)]
@@ -142,10 +160,7 @@ class Scorer:
         lengths = [(len(source), len(target)) for source, target in zip(sources, targets, strict=True)]
         for number, pair in enumerate(lengths):
             if ensemble.learned is not None and max(pair) > ensemble.learned:
-                raise ValueError(
-                    f"a side of pair {number} has {max(pair)} tokens, and the model has learned {ensemble.learned} "
-                    "positions: leave it out, or divide it into sentences"
-                )
+                raise TooLong(number, max(pair), ensemble.learned)
         for shape in shape_batches(lengths, self._batch_tokens, ensemble.mesh.size):
             padded = (
                 self._pad([side[number] for number in shape.numbers], shape.rows, self._width(width))

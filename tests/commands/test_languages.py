@@ -102,9 +102,9 @@ def test_a_model_is_converted_by_the_command(run, fail, model, many, tmp_path):
     mistakes = [
         (("from-nllb", tmp_path / "downloaded", tmp_path / "new", "--revision=main"), "--revision applies to models"),
         (("from-nllb", "nowhere", tmp_path / "new"), "nowhere is not a folder"),
-        (("from-nllb", many, tmp_path / "new"), "model_type|unknown field|lacks"),
+        (("from-nllb", many, tmp_path / "new"), "is a work directory already"),
         (("from-nllb", "a", "b", "--checkpoint=best"), "--checkpoint applies to work directories, not to from-nllb"),
     ]
     for arguments, match in mistakes:
-        assert any(part in fail("convert", *arguments) for part in match.split("|"))
+        assert match in fail("convert", *arguments)
     assert not (tmp_path / "new").exists()

@@ -4,7 +4,9 @@ import re
 
 import pytest
 
+from flax_transformer.decoding.scoring import TooLong
 from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.decoding.translator import Translator
 
 TARGETS = ["the red cat", "up", "a dog sat on it", "", "mouse", "is it new", "the the the"]
 
@@ -99,3 +101,12 @@ def test_a_mistake_is_an_error_of_one_line_before_the_model_loads(
 def test_a_line_without_a_tab_and_an_empty_input_are_errors(fail, workdir):
     assert "standard input:2: there is no tab" in fail("score", "--workdir", workdir, given="a\tb\nc\n")
     assert "there are no pairs" in fail("score", "--workdir", workdir)
+
+
+def test_a_line_with_more_tokens_than_learned_positions_is_named(fail, workdir, monkeypatch):
+    def score(self, sources, targets, search):
+        raise TooLong(sources.index("long"), 300, 256)
+
+    monkeypatch.setattr(Translator, "score", score)
+    said = fail("score", "--workdir", workdir, given="a\tb\nlong\tb\n")
+    assert "line 2: a side has 300 tokens, and the model has learned 256 positions: leave the pair out" in said

@@ -256,6 +256,12 @@ def test_streaming_with_a_beam_is_an_error_with_a_remedy(translator):
             translator.stream("the cat", settings)
 
 
+def test_a_pair_that_is_longer_than_the_learned_positions_is_an_error_with_its_number(make_translator):
+    learned = make_translator(positions="learned", max_length=9)
+    with pytest.raises(ValueError, match="pair 1: a side has 13 tokens, and the model has learned 9 positions"):
+        learned.score(["the cat", "the cat " * 6], ["a dog", "a dog"])
+
+
 def test_an_alignment_names_the_tokens_of_both_sides(translator):
     sources = ["the black cat", "up"]
     targets = ["a dog", translator.hypotheses(["up"], GREEDY)[0][0]]
