@@ -162,9 +162,9 @@ delete() { call queued-resources delete "$NAME" --force; }
 resume() { delete && create && send && install && run; }
 
 tend() { # one look of `keep`, whose variables it changes, and what follows from it
-  local found
+  local found failed
   if [[ $state == DELETED ]]; then
-    # gcloud may report an error although Google has begun to delete or create, so this looks first.
+    # gcloud may report an error although Google has begun to create, so this looks first.
     if found=$(describe 2>&1); then
       [[ $found != *DELETING* ]] || return 0
     else
@@ -179,9 +179,10 @@ tend() { # one look of `keep`, whose variables it changes, and what follows from
     # Sorted by status, a worker that ended with an error comes before those that a signal ended.
     ACTIVE) found=$(look | sed 's/.*: //; s/^gone$/ended 137/' | sort -k 2n) || return ;;
     FAILED | SUSPENDED)
+      # Google may have begun to delete although gcloud reports an error.
+      delete || { failed=$? && [[ $(describe 2>&1) =~ DELETING|' NOT_FOUND: ' ]] || return $failed; }
       state=DELETED
-      delete
-      return
+      return 0
       ;;
     *) return 0 ;;
   esac
@@ -212,9 +213,10 @@ tend() { # one look of `keep`, whose variables it changes, and what follows from
 time_is_up() {
   say "$max_hours hours are over: stopping the training"
   stop || say 'it could not be stopped; the steps since its last checkpoint are lost if the machines are deleted'
-  local failures=0
+  local failures=0 found
   if [[ $delete_when_done ]]; then
-    until delete; do
+    until found=$(delete 2>&1) || [[ $found == *' NOT_FOUND: '* ]]; do
+      say "$found" >&2
       failures=$((failures + 1))
       ((failures < PATIENCE)) || die "$NAME could not be deleted and costs money: delete it" 1
       sleep "$POLL"

@@ -6,7 +6,7 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import flax_transformer
 from flax_transformer.commands.config import split_changes
@@ -37,7 +37,7 @@ VERBS = {
 
 
 # What looks like the name of a setting.
-SETTING = re.compile(r"(--)?(config\.)?(model|vocabulary|data|training)(\.\w+)+")
+SETTING = re.compile(r"-{0,2}([a-z]\w*)(\.\w+)+")
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +62,8 @@ class Parser(argparse.ArgumentParser):
             if self.get_default("changes") is not None and name.endswith((".py", ".json")):
                 self.error(f"unexpected argument {name}: a config is named by --config={name}")
             if self.get_default("changes") is not None and SETTING.fullmatch(name):
-                setting = name.lstrip("-").removeprefix("config.")
+                first, _, rest = name.lstrip("-").partition(".")
+                setting = rest if difflib.get_close_matches(first, ["config"]) else f"{first}.{rest}"
                 self.error(f"there is no option {name}: a setting is changed by --config.{setting}=VALUE")
             if not name.startswith("-"):
                 self.error(f"unexpected argument {name}: give every value after the name of its option")
@@ -70,6 +71,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"there is no option {name}" + (f": did you mean {near[0]}?" if near else ""))
         options.changes = changes
         return options
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """No option: argparse would take "-hello" for -h with something behind it."""
+        return []
 
     def _with_two_dashes(self, word: str) -> str:
         """An option that was written with one dash, with two; any other word as it is, e.g. a sentence."""

@@ -249,6 +249,7 @@ class Transformer(nn.Module):
             check_length(max_length, config.max_length)
         check_tokens("source", source, config.source_vocab_size)
         tokens = Tokens.from_ids(source, config.pad_id)
+        tokens = tokens.replace(positions=tokens.positions * tokens.segments)  # learned ones may end before the padding
         memory = self.encode(tokens, deterministic=True)
         state = DecodingState.empty(
             config,

@@ -37,8 +37,10 @@ class Tokens(flax.struct.PyTreeNode):
         Padding may stand behind the sentence or, as some tokenizers write it, in front.
         """
         segments = (ids != pad_id).astype(jnp.int32)
-        begins = jnp.argmax(segments, axis=1, keepdims=True)  # 0 in a row that is all padding
-        positions = jnp.maximum(jnp.arange(ids.shape[1]) - begins, 0).astype(jnp.int32)
+        # 0 in a row that is all padding, or that has no place.
+        begins = jnp.argmax(segments, axis=1, keepdims=True) if ids.shape[1] else 0
+        index = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        positions = jnp.maximum(index - begins, 0).astype(jnp.int32)
         return cls(ids, segments, positions)
 
     @classmethod

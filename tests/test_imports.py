@@ -117,10 +117,10 @@ LAYOUT = {
     "interop.transformers_files interop.transformers_tensors interop.nllb_fields interop.nllb_vocabulary",
     "interop.hub": "data interop.tensor_files interop.transformers_fields interop.transformers_files "
     "interop.nllb_vocabulary",
-    "interop.ctranslate2": "config ranges data.marian_vocabulary data.sentencepiece_model positions trained_model "
-    "interop.fields interop.folders interop.parameters",
+    "interop.ctranslate2": "config ranges data.marian_vocabulary positions trained_model interop.fields "
+    "interop.folders interop.parameters",
     "interop.stablehlo_example": "",
-    "interop.stablehlo": "model trained_model interop.folders",
+    "interop.stablehlo": "model data.marian_vocabulary trained_model interop.folders",
     "decoding.settings": "ranges",
     "decoding.results": "",
     "decoding.mbr": "decoding.results",

@@ -313,3 +313,13 @@ def test_padding_that_is_no_token_is_an_error():
     model = Transformer(TransformerConfig(**SMALL, source_vocab_size=V, target_vocab_size=V, pad_id=V))
     with pytest.raises(ValueError, match=f"model.pad_id is {V}, .* padding is a token of both vocabularies"):
         model.init(jax.random.key(0), SOURCE, TARGET, deterministic=True)
+
+
+def test_padding_may_go_beyond_the_learned_positions_where_decoding_starts():
+    model, variables = build(positions="learned")  # 16 positions
+    wide = np.concatenate([SOURCE, np.zeros((B, 20), "int32")], axis=1)
+    start = jitted(model, "start_decoding", max_length=T)
+    states = [start(variables, source) for source in (SOURCE, wide)]
+    first = np.full((B, 1), model.config.start_id, "int32")
+    one, other = (jitted(model, "decode_step")(variables, state, first)[1] for state in states)
+    np.testing.assert_allclose(one, other, atol=1e-5)

@@ -24,6 +24,10 @@ def test_ids_alone_are_one_sentence_in_each_row(pad_id, positions):
     assert all(leaf.dtype == np.int32 for leaf in jax.tree.leaves(tokens))
 
 
+def test_rows_without_places_have_no_positions():
+    assert Tokens.from_ids(np.zeros((2, 0), "int32"), 0).positions.shape == (2, 0)
+
+
 def test_positions_start_again_with_each_segment():
     segments = np.array([[1, 1, 2, 2, 2], [1, 2, 3, 3, 0]], "int32")
     tokens = Tokens.from_segments(IDS, segments)

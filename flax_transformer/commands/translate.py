@@ -144,8 +144,8 @@ def run(options: argparse.Namespace) -> None:
 
     search = search_settings(options)
     models = pair_checkpoints(options.workdir, options.checkpoint)
-    if options.sentences == [STANDARD]:
-        options.sentences, options.input = [], options.input or STANDARD
+    if options.sentences == [STANDARD] and not (options.input or options.interactive):
+        options.sentences, options.input = [], STANDARD
     _check_sentences(options)
     if options.interactive:
         _check_interactive(options)

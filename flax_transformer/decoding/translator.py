@@ -186,9 +186,9 @@ class Translator:
         """Returns the translations of each sentence, in order: the best first, or samples in the order they were drawn.
 
         A blank sentence has one empty translation. A sentence that is longer than the model's `max_length` is split at
-        sentence ends, and the translations of its parts are joined, with a warning. Sentences that the vocabulary can
-        hardly read, for example because they are in another script, are translated with an `UnreadableWarning`. Where
-        the logits are not finite, as when float16 overflows, a translation ends, with a warning.
+        sentence ends, and the i-th best translations of its parts are joined, with a warning. Sentences that the
+        vocabulary can hardly read, as in another script, are translated with an `UnreadableWarning`. Where the logits
+        are not finite, as when float16 overflows, a translation ends, with a warning.
 
         Args:
             sentences: sentences of the source language, in any ordered iterable.

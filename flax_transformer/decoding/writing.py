@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Translation
-from flax_transformer.decoding.settings import BeamSearch, SearchSettings
+from flax_transformer.decoding.settings import SearchSettings
 from flax_transformer.text.splitting import join_parts
 
 # The texts that replace an output's unknown pieces, in order.
@@ -22,7 +22,7 @@ def write_translations(
 ) -> list[Translation]:
     """The translations of a sentence: of the best outputs of all parts, of the second best, and so on.
 
-    Those of beam search come with the best score first: with a length penalty the second may be better than the first.
+    So the first does not depend on how many there are. With a length penalty a later one may have a better score.
 
     Args:
         target: the target's vocabulary.
@@ -33,12 +33,9 @@ def write_translations(
     """
     ranks = zip(*parts, strict=False)
     own = itertools.repeat(None) if copies is None else zip(*copies, strict=False)
-    written = [
+    return [
         write_translation(target, outputs, search, prefix, texts) for outputs, texts in zip(ranks, own, strict=False)
-    ]
-    if len(parts) > 1 and isinstance(search, BeamSearch):
-        written.sort(key=lambda translation: translation.score, reverse=True)
-    return written or [Translation()]
+    ] or [Translation()]
 
 
 def write_translation(

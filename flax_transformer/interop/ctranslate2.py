@@ -9,8 +9,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from flax_transformer.config import WAVES, TransformerConfig
-from flax_transformer.data.marian_vocabulary import SOURCE_PIECES, TARGET_PIECES
-from flax_transformer.data.sentencepiece_model import pieces_of
+from flax_transformer.data.marian_vocabulary import SOURCE_PIECES, TARGET_PIECES, MarianVocabulary
 from flax_transformer.interop.fields import check_options
 from flax_transformer.interop.folders import new_folder
 from flax_transformer.interop.parameters import embeddings
@@ -196,8 +195,8 @@ def _readme(model: TrainedModel, name: str, quantization: str) -> str:
     if vocabulary.languages:
         sides = "The source and the target begin" if vocabulary.language_ids else "The source begins"
         # Vocabularies that were trained here have these tokens among the pieces.
-        own = set(vocabulary.languages) <= set(pieces_of(model.vocabularies.source.pieces_model))
-        place = "text" if own else "pieces"
+        apart = vocabulary.language_ids or isinstance(model.vocabularies.source, MarianVocabulary)
+        place = "pieces" if apart else "text"
         begins = f"{sides} with a language token, put before the {place}: {', '.join(vocabulary.languages)}.\n"
     example = EXAMPLE.format(folder=name, language=language, text=text, options=options)
     return (

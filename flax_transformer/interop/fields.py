@@ -44,8 +44,8 @@ class KnownFields:
             elif name in self.search:
                 if value not in NOTHING and value != self.search[name]:
                     raise ValueError(
-                        f"{place}: {name} is {shown(value)}, a setting of the search that a model does not have here: "
-                        "remove that line, and give the settings of the search to translate"
+                        f"{place}: {name} is {shown(value)}, a setting of the search, which does not belong to a model "
+                        "here: remove that line (translate has --min_length, --no_repeat_ngram, --sample)"
                     )
             elif name not in self.read and name not in self.without_effect and value not in (*NOTHING, False, ""):
                 raise ValueError(

@@ -9,7 +9,6 @@ from etils import epath
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.marian_vocabulary import TARGET_IDS, MarianVocabulary, read_marian_vocabularies
-from flax_transformer.data.sentencepiece_model import pieces_of
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.interop.downloaded import read_json_if_there
@@ -113,11 +112,11 @@ def to_marian(model: TrainedModel, folder: epath.PathLike) -> None:
         ValueError: Marian does not support the model; names the option.
     """
     check_expressible(model.config)
-    pieces = set(pieces_of(model.vocabularies.source.pieces_model))
-    if own := [language for language in model.vocabularies.source.languages if language in pieces]:
+    source = model.vocabularies.source
+    if source.languages and not isinstance(source, MarianVocabulary):
         raise ValueError(
-            f"SentencePiece itself splits off {own[0]}, with a space before it, and transformers' tokenizer without: "
-            "convert to-marian-native, to-ctranslate2 or to-stablehlo"
+            f"SentencePiece itself splits off {source.languages[0]}, with a space before it, and transformers' tokenizer"
+            " without: convert to-ctranslate2 or to-stablehlo"
         )
     config, params = concatenate_waves(model.config, model.params)
     tensors, sharing = to_tensors(config, params)

@@ -14,10 +14,10 @@ from flax_transformer.data.marian_vocabulary import SOURCE_PIECES, TARGET_PIECES
 from flax_transformer.interop.downloaded import file_inside, read_file
 from flax_transformer.interop.yaml_text import read_yaml
 
+COMPRESSED = re.compile(r".*\.(npz|bin|spm|yml)\.(gz|zst|xz)")
 # Which files belong together, as Marian's decoder reads it.
 DECODER = "decoder.yml"
 # What the name of a vocabulary contains if there is one for each side.
-COMPRESSED = re.compile(r".*\.(npz|bin|spm|yml)\.(gz|zst|xz)")
 SIDES = ("src|source", "trg|tgt|target")
 
 

@@ -19,6 +19,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 
+from flax_transformer.data.marian_vocabulary import MarianVocabulary
 from flax_transformer.interop.folders import new_folder
 from flax_transformer.model import Transformer
 from flax_transformer.trained_model import TrainedModel
@@ -107,6 +108,8 @@ def to_stablehlo(model: TrainedModel, folder: epath.PathLike) -> None:
             "eos": config.eos_id,
             "unk": vocabularies.source.unk_id,
             "banned": config.never_chosen,
+            # Tokens that are put before the pieces; SentencePiece itself splits off those of vocabularies trained here.
+            "languages": vocabularies.source.languages if isinstance(vocabularies.source, MarianVocabulary) else (),
             "room": config.max_length if config.positions == "learned" else None,
         }
         content |= {side: vocabulary.all_pieces() for side, vocabulary in sides.items()}

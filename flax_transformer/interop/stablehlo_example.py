@@ -23,9 +23,9 @@ number = {piece: index for index, piece in enumerate(ids["source"])}
 
 
 def spell(text):
-    """Splits text into pieces. A language, e.g. >>fra<<, goes before them if it is not one of SentencePiece's own."""
+    """Splits text into pieces; a token such as >>fra<< in front names the target language of some models."""
     language, end, rest = text.partition("<<")
-    known = end and language + end in number and source.piece_to_id(language + end) == source.unk_id()
+    known = language + end in ids["languages"]
     return [language + end, *source.encode(rest, out_type=str)] if known else source.encode(text, out_type=str)
 
 

@@ -298,7 +298,8 @@ class _Training:
                 if self.profile.is_complete(step):
                     record(window.settle())
                     with window.paused():  # writing a profile takes seconds
-                        session.report.say(self.profile.close() or "")
+                        if told := self.profile.close():
+                            session.report.say(told)
                 signal = session.interruption.check(step)
                 evaluate = self._is_due(step, self.config.evaluation.every)
                 if evaluate or signal or self._is_due(step, self.config.checkpoints.every):

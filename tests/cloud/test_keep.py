@@ -135,3 +135,23 @@ def test_machines_after_a_pre_emption_get_the_versions_of_the_first(cloud):
     assert cloud.bucket("versions.txt").read_text() == "jax==1\n"
     first, second = (cloud.home / "installed-0").read_text().splitlines()
     assert "--constraint" not in first and second.endswith("--constraint=versions.txt")
+
+
+def test_keep_gives_up_if_the_machines_cannot_be_deleted(cloud):
+    cloud.plays("SUSPENDED", failing={"delete": 9 * [8]})
+    assert "2 attempts in a row failed" in cloud("keep", status=8, PATIENCE="2")
+
+
+def test_keep_goes_on_if_a_deletion_went_through_although_gcloud_reported_an_error(cloud):
+    cloud.plays("SUSPENDED SUSPENDED DELETING DELETING NOT_FOUND ACTIVE", "0", failing={"delete": [8]})
+    cloud("keep", PATIENCE="1")
+    assert changes(cloud.calls) == ["delete", "create", *BEGIN]
+
+
+def test_keep_tries_again_to_delete_when_the_time_is_up(cloud):
+    cloud.plays(trainings="endless", failing={"delete": [8, 8]})
+    for verb in ("copy", "install", "run"):
+        cloud(verb)
+    soon(lambda: cloud.trained(0) and cloud.trained(1))
+    cloud("keep", "--max-hours=2", "--delete-when-done", status=124, HOUR="0", PATIENCE="3")
+    assert changes(cloud.calls[4:]) == ["stop", "delete", "delete", "delete"]

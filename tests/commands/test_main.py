@@ -56,6 +56,9 @@ def test_a_verb_that_fails_has_an_exit_status_and_no_traceback(tmp_path):
         (["train", "--workdir=x", "--data.temperature=5"], "a setting is changed by --config.data.temperature=VALUE"),
         (["train", "--workdir=x", "data.temperature=5"], "a setting is changed by --config.data.temperature=VALUE"),
         (["train", "--workdir=x", "config.data.temperature=5"], "is changed by --config.data.temperature=VALUE"),
+        (["train", "--workdir=x", "--confg.training.steps=5"], "is changed by --config.training.steps=VALUE"),
+        (["train", "--workdir=x", "-data.temperature=5"], "is changed by --config.data.temperature=VALUE"),
+        (["clean", "--source=a", "--target=b", "-held-out=t"], "did you mean --held_out"),
         (["train", "--workdir=x", "quickstart.py"], "a config is named by --config=quickstart.py"),
     ],
 )

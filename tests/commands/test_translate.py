@@ -57,8 +57,9 @@ def test_a_sentence_that_begins_with_a_dash_is_not_given_another(run, workdir, t
 
     monkeypatch.setattr(Translator, "hypotheses", hypotheses)
     run("translate", f"-workdir={workdir}", "-beam_size=1", "-the cat runs")
+    run("translate", f"--workdir={workdir}", "--beam_size=1", "-hello there")
     run("translate", f"--workdir={workdir}", "--beam_size=1", "--", "-ab")
-    assert seen == ["-the cat runs", "-ab"]
+    assert seen == ["-the cat runs", "-hello there", "-ab"]
 
 
 def test_each_line_of_a_file_has_its_translation_and_empty_lines_stay_empty(run, workdir, source, translator, lines):

@@ -9,7 +9,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.documents import align_texts, translate_documents
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.scoring import best_aligned
-from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.decoding.unknown import find_copies
 from flax_transformer.decoding.writing import write_translations
@@ -114,19 +114,3 @@ def test_replacing_changes_nothing_where_nothing_is_unknown(translator, say):
         assert [one.ids for one in several] == [one.ids for one in others]
         for one, other in zip(several, others, strict=True):
             assert unknown in one.ids or one.text == other.text
-
-
-def test_of_a_sentence_in_parts_the_translation_with_the_best_score_comes_first(translator):
-    """The second best outputs are longer here, and so better with a length penalty."""
-    target = translator.vocabularies.target
-
-    def output(log_probs):
-        ids = np.array([*target.encode(["cat"])[0][:1] * (len(log_probs) - 1), target.eos_id], "int32")
-        return Output(ids=ids, log_probs=np.array(log_probs, "float32"))
-
-    parts = [[output([-0.5] * 4), output([-0.6])], [output([-0.2]), output([-0.3] * 3)]]
-    search = BeamSearch(num_return=2, length_penalty="length", alpha=1.0)
-    found = write_translations(target, parts, search)
-    assert [round(translation.score, 3) for translation in found] == [-0.375, -0.44]
-    drawn = write_translations(target, parts, Sampling(num_return=2, length_penalty="length", alpha=1.0))
-    assert [translation.score for translation in drawn] == [translation.score for translation in found[::-1]]

@@ -101,5 +101,5 @@ def test_language_tokens_that_the_vocabulary_itself_has_are_split_as_in_training
     assert found["spell"](">>kan<< the cat") == wanted[:-1]
     to_ctranslate2(model, tmp_path / "ct2")
     assert "language token, put before the text: >>" in (tmp_path / "ct2" / "README.md").read_text()
-    with pytest.raises(ValueError, match="SentencePiece itself splits off >>.*: convert to-marian-native, to-"):
+    with pytest.raises(ValueError, match="SentencePiece itself splits off >>.*: convert to-ctranslate2"):
         to_marian(dataclasses.replace(model, config=dataclasses.replace(model.config, **MARIAN)), tmp_path / "marian")
