@@ -115,7 +115,7 @@ def to_marian(model: TrainedModel, folder: epath.PathLike) -> None:
     source = model.vocabularies.source
     if source.languages and not isinstance(source, MarianVocabulary):
         raise ValueError(
-            f"SentencePiece itself splits off {source.languages[0]}, with a space before it, and transformers' tokenizer"
+            f"SentencePiece itself splits off {source.languages[0]} after a space, and transformers' tokenizer"
             " without: convert to-ctranslate2 or to-stablehlo"
         )
     config, params = concatenate_waves(model.config, model.params)
