@@ -146,9 +146,7 @@ class Checkpoints:
         if count < 1:
             raise ValueError(f"{count} of the {kind} checkpoints: ask for at least 1")
         if kind == "best" and not steps:
-            raise ValueError(
-                f"{self._path} has no scored checkpoint: take the newest, --last, or train with data.valid"
-            )
+            raise ValueError(f"{self._path} has no scored checkpoint: take the newest, --last, or set data.valid")
         if count > len(steps):
             held = f"{len(steps)} {'scored ' if kind == 'best' else ''}checkpoints {sorted(steps)}, not {count}"
             mend = f"ask for fewer, or let training keep more with training.checkpoints.{setting}"

@@ -52,15 +52,15 @@ def is_remote(path: str) -> bool:
 
 def is_stream(path: str) -> bool:
     """Whether a file can be read only once: standard input, a pipe or a terminal."""
-    found = _status(path)
     if _descriptor(path) is not None:  # on macOS opening /dev/stdin twice goes on where the first reader stopped
         return True
-    return path == STANDARD or (found is not None and (stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode)))
+    found = _status(path)
+    return found is not None and (stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode))
 
 
 def is_standard_output(path: str) -> bool:
     """Whether the name of an output means standard output: "-", or a name such as /dev/stdout."""
-    return path == STANDARD or _descriptor(path) == 1
+    return path == STANDARD or _descriptor(path) == 1  # as an input, "-" has descriptor 0
 
 
 def same_file(path: str, other: str) -> bool:

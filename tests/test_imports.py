@@ -51,7 +51,7 @@ LAYOUT = {
     "text.sentences": "",
     "text.splitting": "text.sentences",
     "text.documents": "text.sentences text.splitting",
-    "text.alignment": "",
+    "text.alignment": "text.symbols",
     "text.unknown": "text.alignment",
     "text.markup_tokens": "",
     "text.markup_places": "text.alignment text.markup_tokens",
@@ -63,7 +63,7 @@ LAYOUT = {
     "data.vocabulary_training": "experiment text data.sentencepiece_model",
     "data.sentencepiece_vocabulary": "experiment text data.sentencepiece_model data.vocabulary_training",
     "data.marian_vocabulary": "text data.sentencepiece_model data.sentencepiece_vocabulary",
-    "data.fairseq_vocabulary": "data.sentencepiece_vocabulary data.marian_vocabulary",
+    "data.fairseq_vocabulary": "text data.sentencepiece_vocabulary data.marian_vocabulary",
     "data.vocabulary": "atomic_files experiment data.sentencepiece_vocabulary data.marian_vocabulary "
     "data.fairseq_vocabulary",
     "data.locale_phrases": "",

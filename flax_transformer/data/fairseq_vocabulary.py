@@ -16,14 +16,15 @@ from etils import epath
 
 from flax_transformer.data.marian_vocabulary import MarianVocabulary
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.text.symbols import M2M100_LANGUAGE, NLLB_LANGUAGE
 
 PIECES_MODEL, DESCRIPTION = "sentencepiece.bpe.model", "languages.json"
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
 # What the token of a language looks like, and an example, by the name of the tokenizer in transformers.
 FORMS = {
-    "NllbTokenizer": (re.compile(r"[a-z]{3}_[A-Z][a-z]{3}"), "kan_Knda"),
-    "M2M100Tokenizer": (re.compile(r"__[a-z]{2,3}__"), "__kn__"),
+    "NllbTokenizer": (NLLB_LANGUAGE, "kan_Knda"),
+    "M2M100Tokenizer": (M2M100_LANGUAGE, "__kn__"),
 }
 _UNUSED = re.compile(r"madeupword\d+")
 

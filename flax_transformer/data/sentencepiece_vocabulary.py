@@ -10,7 +10,6 @@ and decomposed accents, a tab and a space, or a word with and without a byte ord
 """
 
 import functools
-import re
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
@@ -18,12 +17,13 @@ from flax_transformer.data.sentencepiece_model import byte_ids, is_composed, par
 from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
+from flax_transformer.text.symbols import MARIAN_LANGUAGE
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
 FEW = 200  # sentences, which are encoded sooner than SentencePiece has started threads for them
 
 # A token that names the language to translate into, e.g. ">>kan<<".
-LANGUAGE = re.compile(r">>[^<>\s]+<<")
+LANGUAGE = MARIAN_LANGUAGE
 # SentencePiece represents a space by this character, so it reads this character as a space.
 SPACE = "▁"
 # As what bytes are decoded that are not a whole character, such as the first ones of a character in a text that grows.

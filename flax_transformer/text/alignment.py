@@ -12,6 +12,8 @@ import numpy as np
 import regex
 from jaxtyping import Float
 
+from flax_transformer.text.symbols import is_language
+
 Span = tuple[int, int]
 
 # Of how many parts of each text a matrix may be: larger ones would take gigabytes for a text of 25,000 words.
@@ -19,8 +21,6 @@ MOST_BLOCKS = 1000
 
 _SPACE, _UNKNOWN = "▁", "<unk>"
 _CONTROL = frozenset(("<s>", "</s>", "<pad>", "<mask>"))
-# The tokens of languages in NLLB, M2M100 and Marian, which stand for no text unless it begins with them.
-_LANGUAGE = regex.compile(r"[a-z]{3}_[A-Z][a-z]{3}|__\w+__|>>.+<<")
 # Characters that vocabularies drop, so that no piece stands for them.
 _DROPPED = regex.compile(r"[\s\u2800\p{Default_Ignorable_Code_Point}\p{Cc}\ufff9-\ufffb]")
 # The units of text between which markup may stand: words, with hyphens and apostrophes; single characters in scripts
@@ -106,7 +106,7 @@ def spans(pieces: Sequence[str], text: str, unknown: Sequence[bool] | None = Non
         at = plain.find(letters, place + blind, len(plain) if blind else place + len(letters) + _REACH)
         if at < 0:
             gap.append(piece)
-            blind |= not _LANGUAGE.fullmatch(piece)
+            blind |= not is_language(piece)  # which is text only where the text begins with it
             continue
         span = origins[at][0], origins[at + len(letters) - 1][1]
         fill(span[0])
@@ -159,4 +159,4 @@ def _share(text: str, start: int, stop: int, pieces: Sequence[str]) -> list[Span
 
 def _names(piece: str) -> bool:
     """Whether a piece, which was not found in the text, stands for more than a space."""
-    return piece != _SPACE and piece not in _CONTROL and not _LANGUAGE.fullmatch(piece)
+    return piece != _SPACE and piece not in _CONTROL and not is_language(piece)

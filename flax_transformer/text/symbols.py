@@ -1,13 +1,22 @@
-"""Texts that a vocabulary may keep as one piece: tags, and symbols of the user's own."""
+"""Texts that a vocabulary may keep as one piece: tags, tokens of languages, and symbols of the user's own."""
 
 import re
 
 # SentencePiece's own pieces.
 SPECIAL_SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>")
+# The tokens of languages in vocabularies of Marian and trained here, of NLLB and of M2M100.
+MARIAN_LANGUAGE = re.compile(r">>[^<>\s]+<<")
+NLLB_LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+M2M100_LANGUAGE = re.compile(r"__[a-z]{2,3}__")
 # The piece of a byte, such as <0x41>.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # SentencePiece writes ▁ for a space, and uses ▅ internally.
 _RESERVED = ("▁", "▅")
+
+
+def is_language(piece: str) -> bool:
+    """Whether a piece has the form of a token of a language."""
+    return any(form.fullmatch(piece) for form in (MARIAN_LANGUAGE, NLLB_LANGUAGE, M2M100_LANGUAGE))
 
 
 def is_free_symbol(text: str) -> bool:

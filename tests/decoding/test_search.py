@@ -368,9 +368,8 @@ def test_a_finished_search_makes_no_more_steps(beam_size):
 @greedy_and_beam
 def test_jit_and_64_bits_do_not_change_the_result(beam_size):
     limits = [3, 1, 2, 3, 3, 2, 1]
-    eager, jitted = (
-        search(Language(16), limits, beam_size=beam_size, run=run) for run in (search_tables, search_jitted)
-    )
+    runs = (search_tables, search_jitted)
+    eager, jitted = (search(Language(16), limits, beam_size=beam_size, run=run) for run in runs)
     with jax.enable_x64(True):
         wide = search(Language(16), limits, beam_size=beam_size)
     for other in (jitted, wide):
