@@ -65,7 +65,7 @@ class Comparison:
             found = train(config, settings, str(workdirs / f"{number}-{seed}"))
             print(f"{variant}, seed {seed}: BLEU {found['bleu']:.1f}", file=sys.stderr, flush=True)
             runs.append({"variant": variant, "seed": seed, "settings": settings, **found})
-            found = {"machine": machine, "runs": runs}
+            found = {"machine": machine, "seed": SEEDS, "runs": runs}
             report.write(self.file, "benchmarks.ablations", ("jax", "flax", "sacrebleu"), found)
 
     def table(self) -> str:

@@ -5,12 +5,14 @@
     python -m benchmarks.quality table
 
 `measure` runs `flax-transformer evaluate` for each --test, with the options that follow `--`, and writes the scores,
-the settings and the course of the training to results/quality/NAME.json. `table` writes docs/results.md from all of
+the settings, the sizes of the corpora and the course of the training to results/quality/NAME.json. Run it where the
+training was run, since it reads the corpora to count their pairs. `table` writes docs/results.md from all of
 them, and from results/ablations.json and results/ingredients.json.
 """
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import jax
 
 from benchmarks import ablations, report
 from benchmarks.report import RESULTS
+from flax_transformer.data.corpus import load_corpus
 from flax_transformer.trained_model import TrainedModel
 from flax_transformer.workdir import WorkDirectory
 
@@ -51,7 +54,8 @@ INGREDIENTS = """\
 
 The tokenised model of Multi30k goes on for 2,000 steps, with dropout alone or with one thing more; the mean of the
 seeds, and in brackets the lowest and the highest. Greedy search on the validation set
-(`python -m benchmarks.ablations ingredients`).
+(`python -m benchmarks.ablations ingredients --multi30k=data/multi30k/tok --start_from=runs/multi30k_tok
+--workdirs=runs/ingredients`).
 """
 
 
@@ -66,10 +70,11 @@ def course(workdir: WorkDirectory) -> dict[str, Any]:
 
 
 def scores(workdir: str, files: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
-    """What `evaluate` prints for a test set."""
+    """What `evaluate` prints for a test set: the name of a corpus, or a file of sources and those of references."""
     source, *references = files
-    command = [sys.executable, "-m", "flax_transformer", "evaluate", f"--workdir={workdir}", f"--source={source}"]
-    command += ["--reference", *references, "--output=json", *options]
+    test = [f"--source={source}", "--reference", *references] if references else [f"--corpus={source}"]
+    command = [sys.executable, "-m", "flax_transformer", "evaluate", f"--workdir={workdir}", *test]
+    command += ["--output=json", *options]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -85,7 +90,9 @@ def measure(options: argparse.Namespace) -> None:
         "title": options.title,
         "machine": machine,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(TrainedModel.load(options.workdir).params)),
+        "seed": config["training"]["seed"],
         "config": config,
+        "pairs": {name: len(load_corpus(config["data"][name]).source) for name in ("train", "valid")},
         "training": course(workdir),
         "tests": tests,
     }
@@ -109,6 +116,8 @@ def details(name: str, result: Mapping[str, Any]) -> str:
     """What one needs to repeat a result."""
     training, machine = result["training"], result["machine"]
     first = next(iter(result["tests"].values()))
+    sizes = ", ".join(f"{count:,} for {name}" for name, count in result["pairs"].items())
+    command = re.sub(r"^train\.py", "python train.py", training["command"])
     curve = ", ".join(f"{entry['step']:,}: {entry['bleu']:.1f}" for entry in training["curve"])
     versions = ", ".join(f"{package} {number}" for package, number in training["versions"].items())
     return f"""
@@ -116,18 +125,18 @@ def details(name: str, result: Mapping[str, Any]) -> str:
 
 {result["title"]}.
 
-    {training["command"]}
+    {command}
     {shlex.join(result["command"])}
 
-- corpus: `{result["config"]["data"]["train"]}`
+- corpus: `{result["config"]["data"]["train"]}`; sentence pairs: {sizes}
 - search and signatures: {first["search"]}; BLEU `{first["signatures"]["bleu"]}`; chrF `{first["signatures"]["chrf"]}`
 - BLEU on the validation set after so many steps: {curve}
 - {machine["processor"]}, {machine["cores"]} cores; {versions}; revision {training["revision"]}
 """
 
 
-def write_page() -> None:
-    """Writes docs/results.md."""
+def page() -> str:
+    """The text of docs/results.md."""
     results = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*.json"))}
     table = "| experiment | test set | BLEU | chrF | model | training |\n|---|---|---|---|---|---|\n"
     table += "".join(row(name, result) for name, result in results.items())
@@ -135,8 +144,7 @@ def write_page() -> None:
     for title, comparison in ((MODELS, ablations.MODELS), (INGREDIENTS, ablations.INGREDIENTS)):
         if comparison.file.exists():
             text += f"\n{title}\n{comparison.table()}"
-    PAGE.write_text(text + "".join(map(details, results, results.values())), "utf-8")
-    print(f"written to {PAGE}", file=sys.stderr)
+    return text + "".join(map(details, results, results.values()))
 
 
 def main() -> None:
@@ -154,13 +162,17 @@ def main() -> None:
         action="append",
         required=True,
         metavar=("NAME", "FILE"),
-        help="a test set: its name, its sources, and its references",
+        help="a test set: its name, and a corpus or files of its sources and its references",
     )
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:cut])
     options.options = arguments[cut + 1 :]
-    write_page() if options.verb == "table" else measure(options)
+    if options.verb == "measure":
+        measure(options)
+        return
+    PAGE.write_text(page(), "utf-8")
+    print(f"written to {PAGE}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import DataConfig
 from flax_transformer.tokens import Tokens
 
-# As in configs/multi30k_en_de.py.
+# Slots that suit Multi30k where words are not divided anew in each epoch.
 MULTI30K = DataConfig(rows=32, source_slots=64, target_slots=64, seed=SEED)
 
 Padded = tuple[np.ndarray, np.ndarray]

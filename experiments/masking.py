@@ -30,13 +30,12 @@ def draw(results: Results) -> Mapping[str, Figure]:
     """The loss, which is computed with the right words before each word, beside the translations."""
     losses = {title: scores["loss"] for title, scores in results.items()}
     right = {title: scores["exact_match"] for title, scores in results.items()}
-    figures = {
+    return {
         "masking_loss": plot_scores(
             {"The loss, with the right earlier words given": losses}, x_label="nats per token", digits=3
         ),
         "masking": plot_scores({"Translating by itself: exactly right": right}, x_label="% of the test set"),
     }
-    return figures
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 It is for tests and for finding mistakes: programs run and compile as before, but Python takes longer. It needs
 beartype.
 
-jax builds trees of placeholders too: descriptions of arrays, their places, or objects that only mark a leaf. The fields
-of such a tree are no arrays, and are not held against their annotations.
+jax also builds this library's dataclasses with other things than arrays in their fields: shapes, shardings, or marks of
+a leaf. Such an object is not checked.
 """
 
 import functools

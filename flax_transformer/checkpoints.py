@@ -18,12 +18,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from flax_transformer.atomic_files import free_name
 from flax_transformer.orbax_paths import literal
+from flax_transformer.processes import hosts
 from flax_transformer.scores import Scores, StepScores
 
 TREES = ("params", "ema", "training")
@@ -245,7 +245,7 @@ class Checkpoints:
                 raise  # The device failed or memory ran out; the checkpoint is not damaged.
             except Exception as error:  # Orbax and its storage raise many kinds of errors.
                 damaged[step] = _reason(error)
-            if _on_all_processes(step not in damaged):
+            if all(hosts.gather(step not in damaged)):  # all processes must choose the same checkpoint
                 self._set_aside(damaged, step)
                 return step, *found
             damaged.setdefault(step, "another process cannot read it")
@@ -261,7 +261,7 @@ class Checkpoints:
         if not damaged:
             return
         folder = self._path.parent / "damaged"
-        if jax.process_index() == 0:
+        if hosts.is_first():
             folder.mkdir(exist_ok=True)
             for step, reason in damaged.items():
                 (self._path / str(step)).rename(free_name(folder, str(step)))
@@ -270,8 +270,7 @@ class Checkpoints:
                     f"continues from step {instead}",
                     stacklevel=3,
                 )
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        hosts.wait("damaged checkpoints are set aside")
         self._manager.reload()
 
     def restore_params(self, step: str | int, shapes: PyTree, *, ema: bool = False) -> PyTree:
@@ -330,7 +329,7 @@ class Checkpoints:
 
 
 class _Newest(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest checkpoint, and the newest of those that a training has that is never stopped.
+    """Keeps the newest checkpoint, and the newest of those that the training would have had it never been stopped.
 
     So a training that was stopped now and then has at its end the same checkpoints as one that was not.
     """
@@ -371,11 +370,6 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _on_all_processes(good: bool) -> bool:
-    """Whether `good` is true on every process, so that all of them choose the same checkpoint."""
-    return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(good)).all())
-
-
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:  # Orbax's message is the whole layout of an array; the cause says more
         error = error.__cause__
@@ -386,7 +380,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _check_types(found: Mapping[str, PyTree], wanted: Mapping[str, PyTree]) -> None:
-    """Raises ValueError if a random key came back as plain integers, which happens if its file of types is lost."""
+    """Raises ValueError for a wrong shape or type, as where a random key lost its file of types and became integers."""
     leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True)
     for (path, leaf), other in leaves:
         if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):

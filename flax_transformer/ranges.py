@@ -75,7 +75,7 @@ ALPHA = Range(at_least=-5, at_most=5)
 BEAM_SIZE = Range(at_least=1, within=Range(at_most=10_000))
 
 
-def setting(default: Any, allowed: "Range | tuple[str, ...]") -> Any:
+def setting(default: Any, allowed: Range | tuple[str, ...]) -> Any:
     """A field of a settings dataclass.
 
     Args:
@@ -115,7 +115,7 @@ def check(settings: Any, section: str = "") -> None:
         object.__setattr__(settings, field.name, value)
 
 
-def check_value(name: str, value: Any, kind: Any, allowed: "Range | tuple[str, ...] | None" = None) -> Any:
+def check_value(name: str, value: Any, kind: Any, allowed: Range | tuple[str, ...] | None = None) -> Any:
     """Returns the value, converted to its type; raises ValueError as `check` does."""
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()

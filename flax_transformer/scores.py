@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from flax_transformer.atomic_files import write_file
+from flax_transformer.processes import hosts
 
 Scores = Mapping[str, float]
 
@@ -80,7 +80,7 @@ class StepScores:
 
     def _write(self) -> None:
         assert self._file is not None, "only a training's checkpoints are scored"
-        if jax.process_index() != 0:
+        if not hosts.is_first():
             return
         content = {
             step: scores | ({FOUND_BY: settings} if (settings := self._settings.get(step)) else {})

@@ -222,7 +222,7 @@ class WorkDirectory:
         found_by: Mapping[str, Any] = types.MappingProxyType({}),
         is_planned: Callable[[int], bool] = lambda step: True,
         read_only: bool = False,
-    ) -> "Checkpoints":
+    ) -> Checkpoints:
         """Opens the checkpoints; use it in a `with` statement, which waits until the last one is written.
 
         Args:
@@ -322,13 +322,13 @@ class WorkDirectory:
             averages.save((averages.latest_step or 0) + 1, {"params": params}, {"steps": steps})
         return steps
 
-    def _read_checkpoints(self) -> "Checkpoints":
+    def _read_checkpoints(self) -> Checkpoints:
         # A converted model has no training section.
         training = self.read_config().get("training", {})
         best_metric = training.get("evaluation", {}).get("best_metric", "loss")
         return self.open_checkpoints(best_metric=best_metric, found_by=scored_by(training), read_only=True)
 
-    def _open_averages(self, *, read_only: bool) -> "Checkpoints":
+    def _open_averages(self, *, read_only: bool) -> Checkpoints:
         return Checkpoints(
             self.path / "averaged",
             scores_file=None,

@@ -3,7 +3,8 @@
 Reads two files whose lines i belong together; they may be compressed. No text is
 changed, so a clean corpus stays as it is. A pair counts for the first rule it breaks:
 
-  unicode    bytes that are not UTF-8, replacement, control and non-characters
+  unicode    bytes that are not UTF-8, replacement, control and non-characters, and byte
+             order marks, which only a file may begin with
   empty      a side shows nothing
   markup     a side has tags or entities of HTML, such as <b> and &nbsp;
   long       a side has more than --max_characters characters
@@ -23,7 +24,6 @@ changed, so a clean corpus stays as it is. A pair counts for the first rule it b
 import argparse
 import collections
 import contextlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -32,7 +32,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from flax_transformer.commands.lines import in_chunks, open_output, progress_bar
+from flax_transformer.commands.lines import in_chunks, open_output, progress_bar, read_all
 from flax_transformer.commands.options import filled, path, positive
 from flax_transformer.files import (
     Named,
@@ -41,7 +41,6 @@ from flax_transformer.files import (
     is_standard_output,
     is_stream,
     same_file,
-    shown,
 )
 
 EXAMPLES = """\
@@ -54,6 +53,7 @@ USAGE = "--source FILE --target FILE --output_source FILE --output_target FILE [
 MEMORY_REMEDY = "give fewer --processes, or divide the files"
 CHUNK = 2000  # pairs that a process examines at once
 AHEAD = 4  # chunks that wait for each process, so that memory does not grow with the files
+ANY_BYTES = "surrogateescape"  # bytes that are not UTF-8 become lone surrogates, which the rule unicode drops
 STATEFUL = ("held_out", "duplicate")
 NAMES = ("unicode", "empty", "markup", "long", "ratio", "letters", "script", "equal", "repeats", "numbers", *STATEFUL)
 WIDTH = 60  # characters of a side that the report shows
@@ -132,11 +132,13 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--held_out names files, and --without leaves their rule out: remove one of them")
     dropping = _Dropping(options, rules.without)
     report = Report(options.examples)
-    total = _count(options.source, options.target)
+    sides = options.source, options.target
+    # Counting finds what is wrong with the files before anything is written; a stream can be read only once.
+    total = None if any(map(is_stream, sides)) else sum(1 for _ in read_all(*sides, errors=ANY_BYTES))
     with contextlib.ExitStack() as stack, _telling_what_is_incomplete(outputs):
         files = {name: stack.enter_context(open_output(file)) for name, file in outputs.items()}
         bar = stack.enter_context(progress_bar(total, beside=""))
-        chunks = in_chunks(_read(options.source, options.target), CHUNK)
+        chunks = in_chunks(read_all(*sides, errors=ANY_BYTES), CHUNK)
         for chunk, (broken, source_keys, target_keys) in _examined(chunks, examine, rules, options.processes, stack):
             broken = dropping.add(broken, source_keys, target_keys)
             for (source, target), rule in zip(chunk, broken, strict=True):
@@ -156,7 +158,7 @@ def _telling_what_is_incomplete(outputs: Mapping[str, str]) -> Iterator[None]:
     """Adds to an error, which came while the outputs were written, that they are not to be used."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         names = ", ".join(outputs.values())
         raise ValueError(f"{error} (incomplete: {names})" if names else str(error)) from error
 
@@ -181,39 +183,13 @@ def _check_files(options: argparse.Namespace) -> tuple[list[Named], dict[str, st
     return inputs, outputs
 
 
-def _count(source: str, target: str) -> int | None:
-    """The number of pairs, `None` if a side is a stream, which can be read only once.
-
-    Raises:
-        ValueError: a file cannot be read, or one of them has more lines; nothing has been written yet.
-    """
-    if is_stream(source) or is_stream(target):
-        return None
-    return sum(1 for _ in _read(source, target))
-
-
-def _read(source: str, target: str) -> Iterator[tuple[str, str]]:
-    """The pairs of both files; bytes that are not UTF-8 become lone surrogates."""
-    from flax_transformer.data.lines import read_lines
-
-    sides = (read_lines(file, errors="surrogateescape") for file in (source, target))
-    for number, (line, other) in enumerate(itertools.zip_longest(*sides), start=1):
-        if line is None or other is None:
-            ended, longer = (source, target) if line is None else (target, source)
-            raise ValueError(
-                f"{shown(ended)} ends after line {number - 1}, {shown(longer)} does not: line i of one must translate "
-                "line i of the other"
-            )
-        yield line, other
-
-
 def _examined(
-    chunks: Iterable[list[tuple[str, str]]],
+    chunks: Iterable[list[tuple[str, ...]]],
     examine: Callable[..., Any],
     rules: Any,
     processes: int,
     stack: contextlib.ExitStack,
-) -> Iterator[tuple[list[tuple[str, str]], Any]]:
+) -> Iterator[tuple[list[tuple[str, ...]], Any]]:
     """Each chunk with what `examine` finds in it, in order; several processes work on chunks ahead."""
     if processes == 1:
         yield from ((chunk, examine(chunk, rules)) for chunk in chunks)
@@ -223,7 +199,7 @@ def _examined(
         processes, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
     )
     stack.callback(pool.shutdown, cancel_futures=True)
-    waiting: collections.deque[tuple[list[tuple[str, str]], Future]] = collections.deque()
+    waiting: collections.deque[tuple[list[tuple[str, ...]], Future]] = collections.deque()
     try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(examine, chunk, rules)))

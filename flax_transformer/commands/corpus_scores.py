@@ -4,10 +4,14 @@ A system is a model, an ensemble, or a file of translations that something else 
 """
 
 import dataclasses
-import importlib
 import json
+import re
+import shutil
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from sacrebleu.metrics import CHRF, TER
@@ -16,7 +20,7 @@ from sacrebleu.metrics.bleu import BLEUScore
 from sacrebleu.significance import PairedTest, Result
 
 from flax_transformer.bleu import choose_tokenizer, has_han_or_kana, make_bleu, warn_of_missing_spaces
-from flax_transformer.text.spelling import comparable, is_blank
+from flax_transformer.text.spelling import comparable, in_one_line, is_blank
 
 METRICS = ("bleu", "chrf", "ter", "comet")
 COMET_MODEL = "Unbabel/wmt22-comet-da"
@@ -45,30 +49,39 @@ class System:
 
 
 class Comet:
-    """COMET (Rei et al., 2022), with a neural model that the package unbabel-comet downloads; a percentage here."""
+    """COMET (Rei et al., 2022), computed by the command comet-score of the package unbabel-comet; a percentage here.
+
+    The package needs NumPy 1 and jax needs NumPy 2, so it is in an environment of its own.
+    """
 
     def __init__(self) -> None:
-        """Loads the model; raises ValueError if the package is not installed, or the model cannot be had."""
-        try:
-            comet = importlib.import_module("comet")
-        except ImportError as error:
+        """Scores a sentence; raises ValueError if the command is not there, or cannot have its model."""
+        command = shutil.which("comet-score")
+        if command is None:
             raise ValueError(
-                f"--metrics comet needs the package unbabel-comet ({error}): pip install unbabel-comet, or leave "
-                "comet out"
-            ) from error
-        try:
-            downloaded = comet.download_model(COMET_MODEL)
-            self._model = comet.load_from_checkpoint(downloaded)
-        except Exception as error:  # of the network, the disk, or the model's format; all have the same remedy
-            raise ValueError(
-                f"--metrics comet needs the model {COMET_MODEL}, which cannot be loaded ({error}): try again with a "
-                "network, or leave comet out"
-            ) from error
+                "--metrics comet needs the command comet-score of the package unbabel-comet, which does not fit into "
+                "one environment with jax: pipx install unbabel-comet, or leave comet out"
+            )
+        self._command = command
+        self.score([("a", "a", "a")])  # before hours of translating
 
     def score(self, triples: Iterable[tuple[str, str, str]]) -> float:
-        """The mean over sources, translations and references, from 0 to about 100."""
-        data = [{"src": source, "mt": translation, "ref": reference} for source, translation, reference in triples]
-        return 100 * float(self._model.predict(data, batch_size=16, gpus=0, progress_bar=False).system_score)
+        """The mean over sources, translations and references, from 0 to about 100; raises ValueError if it fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            command = [self._command, f"--model={COMET_MODEL}", "--gpus=0", "--quiet", "--only_system"]
+            for name, texts in zip(("sources", "translations", "references"), zip(*triples, strict=True), strict=True):
+                file = Path(folder) / name
+                file.write_text("".join(f"{in_one_line(text)}\n" for text in texts), "utf-8", errors="replace")
+                command.append(f"--{name}={file}")
+            done = subprocess.run(command, capture_output=True, text=True)
+        found = re.search(r"score: (\S+)\s*\Z", done.stdout)
+        if done.returncode or not found:
+            *_, reason = done.stderr.strip().rsplit("\n", 1)
+            raise ValueError(
+                f"comet-score failed ({reason or 'without a message'}): when it is first used, it downloads the model "
+                f"{COMET_MODEL}; try again with a network, or leave comet out"
+            )
+        return 100 * float(found[1])
 
 
 class Judge:

@@ -87,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         choices=METRICS,
-        help="what is computed (default bleu chrf ter); comet needs the package unbabel-comet and downloads a model",
+        help="what is computed (default bleu chrf ter); comet needs the command comet-score of the package "
+        "unbabel-comet, which downloads a model",
     )
     shown.add_argument(
         "--chrf_word_order",

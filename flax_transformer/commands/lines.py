@@ -22,9 +22,10 @@ _ONE_FOR_ONE = "line i of {} must belong to line i of {}"
 Item = TypeVar("Item")
 
 
-def read_all(*paths: str) -> Iterator[tuple[str, ...]]:
-    """Line i of all files; raises ValueError if one of them ends before another."""
-    for number, lines in enumerate(itertools.zip_longest(*map(read_lines, paths)), start=1):
+def read_all(*paths: str, errors: str = "strict") -> Iterator[tuple[str, ...]]:
+    """Line i of all files; raises ValueError if one of them ends before another; `errors` as in `read_lines`."""
+    files = [read_lines(path, errors) for path in paths]
+    for number, lines in enumerate(itertools.zip_longest(*files), start=1):
         for path, line in zip(paths, lines, strict=True):
             if line is None:
                 raise ValueError(f"{shown(path)} ends after line {number - 1}: {_ONE_FOR_ONE.format(*paths)}")

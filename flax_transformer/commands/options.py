@@ -68,8 +68,8 @@ def seed(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, {SEED_OF_SAMPLES}") from error
 
 
-def process_number(text: str) -> int:
-    """The type of --process_id: a whole number, at least 0."""
+def count(text: str) -> int:
+    """The type of a count that may be 0."""
     try:
         return check_value("it", whole_number(text), int, COUNT)
     except ValueError as error:
@@ -275,6 +275,7 @@ def load_translator(models: Sequence[Model], options: argparse.Namespace) -> Any
     for workdir, step in models:
         with explain_damage(workdir):
             loaded.append(TrainedModel.load(workdir, step=step))
+    # Commands that do not search have no --no_shortlist, and need no shortlist.
     shortlist: Any = getattr(options, "no_shortlist", True) is False
     if name := getattr(options, "shortlist", None):
         shortlist = read_shortlist(name, joint=loaded[0].vocabularies.shares_ids)

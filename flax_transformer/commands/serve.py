@@ -11,7 +11,16 @@ import threading
 import warnings
 from typing import Any
 
-from flax_transformer.commands.options import checkpoint, explain_damage, filled, path, positive, true_or_false, whole
+from flax_transformer.commands.options import (
+    checkpoint,
+    count,
+    explain_damage,
+    filled,
+    path,
+    positive,
+    true_or_false,
+    whole,
+)
 from flax_transformer.commands.process import start_devices
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.files import expand
@@ -74,14 +83,6 @@ def port(text: str) -> int:
     if text.isdecimal() and len(text) < 6 and int(text) < 2**16:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 (any free port) to 65535")
-
-
-def count(text: str) -> int:
-    """The type of a count that may be 0."""
-    try:
-        return check_value("it", whole(text), int, Range(at_least=0, within=Range(at_most=2**31 - 1)))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least 0") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -304,5 +305,5 @@ def _load(named: list[Named], search: BeamSearch, options: argparse.Namespace) -
             translator = translators[each.folder]
             if translator.vocabularies.target.language_ids:
                 translator = translator.speaking(*pair)
-        served.append(Served(*pair, translator, translator.inspector, search))
+        served.append(Served(*pair, translator, search))
     return served

@@ -13,7 +13,7 @@ import logging
 import sys
 
 from flax_transformer.commands.config import add_config_option, config_of, read_config
-from flax_transformer.commands.options import filled, path, positive, process_number, true_or_false
+from flax_transformer.commands.options import count, filled, path, positive, true_or_false
 from flax_transformer.commands.process import load_jax, start_devices
 from flax_transformer.processes.interruption import Interrupted, Interruption
 from flax_transformer.processes.memory import keep_freed_memory
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hosts.add_argument("--num_processes", type=positive, metavar="N", help="number of processes, with --coordinator")
     hosts.add_argument(
         "--process_id",
-        type=process_number,
+        type=count,
         metavar="N",
         help="number of this process, counted from 0, with --coordinator",
     )

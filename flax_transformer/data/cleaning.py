@@ -28,7 +28,7 @@ LONGEST_RUN = 9
 # The longest unit whose repetitions are looked for: in words, and in characters of a script without spaces.
 MOST_WORDS, LONGEST_UNIT = 6, 20
 
-_INVALID = regex.compile(r"[\p{Cs}\ufffd\p{Noncharacter_Code_Point}]|(?!\t)\p{Cc}")
+_INVALID = regex.compile(r"[\p{Cs}\ufffd\p{Noncharacter_Code_Point}]|(?!\t)\p{Cc}|\A\ufeff")
 _LETTER = regex.compile(r"[\p{L}\p{M}]")
 # Letters and marks that belong to certain scripts; many marks, such as accents and vowel signs of Arabic, do not.
 _OF_A_SCRIPT = regex.compile(r"[[\p{L}\p{M}]--[\p{Script=Zyyy}\p{Script=Zinh}]]", regex.VERSION1)

@@ -11,9 +11,10 @@ from typing import SupportsIndex
 
 from etils import epath
 
-from flax_transformer.data.sentencepiece_model import BYTE, is_composed, read_processor
-from flax_transformer.data.sentencepiece_vocabulary import LANGUAGE, Vocabulary
+from flax_transformer.data.sentencepiece_model import is_composed, read_processor
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.text.spelling import Spelling
+from flax_transformer.text.symbols import BYTE, MARIAN_LANGUAGE, SPACE
 
 SOURCE_PIECES, TARGET_PIECES, IDS, TARGET_IDS = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
 
@@ -49,7 +50,7 @@ class MarianVocabulary(Vocabulary):
         self._pieces = sorted(ids, key=self._ids.__getitem__)
         self.pad_id, self.eos_id, self.unk_id = ids["<pad>"], ids["</s>"], ids["<unk>"]
         self.bos_id = ids.get("<s>", self.pad_id)
-        self.languages = tuple(piece for piece in self._pieces if LANGUAGE.fullmatch(piece))
+        self.languages = tuple(piece for piece in self._pieces if MARIAN_LANGUAGE.fullmatch(piece))
         # Marian's SentencePiece models compose accents themselves.
         self._spelling = Spelling(self._knows, (), spells_bytes="<0x00>" in ids, compose=is_composed(model))
 
@@ -105,7 +106,7 @@ class MarianVocabulary(Vocabulary):
 
     def _known_language(self, text: str) -> str:
         """The token at the beginning of a text that names a language, if it has an id; or else ""."""
-        begin = LANGUAGE.match(text)
+        begin = MARIAN_LANGUAGE.match(text)
         return begin[0] if begin and begin[0] in self._ids else ""
 
     def check_sampling(self) -> None:
@@ -127,7 +128,7 @@ class MarianVocabulary(Vocabulary):
     def split_language(self, sentence: str) -> tuple[str, str]:
         """See `Vocabulary.split_language`; raises ValueError for a language that the model does not know."""
         sentence = self._spelling.spell(sentence) if self.languages else sentence
-        begin = LANGUAGE.match(sentence) if self.languages else None
+        begin = MARIAN_LANGUAGE.match(sentence) if self.languages else None
         if begin is None:
             return "", sentence
         if begin[0] not in self._ids:
@@ -140,8 +141,8 @@ class MarianVocabulary(Vocabulary):
         return [self._join(self.pieces(self._text_ids(row))) for row in ids]
 
     def _join(self, pieces: Sequence[str]) -> str:
-        # SentencePiece does not replace the "▁" of a piece that only the other side's model has.
-        return super()._join(pieces).replace("▁", " ").strip()
+        # SentencePiece does not replace the space of a piece that only the other side's model has.
+        return super()._join(pieces).replace(SPACE, " ").strip()
 
     def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """See `Vocabulary.pieces`."""

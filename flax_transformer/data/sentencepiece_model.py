@@ -1,12 +1,9 @@
 """Reads serialised SentencePiece models, which every kind of vocabulary has."""
 
-import re
 from typing import Any
 
 import sentencepiece
 
-# The piece of a single byte.
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # The name of the normalisation in a model whose text is not brought to NFC; SentencePiece itself does not use the name.
 AS_WRITTEN = "as_written"
 

@@ -17,15 +17,11 @@ from flax_transformer.data.sentencepiece_model import byte_ids, is_composed, par
 from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import Spelling
-from flax_transformer.text.symbols import MARIAN_LANGUAGE
+from flax_transformer.text.symbols import MARIAN_LANGUAGE, SPACE
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
 FEW = 200  # sentences, which are encoded sooner than SentencePiece has started threads for them
 
-# A token that names the language to translate into, e.g. ">>kan<<".
-LANGUAGE = MARIAN_LANGUAGE
-# SentencePiece represents a space by this character, so it reads this character as a space.
-SPACE = "▁"
 # As what bytes are decoded that are not a whole character, such as the first ones of a character in a text that grows.
 INCOMPLETE = "\ufffd"
 
@@ -66,7 +62,7 @@ class Vocabulary:
         self._processor = read_processor(model)
         self._model = model
         pieces = self.all_pieces()
-        self.languages = tuple(piece for piece in pieces if LANGUAGE.fullmatch(piece))
+        self.languages = tuple(piece for piece in pieces if MARIAN_LANGUAGE.fullmatch(piece))
         self._mark = byte_ids(self._processor, SPACE)
         self._spelling = Spelling(self._knows, pieces, spells_bytes=bool(self._mark), compose=is_composed(model))
         expected = (self.pad_id, self.bos_id, self.eos_id, self.unk_id)
@@ -200,7 +196,7 @@ class Vocabulary:
             ValueError: the sentence begins with the token of a language that the vocabulary does not know, and it knows
                 others.
         """
-        begin = LANGUAGE.match(sentence.lstrip()) if self.languages else None
+        begin = MARIAN_LANGUAGE.match(sentence.lstrip()) if self.languages else None
         if begin is None:
             return "", sentence
         if begin[0] not in self.languages:

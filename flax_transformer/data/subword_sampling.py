@@ -19,7 +19,8 @@ from jaxtyping import Int
 
 from flax_transformer.data.pipeline import TokenSide
 from flax_transformer.data.sentencepiece_model import parse
-from flax_transformer.data.sentencepiece_vocabulary import SPACE, Vocabulary
+from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
+from flax_transformer.text.symbols import SPACE
 
 DIVISIONS_KEPT = 2**18  # divisions, and lattices, that are remembered, since most words come again
 DRAWN_AT_ONCE = 4096  # random numbers
@@ -43,7 +44,7 @@ class BpeDropout:
         self._merged = functools.lru_cache(DIVISIONS_KEPT)(self._merge)
 
     def may_change(self, words: list[str], places: Int[np.ndarray, "N"], rng: np.random.Generator) -> np.ndarray:
-        """Draws for each of N places, which hold a word each, which merge is the first that is left out; -1 for none.
+        """Draws for the word at each of N places the number of the first merge that is left out; -1 if none is.
 
         Args:
             words: the different words.

@@ -15,15 +15,12 @@ import sentencepiece
 from flax_transformer.data.sentencepiece_model import AS_WRITTEN, parse, pieces_of
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.spelling import training_text
+from flax_transformer.text.symbols import RESERVED, SPACE
 
 # SentencePiece mistakes the names of its special pieces in text for these pieces, and drops them.
 _SPECIAL = re.compile(r"<(?=(?:s|/s|unk|pad|0x[0-9A-F]{2})>)")
-# SentencePiece uses this character internally and drops every sentence that contains it.
-_RESERVED = "▅"
-# SentencePiece represents a space by this character, so it reads this character as a space.
-_SPACE = "▁"
 # These cannot have a piece.
-_IMPOSSIBLE = {"\0", _SPACE}
+_IMPOSSIBLE = {"\0", SPACE}
 
 
 def train_pieces(sentences: Sequence[str], config: VocabularyConfig, special_ids: tuple[int, int, int, int]) -> bytes:
@@ -50,13 +47,14 @@ def train_pieces(sentences: Sequence[str], config: VocabularyConfig, special_ids
 
 
 def _train(sentences: Sequence[str], config: VocabularyConfig, special_ids: tuple[int, ...], *, required: str) -> bytes:
-    stand_in = _stand_in(sentences) if any(_RESERVED in text for text in (*sentences, required)) else _RESERVED
+    stand_in = _stand_in(sentences) if any(RESERVED in text for text in (*sentences, required)) else RESERVED
     pad_id, bos_id, eos_id, unk_id = special_ids
+    symbols = dict.fromkeys(training_text(symbol, compose=config.normalize) for symbol in config.user_symbols)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             # With a space in it, the name of a special piece is ordinary text, and its characters are still counted.
-            sentence_iterator=(_SPECIAL.sub("< ", sentence).replace(_RESERVED, stand_in) for sentence in sentences),
+            sentence_iterator=(_SPECIAL.sub("< ", sentence).replace(RESERVED, stand_in) for sentence in sentences),
             model_writer=model,
             model_type=config.model_type,
             # A character model silently drops rare characters at its limit, so the limit is high, and checked below.
@@ -64,8 +62,8 @@ def _train(sentences: Sequence[str], config: VocabularyConfig, special_ids: tupl
             split_digits=config.split_digits,
             character_coverage=config.character_coverage,
             byte_fallback=config.byte_fallback,
-            user_defined_symbols=[*config.user_symbols],
-            required_chars=required.replace(_RESERVED, stand_in) or None,
+            user_defined_symbols=[*symbols],
+            required_chars=required.replace(RESERVED, stand_in) or None,
             # No NFKC: decoded text is compared with references as they were written, and NFKC would turn an ellipsis
             # into three dots and full-width digits into narrow ones. SentencePiece's variant of it also replaces the
             # zero-width non-joiner, which the spelling of Kannada and Persian needs, by a space. Only runs of spaces
@@ -98,12 +96,12 @@ def _stand_in(texts: Iterable[str]) -> str:
 
 def _with_reserved(model: bytes, stand_in: str) -> bytes:
     """Replaces the stand-in by the reserved character in the model."""
-    if stand_in == _RESERVED:
+    if stand_in == RESERVED:
         return model
     read = parse(model)
     for piece in read.pieces:
-        piece.piece = piece.piece.replace(stand_in, _RESERVED)
-    read.trainer_spec.required_chars = read.trainer_spec.required_chars.replace(stand_in, _RESERVED)
+        piece.piece = piece.piece.replace(stand_in, RESERVED)
+    read.trainer_spec.required_chars = read.trainer_spec.required_chars.replace(stand_in, RESERVED)
     return read.SerializeToString(deterministic=True)
 
 

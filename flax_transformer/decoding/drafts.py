@@ -8,10 +8,11 @@ from jaxtyping import UInt
 
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.data.vocabulary import VocabularyPair
-from flax_transformer.decoding.requests import Output
+from flax_transformer.decoding.engine import Engine
+from flax_transformer.decoding.requests import Output, Request
 from flax_transformer.decoding.results import Translation
 from flax_transformer.decoding.search import BROKEN
-from flax_transformer.decoding.settings import Sampling, SearchSettings
+from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.sources import split_sources
 from flax_transformer.decoding.texts import Texts, as_list
 from flax_transformer.decoding.writing import Copies, write_translations
@@ -35,7 +36,7 @@ class Draft:
         vocabularies: VocabularyPair,
         longest: int,
         sentences: Texts,
-        search: SearchSettings,
+        search: BeamSearch | Sampling,
         *,
         prefixes: Texts | None = None,
         seed: int = 0,
@@ -71,6 +72,23 @@ class Draft:
     def __len__(self) -> int:
         """How many sentences there are."""
         return len(self.parts)
+
+    def submit(self, engine: Engine, numbers: Sequence[int], *, streams: bool = False) -> list[Request]:
+        """Submits some of the sources to an engine, and returns a request for each; errors as in `Engine.submit`.
+
+        Args:
+            engine: decodes them, with the draft's search.
+            numbers: which of `sources`.
+            streams: whether the requests tell their tokens as they come.
+        """
+        return engine.submit(
+            [self.sources[number] for number in numbers],
+            self._search,
+            prefixes=[self.prefixes[number] for number in numbers],
+            given=[self.given[number] for number in numbers],
+            rngs=None if self.rngs is None else self.rngs[list(numbers)],
+            streams=streams,
+        )
 
     def broken(self, found: Sequence[Sequence[Output]]) -> int:
         """How many sentences have a translation that ended early, because logits were not finite."""

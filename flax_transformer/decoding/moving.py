@@ -63,7 +63,10 @@ def _move_state(
     mesh: Mesh,
     widened: Callable[[jax.Array, jax.Array, float], jax.Array],
 ) -> DecodingState:
-    """The new state with the old sentence in it: what was written so many steps ago there is so many steps old here."""
+    """The new state with the old sentence in its slot.
+
+    What the old ring's slot wrote k steps ago goes k steps back in the new ring.
+    """
     (slots, hypotheses, room), (new_slots, _, new_room) = old.ancestors.shape, new.ancestors.shape
     next_old = old.place[old_slot // (slots // mesh.size)]
     next_new = new.place[new_slot // (new_slots // mesh.size)]

@@ -10,8 +10,8 @@ from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sizes import pool_shape, rooms_up_to, slot_size, slots_for
 
-FEW = 64  # sentences, for which another program would take longer to compile than they take in larger slots
-FEW_PREPARED = 4  # sentences, for which steps of their own take longer, although there is a program
+FEW = 64  # fewer sentences use larger slots: a program of their own would take longer to compile than they take there
+FEW_PREPARED = 4  # the same where that program is compiled already: its steps would still take longer
 
 
 class Programs:

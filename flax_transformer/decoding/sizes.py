@@ -24,7 +24,9 @@ def rooms_up_to(tokens: int) -> list[int]:
 
 
 def slots_for(sentences: int, room: int, *, batch_tokens: int, hypotheses: int, devices: int) -> int:
-    """How many slots so many waiting sentences get: a few more sentences than slots take turns.
+    """How many slots so many waiting sentences get.
+
+    The number doubles only if more than one and a half sentences would wait for each slot; until then they take turns.
 
     Args:
         sentences: how many sentences wait.

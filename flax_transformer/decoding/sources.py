@@ -10,7 +10,7 @@ from flax_transformer.text.splitting import split_sentence
 
 
 def split_sources(
-    vocabulary: Vocabulary, sentences: Sequence[str], longest: int, *, stacklevel: int = 3
+    vocabulary: Vocabulary, sentences: Sequence[str], longest: int, *, stacklevel: int
 ) -> list[list[list[int]]]:
     """The ids of each sentence, in several parts if it is too long; a blank sentence has no part.
 

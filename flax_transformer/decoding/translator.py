@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.sentencepiece_vocabulary import INCOMPLETE
-from flax_transformer.decoding.drafts import Draft, given_tokens, random_keys
+from flax_transformer.decoding.drafts import Draft, given_tokens
 from flax_transformer.decoding.engine import Engine, check_streaming
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.inspection import Inspector
@@ -20,7 +20,6 @@ from flax_transformer.decoding.results import Alignment, Translation
 from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings
 from flax_transformer.decoding.shortlist import Shortlist
-from flax_transformer.decoding.sources import split_sources
 from flax_transformer.decoding.texts import Texts, as_list
 from flax_transformer.decoding.unknown import Align, find_copies
 from flax_transformer.decoding.writing import write_translation
@@ -41,6 +40,8 @@ class Translator:
 
     Attributes:
         vocabularies: the vocabularies of both sides.
+        engine: decodes, for callers that have token ids and want to submit sentences one by one.
+        inspector: shows the probabilities of other tokens and all attention weights, for callers that have token ids.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class Translator:
             [model.params for model in models],
             jax.local_devices() if devices is None else devices,
         )
-        self._engine = Engine(self._ensemble, batch_tokens=batch_tokens, shortlist=_shortlist(models, shortlist))
-        self._inspector = Inspector(self._ensemble)
+        self.engine = Engine(self._ensemble, batch_tokens=batch_tokens, shortlist=_shortlist(models, shortlist))
+        self.inspector = Inspector(self._ensemble)
         self._scorer = Scorer(self._ensemble, batch_tokens=batch_tokens)
 
     @property
@@ -98,16 +99,6 @@ class Translator:
     def params(self) -> PyTree:
         """The parameters of the model, or of the first model of an ensemble."""
         return self._ensemble.params(0)
-
-    @property
-    def engine(self) -> Engine:
-        """The engine that decodes, for callers that have token ids and want to submit sentences one by one."""
-        return self._engine
-
-    @property
-    def inspector(self) -> Inspector:
-        """What shows the probabilities of other tokens and all attention weights, for callers that have token ids."""
-        return self._inspector
 
     @classmethod
     def from_workdir(
@@ -214,7 +205,7 @@ class Translator:
             )
             return [rank_by_agreement(each)[: search.num_return] for each in samples]
         draft = self.draft(sentences, search, prefixes=prefixes, seed=seed)
-        found = self._engine.search(
+        found = self.engine.search(
             draft.sources,
             search,
             prefixes=draft.prefixes,
@@ -335,7 +326,7 @@ class Translator:
             longest: the maximum length of a source, in tokens.
             sentences: how many sentences of each length one call will have; enough to fill batches if not given.
         """
-        self._engine.compile(search, longest=longest, sentences=sentences)
+        self.engine.compile(search, longest=longest, sentences=sentences)
 
     def close(self) -> None:
         """Ends the thread that translates; calls that still wait get an error, and so does every later search.
@@ -343,22 +334,14 @@ class Translator:
         A translator that is not closed lets its thread end, and the memory of the search go, a few seconds after its
         last sentence.
         """
-        self._engine.close()
+        self.engine.close()
 
     def _stream(self, sentence: str, search: BeamSearch | Sampling, seed: int) -> Iterator[str]:
         done: list[str] = []
         told = ""
-        for number, part in enumerate(split_sources(self.vocabularies.source, [sentence], self._ensemble.longest)[0]):
-            rngs = random_keys(search, seed, [(0, number)])
-            begun = self.vocabularies.target.encode([""])
-            (request,) = self._engine.submit(
-                [part],
-                search,
-                prefixes=[begun[0][:-1]],
-                given=given_tokens(self.vocabularies.target, begun),
-                rngs=rngs,
-                streams=True,
-            )
+        draft = self.draft([sentence], search, seed=seed)
+        for number in range(len(draft.sources)):
+            (request,) = draft.submit(self.engine, [number], streams=True)
             try:
                 text = ""
                 for ids in request:

@@ -35,11 +35,12 @@ GB, GIB, TERA = 1e9, 2.0**30, 1e12
 
 # By jax's `device_kind`. Sources: docs.cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e and tpu7x, read in November
 # 2026; NVIDIA's data sheets of the V100, T4, A100, L4, H100 and H200 (dense rates, the SXM form where there are two).
+# What Google calls GB are GiB: the compiler lets a program for v5e use 15.75 GiB.
 CHIPS = {
     "TPU v4": Chip("v4", 275 * TERA, 32 * GIB),
-    "TPU v5 lite": Chip("v5e", 197 * TERA, 16 * GB),
-    "TPU v5": Chip("v5p", 459 * TERA, 95 * GB),
-    "TPU v6 lite": Chip("v6e", 918 * TERA, 32 * GB),
+    "TPU v5 lite": Chip("v5e", 197 * TERA, 16 * GIB),
+    "TPU v5": Chip("v5p", 459 * TERA, 95 * GIB),
+    "TPU v6 lite": Chip("v6e", 918 * TERA, 32 * GIB),
     "TPU7x": Chip("tpu7x", 2307 * TERA, 192 * GIB, devices=2),
     "Tesla V100-SXM2-16GB": Chip("V100", 125 * TERA, 16 * GB, dtypes=("float16",)),
     "Tesla T4": Chip("T4", 65 * TERA, 16 * GB, dtypes=("float16",)),

@@ -101,9 +101,13 @@ def read_collectives(module: Module) -> list[Collective]:
             kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
             channel = re.search(r"channel_id=(\d+)", line)
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            if match[2] == "all-gather" and "-start(" in line:
-                shapes = shapes[len(shapes) // 2 :]  # the operands come before the results
+            if match[2] in ("all-gather", "collective-permute") and "-start(" in line:
+                # The operands come before the results; two numbers of a permutation's context may follow.
+                shapes = [shape for shape in shapes if shape != ("u32", "")]
+                shapes = shapes[len(shapes) // 2 :]
             size = sum(ITEM_BYTES[dtype] * math.prod(map(int, re.findall(r"\d+", shape))) for dtype, shape in shapes)
+            if match[2] == "reduce-scatter":
+                size *= _group_size(line)  # the result is one device's part of what is reduced
             places = found[kind, channel[1] if channel else f"{name}:{number}", str(shapes)]
             count, total = places.get(name, (0, 0))
             places[name] = (count + module.times[name], total + module.times[name] * size)
@@ -112,3 +116,11 @@ def read_collectives(module: Module) -> list[Collective]:
         count, total = max(places.values())
         sums[kind] = (sums[kind][0] + count, sums[kind][1] + total)
     return [Collective(kind, *sums[kind]) for kind in sorted(sums)]
+
+
+def _group_size(line: str) -> int:
+    """How many devices take part in a collective operation together."""
+    groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
+    if groups is None:
+        raise ValueError(f"this collective operation names no devices: {line}")
+    return int(groups[2]) if groups[2] else len(groups[1].split(","))

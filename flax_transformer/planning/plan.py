@@ -23,7 +23,7 @@ from flax_transformer.monitoring.utilization import CHIPS, Work, memory_of
 from flax_transformer.planning.hlo import Collective, Module, read_collectives
 from flax_transformer.tokens import Tokens
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import TrainState, create_state, make_train_step
+from flax_transformer.training.step import create_state, make_create_state, make_train_step
 
 # The number of loss chunks to try if the step does not fit and the target slots can be divided.
 LOSS_CHUNKS = 8
@@ -160,7 +160,7 @@ def plans(experiment: Experiment, devices: list[jax.Device], memory: float | Non
     Args:
         experiment: with the vocabulary's sizes filled in.
         devices: the devices of the slice.
-        memory: bytes of a device, for compilers that do not know it; `None` if unknown.
+        memory: bytes of a device, for compilers that do not know it (the TPU's does); `None` if unknown.
     """
     plan = make_plan(experiment, devices, memory, changes="")
     yield plan
@@ -218,7 +218,8 @@ def make_plan(experiment: Experiment, devices: list[jax.Device], memory: float |
         result = _read_refusal(str(error), time.monotonic() - begin)
     else:
         result = _read_program(compiled, time.monotonic() - begin)
-        if memory is not None and result.peak > memory:
+        # The TPU's compiler, which knows the memory better than a specification, refuses what does not fit.
+        if memory is not None and result.peak > memory and devices[0].platform != "tpu":
             result = TooLarge(result.peak, memory, result.compile_seconds)
     return Plan(
         changes=changes,
@@ -241,13 +242,10 @@ def count_parameters(experiment: Experiment) -> int:
 
 def _lower(experiment: Experiment, parallelism: Parallelism, rows: int, micro_batches: int) -> jax.stages.Lowered:
     data = experiment.data
-
-    def create() -> TrainState:
-        return create_state(experiment, jax.random.key(0, impl=experiment.training.rng_impl))
-
     source, target = (jax.ShapeDtypeStruct((rows, slots), np.int32) for slots in (data.source_slots, data.target_slots))
     batch = Batch(Tokens(source, source, source), Tokens(target, target, target))
-    return parallelism.lower(make_train_step(experiment, micro_batches), parallelism.shapes(create), batch)
+    state = parallelism.shapes(make_create_state(experiment), jax.random.key(0, impl=experiment.training.rng_impl))
+    return parallelism.lower(make_train_step(experiment, micro_batches), state, batch)
 
 
 def _read_program(compiled: Any, seconds: float) -> Program:

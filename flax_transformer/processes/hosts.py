@@ -118,7 +118,7 @@ def is_first() -> bool:
     return index() == 0
 
 
-def say(line: str = "") -> None:
+def say(line: str) -> None:
     """Prints a line on process 0, and nothing on the others."""
     if is_first():
         print(line, flush=True)

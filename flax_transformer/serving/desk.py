@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from flax_transformer.decoding.drafts import Draft
 from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.requests import Output, Request
-from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.serving.refusals import Refusal
 
 ALWAYS = 8  # so many sentences of each request may be in the engine, whatever others have there
@@ -27,8 +26,8 @@ RETRY_S = 2.0  # after which a client may try again when the queue was full
 class _Job:
     """The sentences of one request, the longest first, so that those in the engine together have similar lengths."""
 
-    def __init__(self, draft: Draft, search: BeamSearch | Sampling, loop: asyncio.AbstractEventLoop):
-        self.draft, self.search = draft, search
+    def __init__(self, draft: Draft, loop: asyncio.AbstractEventLoop):
+        self.draft = draft
         sizes = [len(source) for source in draft.sources]
         self.waiting = deque(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True))
         self.requests: dict[int, Request] = {}
@@ -74,7 +73,7 @@ class Desk:
         self._queue, self._inside, self._count_tokens = queue, inside, count_tokens
         self._lines: dict[Engine, _Line] = {}
 
-    async def decode(self, engine: Engine, draft: Draft, search: BeamSearch | Sampling) -> list[list[Output]]:
+    async def decode(self, engine: Engine, draft: Draft) -> list[list[Output]]:
         """The outputs of each source of a draft; if the coroutine is cancelled, so are its sentences.
 
         Raises:
@@ -82,7 +81,7 @@ class Desk:
             Exception: what the engine raised for a sentence; those that are left are given up.
         """
         self.admit(len(draft.sources))
-        job = _Job(draft, search, asyncio.get_running_loop())
+        job = _Job(draft, asyncio.get_running_loop())
         line = self._lines.setdefault(engine, _Line())
         line.jobs.append(job)
         try:
@@ -96,9 +95,7 @@ class Desk:
             self.open -= len(draft.sources)
         return [job.outputs[number] for number in range(len(draft.sources))]
 
-    async def stream(
-        self, engine: Engine, draft: Draft, search: BeamSearch | Sampling
-    ) -> AsyncIterator[list[list[int]]]:
+    async def stream(self, engine: Engine, draft: Draft) -> AsyncIterator[list[list[int]]]:
         """Yields the ids so far of each source of a draft, one source after the other; arguments as in `decode`.
 
         Tokens that come while nobody asks for them are told together.
@@ -108,21 +105,13 @@ class Desk:
         found: list[list[int]] = []
         try:
             for number in range(len(draft.sources)):
-                part = slice(number, number + 1)
                 told: asyncio.Queue[list[int] | None] = asyncio.Queue()
 
                 def tell(ids: list[int] | None, told: asyncio.Queue[list[int] | None] = told) -> None:
                     if not loop.is_closed():
                         loop.call_soon_threadsafe(told.put_nowait, ids)
 
-                (request,) = engine.submit(
-                    draft.sources[part],
-                    search,
-                    prefixes=draft.prefixes[part],
-                    given=draft.given[part],
-                    rngs=None if draft.rngs is None else draft.rngs[part],
-                    streams=True,
-                )
+                (request,) = draft.submit(engine, [number], streams=True)
                 request.when_told(tell)
                 request.when_done(functools.partial(_tell_end, tell))
                 try:
@@ -175,13 +164,7 @@ class Desk:
     def _submit(self, engine: Engine, line: _Line, job: _Job, numbers: Sequence[int]) -> None:
         draft, loop = job.draft, asyncio.get_running_loop()
         try:
-            requests = engine.submit(
-                [draft.sources[number] for number in numbers],
-                job.search,
-                prefixes=[draft.prefixes[number] for number in numbers],
-                given=[draft.given[number] for number in numbers],
-                rngs=None if draft.rngs is None else draft.rngs[list(numbers)],
-            )
+            requests = draft.submit(engine, numbers)
         except ValueError as error:  # the engine is closed
             job.end(error)
             return

@@ -46,7 +46,7 @@ def _describe(model: Served) -> dict[str, Any]:
         "decoder_layers": config.num_decoder_layers,
         "heads": config.num_heads,
         "positions": config.positions,
-        "position_waves": model.inspector.position_vectors(PICTURED[0])[:, : PICTURED[1]]
+        "position_waves": model.translator.inspector.position_vectors(PICTURED[0])[:, : PICTURED[1]]
         .astype(float)
         .round(3)
         .tolist(),
@@ -75,7 +75,7 @@ async def explain(call: Call) -> Response:
     copies = wanted if isinstance(search, Sampling) else 1  # samples of one sentence are as many sentences
     draft = await asyncio.to_thread(_draft, model, sentences, copies, search, seed, prefix)
     service.check_search(model, search)
-    found = await service.desk.decode(model.translator.engine, draft, search)
+    found = await service.desk.decode(model.translator.engine, draft)
     service.metrics.sentences.labels(model.name).inc(len(sentences))
     translations = await write(service, model, draft, found)
     explained = []
@@ -136,7 +136,7 @@ def _explain(
     pieces = vocabularies.source.pieces(source)
     hypotheses = [_hypothesis(translation) for translation in translations]
     first = translations[0]
-    inspection = model.inspector.inspect(source, first.ids)
+    inspection = model.translator.inspector.inspect(source, first.ids)
     best, log_probs = inspection.candidates()
     for token, ids, row in zip(hypotheses[0]["tokens"], best, log_probs, strict=True):
         likely = list(zip(ids[:candidates].tolist(), row[:candidates].tolist(), strict=True))
@@ -204,7 +204,7 @@ def _attention(model: Served, text: str, ids: list[int], kind: str, layer: int) 
         what = f"has more than {config.max_length} tokens: shorten it" if draft.sources else "is blank: give a sentence"
         raise Refusal(400, f"q {what}")
     source = draft.sources[0]
-    heads = model.inspector.inspect(source, ids).heads(kind, layer)
+    heads = model.translator.inspector.inspect(source, ids).heads(kind, layer)
     read, written = vocabularies.source.pieces(source), vocabularies.target.pieces(ids)
     return {
         "rows": read if kind == "encoder" else written,
@@ -225,21 +225,19 @@ async def stream(call: Call) -> Response:
     drafts = await asyncio.to_thread(
         lambda: [model.translator.draft([sentence], search) for sentence in document.sentences]
     )
-    events = _events(call, model, drafts, search, document.join)
+    events = _events(call, model, drafts, document.join)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
-async def _events(
-    call: Call, model: Served, drafts: Sequence[Draft], search: BeamSearch, join: Any
-) -> AsyncIterator[bytes]:
+async def _events(call: Call, model: Served, drafts: Sequence[Draft], join: Any) -> AsyncIterator[bytes]:
     service, translations = call.service, []
     service.streams += 1
     try:
         async with asyncio.timeout(service.limits.deadline_s):
             for number, draft in enumerate(drafts):
                 text = ""
-                async for parts in service.desk.stream(model.translator.engine, draft, search):
+                async for parts in service.desk.stream(model.translator.engine, draft):
                     text = join_parts(model.translator.vocabularies.target.decode(parts))
                     yield _event("token", {"sentence": number, "text": text.rstrip(INCOMPLETE)})
                 translations.append(text)

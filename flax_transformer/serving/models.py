@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-from flax_transformer.decoding.inspection import Inspector
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.serving.languages import Detector, language_name
@@ -20,14 +19,12 @@ class Served:
         source: the language that it reads, as requests call it.
         target: the language that it writes.
         translator: translates with it.
-        inspector: looks into it.
         search: how it searches, unless a request wants another way.
     """
 
     source: str
     target: str
     translator: Translator
-    inspector: Inspector
     search: BeamSearch
 
     @property

@@ -47,6 +47,7 @@ def _either(*schemas: Schema) -> Schema:
 
 CONFIDENCE = _object("confidence language", confidence=NUMBER, language=TEXT)
 TRANSLATION = _object("text score log_prob", text=TEXT, score=NUMBER, log_prob=NUMBER)
+DETAILS = _array(_object("source translations", source=TEXT, translations=_array(TRANSLATION)))  # a sentence each
 SPAN = {"start": WHOLE, "end": WHOLE}
 CANDIDATE = _object("id piece probability", id=WHOLE, piece=TEXT, probability=NUMBER)
 TOKEN = _object(
@@ -122,7 +123,7 @@ def describe(limits: Limits) -> Schema:
         translatedText=_either(TEXT, _array(TEXT)),
         detectedLanguage=detected,
         alternatives=_array(_either(TEXT, _array(TEXT))),
-        details=_array({}),
+        details=_either(DETAILS, _array(DETAILS)),
     )
     explain = _object(
         "q source target",

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import jax
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -257,9 +256,7 @@ def _as_refusal(error: Exception) -> Refusal:
     if isinstance(error, ValueError) and _is_own(error):
         return Refusal(400, " ".join(str(error).split()))
     kind = type(error).__name__
-    if isinstance(error, MemoryError) or (
-        isinstance(error, jax.errors.JaxRuntimeError | RuntimeError) and OUT_OF_MEMORY in str(error)
-    ):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY in str(error)):
         logger.error("%s: out of memory; start the server with a smaller --batch_tokens", kind)
         message = "the server's device has too little memory for this now: try again later, or send less at once"
         return Refusal(503, message, reason="memory", retry_after=5)

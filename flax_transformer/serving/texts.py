@@ -54,7 +54,7 @@ async def translate_texts(
     check_sentences(service, len(documents.sentences))
     search = model.search.replace(num_return=alternatives + 1)
     draft = await beside(characters, model.translator.draft, documents.sentences, search)
-    found = await service.desk.decode(model.translator.engine, draft, search)
+    found = await service.desk.decode(model.translator.engine, draft)
     service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
     translations = await write(service, model, draft, found)
     alignments = [
@@ -72,7 +72,7 @@ async def write(
     copied = service.replace_unknown and any((output.ids == unknown).any() for outputs in found for output in outputs)
     # Copying needs the device, and so a thread, however short the text is.
     characters = math.inf if copied else sum(map(len, draft.sentences))
-    align = model.inspector.align
+    align = model.translator.inspector.align
     return await beside(characters, model.translator.write, draft, found, replace_unknown=copied, align=align)
 
 
@@ -99,7 +99,7 @@ def _align(model: Served, sentence: str, translation: Translation) -> TextAlignm
     (ids,) = source.encode([sentence])
     if len(ids) > model.translator.config.max_length or not translation.ids:
         return None
-    weights = model.inspector.inspect(ids, translation.ids).alignment()
+    weights = model.translator.inspector.inspect(ids, translation.ids).alignment()
     return TextAlignment(
         tuple(spans(source.pieces(ids), sentence)), tuple(spans(translation.tokens, translation.text)), weights
     )

@@ -12,14 +12,14 @@ import numpy as np
 import regex
 from jaxtyping import Float
 
-from flax_transformer.text.symbols import is_language
+from flax_transformer.text.symbols import SPACE, is_language
 
 Span = tuple[int, int]
 
 # Of how many parts of each text a matrix may be: larger ones would take gigabytes for a text of 25,000 words.
 MOST_BLOCKS = 1000
 
-_SPACE, _UNKNOWN = "▁", "<unk>"
+_UNKNOWN = "<unk>"
 _CONTROL = frozenset(("<s>", "</s>", "<pad>", "<mask>"))
 # Characters that vocabularies drop, so that no piece stands for them.
 _DROPPED = regex.compile(r"[\s\u2800\p{Default_Ignorable_Code_Point}\p{Cc}\ufff9-\ufffb]")
@@ -97,7 +97,7 @@ def spans(pieces: Sequence[str], text: str, unknown: Sequence[bool] | None = Non
         gap.clear()
 
     for piece, is_unknown in zip(pieces, unknown, strict=True):
-        letters = "" if is_unknown or piece in _CONTROL else _plain(piece.replace(_SPACE, " "))[0]
+        letters = "" if is_unknown or piece in _CONTROL else _plain(piece.replace(SPACE, " "))[0]
         if not letters:
             gap.append(piece)
             blind |= is_unknown
@@ -139,7 +139,7 @@ def _share(text: str, start: int, stop: int, pieces: Sequence[str]) -> list[Span
     words = [match.span() for match in regex.finditer(r"\S+", text[:stop], pos=start)]
     groups: list[list[str]] = []
     for piece in pieces:
-        if not groups or (piece.startswith(_SPACE) and any(map(_names, groups[-1]))):
+        if not groups or (piece.startswith(SPACE) and any(map(_names, groups[-1]))):
             groups.append([])
         groups[-1].append(piece)
     if len(words) != len(groups):
@@ -159,4 +159,4 @@ def _share(text: str, start: int, stop: int, pieces: Sequence[str]) -> list[Span
 
 def _names(piece: str) -> bool:
     """Whether a piece, which was not found in the text, stands for more than a space."""
-    return piece != _SPACE and piece not in _CONTROL and not is_language(piece)
+    return piece != SPACE and piece not in _CONTROL and not is_language(piece)

@@ -15,7 +15,7 @@ from xml.parsers import expat
 
 Kind = Literal["start", "end", "text", "other"]
 
-# An entity's text is one token with its own raw form; white space and the rest of the text are others.
+# How characters of a text are written in markup.
 _ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", 0xA0: "&#160;"}
 # HTML's elements that have no end tag.
 _VOID = frozenset("area base basefont br col embed frame hr img input link meta param source track wbr".split())

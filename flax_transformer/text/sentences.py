@@ -7,7 +7,6 @@ missing one, since the model then sees half a sentence.
 """
 
 import itertools
-from collections.abc import Iterator
 
 import regex
 
@@ -63,11 +62,8 @@ def sentence_ends(text: str) -> list[int]:
 
 def cut_sentences(text: str) -> list[str]:
     """The sentences of a paragraph, which joined give the paragraph; white space belongs to the sentence after it."""
-    return [text[start:stop] for start, stop in _between([0, *sentence_ends(text), len(text)])]
-
-
-def _between(cuts: list[int]) -> Iterator[tuple[int, int]]:
-    return ((start, stop) for start, stop in itertools.pairwise(cuts) if start < stop)
+    cuts = sorted({0, *sentence_ends(text), len(text)})
+    return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 def _is_inside(text: str, match: regex.Match[str]) -> bool:

@@ -9,9 +9,11 @@ MARIAN_LANGUAGE = re.compile(r">>[^<>\s]+<<")
 NLLB_LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 M2M100_LANGUAGE = re.compile(r"__[a-z]{2,3}__")
 # The piece of a byte, such as <0x41>.
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# SentencePiece writes ▁ for a space, and uses ▅ internally.
-_RESERVED = ("▁", "▅")
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# SentencePiece represents a space by this character, so it reads this character as a space.
+SPACE = "▁"
+# SentencePiece uses this character internally and drops every sentence that contains it.
+RESERVED = "▅"
 
 
 def is_language(piece: str) -> bool:
@@ -24,6 +26,6 @@ def is_free_symbol(text: str) -> bool:
     return bool(
         re.fullmatch(r"\S+", text)
         and text not in SPECIAL_SYMBOLS
-        and not _BYTE.fullmatch(text)
-        and not any(character in text for character in _RESERVED)
+        and not BYTE.fullmatch(text)
+        and not any(character in text for character in (SPACE, RESERVED))
     )

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from flax_transformer.text.alignment import Span
+from flax_transformer.text.symbols import SPACE
 
-_SPACE = "▁"
 _USED = 0.1  # what is left of the weight of an unknown piece that was copied: the next copy is probably of another
 
 
@@ -41,9 +41,9 @@ def words_to_copy(
         left[chosen] *= _USED
         first = last = chosen
         if not wanted.any():
-            while first > 0 and not pieces[first].startswith(_SPACE) and has_text[first - 1]:
+            while first > 0 and not pieces[first].startswith(SPACE) and has_text[first - 1]:
                 first -= 1
-            while last + 1 < len(pieces) and not pieces[last + 1].startswith(_SPACE) and has_text[last + 1]:
+            while last + 1 < len(pieces) and not pieces[last + 1].startswith(SPACE) and has_text[last + 1]:
                 last += 1
         copies.append(source[places[first][0] : places[last][1]].strip())
     return copies

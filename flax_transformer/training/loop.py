@@ -261,7 +261,7 @@ class _Training:
         rest = {name: value for name in names if (value := getattr(state, name)) is not None}
         return self.parallelism.as_global(apart | {"training": rest})
 
-    def _steps(self, state: TrainState, first: int, session: "_Session") -> None:
+    def _steps(self, state: TrainState, first: int, session: _Session) -> None:
         rows = self.materials.train.batch_rows
         work = Work.of(self.materials.experiment, rows, self.parallelism.devices)
         window = Window(self.config.log_every, self._check_finite, work)
@@ -325,13 +325,13 @@ class _Training:
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
-    def _save(self, step: int, state: TrainState, session: "_Session") -> None:
+    def _save(self, step: int, state: TrainState, session: _Session) -> None:
         jax.block_until_ready(state)
         begin = time.monotonic()
         session.checkpoints.save(step, self._trees(state), {"seconds": session.clock.seconds})
         session.report.checkpoint(step, time.monotonic() - begin)
 
-    def _evaluate(self, step: int, state: TrainState, session: "_Session") -> None:
+    def _evaluate(self, step: int, state: TrainState, session: _Session) -> None:
         """Scores the validation corpus if it is due at this step and the step has no comparable scores yet."""
         due = "valid" in self.evaluations and self._is_due(step, self.config.evaluation.every)
         if not due or step in session.checkpoints.scores:
@@ -343,7 +343,7 @@ class _Training:
         session.report.validation(step, metrics, session.clock.seconds)
         session.checkpoints.record_scores(step, metrics)
 
-    def _ends_early(self, step: int, session: "_Session") -> bool:
+    def _ends_early(self, step: int, session: _Session) -> bool:
         evaluations = session.checkpoints.evaluations_since_best
         patience = self.config.evaluation.patience
         if not patience or evaluations < patience or step >= self.config.steps:

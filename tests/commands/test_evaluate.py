@@ -1,8 +1,8 @@
 import json
+import os
 import re
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -177,41 +177,48 @@ def test_few_sentences_are_no_proof():
     assert p_values == {"chrF": 1}
 
 
-def test_comet_is_asked_with_sources_translations_and_references(run, workdir, files, monkeypatch, translations):
-    asked = []
+@pytest.fixture
+def comet(tmp_path, monkeypatch):
+    """Puts a program in place of comet-score; it keeps the files that it is given."""
 
-    class Model:
-        def predict(self, data, **options):
-            asked.append(data)
-            return types.SimpleNamespace(system_score=0.8125)
+    def put(last_line):
+        command = tmp_path / "bin" / "comet-score"
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(
+            f"#!{sys.executable}\nimport pathlib, sys\n"
+            "given = dict(argument[2:].split('=') for argument in sys.argv[1:] if '=' in argument)\n"
+            "for name in ('sources', 'translations', 'references'):\n"
+            f"    text = pathlib.Path(given[name]).read_text('utf-8')\n"
+            f"    pathlib.Path({str(tmp_path)!r}, f'asked_{{name}}').write_text(text, 'utf-8')\n"
+            f"assert given['model'] == 'Unbabel/wmt22-comet-da'\n{last_line}\n"
+        )
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
+        return lambda name: (tmp_path / f"asked_{name}").read_text("utf-8").splitlines()
 
-    def load(path):
-        assert path == "/models/Unbabel/wmt22-comet-da"
-        return Model()
+    return put
 
-    fake = types.SimpleNamespace(download_model=lambda name: f"/models/{name}", load_from_checkpoint=load)
-    monkeypatch.setitem(sys.modules, "comet", fake)
+
+def test_comet_is_asked_with_sources_translations_and_references(run, workdir, files, comet, translations):
+    asked = comet("print(given['translations'] + '\\tscore: 0.8125')")
     report = json.loads(evaluate(run, workdir, files, "--metrics", "comet", "chrf", "--output=json"))
     assert report["comet"] == 81.25 and report["signatures"]["comet"] == "Unbabel/wmt22-comet-da"
-    assert [entry["mt"] for entry in asked[0]] == translations
-    assert asked[0][4]["src"] == sentence(4) and asked[0][3]["ref"] == f"{translations[3]} the cat ."
+    assert asked("translations") == translations
+    assert asked("sources")[4] == sentence(4) and asked("references")[3] == f"{translations[3]} the cat ."
     said = evaluate(run, workdir, files, "--metrics", "comet", "--compare", workdir)
     assert "   81.25" in said and "p-value" not in said
 
 
-def test_without_its_package_or_its_model_comet_is_an_error_before_the_model_loads(
-    fail, unloaded, workdir, files, monkeypatch
+def test_without_its_command_or_its_model_comet_is_an_error_before_the_model_loads(
+    fail, unloaded, workdir, files, comet, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "comet", None)
     options = ("--source", files[0], "--reference", files[1], "--metrics", "comet")
-    assert "pip install unbabel-comet, or leave comet out" in fail("evaluate", "--workdir", workdir, *options)
-
-    def offline(name):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setitem(sys.modules, "comet", types.SimpleNamespace(download_model=offline))
+    with monkeypatch.context() as without:
+        without.setenv("PATH", "")
+        assert "pipx install unbabel-comet, or leave comet out" in fail("evaluate", "--workdir", workdir, *options)
+    comet("sys.exit('Traceback:\\nConnectionError: no route to host')")
     said = fail("evaluate", "--workdir", workdir, *options)
-    assert "wmt22-comet-da, which cannot be loaded (no route to host): try again with a network" in said
+    assert "comet-score failed (ConnectionError: no route to host)" in said and "try again with a network" in said
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,18 @@ def test_a_symbol_is_one_piece_and_is_text_again(model_type):
         vocabulary.split_language(">>deu<< the house")
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_symbol_is_spelled_as_the_text_is(normalize):
+    composed, decomposed = (unicodedata.normalize(form, "<ಕೊ>") for form in ("NFC", "NFD"))
+    config = dataclasses.replace(CONFIG, user_symbols=(decomposed, composed), size=310, normalize=normalize)
+    vocabulary = Vocabulary.train(KANNADA + ENGLISH, config)
+    pieces = vocabulary.pieces(range(vocabulary.size))
+    assert composed in pieces and (decomposed in pieces) != normalize
+    for symbol in (composed, decomposed):
+        found = vocabulary.pieces(vocabulary.encode([f"{symbol} house"])[0])
+        assert (composed if normalize else symbol) in found
+
+
 @pytest.mark.parametrize("symbol", ["", "a b", "<s>", "<0x41>", "a▁"])
 def test_a_symbol_that_cannot_be_a_piece_is_refused(symbol):
     with pytest.raises(ValueError, match="vocabulary.user_symbols has"):

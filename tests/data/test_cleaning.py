@@ -20,7 +20,8 @@ GOOD = [
     ("ಎ < ಬಿ ಮತ್ತು ಸಿ > ಡಿ", "a < b and c > d, R&D; I <3 it"),
 ]
 BAD = {
-    "unicode": [("ಮನೆ\ufffd", "house"), ("ಮನೆ", "a\udcff"), ("ಮ\0ನೆ", "house"), ("ಮನೆ\ufdd0", "house"), ("ಮನೆ", "a\x85")],
+    "unicode": [("ಮನೆ\ufffd", "house"), ("ಮನೆ", "a\udcff"), ("ಮ\0ನೆ", "house"), ("ಮನೆ\ufdd0", "house"), ("ಮನೆ", "a\x85"),
+                ("\ufeffಮನೆ", "house")],
     "empty": [("", "house"), ("ಮನೆ", " \u200b"), ("\t", "\ufeff")],
     "markup": [("<b>ಮನೆ</b>", "house"), ("ಮನೆ", "a&nbsp;house"), ("ಮನೆ", 'the <a href="x">house'), ("ಮನೆ", "it&#39;s")],
     "long": [("ಮನೆ " * 300, "house " * 200), ("ಮನೆ", "house " * 200)],

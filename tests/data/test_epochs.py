@@ -25,6 +25,7 @@ TEXT = ParallelText(
     [" ".join(RNG.choice(WORDS, RNG.integers(1, 9))) for _ in range(60)] + [" "],
     [1] * 61,
 )
+WEIGHTED = dataclasses.replace(TEXT, repeats=[(0.5, 1.0, 1.75)[number % 3] for number in range(61)])
 SIZES = {"bpe": 75, "unigram": 42}
 CONFIG = DataConfig(rows=5, source_slots=41, target_slots=53, source_sampling=0.3, target_sampling=0.2, seed=7)
 
@@ -106,13 +107,14 @@ def test_epochs_have_packings_and_orders_of_their_own(vocabularies):
     assert len({frozenset(each) for each in rows}) == 3
 
 
-def test_a_batch_is_the_same_whatever_was_read_before(vocabularies, tmp_path):
-    corpus = build(vocabularies)
+@pytest.mark.parametrize("text", [TEXT, WEIGHTED], ids=["whole", "weighted"])
+def test_a_batch_is_the_same_whatever_was_read_before(vocabularies, tmp_path, text):
+    corpus = build(vocabularies, text=text)
     forwards = [corpus.batch(step) for step in range(40)]
     assert all(equal(corpus.batch(step), forwards[step]) for step in (39, 0, 17, 3))
     cache = epath.Path(tmp_path)
     for _ in range(2):  # without a cache file, and with it
-        resumed = build(vocabularies, cache=cache)
+        resumed = build(vocabularies, cache=cache, text=text)
         assert equal(resumed.batch(33), forwards[33]) and resumed.example_ids(33) == corpus.example_ids(33)
         assert all(map(equal, resumed.batches(21, 24), forwards[21:24]))
 
@@ -167,9 +169,10 @@ def test_weights_that_leave_no_pair_for_an_epoch_are_refused(vocabularies):
         build(vocabularies, text=text)
 
 
-def test_three_hosts_share_the_batch_of_one_host(vocabularies):
-    whole = build(vocabularies, multiple=6)
-    parts = [build(vocabularies, multiple=6, host=host, num_hosts=3) for host in range(3)]
+@pytest.mark.parametrize("text", [TEXT, WEIGHTED], ids=["whole", "weighted"])
+def test_three_hosts_share_the_batch_of_one_host(vocabularies, text):
+    whole = build(vocabularies, multiple=6, text=text)
+    parts = [build(vocabularies, multiple=6, host=host, num_hosts=3, text=text) for host in range(3)]
     for step in range(25):  # across several epochs
         batches = [part.batch(step) for part in parts]
         assert equal(jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches), whole.batch(step))

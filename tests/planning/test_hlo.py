@@ -18,6 +18,11 @@ def test_without_an_annotation_the_condition_of_a_loop_gives_its_iterations():
   %g = (f32[5]{0}, bf16[9]{0}) all-gather-start(%x), channel_id=2
 }
 ENTRY %main (p: f32[5]) -> f32[5] {
+  %s = (f32[3,2]{1,0}, f32[3,2]{1,0}, u32[], u32[]) collective-permute-start(%p), channel_id=3
+  %d = f32[3,2]{1,0} collective-permute-done(%s)
+  %u = f32[7]{0} collective-permute(%p), channel_id=4
+  %v = bf16[3]{0} reduce-scatter(%p), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %x = bf16[3]{0} reduce-scatter(%p), channel_id=6, replica_groups=[4,2]<=[8], to_apply=%add
   %w = (s32[]) while(%t), condition=%condition, body=%body
   %f = f32[9] fusion(%p), kind=kCustom, calls=%async, backend_config={"estimated_cycles":"3"}
   %h = f32[9] fusion(%p), kind=kCustom, calls=%async_end
@@ -31,4 +36,6 @@ ENTRY %main (p: f32[5]) -> f32[5] {
     assert {(each.kind, each.count, each.bytes) for each in read_collectives(module)} == {
         ("all-reduce", 14, 14 * 5 * 4),
         ("all-gather", 1, 9 * 2),
+        ("collective-permute", 2, (6 + 7) * 4),
+        ("reduce-scatter", 2, (4 * 3 + 2 * 3) * 2),
     }

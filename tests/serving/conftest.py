@@ -38,7 +38,7 @@ def served(trained):
     engine, search = translator.engine, BeamSearch(extra_length=6)
     engine.programs.only_prepared()
     engine.programs.prepare(engine.compiled_for(search), 16, 4)
-    return Served("en", "de", translator, translator.inspector, search)
+    return Served("en", "de", translator, search)
 
 
 @pytest.fixture

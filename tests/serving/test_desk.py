@@ -43,6 +43,7 @@ class Sentences(Draft):
     def __init__(self, name, count):
         self.sources = [[name, *[0] * (number % 5)] for number in range(count)]
         self.prefixes, self.given, self.rngs = [()] * count, [0] * count, None
+        self._search = SEARCH
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ async def turn():
 
 def test_outputs_come_in_the_order_of_the_sources(run):
     async def test(desk, engine):
-        task = asyncio.create_task(desk.decode(engine, Sentences(7, 100), SEARCH))
+        task = asyncio.create_task(desk.decode(engine, Sentences(7, 100)))
         while not task.done():
             await turn()
             assert len(engine.inside) <= 32
@@ -75,17 +76,17 @@ def test_outputs_come_in_the_order_of_the_sources(run):
 
 def test_a_request_alone_fills_the_engine_and_beside_others_has_what_they_have(run):
     async def test(desk, engine):
-        big = asyncio.create_task(desk.decode(engine, Sentences(1, 5000), SEARCH))
+        big = asyncio.create_task(desk.decode(engine, Sentences(1, 5000)))
         await turn()
         assert engine.of(1) == 32
-        small = [asyncio.create_task(desk.decode(engine, Sentences(2, 1), SEARCH)) for _ in range(4)]
+        small = [asyncio.create_task(desk.decode(engine, Sentences(2, 1))) for _ in range(4)]
         await turn()
         engine.end(4)
         await turn()
         assert engine.of(2) == 4  # each came in at its first turn
         for _ in range(40):
             while engine.of(2) < 4:
-                small.append(asyncio.create_task(desk.decode(engine, Sentences(2, 1), SEARCH)))
+                small.append(asyncio.create_task(desk.decode(engine, Sentences(2, 1))))
                 await turn()
                 engine.end(1)
                 await turn()
@@ -106,14 +107,14 @@ def test_a_request_alone_fills_the_engine_and_beside_others_has_what_they_have(r
 
 def test_a_request_that_is_given_up_leaves_the_engine_and_the_queue(run):
     async def test(desk, engine):
-        task = asyncio.create_task(desk.decode(engine, Sentences(1, 50), SEARCH))
+        task = asyncio.create_task(desk.decode(engine, Sentences(1, 50)))
         await turn()
         requests = list(engine.inside)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert desk.open == 0 and all(request.done for request in requests)
-        again = asyncio.create_task(desk.decode(engine, Sentences(2, 3), SEARCH))
+        again = asyncio.create_task(desk.decode(engine, Sentences(2, 3)))
         await turn()
         assert engine.of(2) == 3
         engine.end(99)
@@ -124,8 +125,8 @@ def test_a_request_that_is_given_up_leaves_the_engine_and_the_queue(run):
 
 def test_an_error_of_one_sentence_ends_its_request_alone(run):
     async def test(desk, engine):
-        bad = asyncio.create_task(desk.decode(engine, Sentences(1, 20), SEARCH))
-        good = asyncio.create_task(desk.decode(engine, Sentences(2, 20), SEARCH))
+        bad = asyncio.create_task(desk.decode(engine, Sentences(1, 20)))
+        good = asyncio.create_task(desk.decode(engine, Sentences(2, 20)))
         await turn()
         next(request for request in engine.inside if request.source[0] == 1).fail(ValueError("too long"))
         await turn()
@@ -142,12 +143,12 @@ def test_an_error_of_one_sentence_ends_its_request_alone(run):
 
 def test_more_sentences_than_the_queue_holds_are_refused_at_once(run):
     async def test(desk, engine):
-        first = asyncio.create_task(desk.decode(engine, Sentences(1, 60), SEARCH))
+        first = asyncio.create_task(desk.decode(engine, Sentences(1, 60)))
         await turn()
         with pytest.raises(Refusal) as refused:
-            await desk.decode(engine, Sentences(2, 41), SEARCH)
+            await desk.decode(engine, Sentences(2, 41))
         assert refused.value.status == 503 and refused.value.retry_after and desk.open == 60
-        second = asyncio.create_task(desk.decode(engine, Sentences(2, 40), SEARCH))
+        second = asyncio.create_task(desk.decode(engine, Sentences(2, 40)))
         while not (first.done() and second.done()):
             await turn()
             engine.end(8)
@@ -167,13 +168,13 @@ class FastEngine(SlowEngine):
 
 def test_a_stream_tells_sentences_that_ended_before_anyone_listened(run):
     async def test(desk, engine):
-        return [ids async for ids in desk.stream(FastEngine(), Sentences(7, 2), SEARCH)]
+        return [ids async for ids in desk.stream(FastEngine(), Sentences(7, 2))]
 
     assert run(test) == [[[7]], [[7], [7, 0]]]
 
 
 def test_no_sentences_are_done_at_once(run):
     async def test(desk, engine):
-        return await asyncio.wait_for(desk.decode(engine, Sentences(1, 0), SEARCH), 1)
+        return await asyncio.wait_for(desk.decode(engine, Sentences(1, 0)), 1)
 
     assert run(test) == []

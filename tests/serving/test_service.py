@@ -251,9 +251,7 @@ def test_metrics_count_what_happened_and_tell_no_texts(make_client):
 
 
 def test_auto_chooses_among_the_languages_from_which_the_target_is_served(make_client, served):
-    others = [
-        Served(*pair, served.translator, served.inspector, served.search) for pair in (("fr", "de"), ("en", "fr"))
-    ]
+    others = [Served(*pair, served.translator, served.search) for pair in (("fr", "de"), ("en", "fr"))]
     client = make_client(*others)
     texts = {
         "en": "The weather is fine today and we are going to the sea.",

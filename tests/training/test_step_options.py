@@ -10,7 +10,7 @@ import pytest
 from flax_transformer.config import TransformerConfig
 from flax_transformer.data.batch import Batch
 from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide
-from flax_transformer.experiment import DataConfig, ScheduleConfig, TrainingConfig
+from flax_transformer.experiment import DataConfig, Experiment, ScheduleConfig, TrainingConfig
 from flax_transformer.model import Transformer
 from flax_transformer.tokens import Tokens
 from flax_transformer.training.loss_scale import FIRST
@@ -119,6 +119,20 @@ def test_the_loss_of_a_held_out_batch_is_the_same_in_parts(batch):
     )
     assert whole.tokens == parts.tokens and whole.correct == parts.correct
     np.testing.assert_allclose(whole.cross_entropy, parts.cross_entropy, rtol=1e-6)
+
+
+def test_the_objective_has_the_settings_of_the_experiment():
+    model = dataclasses.replace(CONFIG, banned_ids=(7,), suppressed_ids=(9,))
+    plain = Objective.of(Experiment(model=model), 3)
+    assert (plain.label_smoothing, plain.not_smoothed, plain.r_drop, plain.freeze) == (0.1, (), 0.0, "")
+    assert plain.model.config == model and (plain.micro_batches, plain.loss_chunks) == (3, 1)
+    settings = {"label_smoothing": 0.2, "smooth_never_chosen": False, "r_drop": 5.0, "freeze": "encoder"}
+    changed = Experiment(model=model).changed(
+        {f"training.{name}": value for name, value in settings.items()} | {"training.parallelism.loss_chunks": 2}
+    )
+    found = Objective.of(changed, 1)
+    assert (found.label_smoothing, found.not_smoothed, found.r_drop) == (0.2, (0, 1, 7, 9), 5.0)
+    assert (found.freeze, found.loss_chunks) == ("encoder", 2)
 
 
 @pytest.mark.slow
