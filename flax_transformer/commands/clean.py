@@ -56,6 +56,7 @@ AHEAD = 4  # chunks that wait for each process, so that memory does not grow wit
 ANY_BYTES = "surrogateescape"  # bytes that are not UTF-8 become lone surrogates, which the rule unicode drops
 STATEFUL = ("held_out", "duplicate")
 NAMES = ("unicode", "empty", "markup", "long", "ratio", "letters", "script", "equal", "repeats", "numbers", *STATEFUL)
+JOINERS = "\u200c\u200d"  # invisible, but they shape the letters around them, as in Kannada
 WIDTH = 60  # characters of a side that the report shows
 OUTPUTS = {"source": "output_source", "target": "output_target", "lines": "lines"}  # the option of each file
 
@@ -288,7 +289,7 @@ def _percent(count: int, total: int) -> str:
 
 
 def _shortened(text: str) -> str:
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    text = "".join(each if each.isprintable() or each in JOINERS else repr(each)[1:-1] for each in text)
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 

@@ -99,6 +99,11 @@ def test_pairs_with_a_side_in_a_held_out_file_are_dropped(clean, tmp_path):
     assert kept == [pairs[1], pairs[3]] and re.search(r"held_out +2  50.00 %", report)
 
 
+def test_examples_show_controls_but_leave_joiners_as_they_shape_the_letters(clean):
+    _, report = clean([("ಕ್ಲಿಪ್\u200cಬೋರ್ಡ್\x07", "clipboard\ufeff")])
+    assert "line 1: ಕ್ಲಿಪ್\u200cಬೋರ್ಡ್\\x07 | clipboard\\ufeff" in report
+
+
 def test_mistakes_are_found_before_anything_is_written(fail, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text("x\n")
