@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
     sides = options.source, options.target
     # Counting finds what is wrong with the files before anything is written; a stream can be read only once.
     total = None if any(map(is_stream, sides)) else sum(1 for _ in read_all(*sides, errors=ANY_BYTES))
-    with contextlib.ExitStack() as stack, _telling_what_is_incomplete(outputs):
+    with _telling_what_is_incomplete(outputs), contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open_output(file)) for name, file in outputs.items()}
         bar = stack.enter_context(progress_bar(total, beside=""))
         chunks = in_chunks(read_all(*sides, errors=ANY_BYTES), CHUNK)

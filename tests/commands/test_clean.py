@@ -1,6 +1,7 @@
 import gzip
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -139,3 +140,12 @@ def test_a_stream_that_has_fewer_lines_is_an_error(fail, tmp_path):
     message = fail(*options, f"--output_source={tmp_path / 'o1'}", f"--output_target={tmp_path / 'o2'}")
     assert "standard input ends after line 0: line i of -" in message
     assert message.endswith(f"(incomplete: {tmp_path / 'o1'}, {tmp_path / 'o2'})")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+def test_a_full_disk_is_an_error_that_says_what_is_incomplete(fail, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"a house {name}\n")
+    files = [f"--source={tmp_path / 'a'}", f"--target={tmp_path / 'b'}", f"--output_target={tmp_path / 'out'}"]
+    said = fail("clean", *files, "--output_source=/dev/full", "--processes=1")
+    assert said.endswith(f"No space left on device (incomplete: /dev/full, {tmp_path / 'out'})")
