@@ -82,7 +82,8 @@ def measure(options: argparse.Namespace) -> None:
     """Scores a model and writes what is known of it."""
     machine = report.machine()
     workdir = WorkDirectory(options.workdir)
-    config = workdir.read_config()
+    config, training = workdir.read_config(), course(workdir)
+    pairs = {name: len(load_corpus(config["data"][name]).source) for name in ("train", "valid")}
     tests = {name: scores(options.workdir, files, options.options) for name, *files in options.test}
     for name, found in tests.items():
         print(f"{name}: BLEU {found['bleu']:.1f}, chrF {found['chrf']:.1f}", file=sys.stderr)
@@ -92,8 +93,8 @@ def measure(options: argparse.Namespace) -> None:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(TrainedModel.load(options.workdir).params)),
         "seed": config["training"]["seed"],
         "config": config,
-        "pairs": {name: len(load_corpus(config["data"][name]).source) for name in ("train", "valid")},
-        "training": course(workdir),
+        "pairs": pairs,
+        "training": training,
         "tests": tests,
     }
     report.write(FOLDER / f"{options.name}.json", "benchmarks.quality", ("jax", "flax", "sacrebleu"), measured)

@@ -1,8 +1,8 @@
 """Kannada to English, and back, from text files: the Bible, children's stories, and the texts of user interfaces.
 
     python train.py --config=configs/kannada_english.py:five_layer --workdir=runs/kannada
-    python train.py --config=configs/kannada_english.py:small --workdir=runs/kannada-small
-    python train.py --config=configs/kannada_english.py:small_to_kannada --workdir=runs/to-kannada
+    python train.py --config=configs/kannada_english.py:small --workdir=runs/kannada_small
+    python train.py --config=configs/kannada_english.py:small_to_kannada --workdir=runs/to_kannada
 
 `five_layer` is the tutorial's model (5+5 layers, 512, 8 heads, d_ff = 3 * d_model = 1536), for a GPU or TPU; `small`
 has four layers of 128 and the norm before each sub-layer, for a CPU, and `small_to_kannada` is the same for the other
@@ -10,7 +10,7 @@ direction. A folder may follow the name: `kannada_english.py:small,/path/to/kann
 and `interface/`, each with `train`, `valid` and `test` in `.kn` and `.en`, one sentence a line; the stories are few and
 appear three times an epoch. The test at the end of a training is that of the Bible; the others are scored by
 
-    python -m flax_transformer evaluate --workdir=runs/kannada-small --beam_size=5 \\
+    python -m flax_transformer evaluate --workdir=runs/kannada_small --beam_size=5 --length_penalty=length --alpha=1 \\
         --source=data/kannada/interface/test.kn --reference data/kannada/interface/test.en
 
 The result of `small` (seed 0, one run, 2.9 hours on two cores of an AMD EPYC): BLEU 8.7 and chrF 28.5 on the Bible's

@@ -46,7 +46,7 @@ class VocabularyConfig:
         character_coverage: share of the text's characters that get a piece; others are spelled in bytes, or become the
             unknown piece.
         byte_fallback: whether there are 256 pieces for single bytes, in which a character without a piece is spelled,
-            so that every character can be read and written.
+            so that every visible character can be read and written.
         user_symbols: texts that are always one piece, e.g. "<br>", beside the tags that `data.train` names.
         normalize: whether composed and decomposed spellings of a character become the same (NFC).
         max_sentences: how many sentences training reads; a random sample if there are more.

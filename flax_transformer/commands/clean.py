@@ -3,8 +3,8 @@
 Reads two files whose lines i belong together; they may be compressed. No text is
 changed, so a clean corpus stays as it is. A pair counts for the first rule it breaks:
 
-  unicode    bytes that are not UTF-8, replacement, control and non-characters, and byte
-             order marks, which only a file may begin with
+  unicode    bytes that are not UTF-8, replacement, control and non-characters, and a byte
+             order mark at the beginning of a line that is not the first
   empty      a side shows nothing
   markup     a side has tags or entities of HTML, such as <b> and &nbsp;
   long       a side has more than --max_characters characters

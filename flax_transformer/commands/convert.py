@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         metavar="FROM",
         help="what to read: the folder of a downloaded model, the .npz or .bin file of one, or a work directory "
-        "(to-marian takes none with language tokens); where there is none, the name of a model to download from the "
-        "Hugging Face hub, e.g. facebook/nllb-200-distilled-600M",
+        "(to-marian: none whose model has language tokens); where there is none, the name of a model to download from "
+        "the Hugging Face hub, e.g. facebook/nllb-200-distilled-600M",
     )
     parser.add_argument("target", type=path, metavar="TO", help="the folder to write")
     parser.add_argument(

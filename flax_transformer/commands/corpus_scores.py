@@ -60,7 +60,7 @@ class Comet:
         if command is None:
             raise ValueError(
                 "--metrics comet needs the command comet-score of the package unbabel-comet, which does not fit into "
-                "one environment with jax: pipx install unbabel-comet, or leave comet out"
+                "one environment with jax: install it as docs/quality.md says, or leave comet out"
             )
         self._command = command
         self.score([("a", "a", "a")])  # before hours of translating
@@ -78,8 +78,8 @@ class Comet:
         if done.returncode or not found:
             *_, reason = done.stderr.strip().rsplit("\n", 1)
             raise ValueError(
-                f"comet-score failed ({reason or 'without a message'}): when it is first used, it downloads the model "
-                f"{COMET_MODEL}; try again with a network, or leave comet out"
+                f"comet-score failed ({reason or 'without a message'}): see whether it is installed as docs/quality.md "
+                f"says, has memory, and can download {COMET_MODEL} when it is first used, or leave comet out"
             )
         return 100 * float(found[1])
 
@@ -149,7 +149,7 @@ class Judge:
     def signatures(self) -> dict[str, str]:
         """What the metrics computed, for others who repeat it; there is one after `scores` has been called."""
         found = {name: str(metric.get_signature()) for name, metric in self._sacrebleu.items()}
-        return found | ({"COMET": COMET_MODEL} if self._comet else {})
+        return found | ({"COMET": f"{COMET_MODEL}, half precision"} if self._comet else {})
 
     def compare(
         self, systems: Sequence[System], scores: Sequence[Mapping[str, Score]]

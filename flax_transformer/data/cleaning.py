@@ -81,7 +81,10 @@ class CleaningRules:
 
 
 def is_invalid(source: str, target: str, rules: CleaningRules) -> bool:
-    """Whether a side has bytes that were not UTF-8, replacement characters, control characters or non-characters."""
+    """Whether a side has bytes that were not UTF-8, replacement, control or non-characters, or a byte order mark first.
+
+    The mark of a file that was put behind another one is none of the text, and would vanish from the first line only.
+    """
     return any(map(_INVALID.search, (source, target)))
 
 

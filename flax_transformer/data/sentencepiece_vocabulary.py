@@ -157,9 +157,10 @@ class Vocabulary:
 
     def without_symbols(self, sentence: str) -> str:
         """The sentence without the texts that are always one piece (`vocabulary.user_symbols`, tags of corpora)."""
+        text = self._spelling.spell(sentence)
         for symbol in self._symbols:
-            sentence = sentence.replace(symbol, "")
-        return sentence
+            text = text.replace(symbol, "")
+        return text
 
     @functools.cached_property
     def _symbols(self) -> list[str]:
@@ -196,13 +197,14 @@ class Vocabulary:
             ValueError: the sentence begins with the token of a language that the vocabulary does not know, and it knows
                 others.
         """
-        begin = MARIAN_LANGUAGE.match(sentence.lstrip()) if self.languages else None
+        text = self._spelling.spell(sentence)
+        begin = MARIAN_LANGUAGE.match(text) if self.languages else None
         if begin is None:
             return "", sentence
         if begin[0] not in self.languages:
             few = ", ".join(self.languages[:8]) + (", …" if len(self.languages) > 8 else "")
             raise ValueError(f'the model knows no language {begin[0]} ("{sentence[:40]}"): begin with one of {few}')
-        return f"{begin[0]} ", sentence.lstrip()[begin.end() :]
+        return f"{begin[0]} ", text[begin.end() :]
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """Returns the sentence of each row, up to its first `eos_id`, skipping `pad_id` and `bos_id`.

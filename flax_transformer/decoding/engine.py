@@ -28,7 +28,7 @@ from flax_transformer.decoding.waiting import Waiting
 from flax_transformer.positions import check_length
 
 STEPS = 16  # of a machine in its turn, at most
-STEPS_ALONE = 32  # at most, of a machine with one slot on each device: no sentence waits for a slot there
+STEPS_ALONE = 32  # at most, of a machine with one slot on each device, which is mostly there for a single sentence
 SHARE = 8  # a machine goes on until one eighth of its sentences have ended
 MANY = 2  # a machine with slots for more than twice the sentences that there are is too large
 IDLE_S = 5.0  # seconds without work after which the thread ends

@@ -34,10 +34,13 @@ class Module:
         computations: the lines of each computation, by name.
         times: how often each computation runs, by name; the body of a loop runs once per iteration.
         fused: the names of the computations that are the body of a fusion.
+        devices: how many devices run it together.
     """
 
     def __init__(self, text: str):
         """Parses the text."""
+        sizes = re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.partition("\n")[0])
+        self.devices = math.prod(map(int, sizes))
         self.computations: dict[str, list[str]] = {}
         self.times: dict[str, int] = defaultdict(int)
         self.fused: set[str] = set()
@@ -101,13 +104,13 @@ def read_collectives(module: Module) -> list[Collective]:
             kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
             channel = re.search(r"channel_id=(\d+)", line)
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            if match[2] in ("all-gather", "collective-permute") and "-start(" in line:
+            if match[2] != "all-reduce" and "-start(" in line:
                 # The operands come before the results; two numbers of a permutation's context may follow.
                 shapes = [shape for shape in shapes if shape != ("u32", "")]
                 shapes = shapes[len(shapes) // 2 :]
             size = sum(ITEM_BYTES[dtype] * math.prod(map(int, re.findall(r"\d+", shape))) for dtype, shape in shapes)
             if match[2] == "reduce-scatter":
-                size *= _group_size(line)  # the result is one device's part of what is reduced
+                size *= _group_size(line, module.devices)  # the result is one device's part of what is reduced
             places = found[kind, channel[1] if channel else f"{name}:{number}", str(shapes)]
             count, total = places.get(name, (0, 0))
             places[name] = (count + module.times[name], total + module.times[name] * size)
@@ -118,9 +121,9 @@ def read_collectives(module: Module) -> list[Collective]:
     return [Collective(kind, *sums[kind]) for kind in sorted(sums)]
 
 
-def _group_size(line: str) -> int:
-    """How many devices take part in a collective operation together."""
+def _group_size(line: str, devices: int) -> int:
+    """How many devices take part in a collective operation together: all, if the line does not name them."""
     groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
     if groups is None:
-        raise ValueError(f"this collective operation names no devices: {line}")
+        return devices
     return int(groups[2]) if groups[2] else len(groups[1].split(","))

@@ -22,9 +22,9 @@ def is_language(piece: str) -> bool:
 
 
 def is_free_symbol(text: str) -> bool:
-    """Whether a text has no white space and means nothing else to SentencePiece."""
+    """Whether a text has no white space or byte order mark and means nothing else to SentencePiece."""
     return bool(
-        re.fullmatch(r"\S+", text)
+        re.fullmatch(r"[^\s\ufeff]+", text)
         and text not in SPECIAL_SYMBOLS
         and not BYTE.fullmatch(text)
         and not any(character in text for character in (SPACE, RESERVED))

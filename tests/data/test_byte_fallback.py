@@ -135,6 +135,11 @@ def test_a_symbol_is_one_piece_and_is_text_again(model_type):
     assert (language, rest.strip()) == (">>kan<< ", "the house")
     assert vocabulary.encode([language + rest.strip()]) == vocabulary.encode([">>kan<< the house"])
     assert vocabulary.split_language("the house") == ("", "the house")
+    accented = Vocabulary.train(
+        ENGLISH, dataclasses.replace(CONFIG, user_symbols=(">>é<<",), byte_fallback=False, size=60)
+    )
+    decomposed = unicodedata.normalize("NFD", ">>é<< the house")
+    assert accented.split_language(decomposed) == (">>é<< ", " the house")
     with pytest.raises(ValueError, match="knows no language >>deu<<.*>>kan<<"):
         vocabulary.split_language(">>deu<< the house")
 
@@ -149,9 +154,10 @@ def test_a_symbol_is_spelled_as_the_text_is(normalize):
     for symbol in (composed, decomposed):
         found = vocabulary.pieces(vocabulary.encode([f"{symbol} house"])[0])
         assert (composed if normalize else symbol) in found
+        assert vocabulary.without_symbols(f"{symbol}house") == "house"
 
 
-@pytest.mark.parametrize("symbol", ["", "a b", "<s>", "<0x41>", "a▁"])
+@pytest.mark.parametrize("symbol", ["", "a b", "<s>", "<0x41>", "a▁", "\ufeff"])
 def test_a_symbol_that_cannot_be_a_piece_is_refused(symbol):
     with pytest.raises(ValueError, match="vocabulary.user_symbols has"):
         VocabularyConfig(user_symbols=[symbol])

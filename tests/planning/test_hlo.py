@@ -2,7 +2,7 @@ from flax_transformer.planning.hlo import Module, read_collectives
 
 
 def test_without_an_annotation_the_condition_of_a_loop_gives_its_iterations():
-    text = """HloModule step
+    text = """HloModule step, replica_count=2, num_partitions=4
 %body (p: (s32[])) -> (s32[]) {
   %r = f32[5]{0} all-reduce(%x), channel_id=1, to_apply=%add, backend_config={"estimated_cycles":"10"}
   %r2 = f32[5]{0} all-reduce(%x), channel_id=1, to_apply=%add
@@ -23,6 +23,8 @@ ENTRY %main (p: f32[5]) -> f32[5] {
   %u = f32[7]{0} collective-permute(%p), channel_id=4
   %v = bf16[3]{0} reduce-scatter(%p), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %x = bf16[3]{0} reduce-scatter(%p), channel_id=6, replica_groups=[4,2]<=[8], to_apply=%add
+  %y = bf16[3]{0} reduce-scatter(%p), channel_id=7, to_apply=%add
+  %z = ((bf16[6]{0}), bf16[3]{0}) reduce-scatter-start(%p), channel_id=8, replica_groups={{0,1}}, to_apply=%add
   %w = (s32[]) while(%t), condition=%condition, body=%body
   %f = f32[9] fusion(%p), kind=kCustom, calls=%async, backend_config={"estimated_cycles":"3"}
   %h = f32[9] fusion(%p), kind=kCustom, calls=%async_end
@@ -37,5 +39,5 @@ ENTRY %main (p: f32[5]) -> f32[5] {
         ("all-reduce", 14, 14 * 5 * 4),
         ("all-gather", 1, 9 * 2),
         ("collective-permute", 2, (6 + 7) * 4),
-        ("reduce-scatter", 2, (4 * 3 + 2 * 3) * 2),
+        ("reduce-scatter", 4, (4 + 2 + 8 + 2) * 3 * 2),
     }

@@ -1,0 +1,22 @@
+from unittest import mock
+
+import numpy as np
+
+from flax_transformer.decoding.engine import Engine
+from flax_transformer.decoding.settings import Sampling
+
+
+def test_a_draft_submits_each_source_with_its_own_prefix_and_random_key(make_translator):
+    search = Sampling(num_return=2)
+    sentences = ["the cat", "a brown dog runs up", "", "it sat on the mouse"]
+    draft = make_translator().draft(sentences, search, prefixes=["cat", "dog", "", "mouse up"], seed=3)
+    assert len(draft.sources) == 3 and len({*map(tuple, draft.prefixes)}) == 3
+    engine = mock.create_autospec(Engine, instance=True)
+    engine.submit.return_value = []
+    assert draft.submit(engine, [2, 0], streams=True) == []
+    (sources, settings), options = engine.submit.call_args
+    assert sources == [draft.sources[2], draft.sources[0]] and settings == search
+    assert options["prefixes"] == [draft.prefixes[2], draft.prefixes[0]]
+    assert options["given"] == [draft.given[2], draft.given[0]] and options["streams"]
+    assert np.array_equal(options["rngs"], draft.rngs[[2, 0]])
+    assert not np.array_equal(draft.rngs[2], draft.rngs[0])
