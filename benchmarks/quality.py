@@ -36,7 +36,7 @@ INTRODUCTION = """\
 `python -m benchmarks.quality table` writes this page from `benchmarks/results/quality/`, where the settings, versions
 and learning curve of each training are. The checkpoint of a training and the settings of the search were chosen on the
 validation set; then each test set was scored once. (A training also scores its own test set at its end, and no choice
-depends on that.) Hours count from the start of a training to its last evaluation, on the machine that is named, where
+depends on that.) Times count from the start of a training to its last evaluation, on the machine that is named, where
 other programs ran beside it.
 """
 MODELS = """\
@@ -106,7 +106,9 @@ def row(name: str, result: Mapping[str, Any]) -> str:
     model = config["model"]
     sizes = f"{model['num_encoder_layers']}+{model['num_decoder_layers']} layers, {model['d_model']}, "
     sizes += f"{result['parameters'] / 1e6:.1f} million parameters"
-    steps = f"{config['training']['steps']:,} steps, {training['hours']:.1f} h, seed {config['training']['seed']}"
+    hours = training["hours"]
+    time = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+    steps = f"{config['training']['steps']:,} steps, {time}, seed {config['training']['seed']}"
     return "".join(
         f"| [{result['title']}](#{name}) | {test} | {found['bleu']:.1f} | {found['chrf']:.1f} | {sizes} | {steps} |\n"
         for test, found in result["tests"].items()

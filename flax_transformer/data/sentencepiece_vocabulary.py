@@ -197,8 +197,8 @@ class Vocabulary:
             ValueError: the sentence begins with the token of a language that the vocabulary does not know, and it knows
                 others.
         """
-        text = self._spelling.spell(sentence)
-        begin = MARIAN_LANGUAGE.match(text) if self.languages else None
+        text = self._spelling.spell(sentence) if self.languages else ""
+        begin = MARIAN_LANGUAGE.match(text)
         if begin is None:
             return "", sentence
         if begin[0] not in self.languages:
