@@ -25,6 +25,7 @@ from flax_transformer.commands.process import start_devices
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.files import expand
 from flax_transformer.ranges import Range, check_value
+from flax_transformer.serving.limits import Limits
 
 USAGE = "(--workdir FOLDER | --model NAME=FOLDER ...) [OPTIONS]"
 EXAMPLES = """\
@@ -167,9 +168,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="proxies in front of it, whose X-Forwarded-For tells the client, e.g. 127.0.0.1",
     )
 
-    limits = parser.add_argument_group("limits", argument_default=argparse.SUPPRESS)
-    for name, kind, default, meaning in LIMITS:
-        limits.add_argument(f"--{name}", type=kind, metavar="N", help=f"{meaning} (default {default})")
+    limits = parser.add_argument_group("limits")
+    for name, kind, meaning in LIMITS:
+        default = getattr(Limits, name)
+        told = f"{meaning} (default {default:.0f})"
+        limits.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=told)
     limits.add_argument(
         "--connections", type=positive, default=1000, metavar="N", help="connections at once (default 1000)"
     )
@@ -182,23 +185,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# The options that become fields of `Limits`, which has the same defaults: a test compares them.
-LIMITS: tuple[tuple[str, Any, Any, str], ...] = (
-    ("body_bytes", positive, 4 * 2**20, "bytes of a request"),
-    ("queue_bytes", positive, 64 * 2**20, "bytes of all requests that are read or answered"),
-    ("characters", positive, 500_000, "characters of all texts of a request"),
-    ("texts", positive, 1000, "texts in one list"),
-    ("sentences", positive, 10_000, "sentences of a request"),
-    ("queue_sentences", positive, 20_000, "sentences of all requests that wait or are translated"),
-    ("alternatives", count, 3, "alternatives of a text; less than --beam_size"),
-    ("deadline_s", seconds, 300, "seconds in which a request is answered"),
-    ("read_s", seconds, 30, "seconds in which a client sends its request, and takes its answer"),
-    (
-        "requests_a_minute",
-        count,
-        0,
-        "requests of each client in a minute, a text of a list counts as one; 0: any number",
-    ),
+# The options that become fields of `Limits`: their names, types and help.
+LIMITS: tuple[tuple[str, Any, str], ...] = (
+    ("body_bytes", positive, "bytes of a request"),
+    ("queue_bytes", positive, "bytes of all requests that are read or answered"),
+    ("characters", positive, "characters of all texts of a request"),
+    ("texts", positive, "texts in one list"),
+    ("sentences", positive, "sentences of a request"),
+    ("queue_sentences", positive, "sentences of all requests that wait or are translated"),
+    ("alternatives", count, "alternatives of a text; less than --beam_size"),
+    ("deadline_s", seconds, "seconds in which a request is answered"),
+    ("read_s", seconds, "seconds in which a client sends its request, and takes its answer"),
+    ("requests_a_minute", count, "requests of each client in a minute, a text of a list counts as one; 0: any number"),
 )
 
 
@@ -212,15 +210,14 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{error.name} is missing: pip install 'flax_transformer[serve]'") from error
     from flax_transformer.data.lines import read_text
     from flax_transformer.serving.application import make_application
-    from flax_transformer.serving.limits import Limits, read_keys
+    from flax_transformer.serving.limits import read_keys
     from flax_transformer.serving.models import Models
     from flax_transformer.serving.preparing import Preparation
     from flax_transformer.serving.server import Server, bind
     from flax_transformer.serving.service import Service
 
     named = _named(options)
-    names = {name for name, *_ in LIMITS}
-    limits = Limits(**{name: value for name, value in vars(options).items() if name in names})
+    limits = Limits(**{name: getattr(options, name) for name, *_ in LIMITS})
     if limits.alternatives >= options.beam_size:
         limits = dataclasses.replace(limits, alternatives=max(0, options.beam_size - 1))
     keys = None
