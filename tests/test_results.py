@@ -1,7 +1,10 @@
-"""docs/results.md must be what the result files say, and the README's scores must be on it."""
+"""docs/results.md and the README must say what the result files say."""
 
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 from benchmarks import quality
 
@@ -12,9 +15,15 @@ def test_the_page_is_made_from_the_result_files():
     assert quality.PAGE.read_text("utf-8") == quality.page()
 
 
-def test_each_score_of_the_readme_is_on_the_page():
-    rows = re.findall(r"^\| \[.*\) \| .* \| ([\d.]+) \| ([\d.]+) \|", quality.PAGE.read_text("utf-8"), re.MULTILINE)
-    scores = {score for row in rows for score in row}
-    configs = re.findall(r"^\| `configs/.*", README.read_text("utf-8"), re.MULTILINE)
-    named = {score for row in configs for score in re.findall(r"(\d+\.\d)(?! hours)", row)}
-    assert len(named) > 3 and named <= scores
+@pytest.mark.parametrize(
+    ("config", "name", "tests"),
+    [
+        ("multi30k_en_de", "multi30k_tok", ["2016"]),
+        ("kannada_english", "kannada_small", ["bible", "stories", "interface"]),
+    ],
+)
+def test_the_scores_and_hours_of_the_readme_are_those_of_the_result_files(config, name, tests):
+    result = json.loads((quality.FOLDER / f"{name}.json").read_text("utf-8"))
+    (row,) = re.findall(rf"^\| `configs/{config}.py`.*", README.read_text("utf-8"), re.MULTILINE)
+    expected = [*(result["tests"][test]["bleu"] for test in tests), result["training"]["hours"]]
+    assert re.findall(r"\d+\.\d", row) == [f"{number:.1f}" for number in expected]

@@ -76,10 +76,17 @@ def test_a_known_id_outside_the_vocabulary_is_an_error(side, wrong):
         check_tokens("target", side.replace(ids=ids) if isinstance(side, Tokens) else ids, V)
 
 
-@pytest.mark.parametrize("ids", [np.ones(S, "int32"), np.ones((B, S), "float32"), np.ones((B, S, 1), "int32")])
+@pytest.mark.parametrize(
+    "ids", [np.ones(S, "int32"), np.ones((B, S), "float32"), np.ones((B, S), bool), np.ones((B, S, 1), "int32")]
+)
 def test_ids_of_another_shape_or_type_are_an_error(ids):
-    with pytest.raises(ValueError, match="source is .* give token ids, integers"):
+    with pytest.raises(ValueError, match=rf"source is {ids.dtype} of shape .* give token ids, integers \[B, S\]"):
         check_tokens("source", ids, V)
+
+
+@pytest.mark.parametrize("ids", [jax.numpy.asarray(IDS), IDS.astype("uint8"), IDS[:, :0]], ids=["jax", "uint8", "none"])
+def test_ids_of_any_integer_type_and_of_none_are_accepted(ids):
+    check_tokens("source", ids, V)
 
 
 def test_ids_that_are_traced_or_on_another_process_are_not_checked():

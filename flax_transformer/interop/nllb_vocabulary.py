@@ -42,10 +42,14 @@ def read_vocabularies(folder: epath.Path, fields: Fields, size: int) -> Vocabula
             "this one was fine-tuned"
         )
     model = read_file(folder / PIECES_MODEL)
+    try:
+        own_pieces = pieces_of(model)
+    except ValueError as error:
+        raise damaged(folder / PIECES_MODEL, error) from error
     tokenizer = _tokenizer(folder, fields, settings)
     form = FORMS[tokenizer][0]
     try:
-        first, last = _around_languages(folder, model, tokenizer)
+        first, last = _around_languages(folder, own_pieces, tokenizer)
         added = _added_tokens(folder, settings)
         if not any(form.fullmatch(token) for token in added.values()):  # no file says what ids the languages have
             listed = [code for code in (*_listed(settings), *_listed(special)) if form.fullmatch(code)]
@@ -83,10 +87,10 @@ def _tokenizer(folder: epath.Path, fields: Fields, settings: Fields) -> str:
     return "M2M100Tokenizer" if (folder / IDS).exists() else "NllbTokenizer"
 
 
-def _around_languages(folder: epath.Path, model: bytes, tokenizer: str) -> tuple[list[str], list[str]]:
+def _around_languages(folder: epath.Path, own_pieces: list[str], tokenizer: str) -> tuple[list[str], list[str]]:
     """The pieces before the languages, in the order of their ids, and those after them."""
     if tokenizer == "NllbTokenizer":
-        return [*SPECIAL, *(piece for piece in pieces_of(model) if piece not in SPECIAL)], [MASK]
+        return [*SPECIAL, *(piece for piece in own_pieces if piece not in SPECIAL)], [MASK]
     ids = read_json(folder / IDS)
     if any(type(number) is not int for number in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
         raise damaged(IDS, "its ids are not 0, 1, 2, …")

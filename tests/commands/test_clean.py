@@ -1,6 +1,7 @@
 import gzip
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_each_rule_is_reported_with_examples_and_cleaning_again_changes_nothing(
     listed = (tmp_path / "lines.tsv").read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
     fields = [line.split("\t") for line in listed]
     assert all(tuple(sides) == tuple(map(in_one_cell, pairs[int(number) - 1])) for number, _, *sides in fields)
-    assert len(fields) == len(pairs) - len(kept)
+    assert Counter(rule for _, rule, *_ in fields) == counts
     again, report = clean(kept, given=("clean.kn", "clean.en"), made=("again.kn", "again.en"))
     assert again == kept and "100.00 %" in report
 
@@ -67,7 +68,8 @@ def test_the_help_names_every_rule_in_the_order_in_which_they_are_asked():
     assert re.findall(r"^  (\w+)  ", command.__doc__, re.MULTILINE) == [*NAMES]
 
 
-def test_several_processes_find_the_same(clean):
+def test_several_processes_find_the_same(clean, monkeypatch):
+    monkeypatch.setattr(command, "CHUNK", 100)  # far more chunks than the processes work on ahead
     pairs = [pair for number in range(3) for pair in good_pairs(2100 + number)] + BAD["ratio"]
     assert clean(pairs, "--processes=2") == clean(pairs)
 
@@ -75,9 +77,14 @@ def test_several_processes_find_the_same(clean):
 def test_a_dry_run_writes_nothing(clean, run, tmp_path):
     (tmp_path / "a").write_text("ಮನೆ\n\n", encoding="utf-8")
     (tmp_path / "b").write_text("house\nhouse\n")
-    report = run("clean", f"--source={tmp_path / 'a'}", f"--target={tmp_path / 'b'}", "--dry_run", "--processes=1")
+    options = ("clean", f"--source={tmp_path / 'a'}", f"--target={tmp_path / 'b'}", "--dry_run", "--processes=1")
+    report = run(*options)
     assert "2 pairs, of which 1 stay (50.00 %)" in report and "empty" in report
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    # but the list of dropped pairs, which is for reading
+    assert run(*options, f"--output_source={tmp_path / 'out'}", f"--lines={tmp_path / 'lines'}") == report
+    assert (tmp_path / "lines").read_text() == "2\tempty\t\thouse\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "lines"]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +97,11 @@ def test_duplicates_of_a_pair_a_source_or_a_target(clean, kinds, left):
     assert kept == [pairs[number] for number in left]
     assert clean(pairs, "--without", "duplicate")[0] == pairs
     assert clean(pairs, *(f"--duplicates={kind}" for kind in kinds))[0] == kept
+
+
+def test_what_another_rule_drops_is_not_seen_by_that_of_duplicates(clean):
+    pairs = [("ಮನೆ", "this is a house that is very much longer than that"), ("ಮನೆ", "house")]
+    assert clean(pairs, "--duplicates", "source")[0] == pairs[1:]
 
 
 def test_pairs_with_a_side_in_a_held_out_file_are_dropped(clean, tmp_path):

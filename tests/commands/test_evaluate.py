@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from sacrebleu.metrics.base import Score
 
-from flax_transformer.commands.corpus_scores import Judge, System
+from flax_transformer.commands.corpus_scores import Judge, System, report
 from flax_transformer.workdir import WorkDirectory
 
 WORDS = "a black brown cat dog fast gets is it mouse new old on red runs sat slow the up white".split()
@@ -177,6 +178,21 @@ def test_few_sentences_are_no_proof():
     assert p_values == {"chrF": 1}
 
 
+@pytest.mark.parametrize(
+    ("p_value", "said"),
+    [
+        (0.049, "b is better by 2.00, significantly: equally good models would rarely differ"),
+        (0.05, "b is ahead by 2.00, not significantly: equally good models could easily differ"),
+    ],
+)
+def test_only_a_p_value_below_five_percent_is_called_significant(monkeypatch, p_value, said):
+    judge = Judge(["s"], [["the cat sat"]], ["chrf"])
+    scores = [{"chrF": Score("chrF", 30.0)}, {"chrF": Score("chrF", 32.0)}]
+    monkeypatch.setattr(judge, "scores", lambda system: scores["ab".index(system.name)])
+    monkeypatch.setattr(judge, "compare", lambda systems, scores: ({"chrF": p_value}, {}))
+    assert said in report(judge, [System("a", {}, ["x"]), System("b", {}, ["x"])], "", as_json=False)
+
+
 @pytest.fixture
 def comet(tmp_path, monkeypatch):
     """Puts a program in place of comet-score; it keeps the files that it is given."""
@@ -207,6 +223,14 @@ def test_comet_is_asked_with_sources_translations_and_references(run, workdir, f
     assert asked("sources")[4] == sentence(4) and asked("references")[3] == f"{translations[3]} the cat ."
     said = evaluate(run, workdir, files, "--metrics", "comet", "--compare", workdir)
     assert "   81.25" in said and "p-value" not in said
+
+
+def test_comet_judges_with_each_reference_that_is_not_blank(comet):
+    asked = comet("print('x\\tscore: 0.5')")
+    judge = Judge(["s1", "s2"], [["r1", ""], ["q1", "q2"]], ["comet"])
+    assert judge.scores(System("", {}, ["t1", "t2"]))["COMET"].score == 50
+    given = [asked(name) for name in ("sources", "translations", "references")]
+    assert given == [["s1", "s1", "s2"], ["t1", "t1", "t2"], ["r1", "q1", "q2"]]
 
 
 def test_without_its_command_or_its_model_comet_is_an_error_before_the_model_loads(

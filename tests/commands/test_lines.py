@@ -14,7 +14,7 @@ from flax_transformer.commands.lines import (
     progress_bar,
     read_all,
 )
-from flax_transformer.data.lines import read_columns, read_lines
+from flax_transformer.data.lines import read_lines
 
 
 @pytest.fixture
@@ -24,16 +24,6 @@ def write(tmp_path):
         return str(tmp_path / name)
 
     return write
-
-
-def test_only_a_line_feed_ends_a_line(write):
-    path = write("text", "one\u2028one\x0cone\rone\x00\n\ntwo \r\nthree")
-    assert [*read_lines(path)] == ["one\u2028one\x0cone\rone\x00", "", "two ", "three"]
-    assert count_lines(path) == 4
-
-
-def test_a_byte_order_mark_counts_only_at_the_beginning(write):
-    assert [*read_lines(write("text", "\ufeffone\n\ufefftwo\n"))] == ["one", "\ufefftwo"]
 
 
 def test_text_that_is_not_utf_8_is_an_error_that_names_line_and_byte(write):
@@ -50,12 +40,6 @@ def test_pairs_are_lines_of_the_same_number(write):
         with pytest.raises(ValueError, match=r"has \d lines, .* has \d lines: line i of .* must belong to line i of"):
             count_lines(first, second)
     assert count_lines(long, long) == 3
-
-
-def test_columns_are_separated_by_tabs(write):
-    assert [*read_columns(write("table", "a\tb\n\tb\tc\n"))] == [("a", "b"), ("", "b")]
-    with pytest.raises(ValueError, match=r"table:2: there is no tab: write the source, a tab, and the target"):
-        [*read_columns(write("table", "a\tb\nc d\n"))]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no named pipes")

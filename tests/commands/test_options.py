@@ -39,6 +39,7 @@ def test_every_setting_can_be_given():
     assert parse("--sample", "--temperature=.5", "--top_k=3", "--top_p=.9", *limits, *penalty) == Sampling(
         temperature=0.5, top_k=3, top_p=0.9, **common
     )
+    assert parse("--mbr=8", "--top_p=.9") == parse("--sample", "--mbr=8", "--top_p=.9") == Sampling(mbr=8, top_p=0.9)
 
 
 @pytest.mark.parametrize("option", ["--beam_size=1", "--stopping=first"])

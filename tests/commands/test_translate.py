@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flax_transformer.decoding.results import Translation
-from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.interop.marian_shortlist import write_shortlist
@@ -66,6 +66,12 @@ def test_each_line_of_a_file_has_its_translation_and_empty_lines_stay_empty(run,
     said = run("translate", "--workdir", workdir, "--input", source).split("\n")
     assert said == [*translator.translate(lines), ""]
     assert len(set(said)) == len(set(lines)) and said[lines.index("")] == ""
+
+
+def test_mbr_chooses_among_samples_of_the_seed(run, workdir, source, translator, lines):
+    options = ("--mbr=5", "--max_length=6", "--seed=1")
+    expected = translator.translate(lines, Sampling(mbr=5, max_length=6), seed=1)
+    assert run("translate", "--workdir", workdir, "--input", source, *options).split("\n") == [*expected, ""]
 
 
 def test_standard_input_and_an_output_file_give_the_same_translations(run, workdir, source, tmp_path):

@@ -71,6 +71,21 @@ def test_limits_can_be_set(change, pair, rule):
 
 
 @pytest.mark.parametrize(
+    ("rule", "stays", "dropped"),
+    [
+        ("numbers", ("ಆಗ", "at 12"), ("ಆಗ", "at 13")),
+        ("repeats", ("ಅದು", "the the the the house"), ("ಅದು", "the the the the the house")),
+        ("repeats", ("ಅ" * 9, "a"), ("ಅ" * 10, "a")),
+        ("ratio", ("a" * 10, "b" * 50), ("a" * 10, "b" * 51)),
+        ("long", ("a" * 1000, "b"), ("a" * 1001, "b")),
+        ("letters", ("ab---", "b"), ("ab----", "b")),
+    ],
+)
+def test_what_a_limit_names_is_allowed_and_more_is_not(rule, stays, dropped):
+    assert not RULES[rule](*stays, KANNADA) and RULES[rule](*dropped, KANNADA)
+
+
+@pytest.mark.parametrize(
     ("language", "text"),
     [("ar", "كَتَبَ"), ("vi", unicodedata.normalize("NFD", "Tiếng Việt")), ("ja", "コーヒー"), ("kn", "...")],
 )

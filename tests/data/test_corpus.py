@@ -102,7 +102,7 @@ def test_locale_phrases_are_called_with_the_options():
         ("files:/dev/stdin,-", "standard input can be only one of them"),
         ("0*files:a,b", "weight 0"),
         ("locale_phrases:kn:en:train?pair=5", "did you mean 'pairs'.*parts, seed"),
-        ("locale_phrases:kn:en:train?pairs", "pairs"),
+        ("locale_phrases:kn:en:train?pairs", "option 'pairs' is not known"),
         ("locale_phrases:kn:en:train?pairs=many", "pairs is 'many'"),
         ("locale_phrases:kn:en:train", r"pairs=NUMBER"),
         ("locale_phrases:kn:en?pairs=5", "SOURCE:TARGET:SPLIT"),

@@ -14,7 +14,7 @@ from etils import epath
 from flax_transformer.data.corpus import ParallelText
 from flax_transformer.data.epochs import Ahead, ChangingCorpus, EpochSizes, training_corpus
 from flax_transformer.data.marian_vocabulary import MarianVocabulary
-from flax_transformer.data.pipeline import PackedCorpus
+from flax_transformer.data.pipeline import PackedCorpus, Packing
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import DataConfig, VocabularyConfig
 
@@ -98,13 +98,17 @@ def test_sides_vary_separately(vocabularies):
             assert sentences(corpus.batch(step).target) == [still[pair] for pair in corpus.example_ids(step)]
 
 
-def test_epochs_have_packings_and_orders_of_their_own(vocabularies):
+def test_each_epoch_shuffles_the_pairs_before_packing_and_the_rows_after_it(vocabularies, monkeypatch):
+    pairs, pack = [], Packing.in_order
+    monkeypatch.setattr(
+        Packing, "in_order", staticmethod(lambda shuffled, *rest: pairs.append(shuffled) or pack(shuffled, *rest))
+    )
     corpus = build(vocabularies, rows=1)
-    rows = [
-        [frozenset(corpus.example_ids(step)) for step in range(start, stop)]
-        for start, stop in rows_of_epochs(corpus, 3)
-    ]
-    assert len({frozenset(each) for each in rows}) == 3
+    epochs = [corpus._make(number) for number in range(3)]
+    first_rows = [tuple(epoch.order[epoch.order < 10].tolist()) for epoch in epochs]
+    assert len({*first_rows, tuple(range(10))}) == 4
+    first_pairs = [tuple(shuffled[shuffled < 10].tolist()) for shuffled in pairs[-3:]]
+    assert len({*first_pairs, tuple(range(10))}) == 4
 
 
 @pytest.mark.parametrize("text", [TEXT, WEIGHTED], ids=["whole", "weighted"])

@@ -6,7 +6,6 @@ Its translations mean nothing, but they depend on every token of the source, so 
 import dataclasses
 import io
 import math
-import shutil
 import warnings
 
 import jax
@@ -20,7 +19,6 @@ from flax_transformer.decoding.translator import Translation, Translator
 from flax_transformer.decoding.unreadable import UnreadableWarning
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.trained_model import TrainedModel
-from flax_transformer.workdir import WorkDirectory
 
 GREEDY = BeamSearch(beam_size=1, extra_length=4)
 BEAM = BeamSearch(beam_size=3, num_return=3, extra_length=4)
@@ -337,60 +335,9 @@ def test_the_best_checkpoint_is_the_best_by_the_metric_that_training_chose_by(wo
     assert translate("latest") == translate(2) != translations
 
 
-def test_by_default_the_weights_are_those_that_training_chose(workdir, make_model, vocabularies, tmp_path):
-    def loaded(folder, **options):
-        return jax.tree.leaves(Translator.from_workdir(folder, **options).params)
-
-    def same(leaves, params):
-        return all(np.array_equal(*pair) for pair in zip(leaves, jax.tree.leaves(params), strict=True))
-
-    best, newest = (make_model(vocabularies.source.size, seed)[1] for seed in (3, 4))
-    assert same(loaded(workdir.path), best)  # a config that names none
-    folder = shutil.copytree(workdir.path, tmp_path / "run")
-    copy = WorkDirectory(folder)
-    copy.write_config(copy.read_config() | {"training": {"evaluation": {"best_metric": "bleu"}, "weights": "averaged"}})
-    assert same(loaded(folder), best)
-    copy.average_checkpoints(last=2)
-    assert same(loaded(folder), jax.tree.map(lambda one, other: (one + other) / 2, best, newest))
-    assert same(loaded(folder, step="best"), best) and same(loaded(folder, step="latest"), newest)
-
-    copy.write_config(copy.read_config() | {"training": {"evaluation": {"best_metric": "bleu"}, "weights": "ema"}})
-    with copy.open_checkpoints(best_metric="bleu") as checkpoints:
-        checkpoints.save(3, {"params": best, "ema": newest}, {})
-        checkpoints.record_scores(3, {"bleu": 99.0})
-    assert same(loaded(folder), newest) and same(loaded(folder, step=3), newest)
-
-
 def test_loading_does_not_change_the_folder_of_a_running_training(workdir):
     under_way = workdir.path / "checkpoints" / "3.orbax-checkpoint-tmp"
     under_way.mkdir()
     Translator.from_workdir(workdir.path)
     assert under_way.exists()
     under_way.rmdir()
-
-
-def without(workdir, folder, *names):
-    """A copy of a work directory that lacks something."""
-    for path in workdir.path.iterdir():
-        if path.name not in names:
-            (folder / path.name).symlink_to(path)
-    return folder
-
-
-def test_a_folder_without_a_config_is_an_error_with_a_remedy(workdir, tmp_path):
-    with pytest.raises(ValueError, match=r"is not a work directory, config.json is missing: .*--workdir"):
-        Translator.from_workdir(without(workdir, tmp_path, "config.json"))
-
-
-def test_a_folder_without_a_checkpoint_is_an_error_and_is_not_changed(workdir, tmp_path):
-    with pytest.raises(ValueError, match=r"^.* holds no checkpoint: train until one is written.*$"):
-        Translator.from_workdir(without(workdir, tmp_path, "checkpoints"))
-    assert not (tmp_path / "checkpoints").exists()
-
-
-@pytest.mark.parametrize("step", [3, "newest"])
-def test_a_missing_checkpoint_is_an_error_that_lists_the_existing_ones(workdir, step):
-    with pytest.raises(
-        ValueError, match=rf"^.* holds no checkpoint {step!r}: choose best, latest, averaged or one of \[1, 2\]$"
-    ):
-        Translator.from_workdir(workdir.path, step=step)

@@ -10,6 +10,7 @@ import pytest
 
 from flax_transformer.commands.config import config_of, read_config
 from flax_transformer.config import TransformerConfig
+from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.experiment import (
@@ -23,6 +24,7 @@ from flax_transformer.experiment import (
     VocabularyConfig,
 )
 from flax_transformer.files import OWN_FILES, OWN_FOLDERS
+from flax_transformer.training.inputs import load_texts
 from flax_transformer.training.loop import train_and_evaluate
 from flax_transformer.workdir import WorkDirectory
 
@@ -198,6 +200,9 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_training_and_translat
         ("vocabulary", "seed", 1),
         ("data", "rows", 8),
         ("data", "train", "locale_phrases:kn:en:train?pairs=50&parts=1"),
+        ("data", "temperature", 2.0),
+        ("data", "source_sampling", 0.1),
+        ("data", "target_sampling", 0.1),
         ("training", "seed", 1),
         ("training", "optimizer.clip_norm", 1.0),
         ("training", "optimizer.ema_decay", 0.5),
@@ -208,6 +213,12 @@ def test_a_changed_setting_that_must_stay_the_same_is_refused(section, name, val
     other = change(experiment, section, **{name: value})
     message = f"{path} was begun with {section}.{name} = {found!r}, now it is {value!r}: set it back, give another"
     refused(other, path, f"^{re.escape(message)}")
+
+
+def test_only_the_shares_of_training_corpora_have_a_temperature(experiment):
+    both = f"{experiment.data.train} + {experiment.data.valid}"
+    texts = load_texts(change(experiment, "data", train=both, valid=both, temperature=2.0))
+    assert texts["train"].repeats == load_corpus(both, 2.0).repeats != texts["valid"].repeats
 
 
 def test_a_training_whose_config_has_old_names_is_held_to_its_settings_and_goes_on(experiment, path):

@@ -135,23 +135,6 @@ def finished(experiment, tmp_path_factory):
     return experiment, path
 
 
-@pytest.mark.parametrize(
-    ("section", "key", "found", "wanted"),
-    [("model", "norm", "post", "pre"), ("vocabulary", "size", 50, 40), ("data", "seed", 0, 1)],
-)
-def test_a_work_directory_of_another_experiment_is_an_error_that_names_the_setting(
-    section, key, found, wanted, finished
-):
-    experiment, path = finished
-    other = dataclasses.replace(
-        experiment, **{section: dataclasses.replace(getattr(experiment, section), **{key: wanted})}
-    )
-    message = f"was begun with {section}.{key} = {found!r}, now it is {wanted!r}: set it back, give another"
-    with pytest.raises(ValueError, match=message):
-        train_and_evaluate(other, path)
-    assert WorkDirectory(path).read_config()[section][key] == found
-
-
 def test_with_more_steps_training_continues_from_the_last(finished, capsys):
     experiment, path = finished
     before = losses_of(path)
@@ -166,17 +149,6 @@ def test_fewer_steps_than_were_made_train_nothing(finished):
     before = losses_of(path)
     train_and_evaluate(with_training(experiment, steps=3), path)
     assert losses_of(path) == before
-
-
-def test_metrics_are_means_over_steps_weighted_by_tokens(finished, tmp_path):
-    fine, path = finished
-    train_and_evaluate(with_training(fine, log_every=5), tmp_path)
-    single = dict(losses_of(path))
-    for (step, mean), window in zip(losses_of(tmp_path), (range(1, 6), range(6, 11), range(11, 13)), strict=True):
-        assert step == window[-1]
-        losses = [single[number] for number in window]
-        assert min(losses) <= mean <= max(losses)
-        assert mean == pytest.approx(np.mean(losses), rel=0.02)  # steps hold nearly equal numbers of tokens
 
 
 def test_the_best_checkpoint_is_tested(experiment, tmp_path, monkeypatch):
