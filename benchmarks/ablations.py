@@ -1,7 +1,7 @@
 """Trains models that differ in one thing, three seeds each: parts of the model, and ingredients of a training.
 
     python -m benchmarks.ablations models --multi30k=data/multi30k/raw --workdirs=runs/ablations
-    python -m benchmarks.ablations ingredients --multi30k=data/multi30k/tok --start_from=runs/multi30k-tok \
+    python -m benchmarks.ablations ingredients --multi30k=data/multi30k/tok --start_from=runs/multi30k_tok \
         --workdirs=runs/ingredients
 
 The first of the `models` is the tutorial's on a small scale, but for the norm: five encoder and five decoder layers,
@@ -65,7 +65,7 @@ class Comparison:
             found = train(config, settings, str(workdirs / f"{number}-{seed}"))
             print(f"{variant}, seed {seed}: BLEU {found['bleu']:.1f}", file=sys.stderr, flush=True)
             runs.append({"variant": variant, "seed": seed, "settings": settings, **found})
-            found = {"machine": machine, "seed": SEEDS, "runs": runs}
+            found = {"machine": machine, "runs": runs}
             report.write(self.file, "benchmarks.ablations", ("jax", "flax", "sacrebleu"), found)
 
     def table(self) -> str:

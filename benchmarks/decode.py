@@ -249,7 +249,7 @@ def main() -> None:
     kind = "latency" if options.one_by_one else "text" if options.text else "fixed"
     path = options.output or RESULTS / f"decode_{kind}_{jax.default_backend()}.json"
     packages = ("jax", "flax", "torch", "transformers", "ctranslate2", "sentencepiece")
-    measured = {"machine": machine, "model": dataclasses.asdict(config), "results": records}
+    measured = {"seed": SEED, "machine": machine, "model": dataclasses.asdict(config), "results": records}
     print(latency_table(records) if options.one_by_one else table(records))
     report.write(path, "benchmarks.decode", packages, measured)
 

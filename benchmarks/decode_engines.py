@@ -1,4 +1,4 @@
-"""The engines that `decode.py` times: this library, transformers and CTranslate2, each with the same two methods."""
+"""The engines that `decode.py` times: this library, transformers and CTranslate2, each with the same three methods."""
 
 import tempfile
 from collections.abc import Sequence

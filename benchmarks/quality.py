@@ -1,7 +1,7 @@
 """Scores trained models on test sets, keeps the results, and writes docs/results.md from them.
 
     python -m benchmarks.quality measure multi30k_tok --title="Multi30k, English to German, tokenised" \
-        --workdir=runs/multi30k-tok --test 2016 test_2016_flickr.en test_2016_flickr.de -- --tokenize=none --beam_size=5
+        --workdir=runs/multi30k_tok --test 2016 test_2016_flickr.en test_2016_flickr.de -- --tokenize=none --beam_size=5
     python -m benchmarks.quality table
 
 `measure` runs `flax-transformer evaluate` for each --test, with the options that follow `--`, and writes the scores,

@@ -49,7 +49,6 @@ def write(path: Path, program: str, packages: tuple[str, ...], measured: dict[st
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version(), "flax_transformer": flax_transformer.__version__}
         | {name: version(name) for name in packages},
-        "seed": SEED,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report | measured, indent=2) + "\n", "utf-8")

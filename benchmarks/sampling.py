@@ -94,7 +94,8 @@ def main() -> None:
         slots = f"{settings[name].source_slots}/{settings[name].target_slots}"
         rate, milliseconds = record["target_tokens_per_s"], record["ms_per_update"]
         print(f"| {name} | {slots} | {each[0].updates} | {milliseconds:.0f} | {rate:.0f} |")
-    measured = {"machine": machine, "model": dataclasses.asdict(experiment.model), "results": records}
+    measured = {"seed": report.SEED, "machine": machine, "model": dataclasses.asdict(experiment.model)}
+    measured |= {"results": records}
     report.write(options.output, "benchmarks.sampling", ("jax", "flax", "sentencepiece"), measured)
 
 

@@ -202,7 +202,8 @@ def main() -> None:
     records = measure(processes, options.repeats, flops)
 
     print(table(records))
-    measured = {"machine": machine, "model": dataclasses.asdict(model), "loss_chunks": loss_chunks, "results": records}
+    measured = {"seed": report.SEED, "machine": machine, "model": dataclasses.asdict(model)}
+    measured |= {"loss_chunks": loss_chunks, "results": records}
     if pipeline:
         made, taken = statistics.median(pipeline), records[0]["target_tokens_per_s"]
         measured["pipeline_target_tokens_per_s"] = pipeline

@@ -10,7 +10,7 @@ and one update timed for sentences of growing length.
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +207,10 @@ def phrases_right(seed: int, kind: str, peak: float, learned: TrainedModel) -> f
     kept = [pair for pair in zip(*encoded, strict=True) if max(map(len, pair)) <= PHRASE_LENGTH]
     sources, targets = (padded([pair[side] for pair in kept], PHRASE_LENGTH) for side in (0, 1))
 
-    def batches() -> Iterator[np.ndarray]:
-        rng = np.random.default_rng(seed)
-        for _ in range(PHRASE_STEPS):
-            yield rng.integers(len(kept), size=PHRASE_ROWS)
-
     fit = Fit(model, PHRASE_STEPS, seed, (sources[:PHRASE_ROWS], targets[:PHRASE_ROWS]), peak)
-    for chosen in batches():
+    rng = np.random.default_rng(seed)
+    for _ in range(PHRASE_STEPS):
+        chosen = rng.integers(len(kept), size=PHRASE_ROWS)
         loss = fit.step(sources[chosen], targets[chosen])
     print(f"phrases, {kind}, seed {seed}: loss {float(loss):.3f}", file=sys.stderr, flush=True)
     variables = {"params": fit.params}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.dropout import dropout
 from flax_transformer.masks import check_mask, count_seen
-from flax_transformer.projections import dense_project
+from flax_transformer.projections import dense
 
 # Minimum number of queries for which "auto" selects cuDNN: one tile of its kernel. Steps of a search have fewer.
 TILE = 64
@@ -203,18 +203,10 @@ class MultiHeadAttention(nn.Module):
         """Makes four projections, [D, D] each; raises ValueError if the number of heads does not divide D."""
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model is {self.d_model}, which num_heads = {self.num_heads} does not divide")
-        self.query = self._projection()
-        self.key = self._projection()
-        self.value = self._projection()
-        self.out = self._projection()
-
-    def _projection(self) -> nn.Dense:
-        return nn.Dense(
-            self.d_model,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            dot_general=dense_project,
-        )
+        self.query = dense(self.d_model, self.dtype)
+        self.key = dense(self.d_model, self.dtype)
+        self.value = dense(self.d_model, self.dtype)
+        self.out = dense(self.d_model, self.dtype)
 
     def _split_heads(self, inputs: Float[Array, "B P D"]) -> Float[Array, "B P H K"]:
         if inputs.ndim != 3:

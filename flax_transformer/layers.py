@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_transformer.attention import KVCache, MultiHeadAttention
 from flax_transformer.config import TransformerConfig
 from flax_transformer.dropout import Dropout
-from flax_transformer.projections import dense_project
+from flax_transformer.projections import dense
 from flax_transformer.recurrence import SSRU
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -45,17 +45,12 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "B S D"], *, deterministic: bool) -> Float[Array, "B S D"]:
         """Transforms each position on its own; `deterministic` switches dropout off."""
-        options = {
-            "dtype": self.dtype,
-            "kernel_init": nn.initializers.xavier_uniform(),
-            "dot_general": dense_project,
-        }
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}: give the name of one of {', '.join(ACTIVATIONS)}")
-        inner = nn.Dense(self.d_ff, name="inner", **options)(inputs)
+        inner = dense(self.d_ff, self.dtype, name="inner")(inputs)
         inner = ACTIVATIONS[self.activation](inner)
         inner = Dropout(self.dropout_rate)(inner, deterministic=deterministic)
-        return nn.Dense(self.d_model, name="outer", **options)(inner)
+        return dense(self.d_model, self.dtype, name="outer")(inner)
 
 
 def layer_norm(config: TransformerConfig) -> nn.LayerNorm:

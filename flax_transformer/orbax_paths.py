@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from etils import epath
 from etils.epath.gpath import PosixGPath
 
+from flax_transformer.files import is_remote
+
 
 class LiteralPath(PosixGPath):
     """A local path whose own characters are not part of the pattern in `glob`."""
@@ -27,7 +29,7 @@ def literal(path: epath.Path, *, read_only: bool) -> epath.Path:
         ValueError: the path is remote, has such characters, and is not `read_only`; only writing uses a pattern, and
             what it wrote could not be read.
     """
-    is_remote = "://" in str(path)
-    if is_remote and glob.has_magic(str(path)) and not read_only:
+    remote = is_remote(str(path))
+    if remote and glob.has_magic(str(path)) and not read_only:
         raise ValueError(f"{path} contains [, * or ?, which Orbax treats as a pattern there: choose another path")
-    return LiteralPath(path) if isinstance(path, PosixGPath) and not is_remote else path
+    return LiteralPath(path) if isinstance(path, PosixGPath) and not remote else path

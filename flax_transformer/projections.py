@@ -69,6 +69,25 @@ def project_to_rows(
     return _product(inputs, rows, (inputs.ndim - 1,), (1,), dtype)
 
 
+def dense(features: int, dtype: DTypeLike, *, name: str | None = None, use_bias: bool = True) -> nn.Dense:
+    """A dense layer of the model: its product is `dense_project`, and its kernel begins as in Glorot and Bengio (2010).
+
+    Args:
+        features: F.
+        dtype: of the result.
+        name: of the layer in a compact module.
+        use_bias: whether it adds a vector.
+    """
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        name=name,
+        use_bias=use_bias,
+        kernel_init=nn.initializers.xavier_uniform(),
+        dot_general=dense_project,
+    )
+
+
 def dense_project(inputs: jax.Array, kernel: Factor, dimensions: Any, precision: Any = None) -> jax.Array:
     """`project` with the signature that `nn.Dense` expects of a `dot_general`.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from flax_transformer.projections import dense_project
+from flax_transformer.projections import dense
 
 
 class SSRU(nn.Module):
@@ -53,13 +53,8 @@ class SSRU(nn.Module):
         Returns:
             The outputs, and the state after the last position.
         """
-        options = {
-            "dtype": self.dtype,
-            "kernel_init": nn.initializers.xavier_uniform(),
-            "dot_general": dense_project,
-        }
-        new = nn.Dense(self.d_model, use_bias=False, name="input", **options)(inputs)
-        forget = nn.Dense(self.d_model, name="forget", **options)(inputs)
+        new = dense(self.d_model, self.dtype, name="input", use_bias=False)(inputs)
+        forget = dense(self.d_model, self.dtype, name="forget")(inputs)
         batch, length, width = inputs.shape
         hypotheses = 1 if before is None else before.shape[1]
         shape = (batch, length // hypotheses, hypotheses, width)

@@ -99,6 +99,11 @@ def first_ancestors(batch: Length, hypotheses: int, length: Length) -> Int[Array
     return jnp.broadcast_to(jnp.arange(hypotheses, dtype=jnp.int32)[:, None], (batch, hypotheses, length))
 
 
+def wave_vectors(config: TransformerConfig, positions: Int[Array, "*B S"]) -> Float[Array, "*B S D"]:
+    """The vectors that a model with sinusoidal positions adds to its embeddings."""
+    return sinusoidal_positions(positions + config.position_offset, config.d_model, **WAVES[config.positions])
+
+
 class _Stack(nn.Module):
     """What both stacks share: positions added to embeddings, and dropout on the sum (sections 3.4, 3.5 and 5.4)."""
 
@@ -123,8 +128,7 @@ class _Stack(nn.Module):
         if config.positions == "learned":
             vectors = self.learned_positions(positions)
         else:
-            places = positions + config.position_offset
-            vectors = sinusoidal_positions(places, config.d_model, **WAVES[config.positions])
+            vectors = wave_vectors(config, positions)
         return self.dropout((embeddings + vectors).astype(config.dtype), deterministic=deterministic)
 
     def _finish(self, inputs: Float[Array, "B S D"]) -> Float[Array, "B S D"]:

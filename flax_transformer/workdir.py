@@ -21,7 +21,7 @@ from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import scored_by
-from flax_transformer.files import OWN_FILES, OWN_FOLDERS, work_directory_of
+from flax_transformer.files import OWN_FILES, OWN_FOLDERS, is_remote, work_directory_of
 from flax_transformer.moved_settings import by_new_names
 
 
@@ -47,7 +47,7 @@ class WorkDirectory:
     @property
     def is_remote(self) -> bool:
         """Whether it is in an object store such as gs://, where files cannot be locked or appended to."""
-        return "://" in str(self.path)
+        return is_remote(str(self.path))
 
     def check_place(self) -> None:
         """Checks, without changing anything, that the folder can be created or written to.
@@ -136,7 +136,7 @@ class WorkDirectory:
             raise self._damaged(str(error).partition("\n")[0]) from error
 
     def _damaged(self, reason: str) -> ValueError:
-        return ValueError(f"{self._config_file} is damaged ({reason}): put back the file that train.py wrote there")
+        return ValueError(f"{self._config_file} is damaged ({reason}): put back the file that training wrote there")
 
     def has_vocabularies(self) -> bool:
         """Whether a vocabulary is stored here."""
@@ -168,7 +168,7 @@ class WorkDirectory:
             return dict(json.loads(self._fingerprints_file.read_bytes()))
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{self._fingerprints_file} is damaged ({error}): put back the file that train.py wrote there, or "
+                f"{self._fingerprints_file} is damaged ({error}): put back the file that training wrote there, or "
                 "remove it if vocabulary and texts are what they were"
             ) from error
 

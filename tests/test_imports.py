@@ -24,6 +24,7 @@ ABOVE = "every row above"
 LAYOUT = {
     "checking": "",
     "files": "",
+    "errors": "",
     "atomic_files": "",
     "tokens": "",
     "masks": "tokens",
@@ -51,11 +52,11 @@ LAYOUT = {
     "text.sentences": "",
     "text.splitting": "text.sentences",
     "text.documents": "text.sentences text.splitting",
-    "text.alignment": "text.symbols",
+    "text.alignment": "text.spelling text.symbols",
     "text.unknown": "text.alignment text.symbols",
     "text.markup_tokens": "",
     "text.markup_places": "text.alignment text.markup_tokens",
-    "text.markup_runs": "text.documents text.markup_tokens text.markup_places",
+    "text.markup_runs": "text.spelling text.documents text.markup_tokens text.markup_places",
     "text.markup": "text.splitting text.documents text.alignment text.markup_tokens text.markup_places "
     "text.markup_runs",
     "data.__init__": "",
@@ -78,7 +79,7 @@ LAYOUT = {
     "data.cache data.pipeline data.subword_sampling",
     "data.cleaning": "ranges text",
     "data.seen": "",
-    "orbax_paths": "",
+    "orbax_paths": "files",
     "processes.__init__": "",
     "processes.hosts": "",
     "scores": "atomic_files processes.hosts",
@@ -120,7 +121,7 @@ LAYOUT = {
     "interop.transformers_files interop.transformers_tensors interop.nllb_fields interop.nllb_vocabulary",
     "interop.hub": "data interop.tensor_files interop.transformers_fields interop.transformers_files "
     "interop.nllb_vocabulary",
-    "interop.ctranslate2": "config ranges data.marian_vocabulary positions trained_model interop.fields "
+    "interop.ctranslate2": "config ranges data.marian_vocabulary stacks trained_model interop.fields "
     "interop.folders interop.parameters",
     "interop.stablehlo_example": "",
     "interop.stablehlo": "model data.marian_vocabulary trained_model interop.folders",
@@ -150,13 +151,13 @@ LAYOUT = {
     "decoding.scoring": "decoding.turned decoding.ensemble decoding.requests decoding.batching",
     "decoding.writing": "text data decoding.requests decoding.results decoding.settings",
     "decoding.unknown": "text data decoding.requests decoding.writing",
-    "decoding.inspection": "config model positions decoding.turned decoding.ensemble decoding.requests "
+    "decoding.inspection": "config model positions stacks decoding.turned decoding.ensemble decoding.requests "
     "decoding.scoring",
     "decoding.drafts": "ranges text data.sentencepiece_vocabulary data.vocabulary decoding",
     "decoding.translator": "config ranges text trained_model data.sentencepiece_vocabulary data.vocabulary decoding",
     "decoding.documents": "text decoding.results decoding.settings decoding.texts decoding.translator",
     "processes.interruption": "",
-    "processes.lock": "",
+    "processes.lock": "files",
     "processes.memory": "",
     "monitoring.__init__": "",
     "monitoring.utilization": "config experiment",
@@ -188,7 +189,7 @@ LAYOUT = {
     "serving.preparing": "decoding serving.models",
     "serving.desk": "decoding serving.refusals",
     "serving.parameters": "serving.limits serving.refusals",
-    "serving.service": "decoding serving.desk serving.limits serving.metrics serving.models "
+    "serving.service": "errors decoding serving.desk serving.limits serving.metrics serving.models "
     "serving.parameters serving.refusals",
     "serving.texts": "text decoding serving.models serving.refusals serving.service",
     "serving.libretranslate": "text serving.languages serving.models serving.refusals serving.service serving.texts",
@@ -199,7 +200,8 @@ LAYOUT = {
     "serving.server": "serving.service",
     "planning.__init__": "",
     "planning.hlo": "",
-    "planning.plan": "experiment tokens data.batch monitoring.utilization training.step training.parallel planning.hlo",
+    "planning.plan": "errors experiment tokens data.batch monitoring.utilization training.step training.parallel "
+    "planning.hlo",
     "__init__": ABOVE,
     "commands": ABOVE,
     "__main__": ABOVE,

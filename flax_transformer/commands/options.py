@@ -7,14 +7,23 @@ import argparse
 import contextlib
 import dataclasses
 import textwrap
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flax_transformer.commands.process import is_device_error, start_devices
 from flax_transformer.decoding.settings import LENGTH_PENALTIES, STOPPING, BeamSearch, Sampling, SearchSettings
+from flax_transformer.errors import is_own
 from flax_transformer.files import expand
-from flax_transformer.ranges import COUNT, INT32, SEED_OF_SAMPLES, Range, check_value, whole_number
+from flax_transformer.ranges import (
+    AT_LEAST_NONE,
+    COUNT,
+    INT32,
+    SEED_OF_SAMPLES,
+    SIZE,
+    Range,
+    check_value,
+    whole_number,
+)
 
 # A work directory, and which of its checkpoints.
 Model = tuple[str, str | int]
@@ -44,36 +53,23 @@ def filled(text: str) -> str:
     raise argparse.ArgumentTypeError("the name is empty (a shell variable that is not set?): give one, or leave it out")
 
 
-def whole(text: str) -> int:
-    """The type of a whole number whose range the settings of the search check."""
-    try:
-        return whole_number(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number") from error
+def number(kind: type[int] | type[float], allowed: Range, wanted: str) -> Callable[[str], Any]:
+    """The type of an option for numbers of a kind and a range; an error says that one is `wanted`."""
+
+    def read(text: str) -> int | float:
+        try:
+            return check_value("it", whole_number(text) if kind is int else float(text), kind, allowed)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: give {wanted}") from error
+
+    return read
 
 
-def positive(text: str) -> int:
-    """The type of a count: a whole number above 0, of at most 32 bits, since a count may be the size of an array."""
-    try:
-        return check_value("it", whole_number(text), int, Range(at_least=1, within=INT32))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0 and {INT32}") from error
-
-
-def seed(text: str) -> int:
-    """The type of --seed: a whole number of 32 bits, which are all that jax takes of a seed."""
-    try:
-        return check_value("it", whole_number(text), int, SEED_OF_SAMPLES)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, {SEED_OF_SAMPLES}") from error
-
-
-def count(text: str) -> int:
-    """The type of a count that may be 0."""
-    try:
-        return check_value("it", whole_number(text), int, COUNT)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least 0") from error
+whole = number(int, Range(), "a whole number")  # its range is checked where it is used
+# A count is a whole number of at most 32 bits, since it may be the size of an array.
+positive = number(int, SIZE, f"a whole number above 0 and {INT32}")
+count = number(int, COUNT, f"a whole number, {AT_LEAST_NONE} and {INT32}")
+seed = number(int, SEED_OF_SAMPLES, f"a whole number, {SEED_OF_SAMPLES}")
 
 
 def true_or_false(text: str) -> bool:
@@ -309,9 +305,7 @@ def explain_damage(workdir: str) -> Iterator[None]:
     except Exception as error:  # Orbax and what it reads with raise many kinds; the remedy is the same.
         if is_device_error(error):
             raise
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, ValueError) and frame.f_globals["__name__"].startswith("flax_transformer."):
-            # One of this library's own errors, which says what to do, but not always for which folder.
+        if is_own(error):  # It says what to do, but not always for which folder.
             raise ValueError(str(error) if workdir.rstrip("/") in str(error) else f"{workdir}: {error}") from error
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
         raise ValueError(f"{workdir} is damaged ({reason}): copy it again, or choose another --checkpoint") from error

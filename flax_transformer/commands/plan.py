@@ -11,13 +11,14 @@ import sys
 from typing import Any
 
 from flax_transformer.commands.config import add_config_option, read_config
+from flax_transformer.commands.options import number
 from flax_transformer.commands.process import start_devices
-from flax_transformer.ranges import AT_LEAST_NONE, check_value
+from flax_transformer.ranges import AT_LEAST_NONE
 
 EXAMPLES = """examples:
-  flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:4x4
-  flax-transformer plan --config=configs/wmt14_en_de_big.py --topology=v5e:16x16 --parallel=fsdp --config.data.rows=1024
-  flax-transformer plan --config=configs/quickstart.py --topology=cpu:8
+  flax-transformer plan --config=wmt14_en_de_big --topology=v5e:4x4
+  flax-transformer plan --config=wmt14_en_de_big --topology=v5e:16x16 --parallel=fsdp --config.data.rows=1024
+  flax-transformer plan --config=quickstart --topology=cpu:8
 
 product   --topology       product   --topology       product           --topology
 v4-8      v4:2x2x1         v5e-4     v5e:2x2          v5p-128           v5p:4x4x4
@@ -48,18 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--price_per_hour",
-        type=price,
+        type=number(float, AT_LEAST_NONE, f"a number, {AT_LEAST_NONE}"),
         metavar="X",
         help="what all the devices together cost an hour, in any currency, for an estimate of what training costs",
     )
-
-
-def price(text: str) -> float:
-    """The type of --price_per_hour: a number, at least 0."""
-    try:
-        return check_value("it", float(text), float, AT_LEAST_NONE)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number, {AT_LEAST_NONE}") from error
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Prepares a process: standard streams that can be written to, errors and warnings in one line, and devices.
 
-jax is imported in `start_devices` and not before, so that programs answer --help at once.
+jax is imported in `load_jax` and not before, so that programs answer --help at once.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import absl.logging
 from tqdm import tqdm
+
+from flax_transformer.errors import is_out_of_memory
 
 
 def prepare_streams() -> bool:
@@ -156,17 +158,14 @@ def is_device_error(error: BaseException) -> bool:
     """Whether an error comes from a device or from too little memory, and not from what was read or computed."""
     jax = sys.modules.get("jax")
     kinds = (MemoryError,) if jax is None else (MemoryError, jax.errors.JaxRuntimeError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY in str(error))
-
-
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # jax's word for it
+    return isinstance(error, kinds) or is_out_of_memory(error)
 
 
 def exit_for_device_error(program: str, error: BaseException, remedy: str) -> NoReturn:
     """Ends the process with one line about a device that failed, and with `remedy` where it has too little memory."""
     if isinstance(error, MemoryError):
         sys.exit(f"{program}: this machine has too little memory: end other programs, or {remedy}")
-    if _OUT_OF_MEMORY in str(error):
+    if is_out_of_memory(error):
         sys.exit(f"{program}: the device has too little memory: {remedy}, or end other processes that use it")
     sys.exit(
         f"{program}: the device failed ({_reason(error)}): see whether another process uses it, or set "

@@ -16,6 +16,7 @@ from flax_transformer.commands.options import (
     count,
     explain_damage,
     filled,
+    number,
     path,
     positive,
     true_or_false,
@@ -24,7 +25,7 @@ from flax_transformer.commands.options import (
 from flax_transformer.commands.process import start_devices
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.files import expand
-from flax_transformer.ranges import Range, check_value
+from flax_transformer.ranges import Range
 from flax_transformer.serving.limits import Limits
 
 USAGE = "(--workdir FOLDER | --model NAME=FOLDER ...) [OPTIONS]"
@@ -71,12 +72,7 @@ def named_model(text: str) -> Named:
     return Named(name, expand(folder))
 
 
-def seconds(text: str) -> float:
-    """The type of a time: a number above 0."""
-    try:
-        return check_value("it", float(text), float, Range(above=0, within=Range(at_most=1e6)))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number of seconds above 0") from error
+seconds = number(float, Range(above=0, within=Range(at_most=1e6)), "a number of seconds above 0")
 
 
 def port(text: str) -> int:

@@ -265,9 +265,11 @@ def _describe(
     described = [[dataclasses.asdict(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
     if layer is None:
         return described
+    from flax_transformer.decoding.results import in_parts
+
     pairs = [(sentence, one) for sentence, several in zip(sentences, found, strict=True) for one in several]
     end = translator.vocabularies.target.eos_id
-    whole = [one.ids.count(end) < 2 for _, one in pairs]
+    whole = [not in_parts(one, end) for _, one in pairs]
     chosen = [pair for pair, is_whole in zip(pairs, whole, strict=True) if is_whole]
     alignments = iter(translator.align([sentence for sentence, _ in chosen], [one for _, one in chosen], layer=layer))
     for one, is_whole in zip(itertools.chain.from_iterable(described), whole, strict=True):

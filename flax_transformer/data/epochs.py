@@ -29,14 +29,21 @@ from flax_transformer.atomic_files import write_file
 from flax_transformer.data.batch import Batch
 from flax_transformer.data.cache import KEY_LENGTH
 from flax_transformer.data.corpus import ParallelText
-from flax_transformer.data.pipeline import PackedCorpus, Packing, TokenSide, cache_key, in_background
+from flax_transformer.data.pipeline import (
+    ORDER_OF_PAIRS,
+    ORDER_OF_ROWS,
+    PIECES,
+    RANKS,
+    PackedCorpus,
+    Packing,
+    TokenSide,
+    cache_key,
+    in_background,
+)
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.data.subword_sampling import SubwordSampler
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import DataConfig
-
-# What random numbers are for: with the seed, each purpose has numbers of its own.
-ORDER_OF_ROWS, ORDER_OF_PAIRS, RANKS, PIECES = 1, 2, 3, 4
 
 
 def training_corpus(
@@ -49,7 +56,6 @@ def training_corpus(
     host: int = 0,
     num_hosts: int = 1,
     cache: epath.Path | None = None,
-    name: str = "train",
 ) -> "PackedCorpus | ChangingCorpus":
     """Tokenises and packs a corpus, or reads it from a cache; arguments and errors as in `PackedCorpus.from_text`."""
     first = PackedCorpus.from_text(
@@ -61,7 +67,6 @@ def training_corpus(
         host=host,
         num_hosts=num_hosts,
         cache=cache,
-        name=name,
     )
     strengths = config.source_sampling, config.target_sampling
     if not any(strengths) and all(float(times).is_integer() for times in set(text.repeats)):
@@ -77,7 +82,7 @@ def training_corpus(
         ),
         config,
         max_length=max_length,
-        sizes=EpochSizes(None if cache is None else cache / f"{name}_epochs-{key}.json", writes=host == 0),
+        sizes=EpochSizes(None if cache is None else cache / f"train_epochs-{key}.json", writes=host == 0),
     )
 
 

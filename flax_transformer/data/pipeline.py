@@ -28,6 +28,9 @@ from flax_transformer.experiment import DataConfig
 from flax_transformer.text.spelling import is_blank
 from flax_transformer.tokens import Tokens
 
+# What random numbers are for: with the seed, each purpose has numbers of its own. The first orders the pairs once for
+# all epochs, the third those of one epoch.
+ORDER_OF_CORPUS, ORDER_OF_ROWS, ORDER_OF_PAIRS, RANKS, PIECES = range(5)
 OPEN_ROWS = 256
 TOKENISED_AT_ONCE = 100_000  # sentences; lists of ids take about ten times as much memory as the final arrays
 CACHE_VERSION = 2  # raise it whenever the cached arrays, or the way they are made, change
@@ -152,7 +155,7 @@ class Packing:
                 f"none of {np.count_nonzero(wanted)} sentence pairs fits into {source_limit} source and {target_limit} "
                 "target tokens: raise data.source_slots, data.target_slots or model.max_length"
             )
-        pairs = np.random.default_rng([config.seed, 0]).permutation(pairs)
+        pairs = np.random.default_rng([config.seed, ORDER_OF_CORPUS]).permutation(pairs)
         return cls.in_order(pairs, source.lengths, target.lengths, config, np.flatnonzero(~fits & (wanted > 0)))
 
     @classmethod
@@ -315,7 +318,7 @@ class PackedCorpus:
         return np.array([self._order(epoch)[row] for epoch, row in zip(epochs.tolist(), within.tolist(), strict=True)])
 
     def _make_order(self, epoch: int) -> Int[np.ndarray, "R"]:
-        return np.random.default_rng([self._config.seed, 1, epoch]).permutation(self.num_rows)
+        return np.random.default_rng([self._config.seed, ORDER_OF_ROWS, epoch]).permutation(self.num_rows)
 
     def example_ids(self, step: int) -> list[int]:
         """The sentence pairs of batch `step` over all hosts, as numbers in the corpus."""

@@ -15,10 +15,6 @@ class Seen:
         """Starts with no numbers."""
         self._runs: list[np.ndarray] = []
 
-    def __len__(self) -> int:
-        """How many numbers there are."""
-        return sum(map(len, self._runs))
-
     def has(self, keys: UInt64[np.ndarray, "keys"]) -> Bool[np.ndarray, "keys"]:
         """Which of these numbers are there."""
         known = np.zeros(len(keys), bool)

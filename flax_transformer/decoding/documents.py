@@ -7,7 +7,7 @@ elsewhere, calls the two steps: `divide_documents`, and `Documents.join` when it
 import dataclasses
 from collections.abc import Sequence
 
-from flax_transformer.decoding.results import Translation
+from flax_transformer.decoding.results import Translation, in_parts
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.texts import Texts, as_list
 from flax_transformer.decoding.translator import BEAM, Translator
@@ -109,7 +109,7 @@ def align_texts(
     translator: Translator,
     sentences: Sequence[str],
     translations: Sequence[Translation],
-    wanted: Sequence[bool] | None = None,
+    wanted: Sequence[bool],
 ) -> list[TextAlignment | None]:
     """The alignments of the texts of sentences and their translations.
 
@@ -117,7 +117,7 @@ def align_texts(
         translator: the translator that made the translations.
         sentences: the sources.
         translations: a translation of each.
-        wanted: which of them are needed; all if not given.
+        wanted: which of them are needed.
 
     Returns:
         An alignment for each; `None` where none is wanted, and for a sentence that was so long that it was translated
@@ -127,7 +127,7 @@ def align_texts(
     numbers = [
         number
         for number, translation in enumerate(translations)
-        if (wanted is None or wanted[number]) and translation.ids.count(end) == 1
+        if wanted[number] and translation.ids and not in_parts(translation, end)
     ]
     aligned = translator.align(
         [sentences[number] for number in numbers], [translations[number] for number in numbers], layer=None

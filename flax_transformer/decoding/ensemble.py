@@ -207,15 +207,15 @@ def average(logits: Sequence[jax.Array]) -> jax.Array:
     return jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(each) for each in logits]), axis=0)
 
 
-def divided(run: Callable[..., Any], mesh: Mesh | None, *, shared: int = 1) -> Callable[..., Any]:
+def divided(run: Callable[..., Any], mesh: Mesh, *, shared: int = 1) -> Callable[..., Any]:
     """The same function, run by each device on its own part of the arguments' first dimension.
 
     Args:
         run: the function.
-        mesh: the devices; with `None` or a single one it stays as it is.
+        mesh: the devices; with a single one it stays as it is.
         shared: how many of its first arguments every device has as a whole.
     """
-    if mesh is None or mesh.size == 1:
+    if mesh.size == 1:
         return run
 
     def run_divided(*arguments):

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from flax_transformer.config import WAVES, TransformerConfig
+from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.ensemble import Ensemble, without_banned
 from flax_transformer.decoding.requests import Ids
 from flax_transformer.decoding.scoring import best_aligned
 from flax_transformer.decoding.turned import Turned, opened
 from flax_transformer.model import AttentionWeights
-from flax_transformer.positions import check_length, sinusoidal_positions
+from flax_transformer.positions import check_length
+from flax_transformer.stacks import wave_vectors
 
 CANDIDATES = 10
 SMALLEST_WIDTH = 32
@@ -116,8 +117,7 @@ class Inspector:
         if config.positions == "learned":
             params = self._params.params if isinstance(self._params, Turned) else self._params
             return np.asarray(params["encoder"]["learned_positions"]["embedding"][:count], np.float32)
-        places = jnp.arange(count) + config.position_offset
-        return np.asarray(sinusoidal_positions(places, config.d_model, **WAVES[config.positions]), np.float32)
+        return np.asarray(wave_vectors(config, jnp.arange(count)), np.float32)
 
     def compile(self, longest: int) -> None:
         """Compiles what pairs of up to `longest` tokens need."""

@@ -27,6 +27,11 @@ class Translation:
     score: float = 0.0
 
 
+def in_parts(translation: Translation, eos_id: int) -> bool:
+    """Whether the sentence was too long for the model, so that parts of it were translated, each with an end."""
+    return translation.ids.count(eos_id) > 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Alignment:
     """How much each target token attends to each source token; `plots.plot_attention` draws it.

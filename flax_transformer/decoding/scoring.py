@@ -28,7 +28,7 @@ def score_targets(
     target: Int[Array, "B T"],
     *,
     configs: Configs,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
 ) -> Float[Array, "B T"]:
     """The log-probability of each token of given targets, 0 for padding, from one parallel pass (forced decoding)."""
 
@@ -52,7 +52,7 @@ def align_targets(
     *,
     configs: Configs,
     layer: int | None,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
 ) -> Float[Array, "B T S"]:
     """How much one decoder layer, when it predicts each target token, attends to each source token.
 

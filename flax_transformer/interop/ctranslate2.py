@@ -8,13 +8,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from flax_transformer.config import WAVES, TransformerConfig
+from flax_transformer.config import TransformerConfig
 from flax_transformer.data.marian_vocabulary import SOURCE_PIECES, TARGET_PIECES, MarianVocabulary
 from flax_transformer.interop.fields import check_options
 from flax_transformer.interop.folders import new_folder
 from flax_transformer.interop.parameters import embeddings
-from flax_transformer.positions import sinusoidal_positions
 from flax_transformer.ranges import check_value
+from flax_transformer.stacks import wave_vectors
 from flax_transformer.trained_model import TrainedModel
 
 # CTranslate2's names; with "none" the weights stay float32.
@@ -151,8 +151,7 @@ def _describe(config: TransformerConfig, params: PyTree) -> Any:
 def _positions(config: TransformerConfig, stack: PyTree) -> np.ndarray:
     if config.positions == "learned":
         return np.array(stack["learned_positions"]["embedding"])
-    positions = jnp.arange(max(config.max_length, POSITIONS)) + config.position_offset
-    return np.array(sinusoidal_positions(positions, config.d_model, **WAVES[config.positions]))
+    return np.array(wave_vectors(config, jnp.arange(max(config.max_length, POSITIONS))))
 
 
 def _fill_layer(theirs: Any, ours: PyTree) -> None:

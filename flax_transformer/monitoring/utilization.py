@@ -17,14 +17,12 @@ class Chip:
     """The specification of a chip, according to its manufacturer.
 
     Attributes:
-        product: the name under which it is rented or sold.
         flops: floating-point operations per second of its matrix units, in `dtypes`, without sparsity.
         memory: bytes of high-bandwidth memory.
         devices: how many jax devices one chip is.
         dtypes: the types in which it reaches `flops`.
     """
 
-    product: str
     flops: float
     memory: float
     devices: int = 1
@@ -37,18 +35,18 @@ GB, GIB, TERA = 1e9, 2.0**30, 1e12
 # 2026; NVIDIA's data sheets of the V100, T4, A100, L4, H100 and H200 (dense rates, the SXM form where there are two).
 # What Google calls GB are GiB: the compiler lets a program for v5e use 15.75 GiB.
 CHIPS = {
-    "TPU v4": Chip("v4", 275 * TERA, 32 * GIB),
-    "TPU v5 lite": Chip("v5e", 197 * TERA, 16 * GIB),
-    "TPU v5": Chip("v5p", 459 * TERA, 95 * GIB),
-    "TPU v6 lite": Chip("v6e", 918 * TERA, 32 * GIB),
-    "TPU7x": Chip("tpu7x", 2307 * TERA, 192 * GIB, devices=2),
-    "Tesla V100-SXM2-16GB": Chip("V100", 125 * TERA, 16 * GB, dtypes=("float16",)),
-    "Tesla T4": Chip("T4", 65 * TERA, 16 * GB, dtypes=("float16",)),
-    "NVIDIA A100-SXM4-40GB": Chip("A100", 312 * TERA, 40 * GB),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 312 * TERA, 80 * GB),
-    "NVIDIA L4": Chip("L4", 121 * TERA, 24 * GB),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989 * TERA, 80 * GB),
-    "NVIDIA H200": Chip("H200", 989 * TERA, 141 * GB),
+    "TPU v4": Chip(275 * TERA, 32 * GIB),
+    "TPU v5 lite": Chip(197 * TERA, 16 * GIB),
+    "TPU v5": Chip(459 * TERA, 95 * GIB),
+    "TPU v6 lite": Chip(918 * TERA, 32 * GIB),
+    "TPU7x": Chip(2307 * TERA, 192 * GIB, devices=2),
+    "Tesla V100-SXM2-16GB": Chip(125 * TERA, 16 * GB, dtypes=("float16",)),
+    "Tesla T4": Chip(65 * TERA, 16 * GB, dtypes=("float16",)),
+    "NVIDIA A100-SXM4-40GB": Chip(312 * TERA, 40 * GB),
+    "NVIDIA A100-SXM4-80GB": Chip(312 * TERA, 80 * GB),
+    "NVIDIA L4": Chip(121 * TERA, 24 * GB),
+    "NVIDIA H100 80GB HBM3": Chip(989 * TERA, 80 * GB),
+    "NVIDIA H200": Chip(989 * TERA, 141 * GB),
 }
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from flax_transformer.data.batch import Batch
+from flax_transformer.errors import is_out_of_memory
 from flax_transformer.experiment import Experiment
 from flax_transformer.monitoring.utilization import CHIPS, Work, memory_of
 from flax_transformer.planning.hlo import Collective, Module, read_collectives
@@ -213,7 +214,7 @@ def make_plan(experiment: Experiment, devices: list[jax.Device], memory: float |
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         result = _read_refusal(str(error), time.monotonic() - begin)
     else:

@@ -12,6 +12,8 @@ import warnings
 
 from etils import epath
 
+from flax_transformer.files import is_remote
+
 LOCK_FILE, HEARTBEAT_FILE = "training.lock", "training.heartbeat"
 
 # In seconds: how often a training writes its heartbeat, and the age at which a heartbeat no longer counts.
@@ -39,7 +41,7 @@ class TrainingLock:
 
     def __enter__(self) -> "TrainingLock":
         """Creates the folder and locks it; raises a ValueError that names the training which holds the lock."""
-        if "://" in str(self._path) or not self._take_lock():
+        if is_remote(str(self._path)) or not self._take_lock():
             self._warn_of_another()
             self._write_heartbeat()
             self._ended.clear()

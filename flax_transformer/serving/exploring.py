@@ -221,9 +221,8 @@ async def stream(call: Call) -> Response:
     check_texts(call, [text])
     document = await asyncio.to_thread(divide, text)
     check_sentences(call.service, len(document.sentences))
-    search = model.search.replace(beam_size=1, num_return=1)
     drafts = await asyncio.to_thread(
-        lambda: [model.translator.draft([sentence], search) for sentence in document.sentences]
+        lambda: [model.translator.draft([sentence], model.streaming) for sentence in document.sentences]
     )
     events = _events(call, model, drafts, document.join)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on

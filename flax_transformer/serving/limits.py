@@ -56,10 +56,6 @@ class Keys:
             found |= hmac.compare_digest(digest, given)
         return found
 
-    def __len__(self) -> int:
-        """How many keys there are."""
-        return len(self._digests)
-
 
 def read_keys(text: str, name: str) -> Keys:
     """Reads a file of keys: one in each line; blank lines, and lines that begin with "#", are passed over.

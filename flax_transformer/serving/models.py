@@ -32,6 +32,11 @@ class Served:
         """What the metrics call it, e.g. "kn-en"."""
         return f"{self.source}-{self.target}"
 
+    @property
+    def streaming(self) -> BeamSearch:
+        """How it searches where each token is told as it comes: greedily."""
+        return self.search.replace(beam_size=1, num_return=1)
+
 
 class Models:
     """The models of a server."""

@@ -37,8 +37,8 @@ def _array(items: Schema, **limits: int) -> Schema:
     return {"type": "array", "items": items, **limits}
 
 
-def _within(least: int, most: int, default: int) -> Schema:
-    return WHOLE | {"minimum": least, "maximum": most, "default": default}
+def _within(least: int, most: int, default: int | None = None) -> Schema:
+    return WHOLE | {"minimum": least, "maximum": most} | ({} if default is None else {"default": default})
 
 
 def _either(*schemas: Schema) -> Schema:
@@ -130,7 +130,7 @@ def describe(limits: Limits) -> Schema:
         q=TEXT,
         **pair,
         prefix=_array(WHOLE | {"minimum": 0}) | {"description": "Ids with which the translation begins; one sentence."},
-        beam_size=_within(1, MAX_BEAM, 4),
+        beam_size=_within(1, MAX_BEAM) | {"description": "As the server searches, if it is not given."},
         candidates=_within(1, CANDIDATES, 5),
         hypotheses=_within(1, MAX_BEAM, 1),
         sampling=SAMPLING,

@@ -6,23 +6,17 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.sizes import SMALLEST_ROOM
 from flax_transformer.serving.models import Served
 
 Step = Callable[[], None]
-STREAMING = BeamSearch(beam_size=1)
 MANY = 4  # a step with two or three slots takes about as long as with so many, so there is no program for them
 AT_ONCE = 4  # programs, where there are as many processors
 ALL = 2**20  # more sentences than there are slots
 
 
 class Preparation:
-    """The programs of some models, compiled on threads of its own.
-
-    Attributes:
-        left: how many programs are still to be compiled.
-    """
+    """The programs of some models, compiled on threads of its own."""
 
     def __init__(self, models: Sequence[Served], longest: int):
         """Lists the programs; nothing is compiled yet.
@@ -35,7 +29,6 @@ class Preparation:
         self._later: list[Step] = []
         for model in {id(model.translator.engine): model for model in models}.values():
             self._add(model, longest)
-        self.left = len(self._first) + len(self._later)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -44,7 +37,7 @@ class Preparation:
         programs = engine.programs
         programs.only_prepared()
         longest = min(longest, config.max_length)
-        search, streaming = engine.compiled_for(model.search), engine.compiled_for(STREAMING)
+        search, streaming = engine.compiled_for(model.search), engine.compiled_for(model.streaming)
         for room in _rooms(longest):
             least, *larger = _numbers(programs.slots(search, room, ALL, prepared=False), engine.ensemble.mesh.size)
             self._first.append(functools.partial(programs.prepare, search, room, least))
@@ -68,7 +61,6 @@ class Preparation:
     def _step(self, step: Step) -> None:
         if not self._ended.is_set():
             step()
-            self.left -= 1
 
     def end(self, seconds: float) -> bool:
         """Compiles nothing more, and waits for what is being compiled; returns whether that ended in time."""

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.errors import is_out_of_memory, is_own
 from flax_transformer.serving.desk import RETRY_S, Desk
 from flax_transformer.serving.limits import Keys, Limits, Meter
 from flax_transformer.serving.metrics import Metrics
@@ -25,7 +26,6 @@ from flax_transformer.serving.refusals import Refusal
 
 SEARCHES = 32  # kinds of searches that each model is compiled for
 CLIENT_GONE = 499  # what the metrics call a request whose client did not wait for the answer
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # jax's word for it
 SLOTS = (
     ("slots_in_use", "Slots that hold a sentence, by model."),
     ("slots", "Slots, by model."),
@@ -253,19 +253,13 @@ def _as_refusal(error: Exception) -> Refusal:
     """What a client is told of an error. What is written to the log has no text of the request."""
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, ValueError) and _is_own(error):
+    if is_own(error):
         return Refusal(400, " ".join(str(error).split()))
     kind = type(error).__name__
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY in str(error)):
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
         logger.error("%s: out of memory; start the server with a smaller --batch_tokens", kind)
         message = "the server's device has too little memory for this now: try again later, or send less at once"
         return Refusal(503, message, reason="memory", retry_after=5)
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("%s while a request was answered; its message may contain texts and is left out\n%s", kind, frames)
     return Refusal(500, f"the server failed ({kind}): this is not your mistake; try again", reason="failed")
-
-
-def _is_own(error: Exception) -> bool:
-    """Whether an error is one of this library's, which say what to do and are about what the caller gave."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__", "")).startswith("flax_transformer.")

@@ -58,8 +58,10 @@ async def translate_texts(
     service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
     translations = await write(service, model, draft, found)
     alignments = [
-        await asyncio.to_thread(_align, model, sentence, several[0]) if aligned else None
-        for sentence, several, aligned in zip(documents.sentences, translations, documents.aligned, strict=True)
+        await asyncio.to_thread(_align, model, sentence, parts, several[0]) if aligned else None
+        for sentence, parts, several, aligned in zip(
+            documents.sentences, draft.parts, translations, documents.aligned, strict=True
+        )
     ]
     return await beside(characters, _join, documents, translations, alignments, alternatives)
 
@@ -93,12 +95,13 @@ def check_sentences(service: Service, count: int) -> None:
         )
 
 
-def _align(model: Served, sentence: str, translation: Translation) -> TextAlignment | None:
-    """How the characters of a translation belong to those of its source; `None` if it was translated in parts."""
-    source = model.translator.vocabularies.source
-    (ids,) = source.encode([sentence])
-    if len(ids) > model.translator.config.max_length or not translation.ids:
+def _align(
+    model: Served, sentence: str, parts: Sequence[Sequence[int]], translation: Translation
+) -> TextAlignment | None:
+    """How the characters of a translation belong to those of its source; `None` if it has no part, or several."""
+    if len(parts) != 1:
         return None
+    source, (ids,) = model.translator.vocabularies.source, parts
     weights = model.translator.inspector.inspect(ids, translation.ids).alignment()
     return TextAlignment(
         tuple(spans(source.pieces(ids), sentence)), tuple(spans(translation.tokens, translation.text)), weights

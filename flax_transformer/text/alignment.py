@@ -12,6 +12,7 @@ import numpy as np
 import regex
 from jaxtyping import Float
 
+from flax_transformer.text.spelling import is_blank
 from flax_transformer.text.symbols import SPACE, is_language
 
 Span = tuple[int, int]
@@ -21,8 +22,6 @@ MOST_BLOCKS = 1000
 
 _UNKNOWN = "<unk>"
 _CONTROL = frozenset(("<s>", "</s>", "<pad>", "<mask>"))
-# Characters that vocabularies drop, so that no piece stands for them.
-_DROPPED = regex.compile(r"[\s\u2800\p{Default_Ignorable_Code_Point}\p{Cc}\ufff9-\ufffb]")
 # The units of text between which markup may stand: words, with hyphens and apostrophes; single characters in scripts
 # that have no spaces between words; any other sign.
 _UNIT = regex.compile(
@@ -125,7 +124,7 @@ def _plain(text: str) -> tuple[str, list[Span]]:
     letters, origins = [], []
     for match in regex.finditer(r"\X", text):
         for letter in unicodedata.normalize("NFKD", match[0]).casefold():
-            if not _DROPPED.match(letter):
+            if not is_blank(letter):  # vocabularies drop what shows nothing, so that no piece stands for it
                 letters.append(letter)
                 origins.append(match.span())
     return "".join(letters), origins

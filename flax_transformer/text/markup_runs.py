@@ -9,9 +9,10 @@ import regex
 from flax_transformer.text.documents import sentence_spans
 from flax_transformer.text.markup_places import Node
 from flax_transformer.text.markup_tokens import escape
+from flax_transformer.text.spelling import LINE_ENDS
 
-# In markup a line end is a space: tags make paragraphs. Each character that ends a line in plain text becomes one.
-_IN_ONE_LINE = str.maketrans(dict.fromkeys("\n\r\t\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", " "))
+# In markup a tab or a line end is a space: tags make paragraphs.
+_IN_ONE_LINE = str.maketrans(dict.fromkeys(f"\t{LINE_ENDS}", " "))
 _LETTER = regex.compile(r"\p{L}")
 _LONGEST_NAME = 40  # characters of an untranslatable element that the model still sees as a word
 
@@ -148,17 +149,12 @@ class Run:
 
     def _hide(self) -> None:
         """Takes all words that stay out of the text, and keeps their markup."""
-        places = list(range(len(self._text) + 1))
         hidden = [range(mark.place, mark.stop) for mark in self._marks if mark.kind == "words"]
         gone = set(itertools.chain.from_iterable(hidden))
-        left = [place for place in range(len(self._text)) if place not in gone]
-        moved = dict(zip(left, itertools.count(), strict=False))
-        count = 0
-        for place in range(len(self._text) + 1):
-            places[place] = count
-            count += place in moved
-        self._text = [self._text[place] for place in left]
-        self._raws = [self._raws[place] for place in left]
+        kept = [place not in gone for place in range(len(self._text))]
+        places = [0, *itertools.accumulate(kept)]
+        self._text = list(itertools.compress(self._text, kept))
+        self._raws = list(itertools.compress(self._raws, kept))
         self._marks = [
             _Mark("point" if mark.kind == "words" else mark.kind, mark.raw, places[mark.place], places[mark.place])
             for mark in self._marks

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 import regex
 
 # Everything that may end a line: for Python's `str.splitlines`, in editors, and in Unicode Standard Annex 14.
-_LINE_END = regex.compile(r"\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+_LINE_END = regex.compile(rf"\r\n|[{LINE_ENDS}]")
 # Characters that have neither a shape nor a width: joiners, marks of direction, soft hyphens, byte order marks,
 # variation selectors (the Unicode property Default_Ignorable_Code_Point), control characters, anchors of annotations.
 _INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cc}\ufff9-\ufffb]")

@@ -126,7 +126,8 @@ class Evaluation:
 
         Args:
             params: the model's parameters.
-            after_batch: called after each batch that was scored or translated; an exception in it ends the evaluation.
+            after_batch: called after each batch that was scored and each sentence that was translated; an exception in
+                it ends the evaluation.
         """
         parts = []
         for batch in self._packed.one_epoch():

@@ -248,7 +248,7 @@ def _check_config(experiment: Experiment, workdir: WorkDirectory) -> Experiment 
     if "training" not in config:
         raise ValueError(
             f"{workdir.path} holds a model and no training: give another --workdir, and start from the model there by "
-            f"--config=configs/finetune.py:{workdir.path}"
+            f"--config=finetune:{workdir.path}"
         )
     begun = _as_begun(Experiment.from_mapping(config), workdir)
     fixed = [

@@ -50,7 +50,7 @@ def test_markup_keeps_its_tags_and_gets_the_words_of_the_translation(translator)
 def test_texts_are_aligned_by_the_characters_of_their_pieces(translator):
     sources = ["the old dog", "", "cat"]
     found = [hypotheses[0] for hypotheses in translator.hypotheses(sources, GREEDY)]
-    aligned = align_texts(translator, sources, found)
+    aligned = align_texts(translator, sources, found, [True] * 3)
     assert aligned[1] is None  # nothing was translated
     for source, translation, alignment in zip(sources, found, aligned, strict=True):
         if alignment is not None:

@@ -220,7 +220,7 @@ def test_scoring_what_was_found_gives_the_numbers_that_the_search_gave(ensemble,
     configs, params = split(ensemble)
     found = search(*ensemble, settings=settings)
     for rank in range(settings.num_return):
-        scored = score_targets(params, SOURCE, found["tokens"][:, rank], configs=configs)
+        scored = score_targets(params, SOURCE, found["tokens"][:, rank], configs=configs, mesh=ONE)
         np.testing.assert_allclose(scored, found["token_log_probs"][:, rank], atol=1e-4)
 
 
@@ -333,7 +333,7 @@ def test_an_alignment_is_the_mean_of_the_models_own_weights_and_their_heads(make
     models = [make_model(V, seed, num_decoder_layers=2) for seed in (292, 293)]
     target = np.array([[7, 5, 9, 2, 0], [2, 0, 0, 0, 0], [3, 3, 4, 8, 2]], "int32")
     configs, params = split(models)
-    aligned = np.asarray(align_targets(params, SOURCE, target, configs=configs, layer=layer))
+    aligned = np.asarray(align_targets(params, SOURCE, target, configs=configs, layer=layer, mesh=ONE))
     expected = []
     for config, own in models:
         apply = jax.jit(partial(Transformer(config).apply, deterministic=True, return_weights=True))

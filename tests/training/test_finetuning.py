@@ -152,6 +152,6 @@ def test_a_config_that_differs_from_the_initial_model_is_an_error(finetuning, tm
 
 def test_a_model_without_a_training_says_how_to_start_from_it(finetuning, start):
     before = sorted(path.name for path in start.iterdir())
-    with pytest.raises(ValueError, match="holds a model and no training: .*--config=configs/finetune.py:"):
+    with pytest.raises(ValueError, match="holds a model and no training: .*--config=finetune:"):
         train_and_evaluate(with_training(finetuning, start_from=""), start)
     assert before == sorted(path.name for path in start.iterdir() if path.name != "training.lock")
