@@ -145,8 +145,9 @@ LAYOUT = {
     "decoding.machine": "tokens decoding.settings decoding.ensemble decoding.slots decoding.listed_rows "
     "decoding.moving decoding.requests decoding.waiting",
     "decoding.programs": "decoding.settings decoding.shortlist decoding.ensemble decoding.sizes decoding.machine",
+    "decoding.scheduler": "decoding.settings decoding.requests decoding.waiting decoding.machine decoding.programs",
     "decoding.engine": "positions decoding.settings decoding.shortlist decoding.ensemble decoding.sizes "
-    "decoding.requests decoding.waiting decoding.machine decoding.programs",
+    "decoding.requests decoding.programs decoding.scheduler",
     "decoding.batching": "",
     "decoding.scoring": "decoding.turned decoding.ensemble decoding.requests decoding.batching",
     "decoding.writing": "text data decoding.requests decoding.results decoding.settings",
@@ -176,7 +177,7 @@ LAYOUT = {
     "training.notices": "experiment data.corpus training.optimizer",
     "training.inputs": "bleu experiment files data workdir processes.hosts monitoring.provenance training.parallel "
     "training.early_checks training.notices",
-    "training.evaluation": "bleu config positions experiment text data decoding trained_model processes.hosts "
+    "training.evaluation": "bleu config experiment text data decoding trained_model processes.hosts "
     "monitoring.report training.loss",
     "training.loop": "experiment text model checkpoints workdir trained_model new_languages processes monitoring "
     "training",

@@ -3,11 +3,10 @@
     submit ──▶ waiting, by length ──▶ encoded, packed ──▶ slot, one token a step ──▶ result, stream
     (any thread)                      (the engine's thread)                          (any thread)
 
-Sentences whose searches need the same program share slots: `Machine`. All machines take turns, a few steps each.
+`Scheduler` decides which sentences share slots, and when.
 """
 
 import atexit
-import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Sequence
@@ -18,43 +17,15 @@ import numpy as np
 from jaxtyping import Int, UInt
 
 from flax_transformer.decoding.ensemble import Ensemble
-from flax_transformer.decoding.machine import Machine
 from flax_transformer.decoding.programs import Programs
 from flax_transformer.decoding.requests import Ids, Output, Request
+from flax_transformer.decoding.scheduler import Scheduler
 from flax_transformer.decoding.settings import BeamSearch, Sampling, SearchSettings, check_sampling
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sizes import rooms_up_to
-from flax_transformer.decoding.waiting import Waiting
 from flax_transformer.positions import check_length
 
-STEPS = 16  # of a machine in its turn, at most
-STEPS_ALONE = 32  # at most, of a machine with one slot on each device, which is mostly there for a single sentence
-SHARE = 8  # a machine goes on until one eighth of its sentences have ended
-MANY = 2  # a machine with slots for more than twice the sentences that there are is too large
 IDLE_S = 5.0  # seconds without work after which the thread ends
-
-
-@dataclasses.dataclass
-class _Group:
-    """Sentences whose searches have the same settings, and the machines that decode them.
-
-    Attributes:
-        settings: what the program is compiled for.
-        waiting: sentences without a slot.
-        machines: by the room of their slots, the largest first.
-        current: the machine of each room that takes new sentences; others of the room end those that they have.
-        above: the size of source above which a machine takes sentences, by room.
-    """
-
-    settings: BeamSearch | Sampling
-    waiting: Waiting = dataclasses.field(default_factory=Waiting)
-    machines: list[tuple[int, Machine]] = dataclasses.field(default_factory=list)
-    current: dict[int, Machine] = dataclasses.field(default_factory=dict)
-    above: dict[int, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def busy(self) -> bool:
-        return bool(len(self.waiting) or any(machine.busy for _, machine in self.machines))
 
 
 class Engine:
@@ -74,25 +45,25 @@ class Engine:
         """
         self.ensemble, self.batch_tokens, self.shortlist = ensemble, batch_tokens, shortlist
         self.programs = Programs(ensemble, batch_tokens=batch_tokens, shortlist=shortlist)
-        self._groups: dict[BeamSearch | Sampling, _Group] = {}
+        # A device is given work ahead, so that it need not wait for the host; a CPU is both.
+        depth = 1 if ensemble.mesh.devices.flat[0].platform == "cpu" else 2
+        self._scheduler = Scheduler(self.programs, devices=ensemble.mesh.size, depth=depth)
         self._changed = threading.Condition()
         self._inbox: list[tuple[BeamSearch | Sampling, Request]] = []
         self._jobs: list[tuple[Callable[[], None], Future[None]]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
         self._submissions = itertools.count(1)
-        self._filled = self._offered = 0
 
     @property
     def occupancy(self) -> float:
         """The share of slots that held a living sentence, over all steps made while sentences were waiting."""
-        return self._filled / max(1, self._offered)
+        return self._scheduler.occupancy
 
     @property
     def slots(self) -> tuple[int, int]:
         """How many slots hold a sentence now, and how many there are."""
-        machines = [machine for group in list(self._groups.values()) for _, machine in list(group.machines)]
-        return sum(machine.living for machine in machines), sum(machine.size.slots for machine in machines)
+        return self._scheduler.slots
 
     def submit(
         self,
@@ -262,18 +233,20 @@ class Engine:
         try:
             while self._wait():
                 try:
-                    self._turn()
+                    self._scheduler.turn()
                 except BaseException as error:  # each waiting call is to get it
-                    self._fail(error)
+                    self._scheduler.fail(error)
         finally:
-            atexit.unregister(self.close)
+            with self._changed:
+                if self._thread in (None, threading.current_thread()):  # otherwise the next thread has begun
+                    atexit.unregister(self.close)
 
     def _wait(self) -> bool:
         """Waits for work and takes it in; false if the thread is to end."""
         with self._changed:
-            while not (self._inbox or self._jobs or self._closed or self._busy):
+            while not (self._inbox or self._jobs or self._closed or self._scheduler.busy):
                 if not self._changed.wait(IDLE_S) and not (self._inbox or self._jobs or self._closed):
-                    self._groups.clear()
+                    self._scheduler.groups.clear()
                     self._thread = None
                     return False
             inbox, self._inbox = self._inbox, []
@@ -283,10 +256,10 @@ class Engine:
         for settings, request in inbox:
             groups.setdefault(settings, []).append(request)
         for settings, requests in groups.items():
-            self._groups.setdefault(settings, _Group(settings)).waiting.add(requests)
+            self._scheduler.add(settings, requests)
         if closed:
             error = ValueError("the engine was closed before this was done: make a new translator")
-            self._fail(error)
+            self._scheduler.fail(error)
             for _, done in jobs:
                 done.set_exception(error)
             return False
@@ -297,90 +270,6 @@ class Engine:
             except BaseException as error:
                 done.set_exception(error)
         return True
-
-    @property
-    def _busy(self) -> bool:
-        return any(group.busy for group in self._groups.values())
-
-    def _fail(self, error: BaseException) -> None:
-        """Ends all sentences with an error, and lets go of all slots."""
-        groups, self._groups = self._groups, {}
-        for group in groups.values():
-            for request in group.waiting.take_all():
-                request.fail(error)
-            for _, machine in group.machines:
-                for request in machine.requests():
-                    request.fail(error)
-
-    def _turn(self) -> None:
-        """Lets each machine make its next steps."""
-        for group in list(self._groups.values()):
-            self._make_room(group)
-            for room, machine in list(group.machines):
-                self._turn_machine(group, room, machine)
-
-    def _turn_machine(self, group: _Group, room: int, machine: Machine) -> None:
-        above = group.above.get(room, room)
-        waiting = group.waiting if group.current.get(room) is machine else Waiting()
-        machine.fill(waiting, above)
-        if machine.living:
-            waits = bool(waiting.count(above, room))
-            own = machine.size.slots // self.ensemble.mesh.size
-            enough = max(1, machine.living // self.ensemble.mesh.size // SHARE)
-            steps = STEPS if own > 1 else STEPS_ALONE
-            machine.dispatch(1 if machine.streams else steps, enough, waits=waits)
-        if machine.pending >= self._depth or (machine.pending and not machine.living):
-            before = machine.filled, machine.offered
-            outgrown = machine.collect()
-            self._filled += machine.filled - before[0]
-            self._offered += machine.offered - before[1]
-            for number, slot in enumerate(outgrown):
-                machine.give(slot, self._larger(group, machine, room, len(outgrown) - number))
-
-    @property
-    def _depth(self) -> int:
-        """How many chunks of work each machine has been given at once, so that a device need not wait for the host."""
-        return 1 if self.ensemble.mesh.devices.flat[0].platform == "cpu" else 2
-
-    def _make_room(self, group: _Group) -> None:
-        """Makes machines for the sentences that wait, if those that are there have too few slots."""
-        served: list[tuple[int, int]] = []  # a room, and the size of source above which it takes sentences
-        for below, room in reversed(
-            list(itertools.pairwise([0, *self.programs.rooms(group.settings, group.waiting.longest())]))
-        ):
-            count = group.waiting.count(below, room)
-            exists = any(machine.size.slots > 1 for other, machine in group.machines if other == room)
-            if served and count < self.programs.few(group.settings, room) and not exists:
-                served[-1] = served[-1][0], below
-            elif count:
-                served.append((room, below))
-        group.above = dict(served)
-        for room, above in served:
-            # A few sentences would be slow in the many slots that others have left, and many need more slots.
-            own = [machine for other, machine in group.machines if other == room]
-            demand = group.waiting.count(above, room) + sum(machine.living for machine in own)
-            slots = self.programs.slots(group.settings, room, demand)
-            current = next((machine for machine in own if machine is group.current.get(room)), None)
-            most = self.programs.slots(group.settings, room, MANY * demand) if current and current.busy else slots
-            if current is None or not slots <= current.size.slots <= most:
-                fitting = (machine for machine in own if machine.size.slots == slots)
-                group.current[room] = next(fitting, None) or self._add_machine(group, room, demand)
-
-    def _larger(self, group: _Group, machine: Machine, room: int, count: int) -> Machine:
-        """A machine with an empty slot and more places, for one of so many sentences that need it."""
-        for _, other in group.machines:
-            if other.size.target > machine.size.target and other.living < other.size.slots:
-                return other
-        return self._add_machine(group, 2 * room, count)
-
-    def _add_machine(self, group: _Group, room: int, count: int) -> Machine:
-        """Makes slots for so many sentences, after it has let go of those that nobody uses."""
-        for each in self._groups.values():
-            each.machines = [(own, machine) for own, machine in each.machines if machine.busy]
-            each.current = {own: machine for own, machine in each.current.items() if machine.busy}
-        machine = self.programs.machine(group.settings, room, count)
-        group.machines = sorted([*group.machines, (room, machine)], key=lambda entry: -entry[0])
-        return machine
 
 
 def check_streaming(settings: SearchSettings) -> None:

@@ -36,11 +36,11 @@ def allowed_tokens(
         vocab_size: the number of token ids, V.
         eos_id: the token that ends a sentence.
         pad_id: the token that pads shorter prefixes.
-        listed: the token ids that are meant, for each sentence; 0 to V - 1 if not given.
+        listed: the token ids that are meant, for each sentence, then -1; 0 to V - 1 if not given.
     """
     ids = jnp.arange(vocab_size)[None, None] if listed is None else listed[:, None]
     is_end = ids == eos_id
-    allowed = jnp.ones((1, 1, vocab_size), bool)
+    allowed = jnp.ones((1, 1, vocab_size), bool) if listed is None else (listed >= 0)[:, None]
     if settings.banned:
         allowed &= ~jnp.isin(ids, jnp.array(settings.banned))
     if settings.no_repeat_ngram:

@@ -4,6 +4,8 @@ By itself an engine compiles what fits the sentences best, once they come. A ser
 meanwhile, prepares some programs, and its engine gets by with these as far as they go.
 """
 
+import threading
+
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
 from flax_transformer.decoding.settings import BeamSearch, Sampling
@@ -20,6 +22,7 @@ class Programs:
     def __init__(self, ensemble: Ensemble, *, batch_tokens: int, shortlist: Shortlist | None):
         """Takes what the programs are for; arguments as in `Engine`."""
         self._ensemble, self._batch_tokens, self._shortlist = ensemble, batch_tokens, shortlist
+        self._lock = threading.Lock()
         # Room and number of slots of each program, by the settings of the search; `None` if any may be made.
         self._prepared: dict[BeamSearch | Sampling, set[tuple[int, int]]] | None = None
 
@@ -32,8 +35,9 @@ class Programs:
         machine = self.machine(settings, room, count, prepared=False)
         machine.compile()
         if self._prepared is not None:
-            before = self._prepared.get(settings, set())
-            self._prepared[settings] = before | {(room, machine.size.slots)}  # a new set: the engine may be reading
+            with self._lock:
+                before = self._prepared.get(settings, set())
+                self._prepared[settings] = before | {(room, machine.size.slots)}  # a new set: the engine may be reading
 
     def rooms(self, settings: BeamSearch | Sampling, tokens: int) -> list[int]:
         """The rooms for sentences of up to so many tokens, the smallest first."""

@@ -86,7 +86,10 @@ class Request:
         self._outputs.add_done_callback(lambda _: call(self))
 
     def when_told(self, call: Callable[[list[int]], None]) -> None:
-        """Calls `call(ids)` with all ids so far after each new one, in the engine's thread; only if it streams."""
+        """Calls `call(ids)` with all ids so far after each new one, in the engine's thread; only if it streams.
+
+        If the call raises an error, this request ends with it.
+        """
         self._listener = call
 
     def cancel(self) -> None:
@@ -109,7 +112,11 @@ class Request:
         for length in range(self._told + 1, len(ids) + 1):
             self._tokens.put(ids[:length])
             if self._listener is not None:
-                self._listener(ids[:length])
+                try:
+                    self._listener(ids[:length])
+                except Exception as error:  # it is of no concern to the other sentences
+                    self.fail(error)
+                    return
         self._told = len(ids)
 
     def finish(self, outputs: list[Output]) -> None:

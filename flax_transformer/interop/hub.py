@@ -3,7 +3,9 @@
 They lie in the cache of `huggingface_hub` afterwards, as those of transformers do, and are not downloaded twice.
 """
 
+import contextlib
 import importlib.util
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -76,13 +78,12 @@ def download(name: str, revision: str = "") -> str:
 def _downloaded_before(options: dict[str, Any], failure: Exception) -> str:
     import huggingface_hub
 
-    for _, weights in WEIGHTS:
-        try:
-            return huggingface_hub.snapshot_download(
-                **options, allow_patterns=[*FILES, *weights], local_files_only=True
-            )
-        except OSError:  # it is not there, or not complete
-            continue
+    for mark, weights in WEIGHTS:
+        with contextlib.suppress(OSError):  # it is not there, or not complete
+            patterns = [*FILES, *weights]
+            folder = huggingface_hub.snapshot_download(**options, allow_patterns=patterns, local_files_only=True)
+            if os.path.exists(os.path.join(folder, mark)):
+                return folder
     raise ValueError(
         f"there is no folder {options['repo_id']} here, and the hub cannot be reached ({_reason(failure)}): connect to "
         "a network, or download all files of the model elsewhere and give their folder"

@@ -20,7 +20,6 @@ from flax_transformer.decoding.translator import Translator
 from flax_transformer.decoding.unreadable import UnreadableSentences, UnreadableWarning
 from flax_transformer.experiment import EvaluationConfig
 from flax_transformer.monitoring.report import TITLES, format_score
-from flax_transformer.positions import check_length
 from flax_transformer.processes import hosts
 from flax_transformer.text.spelling import comparable
 from flax_transformer.trained_model import TrainedModel
@@ -102,12 +101,8 @@ class Evaluation:
             sentences: how many sentences to translate; 0 means all.
 
         Raises:
-            ValueError: positions are learned and a source sentence is longer than the model allows, or a source begins
-                with the token of a language that the vocabulary does not know.
+            ValueError: a source begins with the token of a language that the vocabulary does not know.
         """
-        if model_config.positions == "learned":
-            # Fail now and not at the first evaluation: a sentence that is too long cannot be translated.
-            check_length(int(packed.source.lengths.max()), model_config.max_length)
         count = sentences or len(text)
         self.source, self.references = text.source[:count], text.target[:count]
         for sentence in self.source:

@@ -178,7 +178,8 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
         vocabularies = vocabularies.speaking(
             data.source_language, data.target_language, add=bool(data.new_language_like)
         )
-        workdir.forget_fingerprints()
+        if not workdir.exists:
+            workdir.forget_fingerprints()
         workdir.write_vocabularies(vocabularies)
     hosts.wait("the first process has written the vocabulary")
     if not workdir.has_vocabularies():

@@ -14,6 +14,7 @@ from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
 from flax_transformer.decoding.programs import Programs
+from flax_transformer.decoding.requests import Request
 from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling
@@ -153,10 +154,10 @@ def test_eight_devices_share_the_slots_and_find_what_one_finds(engine, make_engi
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLING, BEAM.replace(extra_length=20, min_length=30)])
-def test_two_chunks_under_way_as_on_a_gpu_find_the_same(engine, make_engine, settings, monkeypatch):
-    expected = search(engine, SOURCES[:20], settings)
-    monkeypatch.setattr(Engine, "_depth", 2)
-    check_same(search(make_engine(), SOURCES[:20], settings), expected)
+def test_two_chunks_under_way_as_on_a_gpu_find_the_same(engine, make_engine, settings):
+    ahead = make_engine()
+    ahead._scheduler._depth = 2
+    check_same(search(ahead, SOURCES[:20], settings), search(engine, SOURCES[:20], settings))
 
 
 def test_targets_of_any_lengths_are_scored_and_aligned_as_alone(make_engine):
@@ -358,6 +359,16 @@ def test_closing_ends_every_waiting_call_with_an_error_that_names_the_mend(make_
     engine.close()
 
 
+def test_an_error_of_a_listener_ends_its_request_alone():
+    request = Request([5, EOS], prefix=(), given=0, limit=9, num_return=1, rng=None, streams=True)
+    request.when_told(lambda ids: ids[1])
+    request.tell([7])  # raises nothing in the engine's thread
+    with pytest.raises(IndexError):
+        request.result(timeout=1)
+    with pytest.raises(IndexError):
+        list(request)
+
+
 def test_the_thread_ends_when_idle_and_starts_again(make_engine, monkeypatch):
     monkeypatch.setattr(engine_module, "IDLE_S", 0.01)
     engine = make_engine()
@@ -389,9 +400,19 @@ def test_machines_that_an_engine_lets_go_of_are_kept_nowhere(make_engine, monkey
     engine = make_engine()
     for settings in (GREEDY, BEAM, SAMPLING, GREEDY, BEAM):
         search(engine, SOURCES, settings)
-    machines = {id(machine) for group in engine._groups.values() for _, machine in group.machines}
-    kept = {id(machine) for group in engine._groups.values() for machine in group.current.values()}
+    machines = {id(machine) for group in engine._scheduler.groups.values() for _, machine in group.machines}
+    kept = {id(machine) for group in engine._scheduler.groups.values() for machine in group.current.values()}
     assert kept and kept <= machines and len(machines) < len(made)
+
+
+def test_each_size_of_slots_is_made_once_for_sentences_of_several_lengths(make_engine, monkeypatch):
+    made, make = [], Programs.machine
+    monkeypatch.setattr(
+        Programs, "machine", lambda self, settings, room, count: made.append(room) or make(self, settings, room, count)
+    )
+    sources = [source for source in make_sources(600, 32) if len(source) > 16 or len(source) % 2]
+    search(make_engine(batch_tokens=16 * 32), sources, BeamSearch(beam_size=1, extra_length=0))
+    assert len(made) > 1 and len(set(made)) == len(made)
 
 
 def test_while_sentences_wait_nearly_all_slots_hold_one(make_engine):

@@ -119,6 +119,13 @@ def test_banned_tokens_are_not_allowed_and_if_all_are_banned_the_end_is():
     assert names(allowed([[[3]]], settings=BeamSearch(banned=others, min_length=5))[0, 0]) == {EOS}
 
 
+def test_if_all_listed_tokens_are_banned_the_end_is_allowed_though_the_list_is_padded():
+    tokens, listed = jnp.full((1, 1, 4), 5), jnp.array([[EOS, 4, 5, -1, -1]])
+    settings, ids = BeamSearch(banned=(4, 5), min_length=3), {"eos_id": EOS, "pad_id": PAD}
+    found = allowed_tokens(tokens, jnp.array([1]), jnp.array([9]), None, settings, vocab_size=5, listed=listed, **ids)
+    assert np.asarray(found)[0, 0].tolist() == [True, False, False, False, False]
+
+
 def test_the_end_is_allowed_from_the_minimum_length_on():
     for step in range(6):
         found = allowed(np.full((1, 1, step), 5), settings=BeamSearch(min_length=4), limits=[6])

@@ -154,6 +154,8 @@ def test_only_the_files_that_are_needed_are_downloaded_and_only_once(hub, fetch)
     hub.shutdown()
     hub.server_close()
     assert fetch(hub.endpoint) == folder  # without a network the earlier download is used
+    (folder / "model.safetensors").unlink()
+    assert "the hub cannot be reached" in fetch(hub.endpoint)
 
 
 def test_a_revision_can_be_chosen_and_an_unknown_one_is_an_error(hub, fetch):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -122,6 +123,18 @@ def test_the_loss_covers_all_tokens_and_translations_equal_the_translator_s(
     translator = Translator(TrainedModel(config, params, vocabularies))
     assert translations == translator.translate(TEXT.source, BeamSearch(beam_size=1))
     assert scores.sentences == 8  # pairs that are too long for the loss are translated anyway
+
+
+def test_a_source_that_is_longer_than_the_learned_positions_is_translated_in_parts(vocabularies, config):
+    config = dataclasses.replace(config, positions="learned")
+    model, tokens = Transformer(config), np.ones((1, 2), "int32")
+    params = jax.jit(functools.partial(model.init, deterministic=True))(jax.random.key(0), tokens, tokens)["params"]
+    text = ParallelText([*TEXT.source, "a b c d a b c d"], [*TEXT.target, "u"], [1] * 9)
+    corpus = PackedCorpus.from_text(text, vocabularies, DATA, max_length=config.max_length)
+    assert corpus.source.lengths.max() > config.max_length
+    evaluate = jax.jit(functools.partial(eval_step, objective=Objective(model=model)))
+    scores, translations = Evaluation(text, corpus, vocabularies, config, SETTINGS, evaluate).score(params)
+    assert scores.sentences == len(translations) == 9 and np.isfinite(scores.loss)
 
 
 def test_an_unknown_language_is_found_before_the_first_step(config):

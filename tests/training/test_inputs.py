@@ -193,6 +193,19 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_training_and_translat
     train_and_evaluate(experiment, path)
 
 
+def test_a_vocabulary_that_was_lost_is_not_replaced_by_that_of_another_text(experiment, path, edit):
+    file = path / "joint.model"
+    vocabulary = file.read_bytes()
+    file.unlink()
+    train_and_evaluate(experiment, path)
+    assert file.read_bytes() == vocabulary
+    file.unlink()
+    for _ in range(60):
+        edit("train")
+    with pytest.raises(ValueError, match="is not the one that the model was trained with: put that one back"):
+        train_and_evaluate(experiment, path, accept_changed_corpus=True)
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value"),
     [
