@@ -92,9 +92,9 @@ class DataConfig:
         temperature: how much of an epoch small corpora of `train` make up. With temperature T, the share of a corpus is
             proportional to (its size times its weight) to the power of 1/T: 1 leaves the shares as they are, and
             larger values make them more equal.
-        source_sampling: how much the division of training sources into pieces varies from epoch to epoch; 0 not at all.
-            With a "bpe" vocabulary the share of merges that are left out (BPE-dropout), e.g. 0.1. With "unigram" the
-            power to which the probabilities of divisions are raised, e.g. 0.2; the smaller, the more they vary.
+        source_sampling: how much the segmentation of training sources into pieces varies from epoch to epoch; 0 not at
+            all. With a "bpe" vocabulary the share of merges that are left out (BPE-dropout), e.g. 0.1. With "unigram"
+            the power to which the probabilities of segmentations are raised, e.g. 0.2; the smaller, the more they vary.
         target_sampling: the same of targets.
         rows: number of rows in a global batch, for any number of devices.
         source_slots: tokens in a row on the source side; several sentences are packed into one row. Training leaves out

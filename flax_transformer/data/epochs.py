@@ -113,14 +113,14 @@ class SampledSide:
     """One side of a corpus, whose sentences are divided into pieces anew in each epoch.
 
     Attributes:
-        fixed: the most probable division, by which it is decided which pairs fit into a row.
+        fixed: the most probable segmentation, by which it is decided which pairs fit into a row.
     """
 
     def __init__(self, vocabulary: Vocabulary, fixed: TokenSide, strength: float, seed: tuple[int, ...]):
-        """Takes the sentences; with strength 0 each epoch has the most probable division.
+        """Takes the sentences; with strength 0 each epoch has the most probable segmentation.
 
         Raises:
-            ValueError: they are to vary, and the vocabulary has one division of each.
+            ValueError: they are to vary, and the vocabulary has one segmentation of each.
         """
         self.fixed, self._seed = fixed, seed
         self._sampler = SubwordSampler(vocabulary, fixed, strength) if strength else None
@@ -167,8 +167,8 @@ class Epoch:
 
     Attributes:
         sides: source and target of the pairs.
-        fixed: the same in their most probable division.
-        stays_fixed: which pairs have that division, because another one would not fit into a row.
+        fixed: the same in their most probable segmentation.
+        stays_fixed: which pairs have that segmentation, because another one would not fit into a row.
         packing: which pairs share a row.
         order: the rows in the order in which they are read.
         num_tokens: how many tokens its rows have, both sides together.
@@ -212,7 +212,7 @@ class ChangingCorpus:
         """Takes the corpus.
 
         Args:
-            first: the corpus in the most probable division; knows which pairs fit, and lays out batches.
+            first: the corpus in the most probable segmentation; knows which pairs fit, and lays out batches.
             repeats: how often each pair is to appear in an epoch, on average.
             sides: source and target.
             config: slots, rows and the seed.

@@ -120,7 +120,7 @@ class Vocabulary:
         return self._mend_marks(rows, spelled)
 
     def check_sampling(self) -> None:
-        """Raises ValueError if this vocabulary has only one division of each sentence into pieces."""
+        """Raises ValueError if this vocabulary has only one segmentation of each sentence into pieces."""
         trainer = parse(self._model).trainer_spec
         if trainer.model_type not in map(trainer.ModelType.Value, ("BPE", "UNIGRAM")):
             raise ValueError(

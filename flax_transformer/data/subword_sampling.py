@@ -1,7 +1,7 @@
-"""Divides words into other pieces at random, so that a model sees each word in several divisions.
+"""Segments words into other pieces at random, so that a model sees each word in several segmentations.
 
-It starts from the most probable division, which SentencePiece has made. Pieces never reach over the beginning of a
-word, so each word is divided by itself; what is no ordinary piece, such as a byte or a tag, stays as it is. With the
+It starts from the most probable segmentation, which SentencePiece has made. Pieces never reach over the beginning of a
+word, so each word is segmented by itself; what is no ordinary piece, such as a byte or a tag, stays as it is. With the
 same random numbers the result is the same in every process and on every machine. SentencePiece can sample too, but from
 version 0.2.2 on its random numbers differ from process to process, whatever the seed, and a training with them could
 not be resumed exactly.
@@ -22,13 +22,13 @@ from flax_transformer.data.sentencepiece_model import parse
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
 from flax_transformer.text.symbols import SPACE
 
-DIVISIONS_KEPT = 2**18  # divisions, and lattices, that are remembered, since most words come again
+SEGMENTATIONS_KEPT = 2**18  # segmentations, and lattices, that are remembered, since most words come again
 DRAWN_AT_ONCE = 4096  # random numbers
 Ids = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """An ordinary piece: its id, and its score, by which divisions are chosen."""
+    """An ordinary piece: its id, and its score, by which segmentations are chosen."""
 
     token: int
     score: float
@@ -41,7 +41,7 @@ class BpeDropout:
         """Takes the ordinary pieces by their text, and the probability with which a merge is left out."""
         self._pieces, self._strength = pieces, strength
         self._costs = {text: -piece.score for text, piece in pieces.items()}  # the merge that costs least comes first
-        self._merged = functools.lru_cache(DIVISIONS_KEPT)(self._merge)
+        self._merged = functools.lru_cache(SEGMENTATIONS_KEPT)(self._merge)
 
     def may_change(self, words: list[str], places: Int[np.ndarray, "N"], rng: np.random.Generator) -> np.ndarray:
         """Draws for the word at each of N places the number of the first merge that is left out; -1 if none is.
@@ -56,11 +56,11 @@ class BpeDropout:
         return np.where(first < merges[places], first, -1)
 
     def numbers(self, rng: np.random.Generator) -> Iterator[int]:
-        """Draws what `divide` takes: how far it is from one merge that is left out to the next."""
+        """Draws what `segment` takes: how far it is from one merge that is left out to the next."""
         while True:
             yield from rng.geometric(self._strength, DRAWN_AT_ONCE).tolist()
 
-    def divide(self, word: str, drawn: int, numbers: Iterator[int]) -> Ids:
+    def segment(self, word: str, drawn: int, numbers: Iterator[int]) -> Ids:
         """The ids of a word, drawn with `numbers`; `drawn` is what `may_change` has drawn."""
         left_out: tuple[int, ...] = (drawn,)
         last = drawn
@@ -99,24 +99,24 @@ class BpeDropout:
 
 
 class UnigramSampling:
-    """Draws divisions in proportion to a power of their probabilities (Kudo, 2018, section 3.3)."""
+    """Draws segmentations in proportion to a power of their probabilities (Kudo, 2018, section 3.3)."""
 
     def __init__(self, pieces: dict[str, Piece], strength: float):
         """Takes the ordinary pieces by their text, with the logarithms of their probabilities, and the power."""
         self._pieces, self._strength = pieces, strength
         self._longest = max(map(len, pieces), default=0)
-        self._lattice = functools.lru_cache(DIVISIONS_KEPT)(self._make_lattice)
+        self._lattice = functools.lru_cache(SEGMENTATIONS_KEPT)(self._make_lattice)
 
     def may_change(self, words: list[str], places: Int[np.ndarray, "N"], rng: np.random.Generator) -> np.ndarray:
-        """0 for each place whose word has several divisions, otherwise -1; arguments as in `BpeDropout`."""
+        """0 for each place whose word has several segmentations, otherwise -1; arguments as in `BpeDropout`."""
         return np.where(np.array([len(word) > 1 for word in words], bool)[places], 0, -1)
 
     def numbers(self, rng: np.random.Generator) -> Iterator[float]:
-        """Draws what `divide` takes: numbers from 0 up to 1."""
+        """Draws what `segment` takes: numbers from 0 up to 1."""
         while True:
             yield from rng.random(DRAWN_AT_ONCE).tolist()
 
-    def divide(self, word: str, drawn: int, numbers: Iterator[float]) -> Ids:
+    def segment(self, word: str, drawn: int, numbers: Iterator[float]) -> Ids:
         """The ids of a word, drawn with `numbers`: the last piece, then the one before it, and so on."""
         lattice, end = self._lattice(word), len(word)
         ids: list[int] = []
@@ -129,7 +129,7 @@ class UnigramSampling:
 
     def _make_lattice(self, word: str) -> list[tuple[list[float], list[int], Ids]]:
         """For each end in a word the pieces that may be the last before it: cumulative shares, beginnings, ids."""
-        totals, lattice = [0.0], []  # logarithms of the sums of the powers over all divisions up to each end
+        totals, lattice = [0.0], []  # logarithms of the sums of the powers over all segmentations up to each end
         for end in range(1, len(word) + 1):
             found = [
                 (begin, piece.token, totals[begin] + self._strength * piece.score)
@@ -144,22 +144,22 @@ class UnigramSampling:
 
 
 class SubwordSampler:
-    """Divides the sentences of one side of a corpus anew, as often as one likes."""
+    """Segments the sentences of one side of a corpus anew, as often as one likes."""
 
     def __init__(self, vocabulary: Vocabulary, fixed: TokenSide, strength: float):
         """Finds the words.
 
         Args:
             vocabulary: the vocabulary.
-            fixed: the sentences in their most probable division.
+            fixed: the sentences in their most probable segmentation.
             strength: with a "bpe" vocabulary, the share of merges that are left out; with "unigram", the power to which
-                the probabilities of divisions are raised. Greater than 0.
+                the probabilities of segmentations are raised. Greater than 0.
 
         Raises:
-            ValueError: this vocabulary has one division of each sentence.
+            ValueError: this vocabulary has one segmentation of each sentence.
         """
         vocabulary.check_sampling()
-        self._divider, ordinary, begins = _read(vocabulary, strength)
+        self._segmenter, ordinary, begins = _read(vocabulary, strength)
         tokens = fixed.tokens
         starts_word = begins[tokens] | ~ordinary[tokens]
         starts_word[1:] |= ~ordinary[tokens[:-1]]
@@ -169,7 +169,7 @@ class SubwordSampler:
         texts = vocabulary.all_pieces()
         numbers: dict[bytes, int] = {}
         self._words: list[str] = []  # the text of each different word; empty for what stays as it is
-        self._divisions: list[Ids] = []  # the most probable division of each
+        self._segmentations: list[Ids] = []  # the most probable segmentation of each
         self._places = np.empty(len(places), np.int64)  # the number of the word at each place
         for place, (start, end) in enumerate(zip(places.tolist(), ends.tolist(), strict=True)):
             key = tokens[start:end].tobytes()
@@ -177,26 +177,27 @@ class SubwordSampler:
                 number = numbers[key] = len(self._words)
                 ids = tuple(tokens[start:end].tolist())
                 self._words.append("".join(texts[token] for token in ids) if ordinary[ids[0]] else "")
-                self._divisions.append(ids)
+                self._segmentations.append(ids)
             self._places[place] = number
         # The place of the first word of each sentence, and the number of all places at the end.
         self._starts = np.searchsorted(places, fixed.starts)
 
     def sample(self, rng: np.random.Generator) -> TokenSide:
-        """The sentences in divisions that are drawn from a generator."""
-        drawn = self._divider.may_change(self._words, self._places, rng)
-        divisions, known = list(self._divisions), {division: i for i, division in enumerate(self._divisions)}
+        """The sentences in segmentations that are drawn from a generator."""
+        drawn = self._segmenter.may_change(self._words, self._places, rng)
+        segmentations = list(self._segmentations)
+        known = {segmentation: number for number, segmentation in enumerate(segmentations)}
         chosen = self._places.copy()
-        numbers: Iterator[Any] = self._divider.numbers(rng)
+        numbers: Iterator[Any] = self._segmenter.numbers(rng)
         for place in np.flatnonzero(drawn >= 0).tolist():
-            ids = self._divider.divide(self._words[chosen[place]], int(drawn[place]), numbers)
+            ids = self._segmenter.segment(self._words[chosen[place]], int(drawn[place]), numbers)
             if (number := known.get(ids)) is None:
-                number = known[ids] = len(divisions)
-                divisions.append(ids)
+                number = known[ids] = len(segmentations)
+                segmentations.append(ids)
             chosen[place] = number
-        # The divisions lie one after another in `pool`; each place copies its own.
-        lengths = np.fromiter(map(len, divisions), np.int64, len(divisions))
-        pool = np.fromiter(itertools.chain.from_iterable(divisions), np.int32, lengths.sum())
+        # The segmentations lie one after another in `pool`; each place copies its own.
+        lengths = np.fromiter(map(len, segmentations), np.int64, len(segmentations))
+        pool = np.fromiter(itertools.chain.from_iterable(segmentations), np.int32, lengths.sum())
         begins = np.cumsum(lengths) - lengths
         own = lengths[chosen]
         ends = np.concatenate([[0], np.cumsum(own)])
@@ -205,7 +206,7 @@ class SubwordSampler:
 
 
 def _read(vocabulary: Vocabulary, strength: float) -> tuple[BpeDropout | UnigramSampling, np.ndarray, np.ndarray]:
-    """How words are divided, which ids are ordinary pieces, and which of them begin a word."""
+    """How words are segmented, which ids are ordinary pieces, and which of them begin a word."""
     model = parse(vocabulary.pieces_model)
     pieces = {
         entry.piece: Piece(token, entry.score)

@@ -76,7 +76,7 @@ def test_an_epoch_holds_every_pair_once_and_its_text_is_the_pair_s(vocabularies)
     assert isinstance(corpus, ChangingCorpus) and corpus.blank == (60,)
     fits = [number for number in range(60) if number not in set(corpus.too_long.tolist())]
     assert len(fits) > 50
-    divisions = []
+    segmentations = []
     for start, stop in rows_of_epochs(corpus, 4):
         pairs = [pair for step in range(start, stop) for pair in corpus.example_ids(step)]
         assert sorted(pairs) == fits
@@ -85,8 +85,8 @@ def test_an_epoch_holds_every_pair_once_and_its_text_is_the_pair_s(vocabularies)
         target = [ids for batch in batches for ids in sentences(batch.target)]
         assert vocabularies.source.decode(source) == [TEXT.source[pair] for pair in pairs]
         assert vocabularies.target.decode(target) == [TEXT.target[pair] for pair in pairs]
-        divisions.append({pair: tuple(ids) for pair, ids in zip(pairs, source, strict=True)})
-    changed = [pair for pair in fits if len({division[pair] for division in divisions}) > 1]
+        segmentations.append({pair: tuple(ids) for pair, ids in zip(pairs, source, strict=True)})
+    changed = [pair for pair in fits if len({segmentation[pair] for segmentation in segmentations}) > 1]
     assert len(changed) > 5
 
 
@@ -188,7 +188,7 @@ def test_another_seed_or_strength_gives_other_tokens(vocabularies):
         assert not all(equal(one.batch(step), other.batch(step)) for step in range(20))
 
 
-def test_a_pair_that_a_division_makes_too_long_keeps_its_shortest(vocabularies):
+def test_a_pair_that_a_segmentation_makes_too_long_keeps_its_shortest(vocabularies):
     lengths = [len(ids) for ids in vocabularies.source.encode(TEXT.source)]
     limit = max(lengths)
     corpus = build(vocabularies, rows=1, max_length=limit, source_slots=64, target_slots=64, source_sampling=0.9)
@@ -217,7 +217,7 @@ def test_the_fill_rate_is_that_of_the_first_epoch(vocabularies):
     assert corpus.epoch_steps == corpus.num_rows == stop
 
 
-def test_vocabularies_with_one_division_of_a_sentence_are_refused(vocabularies):
+def test_vocabularies_with_one_segmentation_of_a_sentence_are_refused(vocabularies):
     converted = MarianVocabulary.of(vocabularies.source)
     with pytest.raises(ValueError, match="comes from a converted model: set both to 0"):
         build(VocabularyPair(converted, converted))

@@ -1,4 +1,4 @@
-"""Random divisions of words: as probable as SentencePiece makes them, and the same in every process."""
+"""Random segmentations of words: as probable as SentencePiece makes them, and the same in every process."""
 
 import functools
 import hashlib
@@ -29,7 +29,7 @@ def sentences():
 
 
 def make(kind, texts, **options):
-    """A vocabulary of these texts, and what divides them, by the strength."""
+    """A vocabulary of these texts, and what segments them, by the strength."""
     size = SIZES[kind] if options.get("byte_fallback", True) else SIZES[kind] - 256
     vocabulary = Vocabulary.train(sentences(), VocabularyConfig(size=size, model_type=kind, **options))
     fixed = TokenSide.encode(vocabulary, texts)
@@ -53,7 +53,7 @@ def test_the_text_stays_the_same(kind):
 
 
 @pytest.mark.parametrize("strength", [1e-9, 1.0])
-def test_with_no_merge_left_out_bpe_divides_as_sentencepiece_and_with_all_into_characters(strength):
+def test_with_no_merge_left_out_bpe_segments_as_sentencepiece_and_with_all_into_characters(strength):
     vocabulary, fixed, sampler = make("bpe", sentences())
     found = sampler(strength).sample(np.random.default_rng(0))
     if strength < 1:
@@ -61,15 +61,15 @@ def test_with_no_merge_left_out_bpe_divides_as_sentencepiece_and_with_all_into_c
     else:
         pieces = {piece for row in rows(found) for piece in vocabulary.pieces(row[:-1])}
         assert {len(piece) for piece in pieces} == {1}
-    # Without a merge left out, our merging alone gives SentencePiece's division of every word.
-    divider = sampler(0.5)
-    assert [divider._divider._merge(word, ())[0] for word in divider._words if word] == [
-        division for word, division in zip(divider._words, divider._divisions, strict=True) if word
+    # Without a merge left out, our merging alone gives SentencePiece's segmentation of every word.
+    segmenter = sampler(0.5)
+    assert [segmenter._segmenter._merge(word, ())[0] for word in segmenter._words if word] == [
+        segmentation for word, segmentation in zip(segmenter._words, segmenter._segmentations, strict=True) if word
     ]
 
 
 @pytest.mark.parametrize(("kind", "strength"), [("bpe", 0.1), ("bpe", 0.5), ("unigram", 0.2), ("unigram", 1.0)])
-def test_each_division_is_as_frequent_as_sentencepiece_draws_it(kind, strength):
+def test_each_segmentation_is_as_frequent_as_sentencepiece_draws_it(kind, strength):
     text = sorted(sentences(), key=len)[40]
     vocabulary, _, sampler = make(kind, [text] * DRAWS)
     words = text.split()
@@ -77,9 +77,9 @@ def test_each_division_is_as_frequent_as_sentencepiece_draws_it(kind, strength):
     theirs = processor.encode([text] * DRAWS, enable_sampling=True, alpha=strength, nbest_size=-1)
     ours = [row[:-1] for row in rows(sampler(strength).sample(np.random.default_rng(1)))]
 
-    def by_word(divided):
+    def by_word(segmented):
         found = [Counter() for _ in words]
-        for row in divided:
+        for row in segmented:
             pieces = vocabulary.pieces(row)
             begins = [place for place, piece in enumerate(pieces) if piece.startswith("▁")]
             for number, (begin, end) in enumerate(zip(begins, [*begins[1:], len(pieces)], strict=True)):
@@ -88,11 +88,11 @@ def test_each_division_is_as_frequent_as_sentencepiece_draws_it(kind, strength):
 
     assert max(map(len, by_word(ours))) > 2
     for one, other in zip(by_word(ours), by_word(theirs), strict=True):
-        common = [division for division in one | other if one[division] + other[division] > DRAWS / 50]
-        for division in common:
-            share = (one[division] + other[division]) / (2 * DRAWS)
+        common = [segmentation for segmentation in one | other if one[segmentation] + other[segmentation] > DRAWS / 50]
+        for segmentation in common:
+            share = (one[segmentation] + other[segmentation]) / (2 * DRAWS)
             error = (2 * share * (1 - share) / DRAWS) ** 0.5
-            assert abs(one[division] - other[division]) / DRAWS < 5 * error + 1e-9, division
+            assert abs(one[segmentation] - other[segmentation]) / DRAWS < 5 * error + 1e-9, segmentation
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +125,7 @@ def digest():
     return hashlib.sha256(b"".join(found)).hexdigest()
 
 
-def test_the_same_generator_gives_the_same_divisions_in_every_process():
+def test_the_same_generator_gives_the_same_segmentations_in_every_process():
     environment = os.environ | {"PYTHONHASHSEED": "5", "PYTHONPATH": os.pathsep.join(sys.path)}
     there = subprocess.check_output([sys.executable, "-c", PROGRAM], env=environment, text=True).strip()
     assert there == digest()
