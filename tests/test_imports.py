@@ -175,8 +175,9 @@ LAYOUT = {
     "training.step_statistics": "data.batch monitoring.utilization training.step",
     "training.early_checks": "experiment workdir processes.hosts",
     "training.notices": "experiment data.corpus training.optimizer",
-    "training.inputs": "bleu experiment files data workdir processes.hosts monitoring.provenance training.parallel "
-    "training.early_checks training.notices",
+    "training.resuming": "experiment workdir processes.hosts monitoring.provenance",
+    "training.inputs": "bleu experiment files data workdir processes.hosts training.parallel training.early_checks "
+    "training.notices training.resuming",
     "training.evaluation": "bleu config experiment text data decoding trained_model processes.hosts "
     "monitoring.report training.loss",
     "training.loop": "experiment text model checkpoints workdir trained_model new_languages processes monitoring "

@@ -1,11 +1,6 @@
-"""Prepares everything that a training needs: texts, vocabulary, packed corpora.
-
-It compares all of these, and the settings, with what the work directory records, so that a resumed training is the
-same one that was started there.
-"""
+"""Prepares everything that a training needs: texts, vocabulary, packed corpora."""
 
 import dataclasses
-import operator
 from typing import Any
 
 from flax_transformer.bleu import DEFAULT, choose_tokenizer, make_bleu, warn_of_missing_spaces
@@ -15,34 +10,12 @@ from flax_transformer.data.pipeline import PackedCorpus
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.files import Named, check_inputs, same_file, work_directory_of
-from flax_transformer.monitoring.provenance import OF_TEXTS, other_versions
 from flax_transformer.processes import hosts
 from flax_transformer.training.early_checks import check_ahead
 from flax_transformer.training.notices import notice_of_rows, notice_of_tags, warn_of_settings, warn_of_texts
 from flax_transformer.training.parallel import Parallelism
+from flax_transformer.training.resuming import as_begun, check_config, check_fingerprints
 from flax_transformer.workdir import WorkDirectory
-
-# The settings of each section that a training cannot change once it has started; an empty tuple means all of them.
-FIXED: dict[str, tuple[str, ...]] = {
-    "model": (),
-    "vocabulary": (),
-    "data": (
-        *("train", "temperature", "source_sampling", "target_sampling", "rows", "source_slots", "target_slots", "seed"),
-        *("source_language", "target_language", "new_language_like"),
-    ),
-    "training": (
-        *("seed", "rng_impl", "start_from", "freeze"),
-        *("optimizer.clip_norm", "optimizer.weight_decay", "optimizer.ema_decay"),
-    ),
-}
-# Settings of how the model is computed, which may differ from machine to machine.
-FREE = ("attention_implementation",)
-# The settings of the model in which a training may differ from the model that it starts from.
-OF_TRAINING = (*FREE, "dropout_rate", "attention_dropout_rate", "activation_dropout_rate", "dtype", "remat")
-# What a vocabulary is in a work directory whose config.json is older than these settings.
-OLDER = {"byte_fallback": False}
-# Settings that grow with the languages that the initial model does not know.
-SIZES = ("source_vocab_size", "target_vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +96,7 @@ def prepare(
         ValueError: the work directory belongs to another experiment, vocabulary or text, or the settings would make the
             end of the training fail.
     """
-    experiment = _as_begun(experiment, workdir)
+    experiment = as_begun(experiment, workdir)
     experiment = _fill_in_tokenizer(experiment, workdir, texts)
     check_ahead(experiment, workdir)
     if hosts.is_first():
@@ -131,9 +104,9 @@ def prepare(
         warn_of_texts(texts)
     vocabularies = _vocabularies(experiment, workdir, texts["train"])
     experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
-    before = _check_config(experiment, workdir)
+    before = check_config(experiment, workdir)
     fingerprints = {name: text.fingerprint() for name, text in texts.items()}
-    begun, changed = _check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
+    begun, changed = check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
     micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.parallelism.rows_per_device)
     options: dict[str, Any] = {
         "max_length": experiment.model.max_length,
@@ -190,13 +163,6 @@ def _vocabularies(experiment: Experiment, workdir: WorkDirectory, text: Parallel
     return workdir.read_vocabularies()
 
 
-def _as_begun(experiment: Experiment, workdir: WorkDirectory) -> Experiment:
-    """Settings that are newer than the work directory get the values that they had when it was begun."""
-    begun = workdir.read_config() if workdir.exists else {}
-    known = begun.get("vocabulary", OLDER)
-    return experiment.changed({f"vocabulary.{name}": OLDER[name] for name in OLDER.keys() - known.keys()})
-
-
 def _fill_in_vocabulary_sizes(experiment: Experiment, vocabularies: VocabularyPair) -> Experiment:
     target = vocabularies.target
     # The vocabulary of a converted model leaves it to the model from which id it starts.
@@ -232,81 +198,6 @@ def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: di
     if hosts.is_first():
         warn_of_missing_spaces(tokenize, scored[0].target, setting)
     return experiment.changed({setting: tokenize})
-
-
-def _check_config(experiment: Experiment, workdir: WorkDirectory) -> Experiment | None:
-    """Checks that the settings in `FIXED` are those that the training was started with.
-
-    The held-out corpora, the number of steps, rates and intervals may change.
-
-    Returns:
-        The experiment as it was when training last started; `None` if it is new.
-    """
-    if not workdir.exists:
-        _check_start(experiment)
-        return None
-    config = workdir.read_config()
-    if "training" not in config:
-        raise ValueError(
-            f"{workdir.path} holds a model and no training: give another --workdir, and start from the model there by "
-            f"--config=finetune:{workdir.path}"
-        )
-    begun = _as_begun(Experiment.from_mapping(config), workdir)
-    fixed = [
-        f"{section}.{name}"
-        for section, names in FIXED.items()
-        for name in names or [field.name for field in dataclasses.fields(getattr(begun, section))]
-        if name not in FREE
-    ]
-    pairs = [(name, *(operator.attrgetter(name)(each) for each in (begun, experiment))) for name in fixed]
-    changed = [f"{name} = {found!r}, now it is {wanted!r}" for name, found, wanted in pairs if found != wanted]
-    if changed:
-        it = "it" if len(changed) == 1 else "them"
-        raise ValueError(
-            f"{workdir.path} was begun with {'; with '.join(changed)}: set {it} back, give another --workdir, or go on "
-            "with what the work directory says by leaving out --config and these settings"
-        )
-    return begun
-
-
-def _check_start(experiment: Experiment) -> None:
-    """Checks that the model to start from has the shape that the experiment describes."""
-    start = experiment.training.start_from
-    if not start:
-        return
-    found, wanted = WorkDirectory(start).read_model_config(), experiment.model
-    may_differ = OF_TRAINING + (SIZES if experiment.data.new_language_like else ())
-    differs = [
-        f"model.{name} is {getattr(wanted, name)!r}, in training.start_from = {start} it is {getattr(found, name)!r}"
-        for name in (field.name for field in dataclasses.fields(wanted) if field.name not in may_differ)
-        if getattr(found, name) != getattr(wanted, name)
-    ]
-    if differs:
-        value = "value" if len(differs) == 1 else "values"
-        raise ValueError(f"{'; '.join(differs)}: use the same {value}, as configs/finetune.py does")
-
-
-def _check_fingerprints(
-    experiment: Experiment, workdir: WorkDirectory, fingerprints: dict[str, str], accept_changed_corpus: bool
-) -> tuple[dict[str, str], set[str]]:
-    """Returns the recorded fingerprints and the names of changed corpora; raises ValueError if any is not accepted."""
-    # Read before `gather`, after which process 0 may overwrite them.
-    begun = workdir.read_fingerprints() if workdir.exists else {}
-    for process, others in enumerate(hosts.gather(fingerprints)):
-        if others != fingerprints:
-            raise ValueError(
-                f"process {process} has other texts than process {hosts.index()}: give all hosts the same files"
-            )
-    changed = {name for name, found in fingerprints.items() if name != "test" and begun.get(name, found) != found}
-    if changed and not accept_changed_corpus:
-        specs = " and ".join(f"data.{name} ({getattr(experiment.data, name)})" for name in sorted(changed))
-        other = other_versions(workdir.read_metrics(), OF_TEXTS)
-        remedy = f"{other}: install that version again" if other else "put the text back"
-        raise ValueError(
-            f"{specs} has another text than when training last ran in {workdir.path}: {remedy}, give another "
-            "--workdir, or go on with the new text by --accept_changed_corpus"
-        )
-    return begun, changed
 
 
 def _describe(name: str, text: ParallelText, packed: PackedCorpus | ChangingCorpus, steps: int) -> str:
