@@ -14,7 +14,11 @@ test_2016, 30.7 on test_2017 and 26.6 on mscoco, with a beam of 5 and a length p
 on the validation set: there BLEU is 42.3, with length^1 41.8, with the paper's penalty and alpha 0.6, 1, 1.5 and 2 it
 is 41.2, 41.7, 42.0 and 41.0, and with the last checkpoint in place of the mean 42.1. docs/results.md has the learning
 curve. The loss of the validation set still fell at the end, slowly: 1.671 nats after 16,000 steps, 1.657 after 20,000.
-On the raw text: not run. Two others, with a vocabulary of 4,000, were:
+On the raw text (seed 0, one run, 2.0 hours) it has cased BLEU 38.5 on test_2016, 30.2 on test_2017 and 27.4 on mscoco
+with the same search, which is the best on the validation set there, too: 41.1, as with length^1.2, and 41.0 with
+length^1, 41.1 with the paper's penalty and alpha 1.5, 40.4 with greedy search.
+
+Two others, with a vocabulary of 4,000, were:
 
 - Dropout 0.1, no BPE-dropout, 5,000 steps of 32 rows, the last checkpoint: cased BLEU 35.8 on test_2016_flickr of the
   raw text with greedy search, 36.6 with beam 4 and alpha 0.6 (seed 0, one run).
