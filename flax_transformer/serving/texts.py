@@ -98,7 +98,7 @@ def check_sentences(service: Service, count: int) -> None:
 def _align(
     model: Served, sentence: str, parts: Sequence[Sequence[int]], translation: Translation
 ) -> TextAlignment | None:
-    """How the characters of a translation belong to those of its source; `None` if it has no part, or several."""
+    """How the characters of a translation and its source belong together; `None` if it is blank or made in parts."""
     if len(parts) != 1:
         return None
     source, (ids,) = model.translator.vocabularies.source, parts
