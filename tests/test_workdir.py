@@ -113,7 +113,7 @@ def test_a_work_directory_may_be_a_relative_path(tmp_path, monkeypatch):
 def test_a_damaged_config_is_an_error_of_one_line_with_a_remedy(content, reason, workdir):
     workdir.write_config({})
     (workdir.path / "config.json").write_bytes(content)
-    message = rf"^.*config\.json is damaged \(.*({reason}).*\): put back the file that train\.py wrote there$"
+    message = rf"^.*config\.json is damaged \(.*({reason}).*\): put back the file that training wrote there$"
     with pytest.raises(ValueError, match=message) as caught:
         workdir.read_model_config()
     assert "\n" not in str(caught.value)
