@@ -72,7 +72,7 @@ class Comparison:
         """The table for docs/results.md: seeds, their mean, and in brackets the lowest and the highest."""
         lines = ["| model | seeds | BLEU | chrF | loss, nats |", "|---|---|---|---|---|"]
         runs = self.read()
-        for variant in self.variants:
+        for variant in dict.fromkeys([*self.variants, *(run["variant"] for run in runs)]):
             cells = [str(sum(run["variant"] == variant for run in runs))]
             for metric, digits in (("bleu", 1), ("chrf", 1), ("loss", 3)):
                 found = [run[metric] for run in runs if run["variant"] == variant]
@@ -133,8 +133,6 @@ INGREDIENTS = Comparison(
         "dropout alone": {},
         "BPE-dropout of the source": {"data.source_sampling": 0.1},
         "BPE-dropout of the target": {"data.target_sampling": 0.1},
-        "R-Drop": {"training.r_drop": 5.0},
-        "no smoothing of tokens that are never chosen": {"training.smooth_never_chosen": False},
         "no label smoothing": {"training.label_smoothing": 0.0},
     },
 )

@@ -268,9 +268,6 @@ class TrainingConfig:
         seed: seed of the initial parameters and of dropout.
         rng_impl: the generator of random bits, by its name in `jax.random.key`; "rbg" is meant for TPUs.
         label_smoothing: the probability spread over the vocabulary (section 5.4).
-        smooth_never_chosen: whether padding and other tokens that no search chooses get a part of it, too.
-        r_drop: with R-Drop, each update computes every row twice, with different dropout, and learns to make both
-            predictions alike; this is the weight of their divergence, the paper's alpha, e.g. 5. 0 switches it off.
         max_skipped: how many updates in a row may be skipped because the loss or the gradient is not finite before
             training stops.
         weights: the parameters with which a model is evaluated and translates: "trained", "ema" (the moving average
@@ -290,8 +287,6 @@ class TrainingConfig:
     seed: int = setting(0, SEED)
     rng_impl: str = setting("threefry2x32", ("rbg", "threefry2x32", "unsafe_rbg"))
     label_smoothing: float = setting(0.1, SHARE)
-    smooth_never_chosen: bool = True
-    r_drop: float = setting(0.0, Range(at_least=0))
     max_skipped: int = setting(20, AT_LEAST_ONE)
     weights: str = setting("trained", ("trained", "ema", "averaged"))
     log_every: int = setting(50, AT_LEAST_ONE)

@@ -75,11 +75,11 @@ class Work:
     @classmethod
     def of(cls, experiment: Experiment, rows: int, devices: list[jax.Device]) -> "Work":
         """The work of a step on so many rows, including the empty rows that fill up the batch."""
-        data, passes = experiment.data, 2 if experiment.training.r_drop else 1
+        data = experiment.data
         peak = peak_flops(devices[0], experiment.model.dtype)
         return cls(
             target_slots=rows * data.target_slots,
-            flops=passes * model_flops(experiment.model, rows, data.source_slots, data.target_slots),
+            flops=model_flops(experiment.model, rows, data.source_slots, data.target_slots),
             peak_flops=None if peak is None else len(devices) * peak,
         )
 

@@ -6,7 +6,7 @@ up and divided once.
 Glossary: B batch, T target, D d_model, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -23,7 +23,7 @@ class LossSums(flax.struct.PyTreeNode):
     """Sums over target tokens without padding; divided by `tokens` they are means.
 
     Attributes:
-        smoothed: label-smoothed cross-entropy in nats, which training minimises; with R-Drop, plus the divergence.
+        smoothed: label-smoothed cross-entropy in nats, which training minimises.
         cross_entropy: cross-entropy in nats; the exponential of its mean is the perplexity.
         correct: number of tokens that have the largest logit.
         tokens: number of target tokens.
@@ -46,7 +46,6 @@ def cross_entropy_sums(
     target: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     label_smoothing: float,
-    not_smoothed: Sequence[int] = (),
 ) -> LossSums:
     """Label-smoothed cross-entropy, summed over the valid target tokens.
 
@@ -58,15 +57,13 @@ def cross_entropy_sums(
         target: the expected token ids.
         valid: false for padding.
         label_smoothing: 0.1 in the paper (section 5.4).
-        not_smoothed: ids that get no part of it, so that it is spread over the others.
     """
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     # A comparison instead of a gather, whose gradient would be a scatter into an array as large as the logits.
     is_target = jnp.arange(logits.shape[-1]) == target[..., None]
     target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     cross_entropy = log_normalizer - target_logits
-    spread_over = np.isin(np.arange(logits.shape[-1]), not_smoothed, invert=True) if not_smoothed else None
-    uniform = log_normalizer - jnp.mean(logits, axis=-1, where=spread_over)
+    uniform = log_normalizer - jnp.mean(logits, axis=-1)
     smoothed = (1 - label_smoothing) * cross_entropy + label_smoothing * uniform
     correct = target_logits >= jnp.max(logits, axis=-1)
 
@@ -79,18 +76,6 @@ def cross_entropy_sums(
         correct=total(correct),
         tokens=total(jnp.ones_like(smoothed)),
     )
-
-
-def divergence_sum(logits: Float[Array, "B 2 T V"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """How much two predictions of the same tokens differ, summed over the valid tokens, in nats.
-
-    It is the mean of both Kullback-Leibler divergences, of the first prediction from the second and the other way round
-    (R-Drop: Liang et al., 2021).
-    """
-    log_probs = jax.nn.log_softmax(logits)
-    first, second = log_probs[:, 0], log_probs[:, 1]
-    both_ways = jnp.sum((jnp.exp(first) - jnp.exp(second)) * (first - second), axis=-1)
-    return jnp.sum(both_ways / 2, where=valid, dtype=jnp.float32)
 
 
 def sums_in_chunks(

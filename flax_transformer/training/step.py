@@ -16,7 +16,7 @@ from flax_transformer.data.batch import Batch
 from flax_transformer.experiment import Experiment
 from flax_transformer.model import Transformer
 from flax_transformer.projections import gradients_written_out
-from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums, divergence_sum, sums_in_chunks
+from flax_transformer.training.loss import LossSums, Scalar, cross_entropy_sums, sums_in_chunks
 from flax_transformer.training.loss_scale import LossScale
 from flax_transformer.training.optimizer import frozen, make_optimizer
 
@@ -107,8 +107,6 @@ class Objective:
     Attributes:
         model: the Transformer.
         label_smoothing: the probability spread over the vocabulary (section 5.4).
-        not_smoothed: ids that get no part of it.
-        r_drop: the weight of R-Drop's divergence; with 0 each row is computed once, not twice.
         freeze: the parts of the model that do not change, as in `TrainingConfig`.
         micro_batches: number of parts into which a device divides its rows, to process one after the other.
         loss_chunks: number of parts into which the target slots are divided, so that only the logits of one part are
@@ -117,8 +115,6 @@ class Objective:
 
     model: Transformer
     label_smoothing: float = 0.0
-    not_smoothed: tuple[int, ...] = ()
-    r_drop: float = 0.0
     freeze: str = ""
     micro_batches: int = 1
     loss_chunks: int = 1
@@ -130,8 +126,6 @@ class Objective:
         return cls(
             model=Transformer(experiment.model),
             label_smoothing=training.label_smoothing,
-            not_smoothed=() if training.smooth_never_chosen else experiment.model.never_chosen,
-            r_drop=training.r_drop,
             freeze=training.freeze,
             micro_batches=micro_batches,
             loss_chunks=training.parallelism.loss_chunks,
@@ -148,10 +142,6 @@ def batch_sums(
 ) -> LossSums:
     """The summed losses of a batch, all rows at once.
 
-    With R-Drop (Liang et al., 2021), each row is computed twice, with dropout of its own. The loss is the mean of both
-    cross-entropies and `r_drop` / 2 times the divergence between both predictions: half of the paper's loss, which adds
-    the cross-entropies up.
-
     Args:
         params: the model's parameters.
         batch: sentence pairs.
@@ -162,21 +152,12 @@ def batch_sums(
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
     model, chunks = objective.model, objective.loss_chunks
     run = functools.partial(model.apply, {"params": params}, deterministic=dropout_rng is None, rngs=rngs)
-    twice = objective.r_drop > 0 and dropout_rng is not None
-    if twice:
-        # Both copies of a row are neighbours, so that they lie on the device that has the row.
-        batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), batch)
     memory = run(batch.source, method="encode")
     hidden = run(memory, batch.source, batch.target, method="decode")
 
     def sums_of(hidden: Array, target: Array, valid: Array) -> LossSums:
         logits = model.apply({"params": params}, hidden, method="logits")
-        sums = cross_entropy_sums(logits, target, valid, objective.label_smoothing, objective.not_smoothed)
-        if not twice:
-            return sums
-        mean = jax.tree.map(lambda total: total / 2, sums)
-        divergence = divergence_sum(jnp.reshape(logits, (-1, 2, *logits.shape[1:])), valid[::2])
-        return mean.replace(smoothed=mean.smoothed + objective.r_drop / 2 * divergence)
+        return cross_entropy_sums(logits, target, valid, objective.label_smoothing)
 
     target, valid = jnp.asarray(batch.target.ids), jnp.asarray(batch.target.segments) > 0
     if chunks == 1:

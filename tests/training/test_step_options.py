@@ -16,7 +16,7 @@ from flax_transformer.tokens import Tokens
 from flax_transformer.training.loss_scale import FIRST
 from flax_transformer.training.optimizer import make_optimizer
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.step import Objective, TrainState, batch_sums, eval_step, loss_and_gradients, train_step
+from flax_transformer.training.step import Objective, TrainState, eval_step, loss_and_gradients, train_step
 
 V, ROWS, DEVICES, PARTS = 31, 40, 8, 5
 CONFIG = TransformerConfig(
@@ -124,15 +124,12 @@ def test_the_loss_of_a_held_out_batch_is_the_same_in_parts(batch):
 def test_the_objective_has_the_settings_of_the_experiment():
     model = dataclasses.replace(CONFIG, banned_ids=(7,), suppressed_ids=(9,))
     plain = Objective.of(Experiment(model=model), 3)
-    assert (plain.label_smoothing, plain.not_smoothed, plain.r_drop, plain.freeze) == (0.1, (), 0.0, "")
+    assert (plain.label_smoothing, plain.freeze) == (0.1, "")
     assert plain.model.config == model and (plain.micro_batches, plain.loss_chunks) == (3, 1)
-    settings = {"label_smoothing": 0.2, "smooth_never_chosen": False, "r_drop": 5.0, "freeze": "encoder"}
-    changed = Experiment(model=model).changed(
-        {f"training.{name}": value for name, value in settings.items()} | {"training.parallelism.loss_chunks": 2}
-    )
+    settings = {"label_smoothing": 0.2, "freeze": "encoder", "parallelism.loss_chunks": 2}
+    changed = Experiment(model=model).changed({f"training.{name}": value for name, value in settings.items()})
     found = Objective.of(changed, 1)
-    assert (found.label_smoothing, found.not_smoothed, found.r_drop) == (0.2, (0, 1, 7, 9), 5.0)
-    assert (found.freeze, found.loss_chunks) == ("encoder", 2)
+    assert (found.label_smoothing, found.freeze, found.loss_chunks) == (0.2, "encoder", 2)
 
 
 @pytest.mark.slow
@@ -146,50 +143,6 @@ def test_each_part_drops_units_of_its_own(batch):
     first, second = (once(params, part, dropout_rng=jax.random.fold_in(rng, number))[0].smoothed for number in (0, 1))
     assert abs(first - second) > 1e-3
     np.testing.assert_allclose(losses(params, row, dropout_rng=rng)[0].smoothed, first + second, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kind", "parts"),
-    [("jit", {"micro_batches": PARTS, "loss_chunks": 11}), pytest.param("pmap", {}, marks=pytest.mark.slow)],
-)
-def test_r_drop_without_dropout_is_the_plain_loss(kind, parts, batch):
-    def sums_and_gradients(parallelism, **options):
-        rng = jax.random.key(1)
-        function = functools.partial(loss_and_gradients, objective=objective_of(**options), dropout_rng=rng)
-        step = parallelism.compile(function, donate_state=False)
-        return jax.device_get(step(parallelism.place(state_of().params), batch))
-
-    sums, expected = sums_and_gradients(Parallelism("jit"))
-    found_sums, found = sums_and_gradients(Parallelism(kind), r_drop=5.0, **parts)
-    assert found_sums.tokens == sums.tokens and found_sums.correct == sums.correct
-    np.testing.assert_allclose(found_sums.smoothed, sums.smoothed, rtol=1e-6)
-    assert relative_difference(found, expected) < 2e-6
-
-
-@pytest.mark.slow
-def test_r_drop_adds_the_divergence_of_two_passes_to_the_mean_of_their_losses(batch):
-    model, rng, params = (
-        Transformer(dataclasses.replace(CONFIG, dropout_rate=0.5)),
-        jax.random.key(1),
-        state_of().params,
-    )
-    twice = jax.tree.map(lambda leaf: np.repeat(leaf, 2, axis=0), batch)
-
-    @functools.partial(jax.jit, static_argnames="r_drop")
-    def sums_of(rows, r_drop):
-        return batch_sums(params, rows, objective=objective_of(model, r_drop=r_drop), dropout_rng=rng)
-
-    run = functools.partial(model.apply, {"params": params}, deterministic=False, rngs={"dropout": rng})
-    hidden = run(run(twice.source, method="encode"), twice.source, twice.target, method="decode")
-    log_probs = jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits"))
-    first, second = log_probs[::2], log_probs[1::2]
-    both = optax.kl_divergence(first, jnp.exp(second)) + optax.kl_divergence(second, jnp.exp(first))
-    divergence = jnp.sum(both / 2, where=batch.target.segments > 0)
-    assert divergence > 1
-    plain, found = sums_of(twice, 0.0), sums_of(batch, 3.0)
-    np.testing.assert_allclose(found.smoothed, plain.smoothed / 2 + 3.0 / 2 * divergence, rtol=1e-5)
-    np.testing.assert_allclose(found.cross_entropy, plain.cross_entropy / 2, rtol=1e-5)
-    assert found.tokens == plain.tokens / 2
 
 
 def test_rows_are_divided_so_that_a_device_takes_no_more_than_it_may():
