@@ -57,8 +57,9 @@ seeds, and in brackets the lowest and the highest. Greedy search on the validati
 (`python -m benchmarks.ablations ingredients --multi30k=data/multi30k/tok --start_from=runs/multi30k_tok
 --workdirs=runs/ingredients`). R-Drop (Liang et al., 2021; `training.r_drop=5`) makes the predictions of two passes with
 different dropout alike, and takes twice the time; "no smoothing of tokens that are never chosen"
-(`training.smooth_never_chosen=false`) leaves padding and such tokens out of label smoothing. Neither helped, so both
-settings were removed; revision a81b3b6 has them.
+(`training.smooth_never_chosen=false`) leaves padding and such tokens out of label smoothing. Neither helped here, so
+both settings were removed; revision a81b3b6 has them. Trainings that have an ingredient from their beginning were not
+compared; the model that goes on was trained with BPE-dropout of the source.
 """
 
 
