@@ -115,8 +115,8 @@ class Request:
                 try:
                     self._listener(ids[:length])
                 except Exception as error:  # it is of no concern to the other sentences
+                    self._listener = None
                     self.fail(error)
-                    return
         self._told = len(ids)
 
     def finish(self, outputs: list[Output]) -> None:

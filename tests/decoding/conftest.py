@@ -5,9 +5,12 @@ import dataclasses
 import jax
 import pytest
 
+from flax_transformer.decoding.engine import Engine
+from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.workdir import WorkDirectory
 from tests import small_models
+from tests.decoding.engines import V
 from tests.small_models import random_params, small_config, small_model, word_vocabularies
 
 
@@ -18,6 +21,18 @@ def make_model():
     def make(size, seed=0, **changes):
         config = small_config(size, **changes)
         return config, random_params(config, seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_engine(make_model):
+    """Makes an engine of one model, or of several where seeds are given."""
+
+    def make(*seeds, batch_tokens=64, devices=1, **changes):
+        configs, models = zip(*(make_model(V, seed, **changes) for seed in seeds or (290,)), strict=True)
+        ensemble = Ensemble.on_devices(configs, models, jax.local_devices()[:devices])
+        return Engine(ensemble, batch_tokens=batch_tokens)
 
     return make
 

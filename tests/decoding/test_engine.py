@@ -4,71 +4,35 @@ import time
 from concurrent.futures import CancelledError
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
 from flax_transformer.decoding import engine as engine_module
 from flax_transformer.decoding import ensemble as ensemble_module
-from flax_transformer.decoding.engine import Engine
-from flax_transformer.decoding.ensemble import Ensemble
 from flax_transformer.decoding.machine import Machine
-from flax_transformer.decoding.programs import Programs
-from flax_transformer.decoding.requests import Request
 from flax_transformer.decoding.scoring import Scorer
 from flax_transformer.decoding.search import BROKEN
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.slots import advance
-
-V, PAD, START, EOS = 12, 0, 1, 2
-# With so little extra length few outputs need more room than their sources.
-GREEDY = BeamSearch(beam_size=1, extra_length=4)
-BEAM = BeamSearch(beam_size=3, num_return=2, extra_length=4)
-SAMPLING = Sampling(num_return=2, extra_length=4)
-
-
-def make_sources(count, longest=16):
-    rng = np.random.default_rng(0)
-    return [[*rng.integers(3, V, rng.integers(0, longest)).tolist(), EOS] for _ in range(count)]
-
-
-SOURCES = make_sources(40)
-
-
-@pytest.fixture(scope="module")
-def make_engine(make_model):
-    """Makes an engine of one model, or of several where seeds are given."""
-
-    def make(*seeds, batch_tokens=64, devices=1, **changes):
-        configs, models = zip(*(make_model(V, seed, **changes) for seed in seeds or (290,)), strict=True)
-        ensemble = Ensemble.on_devices(configs, models, jax.local_devices()[:devices])
-        return Engine(ensemble, batch_tokens=batch_tokens)
-
-    return make
+from tests.decoding.engines import (
+    BEAM,
+    EOS,
+    GREEDY,
+    PAD,
+    SAMPLING,
+    SOURCES,
+    START,
+    V,
+    check_same,
+    keys,
+    make_sources,
+    search,
+)
 
 
 @pytest.fixture(scope="module")
 def engine(make_engine):
     return make_engine()
-
-
-def keys(count, seed=0):
-    return np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), count)))
-
-
-def search(engine, sources, settings, prefixes=None, rngs=None):
-    if isinstance(settings, Sampling) and rngs is None:
-        rngs = keys(len(sources))
-    return engine.search(sources, settings, prefixes=prefixes, rngs=rngs)
-
-
-def check_same(found, expected):
-    """Equal tokens, and log-probabilities up to what a batch's shape moves them."""
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert [output.ids.tolist() for output in ours] == [output.ids.tolist() for output in theirs]
-        for output, other in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(output.log_probs, other.log_probs, rtol=1e-3, atol=1e-4)
 
 
 def test_many_sentences_take_few_programs_and_get_what_each_gets_alone(engine):
@@ -359,16 +323,6 @@ def test_closing_ends_every_waiting_call_with_an_error_that_names_the_mend(make_
     engine.close()
 
 
-def test_an_error_of_a_listener_ends_its_request_alone():
-    request = Request([5, EOS], prefix=(), given=0, limit=9, num_return=1, rng=None, streams=True)
-    request.when_told(lambda ids: ids[1])
-    request.tell([7])  # raises nothing in the engine's thread
-    with pytest.raises(IndexError):
-        request.result(timeout=1)
-    with pytest.raises(IndexError):
-        list(request)
-
-
 def test_the_thread_ends_when_idle_and_starts_again(make_engine, monkeypatch):
     monkeypatch.setattr(engine_module, "IDLE_S", 0.01)
     engine = make_engine()
@@ -391,31 +345,3 @@ def test_an_exception_while_waiting_gives_up_the_sentences_that_are_left(make_en
         engine.search(SOURCES, GREEDY, after_each=after_each)
     assert len(calls) == 3
     check_same(search(engine, SOURCES[:2], GREEDY), search(make_engine(), SOURCES[:2], GREEDY))
-
-
-def test_machines_that_an_engine_lets_go_of_are_kept_nowhere(make_engine, monkeypatch):
-    made = []
-    make = Programs.machine
-    monkeypatch.setattr(Programs, "machine", lambda self, *size: made.append(make(self, *size)) or made[-1])
-    engine = make_engine()
-    for settings in (GREEDY, BEAM, SAMPLING, GREEDY, BEAM):
-        search(engine, SOURCES, settings)
-    machines = {id(machine) for group in engine._scheduler.groups.values() for _, machine in group.machines}
-    kept = {id(machine) for group in engine._scheduler.groups.values() for machine in group.current.values()}
-    assert kept and kept <= machines and len(machines) < len(made)
-
-
-def test_each_size_of_slots_is_made_once_for_sentences_of_several_lengths(make_engine, monkeypatch):
-    made, make = [], Programs.machine
-    monkeypatch.setattr(
-        Programs, "machine", lambda self, settings, room, count: made.append(room) or make(self, settings, room, count)
-    )
-    sources = [source for source in make_sources(600, 32) if len(source) > 16 or len(source) % 2]
-    search(make_engine(batch_tokens=16 * 32), sources, BeamSearch(beam_size=1, extra_length=0))
-    assert len(made) > 1 and len(set(made)) == len(made)
-
-
-def test_while_sentences_wait_nearly_all_slots_hold_one(make_engine):
-    engine = make_engine(batch_tokens=16 * 32)
-    search(engine, [source for source in make_sources(400) if len(source) <= 14], GREEDY)
-    assert engine.occupancy >= 0.9
