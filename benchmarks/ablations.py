@@ -56,17 +56,17 @@ class Comparison:
 
     def run(self, config: str, workdirs: Path) -> None:
         """Trains what is not trained yet, and writes."""
-        machine, runs = report.machine(), self.read()
+        runs = self.read()
         done = {(run["variant"], run["seed"]) for run in runs}
         for seed, (number, (variant, changes)) in itertools.product(SEEDS, enumerate(self.variants.items())):
             if (variant, seed) in done:
                 continue
             settings = {**self.shared, **changes, "training.seed": seed, "data.seed": seed}
+            machine = report.machine()
             found = train(config, settings, str(workdirs / f"{number}-{seed}"))
             print(f"{variant}, seed {seed}: BLEU {found['bleu']:.1f}", file=sys.stderr, flush=True)
-            runs.append({"variant": variant, "seed": seed, "settings": settings, **found})
-            found = {"machine": machine, "runs": runs}
-            report.write(self.file, "benchmarks.ablations", ("jax", "flax", "sacrebleu"), found)
+            runs.append({"variant": variant, "seed": seed, "settings": settings, "machine": machine, **found})
+            report.write(self.file, "benchmarks.ablations", ("jax", "flax", "sacrebleu"), {"runs": runs})
 
     def table(self) -> str:
         """The table for docs/results.md: seeds, their mean, and in brackets the lowest and the highest."""
