@@ -64,7 +64,7 @@ serve: $(VENV)/serve.stamp
 	$(BIN)/flax-transformer serve --workdir=runs/quickstart
 
 test: $(VENV)/tools.stamp
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(WORKERS) --dist=loadfile --durations=10
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=10
 
 test-slow: $(VENV)/tools.stamp
 	$(BIN)/python -m pytest -m "slow" --numprocesses=$(WORKERS) --dist=loadfile --durations=10

@@ -47,6 +47,26 @@ importlib.import_module("flax_transformer.checking").check_shapes()
 gc.disable()
 
 
+# A worker takes a whole file at a time. Files of a minute and more come first, so that no worker is left with one at
+# the end, while the other has nothing to do.
+LONGEST = {
+    "test_engine.py",
+    "test_inputs.py",
+    "test_loop.py",
+    "test_notebook.py",
+    "test_parallel.py",
+    "test_search.py",
+    "test_slots.py",
+    "test_step_options.py",
+    "test_translate.py",
+    "test_translator.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def tidy_memory():
     """Lets go of what a file has left behind. Of compiled programs too, where they are many: each has memory mappings,

@@ -133,7 +133,11 @@ def their_logits(model, embedding):
 
 @pytest.mark.parametrize(
     ("norm", "activation", "num_heads"),
-    [("post", "relu", 4), ("post", "gelu", 2), ("pre", "relu", 2), ("pre", "gelu", 4)],
+    [
+        ("post", "relu", 4),
+        ("pre", "gelu", 2),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("post", "gelu", 4), ("pre", "relu", 2))),
+    ],
 )
 def test_logits_and_gradients_equal_pytorchs(norm, activation, num_heads):
     model, params = ours(norm, activation, num_heads)

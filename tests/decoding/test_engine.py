@@ -111,7 +111,9 @@ def test_a_prefix_that_cannot_be_followed_is_an_error_that_names_the_mend(engine
         search(make_engine(banned_ids=(7,)), [[5, EOS]], BEAM, [[9, 7]])
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLING, BEAM], ids=["greedy", "sampling", "beam"])
+@pytest.mark.parametrize(
+    "settings", [BEAM, *(pytest.param(each, marks=pytest.mark.slow) for each in (GREEDY, SAMPLING))]
+)
 def test_eight_devices_share_the_slots_and_find_what_one_finds(engine, make_engine, settings):
     expected = search(engine, SOURCES, settings)
     check_same(search(make_engine(devices=8, batch_tokens=256), SOURCES, settings), expected)
@@ -170,7 +172,7 @@ def test_where_the_next_room_is_more_than_there_are_learned_positions_an_output_
     assert len(ids) == 60 and np.isfinite(log_probs).all()
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_stream_is_the_search_token_by_token(make_engine, devices):
     engine, source, settings = make_engine(devices=devices), SOURCES[1], SAMPLING.replace(num_return=1)
     (request,) = engine.submit([source], settings, rngs=keys(1), streams=True)

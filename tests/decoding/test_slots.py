@@ -191,7 +191,7 @@ def test_an_ensemble_chooses_what_the_mean_of_the_probabilities_chooses(ensemble
         assert not np.array_equal(tokens, search(model, settings=GREEDY)["tokens"][:, 0])
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_beam_over_every_output_of_a_recurrent_decoder_equals_exhaustive_search(make_model, alpha):
     model = make_model(V, 292, num_decoder_layers=2, decoder_autoregression="ssru")
     words, longest = [token for token in range(V) if token not in (*SPECIAL, EOS)], 3
@@ -258,7 +258,7 @@ def test_sentences_that_come_and_go_find_what_each_finds_alone(ensemble, setting
     sources = [[*rng.integers(3, V, rng.integers(1, 6)).tolist(), EOS] for _ in range(7)]
     limits, rngs = [3, 9, 8, 2, 9, 5, 7], jax.random.split(jax.random.key(1), 7)
     sampled = isinstance(settings, Sampling)
-    slots, alone = Slots(ensemble, settings, (2, 7, LONGEST)), Slots(ensemble, settings, (1, 7, LONGEST))
+    slots, alone = Slots(ensemble, settings, (2, 7, LONGEST)), Slots(ensemble, settings, (2, 7, LONGEST))
     waiting, inside, steps, ends = list(range(7)), {}, [], 0
     while waiting or inside:
         for slot in range(2):

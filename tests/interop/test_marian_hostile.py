@@ -17,7 +17,7 @@ from flax_transformer.interop.marian_native_items import read_items
 from tests.interop.conftest import fails
 from tests.interop.marian_reference import OPTIONS, pieces_model, random_tensors, settings, write_bin, write_npz
 
-MUTATIONS = {write_bin: 1500, write_npz: 500}
+MUTATIONS = {write_bin: 700, write_npz: 300}
 SMALL = {**OPTIONS, "dec-depth": 1}
 
 

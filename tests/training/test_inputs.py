@@ -263,7 +263,8 @@ def test_a_training_goes_on_with_what_its_work_directory_says(path):
 
 
 def test_the_implementation_of_attention_may_change(experiment, path):
-    train_and_evaluate(change(experiment, "model", attention_implementation="xla"), path)
+    other = change(experiment, "model", attention_implementation="xla")
+    train_and_evaluate(change(other, "data", test=""), path)
 
 
 def test_damaged_fingerprints_are_an_error_and_missing_ones_are_written(experiment, path):
@@ -280,7 +281,7 @@ def test_damaged_fingerprints_are_an_error_and_missing_ones_are_written(experime
 def test_a_start_that_failed_before_the_config_was_written_may_have_another_vocabulary(experiment, path):
     (path / "config.json").unlink()
     shutil.rmtree(path / "checkpoints")
-    train_and_evaluate(change(experiment, "vocabulary", size=45), path)
+    train_and_evaluate(change(change(experiment, "vocabulary", size=45), "data", valid="", test=""), path)
     assert WorkDirectory(path).read_vocabularies().source.size == 45
 
 

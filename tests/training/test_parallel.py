@@ -72,7 +72,12 @@ def expected(state, batch):
 
 @pytest.mark.parametrize(
     ("kind", "loss_chunks"),
-    [("pmap", 1), ("data", 1), ("fsdp", 1), ("data=2,fsdp=4", 1), ("pmap", 11), ("data=2,fsdp=4", 11)],
+    [
+        ("pmap", 1),
+        ("data=2,fsdp=4", 1),
+        ("data=2,fsdp=4", 11),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("data", 1), ("fsdp", 1), ("pmap", 11))),
+    ],
 )
 def test_eight_devices_give_the_sums_and_the_gradient_of_one(kind, loss_chunks, expected, state, batch):
     eight = Parallelism(kind)
@@ -197,7 +202,8 @@ def test_over_a_mesh_each_device_draws_rbgs_bits_for_its_own_rows_alone(kind, rn
 
 
 @pytest.mark.parametrize(
-    "written_by", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("jit", "fsdp") else kind for kind in KINDS]
+    "written_by",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind in ("jit", "data", "fsdp") else kind for kind in KINDS],
 )
 def test_each_way_reads_the_checkpoints_of_every_other(written_by, tmp_path, made, after_step):
     def trees_of(parallelism, state):
