@@ -76,6 +76,11 @@ class Transformer(nn.Module):
                 f"model.start_id is {config.start_id}, model.target_vocab_size {config.target_vocab_size}: "
                 "the decoder starts from a token of the target vocabulary"
             )
+        if not 0 <= config.eos_id < config.target_vocab_size:
+            raise ValueError(
+                f"model.eos_id is {config.eos_id}, model.target_vocab_size {config.target_vocab_size}: "
+                "the end of a sentence is a token of the target vocabulary"
+            )
         if config.tie_embeddings == "three_way":
             self.shared_embedding = self._new_embedding(config.source_vocab_size)
         else:

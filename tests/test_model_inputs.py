@@ -80,7 +80,8 @@ def test_a_negative_learned_position_is_refused_or_nan():
     assert np.isfinite(vectors[:, :2]).all() and np.isnan(vectors[:, 2]).all()
 
 
-def test_a_start_id_outside_the_target_vocabulary_is_refused():
-    model = Transformer(dataclasses.replace(MODEL.config, start_id=V))
-    with pytest.raises(ValueError, match=f"model.start_id is {V}, model.target_vocab_size 7"):
+@pytest.mark.parametrize("name", ["start_id", "eos_id"])
+def test_a_token_that_every_output_needs_outside_the_target_vocabulary_is_refused(name):
+    model = Transformer(dataclasses.replace(MODEL.config, **{name: V}))
+    with pytest.raises(ValueError, match=f"model.{name} is {V}, model.target_vocab_size 7"):
         jax.eval_shape(partial(model.init, deterministic=True), jax.random.key(0), TOKENS, TOKENS)

@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
     check_output("--output", options.output, [], options.workdir)
     try:
         # jax and matplotlib load here, so that --help answers at once.
+        from flax_transformer.decoding.results import in_parts
         from flax_transformer.plots import picture_formats, plot_attention
     except ModuleNotFoundError as error:
         raise ValueError(str(error)) from error
@@ -70,6 +71,9 @@ def run(options: argparse.Namespace) -> None:
     (translator,) = in_languages([load_translator(models, options)], options)
     translator.align([], [], layer=options.layer)  # reports a layer that does not exist
     translation = options.translation or translator.hypotheses([options.sentence], search, seed=options.seed)[0][0]
+    if not options.translation and in_parts(translation, translator.vocabularies.target.eos_id):
+        longest = translator.config.max_length
+        raise ValueError(f"the sentence has more than {longest} tokens and was translated in parts: align each part")
     (alignment,) = translator.align([options.sentence], [translation], layer=options.layer)
     figure = plot_attention(
         alignment.weights, alignment.source_tokens, alignment.target_tokens, title="Cross-attention"

@@ -164,13 +164,21 @@ def _unknown_setting(name: str, known: Collection[str], moved: Mapping[str, str]
     return f"--config.{name} is not a setting: settings are in the sections {', '.join(sections)}"
 
 
+def _without(pairs: Sequence[tuple[str, str]], text: str) -> str:
+    """What stands between a pair of brackets around the whole text; the text, if there are none."""
+    for begin, end in pairs:
+        if text.startswith(begin) and text.find(end) == len(text) - 1:
+            return text[1:-1]
+    return text
+
+
 def _value(texts: Sequence[str], kind: Any) -> Any:
     """The value that a setting of this type is given; text that cannot be of the type stays text, for `check_value`."""
     if typing.get_origin(kind) is collections.abc.Sequence:
         # Written "(1, 2)", "1,2", or by giving the option several times.
         (of,) = typing.get_args(kind)
-        around = "()[] " if of is int else "() "  # brackets may belong to a text
-        parts = [part.strip() for text in texts for part in text.strip(around).split(",")]
+        around = [("(", ")"), ("[", "]")] if of is int else [("(", ")")]  # square brackets may belong to a text
+        parts = [part.strip() for text in texts for part in _without(around, text.strip()).split(",")]
         return tuple(_value([part], of) for part in parts if part)
     text = texts[-1]
     if kind is bool:

@@ -155,7 +155,8 @@ def run(options: argparse.Namespace) -> None:
     workdirs = [*options.workdir, *(options.compare or [])]
     check_output("the report", STANDARD, inputs, workdirs)
     if options.translations:
-        check_output("--translations", options.translations, inputs, workdirs)
+        also_read = [("--shortlist", options.shortlist)] if options.shortlist else []
+        check_output("--translations", options.translations, inputs + also_read, workdirs)
     sources, references, others = _read(options)
     judge = Judge(
         sources,

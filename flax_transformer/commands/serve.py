@@ -53,23 +53,23 @@ ENDING_S = 2.0  # for threads to end once the last request was answered
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """A model as --model names it.
+    """A model as the options name it.
 
     Attributes:
-        pair: its languages, e.g. "kn-en"; empty if the work directory is to tell them.
+        languages: its source and its target language; `None` if the work directory is to tell them.
         folder: its work directory.
     """
 
-    pair: str
+    languages: tuple[str, str] | None
     folder: str
 
 
-def named_model(text: str) -> Named:
-    """The type of --model."""
+def named_model(text: str) -> tuple[str, str]:
+    """The type of --model: the name of the languages, and the work directory."""
     name, is_there, folder = text.partition("=")
     if not (name and is_there and folder):
         raise argparse.ArgumentTypeError(f"{text!r}: name the languages and the work directory, as in kn-en=runs/mine")
-    return Named(name, expand(folder))
+    return name, expand(folder)
 
 
 seconds = number(float, Range(above=0, within=Range(at_most=1e6)), "a number of seconds above 0")
@@ -263,22 +263,25 @@ def inside(batch_tokens: int) -> int:
 
 def _named(options: argparse.Namespace) -> list[Named]:
     """The models that the options name; raises ValueError if they name none, or languages without a folder."""
+    from flax_transformer.serving.languages import as_pair
+
+    models = [Named(as_pair(name), folder) for name, folder in options.model]
     languages = options.source_language, options.target_language
     if options.workdir:
         if any(languages) and not all(languages):
             raise ValueError("give both --source_language and --target_language, or none of them")
-        return [Named("-".join(languages) if all(languages) else "", options.workdir), *options.model]
+        return [Named(languages if all(languages) else None, options.workdir), *models]
     if any(languages):
         raise ValueError("--source_language and --target_language are those of --workdir: give it, or use --model")
-    if not options.model:
+    if not models:
         raise ValueError("there is no model: give --workdir=FOLDER, or --model=NAME=FOLDER once for each")
-    return options.model
+    return models
 
 
 def _load(named: list[Named], search: BeamSearch, options: argparse.Namespace) -> list[Any]:
     """Loads each folder once; models of many languages serve several pairs from one copy."""
     from flax_transformer.decoding.translator import Translator
-    from flax_transformer.serving.languages import as_pair, languages_of
+    from flax_transformer.serving.languages import languages_of
     from flax_transformer.serving.models import Served
     from flax_transformer.workdir import WorkDirectory
 
@@ -286,7 +289,7 @@ def _load(named: list[Named], search: BeamSearch, options: argparse.Namespace) -
     served = []
     for each in named:
         with explain_damage(each.folder):
-            pair = as_pair(each.pair) if each.pair else languages_of(WorkDirectory(each.folder).read_config())
+            pair = each.languages or languages_of(WorkDirectory(each.folder).read_config())
             if pair is None:
                 raise ValueError(
                     f"{each.folder} does not tell its languages: give --source_language and --target_language"

@@ -81,8 +81,11 @@ def check_ids(config: TransformerConfig, vocabularies: VocabularyPair) -> None:
 
 
 def write_model(folder: epath.Path, tensors: Tensors, fields: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
-    """Writes the weights and the two configurations to an existing folder."""
-    import safetensors.numpy
+    """Writes the weights and the two configurations to an existing folder; ValueError if safetensors is missing."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ValueError("safetensors is not installed: pip install 'flax_transformer[interop]'") from error
 
     (folder / SAFETENSORS).write_bytes(safetensors.numpy.save(dict(tensors), {"format": "pt"}))
     write_json(folder / CONFIG, fields)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -27,12 +28,11 @@ MAX_BEAM = 8
 KINDS = ("cross", "encoder", "decoder")
 START = "<s>"  # what a decoder sees before the first piece; vocabularies have other names for it, or none
 SENTENCES = 50  # of one request that are explained at once
-PICTURED = (32, 64)  # positions and dimensions whose waves are shown
 
 
 async def models(call: Call) -> Response:
     """`GET /models`: the models that are served, with what a picture of them needs."""
-    return Json([_describe(model) for model in call.service.models.served])
+    return Json(await asyncio.to_thread(lambda: [_describe(model) for model in call.service.models.served]))
 
 
 def _describe(model: Served) -> dict[str, Any]:
@@ -46,10 +46,7 @@ def _describe(model: Served) -> dict[str, Any]:
         "decoder_layers": config.num_decoder_layers,
         "heads": config.num_heads,
         "positions": config.positions,
-        "position_waves": model.translator.inspector.position_vectors(PICTURED[0])[:, : PICTURED[1]]
-        .astype(float)
-        .round(3)
-        .tolist(),
+        "position_waves": model.position_vectors,
         "decoder_self_attention": config.decoder_autoregression == "self_attention",
     }
 
@@ -215,7 +212,7 @@ def _attention(model: Served, text: str, ids: list[int], kind: str, layer: int) 
 
 async def stream(call: Call) -> Response:
     """`GET` or `POST /stream`: translates a text greedily, and tells each token as it comes (server-sent events)."""
-    parameters = call.parameters
+    parameters, started = call.parameters, time.monotonic()
     text = parameters.text("q")
     model = call.service.models.find(parameters.text("source"), parameters.text("target"))
     check_texts(call, [text])
@@ -224,14 +221,17 @@ async def stream(call: Call) -> Response:
     drafts = await asyncio.to_thread(
         lambda: [model.translator.draft([sentence], model.streaming) for sentence in document.sentences]
     )
-    events = _events(call, model, drafts, document.join)
+    events = _events(call, model, drafts, document.join, started)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
-async def _events(call: Call, model: Served, drafts: Sequence[Draft], join: Any) -> AsyncIterator[bytes]:
+async def _events(
+    call: Call, model: Served, drafts: Sequence[Draft], join: Any, started: float
+) -> AsyncIterator[bytes]:
     service, translations = call.service, []
     service.streams += 1
+    service.metrics.running.inc()
     try:
         async with asyncio.timeout(service.limits.deadline_s):
             for number, draft in enumerate(drafts):
@@ -248,6 +248,8 @@ async def _events(call: Call, model: Served, drafts: Sequence[Draft], join: Any)
         yield _event("error", {"error": service.refuse(error).message})
     finally:
         service.streams -= 1
+        service.metrics.running.dec()
+        service.metrics.latency.labels("/stream").observe(time.monotonic() - started)
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

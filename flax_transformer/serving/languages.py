@@ -10,7 +10,9 @@ ENOUGH = 2000  # characters tell the language of a text
 _ENGLISH = babel.Locale("en")
 _BUILT_IN = re.compile(r"locale_phrases:([a-z]{2,3}):([a-z]{2,3}):")
 _FILES = re.compile(r"files:[^,+]*\.([a-z]{2,3}),[^,+]*\.([a-z]{2,3})\s*$")
-NAME = re.compile(r"([a-z]{2,3}(?:[_-][A-Za-z]{2,8})?)-([a-z]{2,3}(?:[_-][A-Za-z]{2,8})?)")
+# After a hyphen a region or script begins with a capital letter: "en-pt-br" might be two pairs.
+_CODE = r"([a-z]{2,3}(?:_[A-Za-z]{2,8}|-[A-Z][A-Za-z]{1,7})?)"
+NAME = re.compile(f"{_CODE}-{_CODE}")
 
 
 def language_name(code: str) -> str:
@@ -41,7 +43,7 @@ def languages_of(config: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def as_pair(text: str) -> tuple[str, str]:
-    """The source and the target language of a model's name such as "kn-en" or "kan_Knda-eng_Latn".
+    """The source and the target language of a model's name such as "kn-en", "en-pt-BR" or "kan_Knda-eng_Latn".
 
     Raises:
         ValueError: the name does not have this form.
@@ -49,7 +51,7 @@ def as_pair(text: str) -> tuple[str, str]:
     found = NAME.fullmatch(text)
     if not found:
         raise ValueError(
-            f'{text!r} does not name two languages: write their codes as in "kn-en" or "kan_Knda-eng_Latn"'
+            f'{text!r} does not name two languages: write their codes as in "kn-en", "en-pt-BR" or "kan_Knda-eng_Latn"'
         )
     return found[1], found[2]
 

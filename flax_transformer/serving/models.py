@@ -1,6 +1,7 @@
 """The models that a server has, by the languages between which each translates."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from flax_transformer.decoding.settings import BeamSearch
@@ -9,6 +10,7 @@ from flax_transformer.serving.languages import Detector, language_name
 from flax_transformer.serving.refusals import Refusal
 
 AUTO = "auto"
+PICTURED = (32, 64)  # positions and dimensions of the position vectors that the page shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,13 @@ class Served:
         """How it searches where each token is told as it comes: greedily."""
         return self.search.replace(beam_size=1, num_return=1)
 
+    @functools.cached_property
+    def position_vectors(self) -> list[list[float]]:
+        """The vectors of the first positions, as the page draws them; the first call uses the device."""
+        positions, dimensions = PICTURED
+        vectors = self.translator.inspector.position_vectors(positions)[:, :dimensions]
+        return vectors.astype(float).round(3).tolist()
+
 
 class Models:
     """The models of a server."""
@@ -63,7 +72,7 @@ class Models:
         """The model for two languages; raises `Refusal` with status 400 if there is none."""
         for name, code, known in (("source", source, self.sources), ("target", target, self.targets)):
             if code not in known:
-                raise Refusal(400, f"{name} {code!r} is not supported: this server has {', '.join(known)}")
+                raise Refusal(400, f"{name} {code[:60]!r} is not supported: this server has {', '.join(known)}")
         model = self._by_pair.get((source, target))
         if model is None:
             pairs = ", ".join(each.name for each in self.served)

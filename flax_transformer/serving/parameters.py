@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -21,9 +22,9 @@ TRUE_OR_FALSE = {"true": True, "1": True, "false": False, "0": False}
 class Parameters:
     """The parameters of a request. Those of a form or a query string are texts, and are read as what they should be."""
 
-    def __init__(self, values: Mapping[str, Any], *, typed: bool):
-        """Takes the values by name; `typed` says that they come from JSON, where a number is not a text."""
-        self._values, self._typed = values, typed
+    def __init__(self, json_values: Mapping[str, Any], texts: Mapping[str, str | list[str]] = MappingProxyType({})):
+        """Takes the values by name: those of JSON, where a number is not a text, and texts for what JSON lacks."""
+        self._values, self._typed = {**texts, **json_values}, json_values.keys()
 
     def texts(self, name: str) -> tuple[list[str], bool]:
         """The texts of a parameter that is one text or a list, and whether it is a list; `Refusal` if it is neither."""
@@ -53,9 +54,9 @@ class Parameters:
     def whole(self, name: str, default: int, least: int, most: int) -> int:
         """A whole number within limits."""
         value = self._values.get(name)
-        if value is None or (value == "" and not self._typed):
+        if value is None or (value == "" and name not in self._typed):
             return default
-        number = _as_number(value, int, self._typed)
+        number = _as_number(value, int, name in self._typed)
         if number is None or not least <= number <= most:
             raise Refusal(400, f"{name} is {_shown(value)}: give a whole number from {least} to {most}")
         return int(number)
@@ -65,7 +66,7 @@ class Parameters:
         value = self._values.get(name)
         if value is None:
             return default
-        number = _as_number(value, float, self._typed)
+        number = _as_number(value, float, name in self._typed)
         if number is None or not above < number <= most:
             raise Refusal(400, f"{name} is {_shown(value)}: give a number above {above:g}, at most {most:g}")
         return number
@@ -73,7 +74,7 @@ class Parameters:
     def flag(self, name: str) -> bool:
         """True or false; false if it is missing."""
         value = self._values.get(name, False)
-        if isinstance(value, str) and not self._typed:
+        if isinstance(value, str) and name not in self._typed:
             value = TRUE_OR_FALSE.get(value.lower(), value)
         if not isinstance(value, bool):
             raise Refusal(400, f"{name} is {_shown(value)}: give true or false")
@@ -96,7 +97,7 @@ class Parameters:
             return None
         if not isinstance(value, dict):
             raise Refusal(400, f"{name} is {_shown(value)}: give an object")
-        return Parameters(value, typed=self._typed)
+        return Parameters(value)
 
 
 def _as_number(value: Any, kind: type[int] | type[float], typed: bool) -> float | None:
@@ -140,12 +141,12 @@ async def read_parameters(request: Request, limits: Limits, hold: Callable[[int]
     query = _joined(request.query_params.multi_items())
     if kind == "application/json" or (not kind and body.lstrip()[:1] == b"{"):
         values = _parse_json(body) if body.strip() else {}
-        return Parameters(query | values, typed=bool(values))
+        return Parameters(values, query)
     if kind in ("application/x-www-form-urlencoded", "multipart/form-data", ""):
-        return Parameters(query | await _parse_form(request, kind, body), typed=False)
+        return Parameters({}, query | await _parse_form(request, kind, body))
     if body:
         raise Refusal(400, f"the content type {kind[:60]!r} is not known: send application/json or a form")
-    return Parameters(query, typed=False)
+    return Parameters({}, query)
 
 
 async def _read(request: Request, most: int, hold: Callable[[int], None]) -> bytes:
@@ -175,7 +176,7 @@ def _parse_json(body: bytes) -> dict[str, Any]:
     return values
 
 
-async def _parse_form(request: Request, kind: str, body: bytes) -> dict[str, Any]:
+async def _parse_form(request: Request, kind: str, body: bytes) -> dict[str, str | list[str]]:
     if not body:
         return {}
 
@@ -203,7 +204,7 @@ async def _parse_form(request: Request, kind: str, body: bytes) -> dict[str, Any
     return _joined([(name, value) for name, value in form.multi_items() if isinstance(value, str)])
 
 
-def _joined(items: list[tuple[str, str]]) -> dict[str, Any]:
+def _joined(items: list[tuple[str, str]]) -> dict[str, str | list[str]]:
     """Values by name; one that occurs several times is a list."""
     if len(items) > FIELDS:
         raise Refusal(400, f"there are {len(items)} parameters: give at most {FIELDS}")

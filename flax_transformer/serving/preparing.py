@@ -1,6 +1,7 @@
 """Compiles programs before they are needed: a few before the server is ready, the others while it serves already."""
 
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from flax_transformer.decoding.sizes import SMALLEST_ROOM
 from flax_transformer.serving.models import Served
 
+logger = logging.getLogger("flax_transformer.serving")
 Step = Callable[[], None]
 MANY = 4  # a step with two or three slots takes about as long as with so many, so there is no program for them
 AT_ONCE = 4  # programs, where there are as many processors
@@ -46,10 +48,15 @@ class Preparation:
         self._first += [functools.partial(model.translator.inspector.compile, width) for width in _rooms(longest)[1:]]
 
     def begin(self, *, everything: bool) -> None:
-        """Compiles what single sentences need, then lets a thread compile the rest; with `everything` all at once."""
+        """Compiles what single sentences need, then lets a thread compile the rest; with `everything` all at once.
+
+        What the thread cannot compile, for example because the device has too little memory, is logged, and the server
+        does without it: more sentences wait for each other.
+        """
         self._run(self._first + (self._later if everything else []))
         if not everything:
-            self._thread = threading.Thread(target=self._run, args=(self._later,), name="compiling", daemon=True)
+            steps = [functools.partial(_try, step) for step in self._later]
+            self._thread = threading.Thread(target=self._run, args=(steps,), name="compiling", daemon=True)
             self._thread.start()
 
     def _run(self, steps: Sequence[Step]) -> None:
@@ -68,6 +75,15 @@ class Preparation:
         if self._thread is not None:
             self._thread.join(seconds)
         return self._thread is None or not self._thread.is_alive()
+
+
+def _try(step: Step) -> None:
+    """Takes a step; logs it if it fails."""
+    try:
+        step()
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        logger.error("a program could not be compiled (%s: %s): fewer sentences at once", type(error).__name__, reason)
 
 
 def _rooms(longest: int) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.settings import BeamSearch, Sampling
@@ -148,6 +148,7 @@ class Service:
             answer = await self._answer(request, work, public)
         finally:
             self.metrics.running.dec()
+        if not isinstance(answer, StreamingResponse):  # such an answer ends later, and is timed there
             self.metrics.latency.labels(route).observe(time.monotonic() - started)
         self.metrics.requests.labels(route, str(answer.status_code)).inc()
         return answer

@@ -168,7 +168,7 @@ class Parallelism:
         return multihost_utils.global_array_to_host_local_array(state, self._mesh, PartitionSpec())
 
     def as_whole(self, params: PyTree) -> PyTree:
-        """The parameters whole on each of this process's devices, which translating needs."""
+        """The parameters whole, which translating needs: on each device, or with several processes on one of a mesh."""
         if self.kind != "mesh":
             return params
         whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(params)

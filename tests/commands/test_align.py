@@ -34,6 +34,12 @@ def test_mistakes_are_found_before_a_model_is_loaded(fail, unloaded, workdir, tm
     assert "known ending: choose" in fail("align", f"--workdir={workdir}", f"--output={tmp_path / 'a.txt2'}", "red cat")
 
 
+def test_a_sentence_that_is_translated_in_parts_is_not_drawn(fail, workdir, tmp_path):
+    output = tmp_path / "a.png"
+    said = fail("align", f"--workdir={workdir}", f"--output={output}", "the cat sat. " * 30)
+    assert "has more than 40 tokens and was translated in parts: align each part" in said and not output.exists()
+
+
 def test_a_layer_that_does_not_exist_is_an_error_and_nothing_is_written(fail, workdir, tmp_path):
     said = fail("align", f"--workdir={workdir}", f"--output={tmp_path / 'a.png'}", "--layer=1", "red cat")
     assert "layer is 1" in said and not (tmp_path / "a.png").exists()

@@ -68,6 +68,9 @@ def test_every_type_of_setting_can_be_changed_in_every_way_of_writing(write):
     assert repeated.model.banned_ids == (5, 7)
     symbols = experiment(write(SMALL), "--config.vocabulary.user_symbols=[SEP],[NUM]").vocabulary.user_symbols
     assert symbols == ("[SEP]", "[NUM]")
+    for given, expected in ((":)", (":)",)), ("f(),(x)", ("f()", "(x)")), ("(<a>, <b>)", ("<a>", "<b>"))):
+        changed = experiment(write(SMALL), f"--config.vocabulary.user_symbols={given}")
+        assert changed.vocabulary.user_symbols == expected
 
 
 def test_a_setting_that_refers_to_another_follows_it(write):

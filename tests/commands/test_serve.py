@@ -1,10 +1,11 @@
+import argparse
 import dataclasses
 import json
 import socket
 
 import pytest
 
-from flax_transformer.commands.serve import LIMITS
+from flax_transformer.commands.serve import LIMITS, _named
 from flax_transformer.serving.languages import Detector, as_pair, language_name, languages_of
 from flax_transformer.serving.limits import Limits
 
@@ -50,6 +51,11 @@ def test_a_work_directory_that_does_not_tell_its_languages_is_an_error_that_name
     assert "two models for kn-en" in fail("serve", "--port=0", f"--model=kn-en={workdir}", f"--model=kn-en={workdir}")
 
 
+def test_the_languages_of_a_work_directory_may_have_any_codes():
+    given = argparse.Namespace(workdir="a", source_language="en", target_language="pt-br", model=[("kn-en", "b")])
+    assert [(each.languages, each.folder) for each in _named(given)] == [(("en", "pt-br"), "a"), (("kn", "en"), "b")]
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -71,7 +77,8 @@ def test_the_config_tells_the_languages_where_it_knows_them(data, expected):
 
 def test_a_name_of_a_model_is_two_codes_of_languages():
     assert as_pair("kn-en") == ("kn", "en") and as_pair("kan_Knda-eng_Latn") == ("kan_Knda", "eng_Latn")
-    for wrong in ("kn", "kn-", "kn_en", "kn-en-de-fr-x", "../../etc-en"):
+    assert as_pair("en-pt-BR") == ("en", "pt-BR") and as_pair("zh-Hant-en") == ("zh-Hant", "en")
+    for wrong in ("kn", "kn-", "kn_en", "en-pt-br", "kn-en-de-fr-x", "../../etc-en"):
         with pytest.raises(ValueError, match="does not name two languages"):
             as_pair(wrong)
 

@@ -119,7 +119,9 @@ def test_temperature_one_gives_corpora_their_sizes_shares_and_more_evens_them(wr
     assert shares(f"tsv:{write('big', 900)} + 9*tsv:{write('small', 100)}", 5) == pytest.approx(
         {"big": 0.5, "small": 0.5}
     )
-    assert sum(load_corpus(spec, 5).repeats) == pytest.approx(1000)
+    repeats = load_corpus(spec, 5).repeats
+    assert sum(repeats) == pytest.approx(1000)
+    assert repeats == [round(each, 9) for each in repeats]  # the last bits of a power differ between processors
 
 
 def test_the_fingerprint_of_whole_weights_is_what_it_was_and_others_differ(write):

@@ -176,6 +176,9 @@ def test_a_stream_grows_to_the_greedy_translation(client, served, method):
         texts = [data["text"] for name, data in tokens if data["sentence"] == number]
         assert texts[-1] == whole and all(whole.startswith(text.strip()) for text in texts)
         assert [len(text) for text in texts] == sorted(len(text) for text in texts)
+    counted = client.get("/metrics").text
+    assert 'flax_transformer_request_seconds_count{route="/stream"} 1.0' in counted
+    assert "flax_transformer_requests_running 1.0" in counted  # the request for these numbers
 
 
 def test_an_error_after_the_beginning_of_a_stream_is_an_event(client, monkeypatch):

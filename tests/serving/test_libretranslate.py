@@ -78,6 +78,10 @@ def test_alternatives_are_as_many_others_as_there_are_and_nested_for_lists(clien
     assert ask(client, q=[text, "😀"], alternatives=2)["alternatives"] == [others[:2], []]
     assert "alternatives" not in ask(client, q=text, alternatives=0)
     assert "4" in ask(client, q=text, alternatives=4, status=400)["error"]
+    body = {"q": text, "source": "en", "target": "de"}
+    assert client.post("/translate?alternatives=3", json=body).json() == found  # a text of the query string
+    answer = client.post("/translate", json=body | {"alternatives": "3"})
+    assert answer.status_code == 400 and "alternatives is '3'" in answer.json()["error"]
 
 
 def test_with_auto_the_language_is_told_and_with_one_source_there_is_only_one(client):
