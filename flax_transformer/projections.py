@@ -19,7 +19,7 @@ Axes = tuple[int, ...]
 
 # Unlike a Python variable, it is part of the key under which `jax.jit` caches traced functions.
 _written_out = jax.make_user_context(default_value=False)
-_kernels_turned = jax.make_user_context(default_value=False)
+_kernels_transposed = jax.make_user_context(default_value=False)
 
 
 def gradients_written_out() -> AbstractContextManager[None]:
@@ -31,12 +31,12 @@ def gradients_written_out() -> AbstractContextManager[None]:
     return _written_out(True)
 
 
-def kernels_turned() -> AbstractContextManager[None]:
+def kernels_transposed() -> AbstractContextManager[None]:
     """A context in which the kernel of each projection is the transpose, made while tracing, of a matrix stored [F, D].
 
     The products that are traced inside it read the stored matrices as they are.
     """
-    return _kernels_turned(True)
+    return _kernels_transposed(True)
 
 
 def project(
@@ -51,7 +51,7 @@ def project(
     """
     if _written_out.value:
         return written_out(inputs, kernel, dtype)
-    if _kernels_turned.value:
+    if _kernels_transposed.value:
         return project_to_rows(inputs, kernel.T, dtype)
     return _product(inputs, kernel, (inputs.ndim - 1,), (0,), dtype)
 

@@ -133,9 +133,9 @@ LAYOUT = {
     "decoding.sources": "data.sentencepiece_vocabulary text decoding.unreadable",
     "decoding.next_token": "decoding.settings",
     "decoding.search": "decoding.settings decoding.next_token",
-    "decoding.turned": "config model projections",
-    "decoding.ensemble": "config model stacks decoding.turned",
-    "decoding.slots": "attention config stacks tokens decoding.settings decoding.search decoding.turned "
+    "decoding.transposed": "config model projections",
+    "decoding.ensemble": "config model stacks decoding.transposed",
+    "decoding.slots": "attention config stacks tokens decoding.settings decoding.search decoding.transposed "
     "decoding.ensemble",
     "decoding.listed_rows": "decoding.ensemble",
     "decoding.moving": "attention stacks decoding.search decoding.ensemble",
@@ -149,10 +149,10 @@ LAYOUT = {
     "decoding.engine": "positions decoding.settings decoding.shortlist decoding.ensemble decoding.sizes "
     "decoding.requests decoding.programs decoding.scheduler",
     "decoding.batching": "",
-    "decoding.scoring": "decoding.turned decoding.ensemble decoding.requests decoding.batching",
+    "decoding.scoring": "decoding.transposed decoding.ensemble decoding.requests decoding.batching",
     "decoding.writing": "text data decoding.requests decoding.results decoding.settings",
     "decoding.unknown": "text data decoding.requests decoding.writing",
-    "decoding.inspection": "config model positions stacks decoding.turned decoding.ensemble decoding.requests "
+    "decoding.inspection": "config model positions stacks decoding.transposed decoding.ensemble decoding.requests "
     "decoding.scoring",
     "decoding.drafts": "ranges text data.sentencepiece_vocabulary data.vocabulary decoding",
     "decoding.translator": "config ranges text trained_model data.sentencepiece_vocabulary data.vocabulary decoding",

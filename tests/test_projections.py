@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from flax_transformer.projections import gradients_written_out, kernels_turned, project, project_to_rows, written_out
+from flax_transformer.projections import (
+    gradients_written_out,
+    kernels_transposed,
+    project,
+    project_to_rows,
+    written_out,
+)
 
 D, F = 7, 11
 KERNEL = jnp.linspace(0.5, 1, D * F).reshape(D, F)
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 5)])
-@pytest.mark.parametrize("name", ["project", "written_out", "by_rows", "by_rows_written_out", "turned"])
+@pytest.mark.parametrize("name", ["project", "written_out", "by_rows", "by_rows_written_out", "transposed"])
 def test_product_and_gradients_equal_numpys(name, leading):
     function = globals()[name]
     rng = np.random.default_rng(0)
@@ -37,8 +43,8 @@ def by_rows_written_out(inputs, kernel):
         return project_to_rows(inputs, kernel.T)
 
 
-def turned(inputs, kernel):
-    with kernels_turned():
+def transposed(inputs, kernel):
+    with kernels_transposed():
         return project(inputs, kernel)
 
 
@@ -91,7 +97,7 @@ def test_a_function_traced_by_jit_inside_the_context_is_traced_again_outside():
     np.testing.assert_allclose(outside, tangent, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["by_rows", "turned"])
+@pytest.mark.parametrize("name", ["by_rows", "transposed"])
 def test_a_matrix_that_is_stored_by_rows_is_read_as_it_is_in_a_loop_for_a_single_vector(name):
     def step(vector, rows):  # the product feeds the next one, as in a search
         return globals()[name](vector, rows.T)[..., :64] / 64

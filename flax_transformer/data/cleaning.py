@@ -83,7 +83,7 @@ class CleaningRules:
 def is_invalid(source: str, target: str, rules: CleaningRules) -> bool:
     """Whether a side has bytes that were not UTF-8, replacement, control or non-characters, or a byte order mark first.
 
-    The mark of a file that was put behind another one is none of the text, and would vanish from the first line only.
+    If files were concatenated, the mark of the second one is inside; reading removes only one at the beginning.
     """
     return any(map(_INVALID.search, (source, target)))
 

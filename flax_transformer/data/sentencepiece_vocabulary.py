@@ -22,7 +22,7 @@ from flax_transformer.text.symbols import MARIAN_LANGUAGE, SPACE
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
 FEW = 200  # sentences, which are encoded sooner than SentencePiece has started threads for them
 
-# As what bytes are decoded that are not a whole character, such as the first ones of a character in a text that grows.
+# What SentencePiece decodes bytes to that are not a whole character, such as the first bytes of one that is not done.
 INCOMPLETE = "\ufffd"
 
 

@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Float, Int, PyTree
 
 from flax_transformer.config import TransformerConfig
-from flax_transformer.decoding.turned import Turned, opened, turn
+from flax_transformer.decoding.transposed import TransposedParams, opened, transpose_kernels
 from flax_transformer.model import OutputRows
 from flax_transformer.stacks import DecodingState
 
 # The config and the parameters of each model; a single model is an ensemble of one.
 Configs = tuple[TransformerConfig, ...]
-Models = tuple[PyTree | Turned, ...]
+Models = tuple[PyTree | TransposedParams, ...]
 States = tuple[DecodingState, ...]
 Rows = tuple[OutputRows, ...]
 StepFunction = Callable[[States, jax.Array], tuple[States, jax.Array]]
@@ -38,7 +38,7 @@ class Ensemble:
 
     Attributes:
         configs: the config of each model, with an implementation of attention that these devices can run.
-        models: the parameters of each model, copied to every device; on CPUs with turned kernels.
+        models: the parameters of each model, copied to every device; on CPUs with transposed kernels.
         mesh: the devices.
     """
 
@@ -66,7 +66,7 @@ class Ensemble:
         # default device, which may not be one of these.
         attention = "auto" if devices[0].platform == get_default_device().platform else "xla"
         mesh = Mesh(np.array(devices), (BATCH_AXIS,))
-        stored = [turn(params) for params in models] if devices[0].platform == "cpu" else models
+        stored = [transpose_kernels(params) for params in models] if devices[0].platform == "cpu" else models
         return cls(
             configs=tuple(
                 config
@@ -81,7 +81,7 @@ class Ensemble:
     def params(self, number: int) -> PyTree:
         """The parameters of a model, as `Transformer` has them."""
         stored = self.models[number]
-        return stored.original() if isinstance(stored, Turned) else stored
+        return stored.original() if isinstance(stored, TransposedParams) else stored
 
     @property
     def longest(self) -> int:
@@ -120,7 +120,7 @@ def rows_of(models: Models, listed: Int[Array, "B C"], *, configs: Configs) -> R
     )
 
 
-def _apply(config: TransformerConfig, params: PyTree | Turned, *arguments: Any, method: str) -> Any:
+def _apply(config: TransformerConfig, params: PyTree | TransposedParams, *arguments: Any, method: str) -> Any:
     with opened(config, params) as (model, variables):
         return model.apply(variables, *arguments, method=method)
 

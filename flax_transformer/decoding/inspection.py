@@ -17,7 +17,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.ensemble import Ensemble, without_banned
 from flax_transformer.decoding.requests import Ids
 from flax_transformer.decoding.scoring import best_aligned
-from flax_transformer.decoding.turned import Turned, opened
+from flax_transformer.decoding.transposed import TransposedParams, opened
 from flax_transformer.model import AttentionWeights
 from flax_transformer.positions import check_length
 from flax_transformer.stacks import wave_vectors
@@ -44,7 +44,11 @@ class Seen(flax.struct.PyTreeNode):
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def see(
-    params: PyTree | Turned, source: Int[Array, "1 S"], target: Int[Array, "1 T"], *, config: TransformerConfig
+    params: PyTree | TransposedParams,
+    source: Int[Array, "1 S"],
+    target: Int[Array, "1 T"],
+    *,
+    config: TransformerConfig,
 ) -> Seen:
     """What a model sees in a pair of sentences; arguments are its parameters, padded token ids and its config."""
     with opened(config, params) as (model, variables):
@@ -115,7 +119,7 @@ class Inspector:
         """The vectors that are added to the embeddings at the first positions, as many as there are up to `count`."""
         config = self._config
         if config.positions == "learned":
-            params = self._params.params if isinstance(self._params, Turned) else self._params
+            params = self._params.params if isinstance(self._params, TransposedParams) else self._params
             return np.asarray(params["encoder"]["learned_positions"]["embedding"][:count], np.float32)
         return np.asarray(wave_vectors(config, jnp.arange(count)), np.float32)
 

@@ -57,7 +57,8 @@ def replace_rows(
         models: the parameters of each model.
         rows: the rows so far; their memory is used for the result.
         listed: the tokens of each slot, then -1.
-        changed: the slots whose tokens are other ones than before, counted from 0 on each device, then anything.
+        changed: the slots whose tokens are other ones than before, counted from 0 on each device; only the first
+            `count` are read.
         count: how many these are on each device.
         configs: the config of each model.
         mesh: the devices that share the slots.

@@ -99,7 +99,8 @@ class Machine:
 
         Args:
             waiting: the sentences.
-            above: those that need no more than this have smaller slots, and only fill gaps between longer ones.
+            above: sentences of up to this many tokens belong to smaller slots. Here they only fill what longer ones
+                leave free.
         """
         for slot, request in enumerate(self._requests):
             if request is not None and request.done:  # it was cancelled

@@ -65,7 +65,7 @@ def _move_state(
 ) -> DecodingState:
     """The new state with the old sentence in its slot.
 
-    What the old ring's slot wrote k steps ago goes k steps back in the new ring.
+    The entry that was written k steps ago in the old ring goes to the place of k steps ago in the new one.
     """
     (slots, hypotheses, room), (new_slots, _, new_room) = old.ancestors.shape, new.ancestors.shape
     next_old = old.place[old_slot // (slots // mesh.size)]
@@ -73,7 +73,7 @@ def _move_state(
     age = (next_new - 1 - jnp.arange(new_room)) % new_room
     place = (next_old - 1 - age) % room  # anything for places that are older than the old ring, which nothing sees
 
-    def turned(whole: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
+    def rotated(whole: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
         """`axis` of a sentence holds its L * N entries."""
         sentence = leaf[old_slot]
         shape = sentence.shape
@@ -86,7 +86,7 @@ def _move_state(
         position=new.position.at[new_slot].set(step),
         ancestors=new.ancestors.at[new_slot].set(ancestors),
         target=tuple(
-            KVCache(key=turned(whole.key, leaf.key, 2), value=turned(whole.value, leaf.value, 1))
+            KVCache(key=rotated(whole.key, leaf.key, 2), value=rotated(whole.value, leaf.value, 1))
             for whole, leaf in zip(new.target, old.target, strict=True)
         ),
         recurrent=jax.tree.map(lambda whole, leaf: widened(whole, leaf, 0), new.recurrent, old.recurrent),

@@ -12,8 +12,9 @@ from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sizes import pool_shape, rooms_up_to, slot_size, slots_for
 
-FEW = 64  # fewer sentences use larger slots: a program of their own would take longer to compile than they take there
-FEW_PREPARED = 4  # the same where that program is compiled already: its steps would still take longer
+# Fewer sentences than this use the slots of longer ones: to compile a program for smaller slots would take longer.
+FEW = 64
+FEW_PREPARED = 4  # the same where that program is compiled already, but would have to be run beside the other one
 
 
 class Programs:

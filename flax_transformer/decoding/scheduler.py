@@ -28,7 +28,8 @@ class Group:
         waiting: sentences without a slot.
         machines: by the room of their slots, the largest first.
         current: the machine of each room that takes new sentences; others of the room end those that they have.
-        above: the size of source above which a room takes sentences, for each room that is to take some.
+        above: for each room in use, the number of source tokens above which a sentence belongs to it; those with fewer
+            belong to a smaller room.
     """
 
     settings: BeamSearch | Sampling

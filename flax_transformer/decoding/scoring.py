@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_transformer.decoding.batching import bucket, shape_batches
 from flax_transformer.decoding.ensemble import Configs, Ensemble, Models, average, divided, without_banned
 from flax_transformer.decoding.requests import Ids, Output
-from flax_transformer.decoding.turned import opened
+from flax_transformer.decoding.transposed import opened
 
 SHARPNESS = 8.0  # by which a head's entropy, in nats, counts against it in an alignment
 

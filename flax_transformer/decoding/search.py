@@ -216,7 +216,7 @@ class Search:
         """The token ids at these places of the logits."""
         if self.listed is None:
             return places
-        # Where all logits are -inf, a place behind the list may be among the best; the model needs some id for it.
+        # If all logits are -inf, `top_k` may return a place of the padding (-1); any valid id will do.
         return jnp.maximum(jnp.take_along_axis(self.listed, places, axis=1), 0)
 
     def _extend_each(self, progress: Progress) -> Progress:

@@ -45,7 +45,7 @@ from flax_transformer.decoding.ensemble import (
 )
 from flax_transformer.decoding.search import Hypotheses, Progress, Search
 from flax_transformer.decoding.settings import BeamSearch, Sampling
-from flax_transformer.decoding.turned import Turned, opened
+from flax_transformer.decoding.transposed import TransposedParams, opened
 from flax_transformer.stacks import DecodingState, first_ancestors
 from flax_transformer.tokens import Tokens
 
@@ -81,7 +81,7 @@ class Tenants(flax.struct.PyTreeNode):
         given: how many of these, from the first on, count nothing in scores.
         rngs: the data of a random key for each sentence; `None` where nothing is sampled.
         is_new: whether a slot's sentence begins now.
-        arrivals: the slots of the new sentences, counted from 0 on each device, then anything.
+        arrivals: the slots of the new sentences, counted from 0 on each device; only the first `count` are read.
         count: number of new sentences on each device.
         row: the row of the pool in which each new source lies.
         start: the place of its first token in that row.
@@ -158,7 +158,9 @@ def encode(models: Models, tokens: Tokens, used: Int[Array, "devices"], *, confi
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Spec(), check_vma=False)(models, tokens, used)
 
 
-def _project_source(config: TransformerConfig, params: PyTree | Turned, tokens: Tokens) -> tuple[KVCache, ...]:
+def _project_source(
+    config: TransformerConfig, params: PyTree | TransposedParams, tokens: Tokens
+) -> tuple[KVCache, ...]:
     with opened(config, params) as (model, variables):
         memory = model.apply(variables, tokens, deterministic=True, method="encode")
         return model.apply(variables, memory, method="project_memory")

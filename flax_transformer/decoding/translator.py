@@ -156,11 +156,11 @@ class Translator:
         prefixes: Texts | None = None,
         seed: int = 0,
         replace_unknown: bool = False,
-        after_batch: Callable[[], None] = lambda: None,
+        after_each: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """Returns each sentence's best translation, or first sample, in order; arguments as in `hypotheses`."""
         found = self.hypotheses(
-            sentences, search, prefixes=prefixes, seed=seed, replace_unknown=replace_unknown, after_batch=after_batch
+            sentences, search, prefixes=prefixes, seed=seed, replace_unknown=replace_unknown, after_each=after_each
         )
         return [translations[0].text for translations in found]
 
@@ -172,7 +172,7 @@ class Translator:
         prefixes: Texts | None = None,
         seed: int = 0,
         replace_unknown: bool = False,
-        after_batch: Callable[[], None] = lambda: None,
+        after_each: Callable[[], None] = lambda: None,
     ) -> list[list[Translation]]:
         """Returns the translations of each sentence, in order: the best first, or samples in the order they were drawn.
 
@@ -188,7 +188,7 @@ class Translator:
             seed: the seed of sampling; equal seeds draw equal translations, however the sentences are batched.
             replace_unknown: whether to copy into the text, in place of each unknown piece, the characters of the source
                 at which the model looked when it wrote that piece; `tokens` keep the piece.
-            after_batch: called now and then while sentences are translated; an exception from it ends the search.
+            after_each: called after each sentence; an exception from it ends the search.
 
         Raises:
             ValueError: `sentences` is a single string, is not ordered or contains something other than a str, or
@@ -201,7 +201,7 @@ class Translator:
                 prefixes=prefixes,
                 seed=seed,
                 replace_unknown=replace_unknown,
-                after_batch=after_batch,
+                after_each=after_each,
             )
             return [rank_by_agreement(each)[: search.num_return] for each in samples]
         draft = self.draft(sentences, search, prefixes=prefixes, seed=seed)
@@ -211,7 +211,7 @@ class Translator:
             prefixes=draft.prefixes,
             given=draft.given,
             rngs=draft.rngs,
-            after_each=after_batch,
+            after_each=after_each,
         )
         if broken := draft.broken(found):
             warnings.warn(

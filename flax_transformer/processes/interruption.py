@@ -3,8 +3,8 @@
 Pre-empted machines and schedulers send SIGTERM, Ctrl-C sends SIGINT, and SIGHUP comes when the terminal or the ssh
 connection is gone. Slurm and other schedulers send SIGUSR1, SIGUSR2 or SIGXCPU some time before they end a job. SIGHUP
 often comes twice, from the terminal and from the shell, and SIGXCPU every second, so only a second SIGTERM or SIGINT
-ends the training at once. One of them that follows within a second is no second one: make, and programs like it, pass
-on a signal that has reached the training already.
+ends the training at once. A repetition within a second counts as the same signal: make, and programs like it, pass on
+a signal that has reached the training already.
 """
 
 import contextlib

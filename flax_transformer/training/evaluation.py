@@ -116,32 +116,32 @@ class Evaluation:
         self._eval_step, self._as_whole = eval_step, as_whole
         self.search = BeamSearch(beam_size=config.beam_size, alpha=config.alpha)
 
-    def score(self, params: PyTree, *, after_batch: Callable[[], None] = lambda: None) -> tuple[Scores, list[str]]:
+    def score(self, params: PyTree, *, after_each: Callable[[], None] = lambda: None) -> tuple[Scores, list[str]]:
         """Returns the scores of these parameters, and the translations; with several processes, the same on each.
 
         Args:
             params: the model's parameters.
-            after_batch: called after each batch that was scored and each sentence that was translated; an exception in
+            after_each: called after each batch that was scored and each sentence that was translated; an exception in
                 it ends the evaluation.
         """
         parts = []
         for batch in self._packed.one_epoch():
             parts.append(jax.device_get(self._eval_step(params, batch)))
-            after_batch()
+            after_each()
         sums = jax.tree.map(lambda *values: float(sum(values)), *parts)
-        translations = self._translate(self._as_whole(params), after_batch)
+        translations = self._translate(self._as_whole(params), after_each)
         loss = sums.cross_entropy / sums.tokens
         scores = score_translations(translations, self.references, loss, tokenize=self._config.tokenize)
         return scores, translations
 
-    def _translate(self, params: PyTree, after_batch: Callable[[], None]) -> list[str]:
+    def _translate(self, params: PyTree, after_each: Callable[[], None]) -> list[str]:
         """Translates the source sentences; each process translates its share."""
         translator = Translator(TrainedModel(self._model_config, params, self._vocabularies))
         mine = self.source[hosts.index() :: hosts.count()]
         # Closed at once, it gives the memory of its slots back to training.
         with contextlib.closing(translator), warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreadableWarning)  # __init__ has warned once
-            share = translator.translate(mine, self.search, after_batch=after_batch)
+            share = translator.translate(mine, self.search, after_each=after_each)
         translations = [""] * len(self.source)
         for number, made in enumerate(hosts.gather(share)):
             translations[number :: hosts.count()] = made

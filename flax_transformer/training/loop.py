@@ -338,7 +338,7 @@ class _Training:
             return
         params = state.ema if self.config.weights == "ema" else state.params
         stop = functools.partial(session.interruption.stop_after_checkpoint, step)
-        scores, _ = self.evaluations["valid"].score(params, after_batch=stop)
+        scores, _ = self.evaluations["valid"].score(params, after_each=stop)
         metrics = {name: getattr(scores, name) for name in TITLES}
         session.report.validation(step, metrics, session.clock.seconds)
         session.checkpoints.record_scores(step, metrics)

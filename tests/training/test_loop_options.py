@@ -82,14 +82,14 @@ def test_a_signal_during_an_evaluation_stops_it_after_the_current_batch(experime
     batches = []
     whole = Evaluation.score
 
-    def score(evaluation, params, *, after_batch):
+    def score(evaluation, params, *, after_each):
         def told_in_the_second():
             batches.append("done")
             if len(batches) == 2:
                 signal.raise_signal(signal.SIGTERM)
-            after_batch()
+            after_each()
 
-        return whole(evaluation, params, after_batch=told_in_the_second)
+        return whole(evaluation, params, after_each=told_in_the_second)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGTERM: .* step 4;") as ended:
         patch.setattr(Evaluation, "score", score)

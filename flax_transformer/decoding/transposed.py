@@ -16,10 +16,10 @@ from jaxtyping import PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.model import Transformer
-from flax_transformer.projections import kernels_turned
+from flax_transformer.projections import kernels_transposed
 
 
-class Turned(flax.struct.PyTreeNode):
+class TransposedParams(flax.struct.PyTreeNode):
     """Parameters of a model whose kernels are stored [F, D].
 
     Attributes:
@@ -33,21 +33,23 @@ class Turned(flax.struct.PyTreeNode):
         return _with_transposed_kernels(self.params)
 
 
-def turn(params: PyTree) -> Turned:
+def transpose_kernels(params: PyTree) -> TransposedParams:
     """Transposes the kernels; the arrays that it is given stay as they are."""
-    return Turned(_with_transposed_kernels(params))
+    return TransposedParams(_with_transposed_kernels(params))
 
 
 @contextlib.contextmanager
-def opened(config: TransformerConfig, params: PyTree | Turned) -> Iterator[tuple[Transformer, dict[str, Any]]]:
+def opened(
+    config: TransformerConfig, params: PyTree | TransposedParams
+) -> Iterator[tuple[Transformer, dict[str, Any]]]:
     """The model and its variables, to be applied inside the context while a program is traced.
 
     Args:
         config: the model's config.
         params: its parameters, stored in either way.
     """
-    if isinstance(params, Turned):
-        with kernels_turned():
+    if isinstance(params, TransposedParams):
+        with kernels_transposed():
             yield Transformer(config), {"params": params.original()}
     else:
         yield Transformer(config), {"params": params}

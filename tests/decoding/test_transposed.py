@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flax_transformer.decoding.ensemble import Ensemble
-from flax_transformer.decoding.turned import opened, turn
+from flax_transformer.decoding.transposed import opened, transpose_kernels
 from flax_transformer.model import Transformer
 
 V = 13
@@ -20,17 +20,17 @@ SOURCE, TARGET = jnp.array([[4, 5, 2, 0, 0], [7, 8, 9, 3, 2]]), jnp.array([[6, 2
     ],
     ids=["untied", "tied", "recurrent"],
 )
-def test_a_model_computes_the_same_from_turned_kernels(make_model, changes):
+def test_a_model_computes_the_same_from_transposed_kernels(make_model, changes):
     config, params = make_model(V, 3, **changes)
     expected = Transformer(config).apply({"params": params}, SOURCE, TARGET, deterministic=True)
-    with opened(config, turn(params)) as (model, variables):
+    with opened(config, transpose_kernels(params)) as (model, variables):
         found = model.apply(variables, SOURCE, TARGET, deterministic=True)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_turning_changes_the_shape_of_each_kernel_alone_and_can_be_undone(make_model):
     config, params = make_model(V, 3, tie_embeddings="none")
-    stored = turn(params)
+    stored = transpose_kernels(params)
     for (path, ours), theirs in zip(
         jax.tree_util.tree_leaves_with_path(stored.params), jax.tree.leaves(params), strict=True
     ):
