@@ -153,7 +153,7 @@ LAYOUT = {
     "decoding.writing": "text data decoding.requests decoding.results decoding.settings",
     "decoding.unknown": "text data decoding.requests decoding.writing",
     "decoding.inspection": "config model positions stacks decoding.transposed decoding.ensemble decoding.requests "
-    "decoding.scoring",
+    "decoding.batching decoding.scoring",
     "decoding.drafts": "ranges text data.sentencepiece_vocabulary data.vocabulary decoding",
     "decoding.translator": "config ranges text trained_model data.sentencepiece_vocabulary data.vocabulary decoding",
     "decoding.documents": "text decoding.results decoding.settings decoding.texts decoding.translator",

@@ -7,6 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+
 SMALLEST_BUCKET = 8
 RUNG = 4
 
@@ -25,9 +28,18 @@ class Shape(NamedTuple):
     widths: tuple[int, ...]
 
 
-def bucket(length: int) -> int:
-    """The length to which a sentence of `length` tokens is padded."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+def bucket(length: int, *, smallest: int = SMALLEST_BUCKET, most: int | None = None) -> int:
+    """The length to which a sentence of `length` tokens is padded: a power of two, or `most` if that is smaller."""
+    width = max(smallest, 1 << (length - 1).bit_length())
+    return min(width, most or width)
+
+
+def pad(rows: Sequence[Sequence[int]], count: int, width: int, pad_id: int) -> Int[np.ndarray, "B S"]:
+    """The token ids of some sentences in an array of `count` rows of `width` tokens."""
+    padded = np.full((count, width), pad_id, np.int32)
+    for row, ids in zip(padded, rows, strict=False):
+        row[: len(ids)] = ids
+    return padded
 
 
 def full_rows(widths: Sequence[int], batch_tokens: int, devices: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from flax_transformer.config import TransformerConfig
+from flax_transformer.decoding.batching import bucket, pad
 from flax_transformer.decoding.ensemble import Ensemble, without_banned
 from flax_transformer.decoding.requests import Ids
 from flax_transformer.decoding.scoring import best_aligned
@@ -132,11 +133,8 @@ class Inspector:
             jax.block_until_ready(self.inspect(ids, ids)._seen.ids)
 
     def _width(self, length: int) -> int:
-        width = max(SMALLEST_WIDTH, 1 << (length - 1).bit_length())
-        return min(width, self._ensemble.learned or width)
+        return bucket(length, smallest=SMALLEST_WIDTH, most=self._ensemble.learned)
 
     def _padded(self, ids: Sequence[int], width: int) -> Int[np.ndarray, "1 S"]:
         check_length(len(ids), width)
-        padded = np.full((1, width), self._ensemble.pad_id, np.int32)
-        padded[0, : len(ids)] = ids
-        return padded
+        return pad([ids], 1, width, self._ensemble.pad_id)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_transformer.decoding.batching import bucket, shape_batches
+from flax_transformer.decoding.batching import bucket, pad, shape_batches
 from flax_transformer.decoding.ensemble import Configs, Ensemble, Models, average, divided, without_banned
 from flax_transformer.decoding.requests import Ids, Output
 from flax_transformer.decoding.transposed import opened
@@ -163,22 +163,12 @@ class Scorer:
             if ensemble.learned is not None and max(pair) > ensemble.learned:
                 raise TooLong(number, max(pair), ensemble.learned)
         for shape in shape_batches(lengths, self._batch_tokens, ensemble.mesh.size):
+            widths = [bucket(width, most=ensemble.learned) for width in shape.widths]
             padded = (
-                self._pad([side[number] for number in shape.numbers], shape.rows, self._width(width))
-                for side, width in zip((sources, targets), shape.widths, strict=True)
+                pad([side[number] for number in shape.numbers], shape.rows, width, ensemble.pad_id)
+                for side, width in zip((sources, targets), widths, strict=True)
             )
             found = program(ensemble.models, *padded, configs=ensemble.configs, mesh=ensemble.mesh, **options)
             for number, result in zip(shape.numbers, np.asarray(found), strict=False):
                 results[number] = result
         return results
-
-    def _width(self, length: int) -> int:
-        """The padded length of a sentence of `length` tokens."""
-        learned = self._ensemble.learned
-        return bucket(length) if learned is None else min(bucket(length), learned)
-
-    def _pad(self, rows: Sequence[Ids], count: int, width: int) -> Int[np.ndarray, "B S"]:
-        padded = np.full((count, width), self._ensemble.pad_id, np.int32)
-        for row, ids in zip(padded, rows, strict=False):
-            row[: len(ids)] = ids
-        return padded
