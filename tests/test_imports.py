@@ -194,7 +194,8 @@ LAYOUT = {
     "serving.service": "errors decoding serving.desk serving.limits serving.metrics serving.models "
     "serving.parameters serving.refusals",
     "serving.texts": "text decoding serving.models serving.refusals serving.service",
-    "serving.libretranslate": "text serving.languages serving.models serving.refusals serving.service serving.texts",
+    "serving.libretranslate": "text decoding.documents serving.languages serving.models serving.refusals "
+    "serving.service serving.texts",
     "serving.exploring": "text data.sentencepiece_vocabulary decoding serving.libretranslate serving.models "
     "serving.parameters serving.refusals serving.service serving.texts",
     "serving.openapi": "decoding.inspection serving.exploring serving.libretranslate serving.limits",

@@ -275,7 +275,11 @@ def load_translator(models: Sequence[Model], options: argparse.Namespace) -> Any
     shortlist: Any = getattr(options, "no_shortlist", True) is False
     if name := getattr(options, "shortlist", None):
         shortlist = read_shortlist(name, joint=loaded[0].vocabularies.shares_ids)
-    return Translator(loaded, batch_tokens=options.batch_tokens, shortlist=shortlist)
+    # Models that know languages by code have one vocabulary only once the languages are named.
+    languages = {}
+    if loaded[0].vocabularies.target.language_ids:
+        languages = {name: getattr(options, name, "") or "" for name in ("source_language", "target_language")}
+    return Translator(loaded, batch_tokens=options.batch_tokens, shortlist=shortlist, **languages)
 
 
 def in_languages(translators: Sequence[Any], options: argparse.Namespace) -> list[Any]:

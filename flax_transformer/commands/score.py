@@ -12,6 +12,7 @@ The log-probability and the perplexity of the whole text go to standard error at
 
 import argparse
 import dataclasses
+import itertools
 import math
 import sys
 from typing import Any
@@ -83,9 +84,14 @@ def run(options: argparse.Namespace) -> None:
     (translator,) = in_languages([load_translator(models, options)], options)
     from flax_transformer.decoding.scoring import TooLong  # loads jax, so not for --help
 
+    chunks = in_chunks(pairs, CHUNK)
+    first = next(chunks, [])
+    if first:  # reports a language that lacks before the output is opened
+        translator.vocabularies.source.encode([source for source, _ in first])
+        translator.vocabularies.target.encode([target for _, target in first])
     done, tokens, log_prob = 0, 0, 0.0
     with open_output(output) as file, progress_bar(total, beside=output) as bar:
-        for chunk in in_chunks(pairs, CHUNK):
+        for chunk in itertools.chain([first] if first else [], chunks):
             try:
                 scored = translator.score([source for source, _ in chunk], [target for _, target in chunk], search)
             except TooLong as error:

@@ -177,10 +177,13 @@ def run(options: argparse.Namespace) -> None:
         lines = read_all(source, options.prefixes)
     else:
         lines = ((line, "") for line in options.sentences or read_lines(source))
+    chunks = in_chunks(lines, options.buffer_lines)
+    first = next(chunks, [])
+    translator.vocabularies.source.encode([sentence for sentence, _ in first])  # the same for the source
     write_lines = FORMATS[options.format or "text"]
     done, unreadable = 0, UnreadableSentences(translator.vocabularies.source)
     with open_output(output) as file, progress_bar(total, beside=output) as bar, unreadable.warning_once():
-        for chunk in in_chunks(lines, options.buffer_lines):
+        for chunk in itertools.chain([first] if first else [], chunks):
             sentences = [sentence for sentence, _ in chunk]
             prefixes = [prefix for _, prefix in chunk] if options.prefixes else None
             # A sentence that is repeated in a later chunk gets different samples.

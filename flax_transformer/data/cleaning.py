@@ -17,7 +17,7 @@ from babel.core import get_global
 from jaxtyping import UInt64
 
 from flax_transformer.ranges import AT_LEAST_ONE, Range, check, setting
-from flax_transformer.text.spelling import is_blank
+from flax_transformer.text.spelling import composed, is_blank
 
 # Added to lengths before they are compared, so that short labels may differ in length more than sentences.
 RATIO_SLACK = 10
@@ -185,7 +185,7 @@ def keys_of(texts: Sequence[str]) -> UInt64[np.ndarray, "texts"]:
 
 def comparable_side(text: str) -> str:
     """The text in composed form, with single spaces between words, and without byte order marks."""
-    return " ".join(unicodedata.normalize("NFC", text).replace("\ufeff", "").split())
+    return " ".join(composed(text).replace("\ufeff", "").split())
 
 
 @functools.cache

@@ -30,6 +30,19 @@ class Documents:
     sentences: tuple[str, ...]
     aligned: tuple[bool, ...]
 
+    @classmethod
+    def of(cls, documents: Sequence[Document | MarkupDocument]) -> "Documents":
+        """Takes texts that were divided one by one."""
+        sentences: list[str] = []
+        aligned: list[bool] = []
+        for document in documents:
+            sentences += document.sentences
+            if isinstance(document, MarkupDocument):
+                aligned += document.aligned
+            else:
+                aligned += [False] * len(document.sentences)
+        return cls(tuple(documents), tuple(sentences), tuple(aligned))
+
     def join(self, translations: Sequence[str], alignments: Sequence[TextAlignment | None] | None = None) -> list[str]:
         """The texts with a translation in place of each sentence.
 
@@ -64,16 +77,7 @@ def divide_documents(texts: Texts, *, markup: bool) -> Documents:
             read and lxml is not installed.
     """
     texts = as_list("texts", texts)
-    documents: list[Document | MarkupDocument] = [divide_markup(text) if markup else divide(text) for text in texts]
-    sentences: list[str] = []
-    aligned: list[bool] = []
-    for document in documents:
-        sentences += document.sentences
-        if isinstance(document, MarkupDocument):
-            aligned += document.aligned
-        else:
-            aligned += [False] * len(document.sentences)
-    return Documents(tuple(documents), tuple(sentences), tuple(aligned))
+    return Documents.of([divide_markup(text) if markup else divide(text) for text in texts])
 
 
 def translate_documents(

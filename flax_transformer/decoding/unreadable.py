@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 
 from flax_transformer.data.sentencepiece_vocabulary import Vocabulary
-from flax_transformer.text.spelling import is_blank, quotable
+from flax_transformer.text.spelling import composed, is_blank, quotable
 
 # A sentence with at least this share of unknown characters is hardly readable: it is probably in another script or
 # language, and does not just have an unusual name.
@@ -33,7 +32,7 @@ class Unreadable:
         if not characters:
             return cls("", 0.0)
         # Unknown characters are counted in composed form, so the visible ones must be too.
-        text = unicodedata.normalize("NFC", vocabulary.without_symbols(sentence))
+        text = composed(vocabulary.without_symbols(sentence))
         visible = sum(not is_blank(character) for character in text)
         return cls(characters, len(characters) / visible)
 

@@ -134,7 +134,9 @@ def make_application(service: Service, *, page: str | None = None, origins: Sequ
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
         )
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _not_routed})
+    application = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _not_routed})
+    application.router.redirect_slashes = False  # it would send the client to the address that its Host header names
+    return application
 
 
 async def _not_routed(request: Request, error: Any) -> Response:

@@ -18,10 +18,10 @@ from flax_transformer.serving.libretranslate import check_texts
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.parameters import Parameters
 from flax_transformer.serving.refusals import Refusal
-from flax_transformer.serving.service import Call, Json
-from flax_transformer.serving.texts import check_sentences, write
+from flax_transformer.serving.service import Call, Json, Service
+from flax_transformer.serving.texts import LOOKED_INTO, check_sentences, write
 from flax_transformer.text.alignment import spans
-from flax_transformer.text.documents import divide
+from flax_transformer.text.documents import Document, divide
 from flax_transformer.text.splitting import join_parts
 
 MAX_BEAM = 8
@@ -111,7 +111,7 @@ def _draft(
     prefix: list[int] | None,
 ) -> Draft:
     """What the engine is to decode: one source for each sentence, or as many equal ones as there are samples."""
-    draft = model.translator.draft([each for each in sentences for _ in range(copies)], search, seed=seed)
+    draft = model.draft([each for each in sentences for _ in range(copies)], search, seed=seed)
     longest = model.translator.config.max_length
     if any(len(parts) != 1 for parts in draft.parts):
         raise Refusal(400, f"a sentence has more than {longest} tokens, which are too many to explain: shorten it")
@@ -120,8 +120,9 @@ def _draft(
         wrong = [token for token in prefix if token in (config.pad_id, config.eos_id)]
         if wrong:
             raise Refusal(400, f"prefix has the id {wrong[0]}, which ends or pads a sentence: leave it out")
+        language = next(iter(draft.prefixes), [])  # the token of the target language, in models that are told it so
+        prefix = prefix if prefix[: len(language)] == language else [*language, *prefix]
         draft.prefixes = [prefix] * copies
-        draft.given = [min(count, len(prefix)) for count in draft.given]
     return draft
 
 
@@ -133,6 +134,7 @@ def _explain(
     pieces = vocabularies.source.pieces(source)
     hypotheses = [_hypothesis(translation) for translation in translations]
     first = translations[0]
+    _check_looked_into(source, first.ids)
     inspection = model.translator.inspector.inspect(source, first.ids)
     best, log_probs = inspection.candidates()
     for token, ids, row in zip(hypotheses[0]["tokens"], best, log_probs, strict=True):
@@ -152,6 +154,13 @@ def _explain(
         ],
         "hypotheses": hypotheses,
     }
+
+
+def _check_looked_into(source: Sequence[int], target: Sequence[int]) -> None:
+    """Raises `Refusal` for a pair whose attention would take too much memory."""
+    longest = max(len(source), len(target))
+    if longest > LOOKED_INTO:
+        raise Refusal(400, f"a sentence has {longest} tokens, {LOOKED_INTO} can be looked into: shorten it")
 
 
 def _hypothesis(translation: Translation) -> dict[str, Any]:
@@ -196,11 +205,12 @@ def _attention(model: Served, text: str, ids: list[int], kind: str, layer: int) 
     vocabularies, config = model.translator.vocabularies, model.translator.config
     if max(ids) >= config.target_vocab_size:
         raise Refusal(400, f"ids has {max(ids)}, the vocabulary has {config.target_vocab_size} tokens: give its ids")
-    draft = model.translator.draft([text], model.search)
+    draft = model.draft([text], model.search)
     if len(draft.sources) != 1:
         what = f"has more than {config.max_length} tokens: shorten it" if draft.sources else "is blank: give a sentence"
         raise Refusal(400, f"q {what}")
     source = draft.sources[0]
+    _check_looked_into(source, ids)
     heads = model.translator.inspector.inspect(source, ids).heads(kind, layer)
     read, written = vocabularies.source.pieces(source), vocabularies.target.pieces(ids)
     return {
@@ -218,36 +228,43 @@ async def stream(call: Call) -> Response:
     check_texts(call, [text])
     document = await asyncio.to_thread(divide, text)
     check_sentences(call.service, len(document.sentences))
-    drafts = await asyncio.to_thread(
-        lambda: [model.translator.draft([sentence], model.streaming) for sentence in document.sentences]
-    )
-    events = _events(call, model, drafts, document.join, started)
+    events = _events(call.service, model, text, document, started)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 async def _events(
-    call: Call, model: Served, drafts: Sequence[Draft], join: Any, started: float
+    service: Service, model: Served, text: str, document: Document, started: float
 ) -> AsyncIterator[bytes]:
-    service, translations = call.service, []
+    """The events of a text; its bytes and its sentences count for the server's limits until the last of them."""
+    translations: list[str] = []
+    size, waiting = len(text.encode(errors="replace")), 0
     service.streams += 1
+    service.bytes += size
     service.metrics.running.inc()
     try:
+        service.desk.admit(len(document.sentences))
+        waiting = len(document.sentences)
         async with asyncio.timeout(service.limits.deadline_s):
-            for number, draft in enumerate(drafts):
+            for number, sentence in enumerate(document.sentences):
+                draft = await asyncio.to_thread(model.draft, [sentence], model.streaming)
+                waiting -= 1
+                service.desk.open -= 1  # `stream` admits it
                 text = ""
                 async for parts in service.desk.stream(model.translator.engine, draft):
                     text = join_parts(model.translator.vocabularies.target.decode(parts))
                     yield _event("token", {"sentence": number, "text": text.rstrip(INCOMPLETE)})
                 translations.append(text)
                 service.metrics.sentences.labels(model.name).inc()
-        yield _event("done", {"translatedText": join(translations)})
+        yield _event("done", {"translatedText": document.join(translations)})
     except TimeoutError:
         yield _event("error", {"error": f"the answer was not ready within {service.limits.deadline_s:g} seconds"})
     except Exception as error:
         yield _event("error", {"error": service.refuse(error).message})
     finally:
         service.streams -= 1
+        service.bytes -= size
+        service.desk.open -= waiting
         service.metrics.running.dec()
         service.metrics.latency.labels("/stream").observe(time.monotonic() - started)
 

@@ -1,7 +1,7 @@
 """Names languages, and tells in which of the served languages a text is."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import babel
@@ -63,6 +63,26 @@ def short(code: str) -> str:
         return babel.Locale.parse(language).language
     except (ValueError, babel.UnknownLocaleError):
         return language
+
+
+def token_of(code: str, tokens: Sequence[str]) -> str:
+    """Which of the tokens that name languages, such as ">>kan<<", a model must be told to write a language.
+
+    Args:
+        code: the language, e.g. "kn".
+        tokens: the tokens of its vocabulary.
+
+    Raises:
+        ValueError: no token names it, or several do.
+    """
+    named = {token: token.removeprefix(">>").removesuffix("<<") for token in tokens}
+    exact = [token for token, name in named.items() if name == code]
+    found = exact or [token for token, name in named.items() if short(name) == short(code)]
+    if len(found) == 1:
+        return found[0]
+    few = ", ".join((found or list(tokens))[:8])
+    what = f"{len(found)} tokens name the language {code!r}" if found else f"no token names the language {code!r}"
+    raise ValueError(f"the model is told what to write by a token, and {what}: write one of {few}, without the marks")
 
 
 class Detector:

@@ -5,11 +5,12 @@ from typing import Any
 
 from starlette.responses import Response
 
+from flax_transformer.decoding.documents import Documents, divide_documents
 from flax_transformer.serving.languages import language_name
 from flax_transformer.serving.models import AUTO
 from flax_transformer.serving.refusals import Refusal
 from flax_transformer.serving.service import Call, Json
-from flax_transformer.serving.texts import Translated, translate_texts
+from flax_transformer.serving.texts import Translated, beside, check_sentences, translate_texts
 from flax_transformer.text.spelling import is_blank
 
 FORMATS = {"text": False, "html": True}
@@ -27,7 +28,14 @@ async def translate(call: Call) -> Response:
     details = parameters.flag("details")
     check_texts(call, texts)
     markup = FORMATS[form]
-    detected = await _sources(call, texts, source, target)
+    _check_languages(call, source, target)
+    divided = await beside(sum(map(len, texts)), divide_documents, texts, markup=markup)
+    check_sentences(service, len(divided.sentences))
+    # Tags and styles are in no language.
+    samples = [" ".join(document.sentences) for document in divided.documents] if markup else texts
+    detected = [(source, 1.0)] * len(texts)
+    if source == AUTO:
+        detected = await asyncio.to_thread(lambda: [service.models.detect(text, target)[0] for text in samples])
     by_source: dict[str, list[int]] = {}
     for number, (code, _) in enumerate(detected):
         by_source.setdefault(code, []).append(number)
@@ -37,8 +45,7 @@ async def translate(call: Call) -> Response:
         found = await translate_texts(
             service,
             models[code],
-            [texts[number] for number in numbers],
-            markup=markup,
+            Documents.of([divided.documents[number] for number in numbers]),
             alternatives=0 if markup else alternatives,
         )
         results |= dict(zip(numbers, found, strict=True))
@@ -70,15 +77,13 @@ def check_texts(call: Call, texts: list[str]) -> None:
         )
 
 
-async def _sources(call: Call, texts: list[str], source: str, target: str) -> list[tuple[str, float]]:
-    """The language of each text and the probability that it is so."""
+def _check_languages(call: Call, source: str, target: str) -> None:
+    """Raises `Refusal` if no model translates between two languages, of which the source may be "auto"."""
     models = call.service.models
     if source != AUTO:
         models.find(source, target)
-        return [(source, 1.0)] * len(texts)
-    if target not in models.targets:
+    elif target not in models.targets:
         models.find(models.sources[0], target)  # says what is wrong
-    return await asyncio.to_thread(lambda: [models.detect(text, target)[0] for text in texts])
 
 
 def _confidence(code: str, probability: float) -> dict[str, Any]:
@@ -104,7 +109,9 @@ async def detect(call: Call) -> Response:
     text = "\n".join(texts)
     check_texts(call, [text])
     found = await asyncio.to_thread(call.service.models.detect, text)
-    return Json([_confidence(*each) for each in found if each[1] > 0] if not is_blank(text) else [])
+    told = [] if is_blank(text) else [each for each in found if each[1] > 0]
+    # As LibreTranslate, which answers with some language where it can tell none: clients read the first one.
+    return Json([_confidence(*each) for each in told or [(call.service.models.sources[0], 0.0)]])
 
 
 async def languages(call: Call) -> Response:

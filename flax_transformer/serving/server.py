@@ -14,6 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flax_transformer.serving.service import Service
 
+HEAD_BYTES = 64 * 1024  # of a request's head: some clients send whole texts in the query string
+
 
 class PatientProtocol(H11Protocol):
     """HTTP that waits for a client only so long: for the head of a request, and for an answer to be taken."""
@@ -124,6 +126,7 @@ class Server(uvicorn.Server):
             log_level="critical",  # all errors are answered, and logged without texts, in `Service`
             server_header=False,
             limit_concurrency=connections,
+            h11_max_incomplete_event_size=HEAD_BYTES,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=1,
             proxy_headers=bool(proxies),

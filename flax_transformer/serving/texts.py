@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from flax_transformer.decoding.documents import Documents, divide_documents
+from flax_transformer.decoding.documents import Documents
 from flax_transformer.decoding.drafts import Draft
 from flax_transformer.decoding.requests import Output
 from flax_transformer.decoding.results import Translation
@@ -15,6 +15,7 @@ from flax_transformer.serving.refusals import Refusal
 from flax_transformer.serving.service import Service
 from flax_transformer.text.alignment import TextAlignment, spans
 
+LOOKED_INTO = 512  # tokens of a sentence whose attention is looked at: a large model needs 600 MB for them
 SHORT = 1000  # characters, which are divided and encoded in a millisecond
 Result = TypeVar("Result")
 
@@ -35,25 +36,22 @@ class Translated:
 
 
 async def translate_texts(
-    service: Service, model: Served, texts: Sequence[str], *, markup: bool, alternatives: int
+    service: Service, model: Served, documents: Documents, *, alternatives: int
 ) -> list[Translated]:
     """Translates texts of one language.
 
     Args:
         service: whose queue is used.
         model: the model.
-        texts: the texts.
-        markup: whether they are HTML.
+        documents: the texts, divided into sentences.
         alternatives: how many alternatives of each are wanted.
 
     Raises:
-        Refusal: there are too many sentences, or the queue is full.
+        Refusal: the queue is full.
     """
-    characters = sum(map(len, texts))
-    documents = await beside(characters, divide_documents, texts, markup=markup)
-    check_sentences(service, len(documents.sentences))
+    characters = sum(map(len, documents.sentences))
     search = model.search.replace(num_return=alternatives + 1)
-    draft = await beside(characters, model.translator.draft, documents.sentences, search)
+    draft = await beside(characters, model.draft, documents.sentences, search)
     found = await service.desk.decode(model.translator.engine, draft)
     service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
     translations = await write(service, model, draft, found)
@@ -98,8 +96,11 @@ def check_sentences(service: Service, count: int) -> None:
 def _align(
     model: Served, sentence: str, parts: Sequence[Sequence[int]], translation: Translation
 ) -> TextAlignment | None:
-    """How the characters of a translation and its source belong together; `None` if it is blank or made in parts."""
-    if len(parts) != 1:
+    """How the characters of a translation and its source belong together.
+
+    `None` if it is blank, made in parts, or too long for the memory that this takes.
+    """
+    if len(parts) != 1 or max(len(parts[0]), len(translation.ids)) > LOOKED_INTO:
         return None
     source, (ids,) = model.translator.vocabularies.source, parts
     weights = model.translator.inspector.inspect(ids, translation.ids).alignment()

@@ -116,6 +116,7 @@ def spans(pieces: Sequence[str], text: str, unknown: Sequence[bool] | None = Non
     return found
 
 
+MOST_MARKS = 32  # characters of one sign that are compared; to order many marks takes Python quadratic time
 _REACH = 16  # characters that a vocabulary may have dropped before a piece
 
 
@@ -123,7 +124,7 @@ def _plain(text: str) -> tuple[str, list[Span]]:
     """A text without accents composed, case and invisible characters, and where each of its characters stands."""
     letters, origins = [], []
     for match in regex.finditer(r"\X", text):
-        for letter in unicodedata.normalize("NFKD", match[0]).casefold():
+        for letter in unicodedata.normalize("NFKD", match[0][:MOST_MARKS]).casefold():
             if not is_blank(letter):  # vocabularies drop what shows nothing, so that no piece stands for it
                 letters.append(letter)
                 origins.append(match.span())

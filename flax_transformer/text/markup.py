@@ -109,15 +109,19 @@ class _Structure:
     """What each element of a list of tokens is; elements have the numbers of their start tags, -1 is the whole."""
 
     def __init__(self, tokens: Sequence[Token]):
+        self._tokens = tokens
         self.end: dict[int, int] = {}
         self.parent: dict[int, int] = {}
         self.translates = {-1: True}
         texts: set[int] = set()  # elements with text of their own
         speaking: set[int] = set()  # elements that have, somewhere, text to translate
         breaking: set[int] = set()  # elements that end a sentence, somewhere
+        lettered: set[int] = set()  # elements that have, somewhere, a letter
         opened = [-1]
         for number, token in enumerate(tokens):
             inside = opened[-1]
+            if _LETTER.search(token.text):
+                lettered.add(inside)
             if token.kind == "start":
                 self.parent[number] = inside
                 self.translates[number] = self.translates[inside] if token.translate is None else token.translate
@@ -138,10 +142,12 @@ class _Structure:
         for number, parent in reversed(self.parent.items()):
             if number in speaking:
                 speaking.add(parent)
+            if number in lettered:
+                lettered.add(parent)
             if number in breaking or not inline[number] or (number in speaking and not self.translates[number]):
                 breaking.add(number)
                 breaking.add(parent)
-        self._speaking, self._breaking = speaking, breaking
+        self._speaking, self._breaking, self._lettered = speaking, breaking, lettered
 
     def is_kept(self, number: int) -> bool:
         """Whether nothing in an element is to be translated because its attributes say so."""
@@ -151,13 +157,13 @@ class _Structure:
         """Whether an element ends the sentence before it, because it is a block or contains one."""
         return number in self._breaking
 
-
-def _is_note(tokens: Sequence[Token], start: int, end: int) -> bool:
-    """Whether an element is raised and has no letters, as marks of footnotes and powers are, behind a word."""
-    if tokens[start].name != "sup" or any(_LETTER.search(token.text) for token in tokens[start:end]):
-        return False
-    behind = tokens[end + 1] if end + 1 < len(tokens) else None
-    return behind is None or behind.kind != "text" or not behind.text[0].isalnum()
+    def is_note(self, number: int) -> bool:
+        """Whether an element is raised and has no letters, as marks of footnotes and powers are, behind a word."""
+        if self._tokens[number].name != "sup" or number in self._lettered:
+            return False
+        after = self.end[number] + 1
+        behind = self._tokens[after] if after < len(self._tokens) else None
+        return behind is None or behind.kind != "text" or not behind.text[0].isalnum()
 
 
 def _divide(tokens: Sequence[Token]) -> Iterator[str | Slot]:
@@ -168,7 +174,7 @@ def _divide(tokens: Sequence[Token]) -> Iterator[str | Slot]:
     while number < len(tokens):
         token = tokens[number]
         apart = False
-        if token.kind == "start" and (structure.is_kept(number) or _is_note(tokens, number, structure.end[number])):
+        if token.kind == "start" and (structure.is_kept(number) or structure.is_note(number)):
             inside = tokens[number : structure.end[number] + 1]
             token = Token("other", "".join(each.raw for each in inside), text="".join(each.text for each in inside))
             apart = structure.breaks(number)

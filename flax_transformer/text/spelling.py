@@ -20,6 +20,8 @@ _LINE_END = regex.compile(rf"\r\n|[{LINE_ENDS}]")
 _INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cc}\ufff9-\ufffb]")
 # Those among them that change the shape of what is seen: joiners, variation selectors, and the tags of flags.
 _SHAPING = regex.compile(r"[\u200c\u200d\p{Variation_Selector}\U000e0020-\U000e007f]")
+# To put marks into their canonical order takes Python quadratic time; no text of a language has as many on a character.
+_MANY_MARKS = regex.compile(r"(\p{M}{30})\p{M}+")
 _BLANK_BRAILLE = "\u2800"
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -39,9 +41,17 @@ def in_one_cell(text: str) -> str:
     return in_one_line(text).replace("\t", " ")
 
 
+def composed(text: str) -> str:
+    """The text in composed form (NFC). Of more than 30 marks on one character, which cannot be read, 30 are left.
+
+    Unicode Standard Annex 15 has this limit in its Stream-Safe Text Format.
+    """
+    return unicodedata.normalize("NFC", _MANY_MARKS.sub(r"\1", text))
+
+
 def comparable(text: str) -> str:
     """The text as translations and references are compared: composed (NFC), in one line, with single spaces inside."""
-    return " ".join(filter(None, unicodedata.normalize("NFC", in_one_line(text)).split(" ")))
+    return " ".join(filter(None, composed(in_one_line(text)).split(" ")))
 
 
 def training_text(text: str, *, compose: bool = True) -> str:
@@ -53,7 +63,7 @@ def training_text(text: str, *, compose: bool = True) -> str:
     White space of other kinds, such as no-break spaces, and other invisible characters, such as the joiners of Kannada
     and Persian, stay: translations should be able to write them.
     """
-    text = unicodedata.normalize("NFC", text) if compose else text
+    text = composed(text) if compose else text
     return quotable(in_one_cell(text).replace(_BYTE_ORDER_MARK, ""))
 
 
@@ -89,10 +99,10 @@ class Spelling:
         # or the ohm sign. They are kept, unless the vocabulary has the replacement in at least as many pieces: the
         # letter K stays K even if the training text had a few Kelvin signs.
         self._restored = {
-            composed: character
+            replaced: character
             for character in sorted(uses if compose else ())
-            if (composed := unicodedata.normalize("NFC", character)) != character
-            and any(uses[part] < uses[character] for part in composed)
+            if (replaced := unicodedata.normalize("NFC", character)) != character
+            and any(uses[part] < uses[character] for part in replaced)
         }
         # Caches: what each character becomes, and which characters the vocabulary can write.
         self._replacements: dict[int, str] = {}
@@ -105,9 +115,9 @@ class Spelling:
         removed. Other white space becomes a space if it has no piece, and invisible characters without a piece are
         removed; those with a piece stay, such as the joiners that some languages need.
         """
-        text = (unicodedata.normalize("NFC", text) if self._compose else text).strip()
-        for composed, character in self._restored.items():
-            text = text.replace(composed, character)
+        text = (composed(text) if self._compose else text).strip()
+        for replaced, character in self._restored.items():
+            text = text.replace(replaced, character)
         others = set(text) - self._known
         if not others:
             return text

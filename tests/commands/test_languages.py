@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -65,7 +66,8 @@ def test_scores_and_evaluations_are_of_the_same_languages(run, many, model, sour
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ((PAIR[0],), "the model needs the language of a text: give source_language and target_language"),
+        ((PAIR[0],), r"the model needs the language of .*: give source_language and target_language"),
+        ((PAIR[1],), r"the model needs the language of .*: give source_language and target_language"),
         (("--target_language=eng_Cyrl", PAIR[0]), "knows no language eng_Cyrl: did you mean eng_Latn"),
     ],
 )
@@ -76,9 +78,16 @@ def test_a_language_that_lacks_or_is_unknown_is_an_error_before_the_output_is_to
     for verb, inputs in (
         ("translate", ("--input", source, "--output", tmp_path / "old")),
         ("evaluate", ("--source", source, "--reference", source, "--translations", tmp_path / "old")),
+        ("score", ("--source", source, "--target", source, "--output", tmp_path / "old")),
     ):
-        assert match in fail(verb, "--workdir", many, *options, *inputs)
+        assert re.search(match, fail(verb, "--workdir", many, *options, *inputs))
         assert (tmp_path / "old").read_text() == "kept"
+
+
+def test_a_model_that_knows_its_languages_and_one_that_is_told_them_are_an_ensemble(run, many, model, source, tmp_path):
+    dataclasses.replace(model, vocabularies=model.vocabularies.speaking("kan_Knda", "eng_Latn")).save(tmp_path / "own")
+    both = run("translate", "--workdir", many, tmp_path / "own", *PAIR, "--input", source)
+    assert both == run("translate", "--workdir", many, *PAIR, "--input", source)
 
 
 def test_languages_are_an_error_where_no_model_knows_any(fail, run, workdir, translator, many, source, tmp_path):

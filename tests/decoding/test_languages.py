@@ -5,6 +5,8 @@ import pytest
 
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.serving.exploring import _draft
+from flax_transformer.serving.models import Served
 from flax_transformer.trained_model import TrainedModel
 from tests.languages import CONFIG, language_pair
 
@@ -51,6 +53,13 @@ def test_the_language_of_both_sides_changes_the_translation(model, translator, s
     assert [[row[1:] for row in rows] for rows in other] != [[row[1:] for row in rows] for rows in whole]
     assert ids_of(translator.speaking(target_language="fra_Latn").hypotheses(sentences, BEAM)) == other
     assert translator.vocabularies.target.language == "eng_Latn"  # `speaking` has not changed it
+
+
+def test_a_prefix_of_ids_follows_the_language(translator):
+    language = translator.vocabularies.target.encode([""])[0][0]
+    for prefix in ([], [7], [language, 7]):
+        draft = _draft(Served("kn", "en", translator, GREEDY), ["a cat"], 1, GREEDY, 0, prefix)
+        assert draft.prefixes == [[language, 7] if prefix else [language]] and draft.given == [1]
 
 
 def test_a_line_and_its_prefix_may_name_their_own_languages(model, translator, sentences):

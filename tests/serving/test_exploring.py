@@ -181,6 +181,26 @@ def test_a_stream_grows_to_the_greedy_translation(client, served, method):
     assert "flax_transformer_requests_running 1.0" in counted  # the request for these numbers
 
 
+def test_all_sentences_and_bytes_of_a_stream_count_for_the_limits_of_the_queue(make_client, monkeypatch):
+    client = make_client(queue_sentences=3)
+    service, held = client.service, []
+    admit = type(service.desk).admit
+    monkeypatch.setattr(type(service.desk), "admit", lambda *each: held.append(service.bytes) or admit(*each))
+    (event,) = read_events(client.get("/stream", params=PAIR | {"q": "a cat\n" * 4}).text)
+    assert event[0] == "error" and "the request has 4 sentences" in event[1]["error"]
+    assert held == [len("a cat\n" * 4)]
+    *_, (last, _) = read_events(client.get("/stream", params=PAIR | {"q": "a cat\n" * 3}).text)
+    assert last == "done" and (service.desk.open, service.bytes, service.streams) == (0, 0, 0)
+
+
+def test_pairs_whose_attention_needs_too_much_memory_are_refused(client, monkeypatch):
+    monkeypatch.setattr("flax_transformer.serving.exploring.LOOKED_INTO", 4)
+    fields = PAIR | {"ids": [5, 5, 5, 5, 2], "kind": "cross", "layer": 0}
+    for path, body in (("/attention", fields | {"q": "a cat"}), ("/explain", PAIR | {"q": "the cat saw the dog"})):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 400 and "4 can be looked into: shorten it" in answer.json()["error"]
+
+
 def test_an_error_after_the_beginning_of_a_stream_is_an_event(client, monkeypatch):
     monkeypatch.setattr(type(client.service.desk), "admit", lambda desk, count: 1 / 0)
     ((name, data),) = read_events(client.get("/stream", params=PAIR | {"q": "a cat"}).text)

@@ -157,6 +157,22 @@ def test_half_a_surrogate_pair_is_answered_with_text_that_utf_8_can_hold(client)
         assert answer.status_code == 200 and isinstance(answer.json()["translatedText"], str)
 
 
+def test_the_language_of_html_is_that_of_its_text(client, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        type(client.service.models), "detect", lambda models, text, target="": seen.append(text) or [("en", 1.0)]
+    )
+    page = "<style>p { color: red }</style><p class='menschlich'>A dog <b>runs</b>.</p><p>Two men talk.</p>"
+    ask(client, q=page, source="auto", format="html")
+    ask(client, q=page, source="auto")
+    assert seen == ["A dog runs. Two men talk.", page]
+
+
+def test_a_slash_behind_a_route_is_no_redirection_to_another_address(client):
+    answer = client.post("/translate/", json={"q": "a", "source": "en", "target": "de"}, follow_redirects=False)
+    assert answer.status_code == 404 and "error" in answer.json()
+
+
 def test_languages_detection_health_and_settings(client):
     assert (
         client.get("/languages").json()
@@ -168,7 +184,7 @@ def test_languages_detection_health_and_settings(client):
     )
     assert client.get("/health").json() == {"status": "ok"}
     assert ask(client, "/detect", q="a dog runs") == [{"confidence": 100, "language": "en"}]
-    assert ask(client, "/detect", q="  ") == []
+    assert ask(client, "/detect", q="  ") == [{"confidence": 0, "language": "en"}]
     assert "missing" in ask(client, "/detect", status=400)["error"]
     settings = client.get("/frontend/settings").json()
     assert settings["language"] == {

@@ -1,4 +1,5 @@
 import re
+import time
 import tracemalloc
 
 import lxml.html
@@ -141,6 +142,12 @@ def test_tags_go_where_the_alignment_says():
     target = "Der Wagen, der rote, fährt."
     found = translated(text, target, alignments=[aligned("The red car drives.", target, *links)])
     assert found == "Der <a href='x'>Wagen</a>, der <b>rote</b>, fährt."
+
+
+def test_dividing_many_nested_marks_takes_time_in_proportion():
+    started = time.process_time()
+    document = divide_markup("<sup>" * 12_000 + "</sup>1" * 12_000)
+    assert document.sentences == () and time.process_time() - started < 10
 
 
 def test_nested_tags_stay_nested_and_take_their_words_along():

@@ -1,10 +1,20 @@
 """Text that looks the same is spelled the same, in the characters that a vocabulary knows."""
 
+import time
 import unicodedata
 
 import pytest
 
-from flax_transformer.text.spelling import Spelling, comparable, in_one_cell, in_one_line, is_blank, training_text
+from flax_transformer.text.alignment import spans
+from flax_transformer.text.spelling import (
+    Spelling,
+    comparable,
+    composed,
+    in_one_cell,
+    in_one_line,
+    is_blank,
+    training_text,
+)
 
 LATIN = set("abcdefghijklmnopqrstuvwxyz é")
 ZWNJ, ZWJ = "\u200c", "\u200d"
@@ -109,3 +119,13 @@ def test_text_is_put_in_one_line(end):
 
 def test_vocabularies_are_trained_on_composed_text_that_keeps_joiners_and_wide_spaces():
     assert training_text(f"\ufeffe\u0301\t{ZWNJ}\xa0\ud800") == f"é {ZWNJ}\xa0?"
+
+
+def test_very_many_marks_on_one_character_are_cut_since_ordering_them_takes_quadratic_time():
+    few = "q" + "\u0316\u0301" * 15
+    assert composed(few) == unicodedata.normalize("NFC", few)
+    marks = "\u0301" * 200_000 + "\u0316" * 200_000
+    started = time.process_time()
+    assert composed(f"q{marks}") == "q" + "\u0301" * 30
+    assert spans(["q"], f"q{marks}") == [(0, 1 + len(marks))]
+    assert time.process_time() - started < 10
