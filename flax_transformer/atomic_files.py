@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from flax_transformer.files import is_remote
+
 
 def write_file(path: epath.Path, content: bytes) -> None:
     """Writes a file, replacing the one that is there; makes its folder if necessary."""
@@ -44,9 +46,24 @@ def write_folder(path: epath.Path) -> Iterator[epath.Path]:
         raise
 
 
-def free_name(folder: epath.Path, name: str) -> epath.Path:
-    """A path in a folder that nothing has yet: the name with a number, from 1 on."""
-    return next(path for number in itertools.count(1) if not (path := folder / f"{name}-{number}").exists())
+def move_aside(path: epath.Path, folder: epath.Path) -> None:
+    """Moves a file or folder into another folder, with a number behind its name; makes that folder if necessary."""
+    folder.mkdir(exist_ok=True)
+    free = next(free for number in itertools.count(1) if not (free := folder / f"{path.name}-{number}").exists())
+    if is_remote(str(path)):
+        _move_objects(path, free)
+    else:
+        path.rename(free)
+
+
+def _move_objects(path: epath.Path, to: epath.Path) -> None:
+    """Moves what a bucket has under a name; etils and fsspec cannot rename folders there."""
+    if path.is_dir():
+        for inner in list(path.iterdir()):
+            _move_objects(inner, to / inner.name)
+    else:
+        path.copy(to)
+        path.unlink()
 
 
 def _draft_of(path: epath.Path) -> epath.Path:

@@ -21,8 +21,9 @@ from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from flax_transformer.atomic_files import free_name
+from flax_transformer.atomic_files import move_aside
 from flax_transformer.orbax_paths import literal
+from flax_transformer.preservation import Best, Newest
 from flax_transformer.processes import hosts
 from flax_transformer.scores import Scores, StepScores
 
@@ -63,10 +64,9 @@ class Checkpoints:
         path = literal(path, read_only=read_only)
         self._path = path
         self._scores = StepScores(scores_file, best_metric, found_by)
+        newest = Newest(keep_latest, is_planned)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [_Newest(keep_latest, is_planned), _Best(self._scores, keep_best)]
-            ),
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, Best(self._scores, keep_best)]),
             # Removes what is left of a save that was killed. A reader must not: the save may still be in progress.
             cleanup_tmp_directories=not read_only,
             create=not read_only,
@@ -75,6 +75,7 @@ class Checkpoints:
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in TREES}
         handlers["notes"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+        newest.found = frozenset(sorted(self._manager.all_steps())[:-1])
         # The step whose checkpoint is being written.
         self._writing: int | None = None
         # The files that must be in that step's folder once it is written; empty after they have been checked.
@@ -262,9 +263,8 @@ class Checkpoints:
             return
         folder = self._path.parent / "damaged"
         if hosts.is_first():
-            folder.mkdir(exist_ok=True)
             for step, reason in damaged.items():
-                (self._path / str(step)).rename(free_name(folder, str(step)))
+                move_aside(self._path / str(step), folder)
                 warnings.warn(
                     f"the checkpoint of step {step} cannot be read ({reason}): it was moved to {folder}, and training "
                     f"continues from step {instead}",
@@ -301,9 +301,16 @@ class Checkpoints:
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), self._stored(steps[0], "params"))
         mean = jax.tree.map(np.zeros_like, target)
         for step in steps:
-            params = self._manager.restore(
-                step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target))
-            ).params
+            restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+            try:
+                params = self._manager.restore(step, args=restore).params
+            except (jax.errors.JaxRuntimeError, MemoryError):
+                raise
+            except Exception as error:  # Orbax and its storage raise many kinds of errors.
+                raise ValueError(
+                    f"the checkpoint of step {step} cannot be read ({_reason(error)}): move {self._path / str(step)} "
+                    "away; the same command goes on without it"
+                ) from error
             jax.tree.map(lambda total, leaf: np.add(total, leaf, out=total), mean, params)
         return jax.tree.map(lambda total: np.divide(total, len(steps), out=total), mean)
 
@@ -326,33 +333,6 @@ class Checkpoints:
                     f"{self._path / str(step)} does not fit config.json: {leaf} has the shape {stored.get(leaf)} there "
                     f"and {wanted.get(leaf)} by the config: put back the config.json that it was trained with"
                 )
-
-
-class _Newest(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest checkpoint, and the newest of those that the training would have had it never been stopped.
-
-    So a training that was stopped now and then has at its end the same checkpoints as one that was not.
-    """
-
-    def __init__(self, count: int | None, is_planned: Callable[[int], bool]):
-        self._count, self._is_planned = count, is_planned
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        planned = steps if self._count is None else list(filter(self._is_planned, steps))[-self._count :]
-        return [checkpoint.step in (*planned, steps[-1]) for checkpoint in checkpoints]
-
-
-class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the best checkpoints, even though their scores are recorded after they are written."""
-
-    def __init__(self, scores: StepScores, count: int):
-        self._scores, self._count = scores, count
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = [step for step in self._scores.ranked() if step in steps][: self._count]
-        return [step in best for step in steps]
 
 
 @contextlib.contextmanager

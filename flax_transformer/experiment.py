@@ -320,6 +320,10 @@ class TrainingConfig:
                 f"{best}: for the mean of checkpoints set weights to averaged and one of the two; else leave both at 0"
             )
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps, 0 for never, and after the last one, is done after this step."""
+        return every > 0 and (step % every == 0 or step == self.steps)
+
 
 def scored_by(training: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a training section on which the scores of the validation corpus depend.

@@ -69,8 +69,13 @@ class TrainedModel:
 
         Args:
             path: the folder to write; must be empty or not exist.
+
+        Raises:
+            ValueError: the folder is not empty.
         """
         workdir = WorkDirectory(path)
+        if workdir.path.exists() and any(workdir.path.iterdir()):
+            raise ValueError(f"{workdir.path} is not empty: name a new folder, or remove what is in it")
         workdir.write_vocabularies(self.vocabularies)
         workdir.write_fingerprints({"vocabulary": self.vocabularies.fingerprint()})
         if self.shortlist is not None:

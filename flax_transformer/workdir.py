@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 from jaxtyping import PyTree
 
-from flax_transformer.atomic_files import free_name, write_file
+from flax_transformer.atomic_files import move_aside, write_file
 from flax_transformer.checkpoints import Checkpoints
 from flax_transformer.config import TransformerConfig, from_mapping
 from flax_transformer.data.vocabulary import VocabularyPair
@@ -39,6 +39,7 @@ class WorkDirectory:
             ValueError: the name is empty, or has a character with which checkpoints cannot be stored.
         """
         _check_name(os.fspath(path))
+        self._unwritten: list[bytes] = []  # lines of metrics for which an object store gave an error
         path = epath.Path(path).expanduser()
         # Orbax accepts only absolute paths; `resolve` would turn gs:// into a local folder.
         self.path = path if path.is_absolute() else path.resolve()
@@ -189,9 +190,20 @@ class WorkDirectory:
         line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
         # A kill or a full disk may have cut off the last line; then a new one is begun.
         if self.is_remote:
-            before = self._read_metrics_file()
-            # Object stores cannot append. They replace objects atomically, so a draft is not needed.
-            self._metrics_file.write_bytes(before + (b"\n" if before and not before.endswith(b"\n") else b"") + line)
+            self._unwritten.append(line)
+            try:
+                before = self._read_metrics_file()
+                begin = b"\n" if before and not before.endswith(b"\n") else b""
+                # Object stores cannot append. They replace objects atomically, so a draft is not needed.
+                self._metrics_file.write_bytes(before + begin + b"".join(self._unwritten))
+                self._unwritten.clear()
+            except Exception as error:  # the stores' clients have errors of their own
+                if len(self._unwritten) == 1:
+                    warnings.warn(
+                        f"{self._metrics_file} cannot be written ({type(error).__name__}: {error}): training goes on, "
+                        "and the next line brings this one along",
+                        stacklevel=2,
+                    )
             return
         with open(self._metrics_file, "ab+") as file:
             file.seek(max(0, file.tell() - 1))
@@ -280,18 +292,22 @@ class WorkDirectory:
             return averages.latest_step is not None
 
     def averages_after(self, step: int) -> bool:
-        """Whether there is an average that includes checkpoints of later steps."""
+        """Whether there is an average that includes checkpoints of later steps, or does not tell of which."""
         with self._open_averages(read_only=True) as averages:
-            return averages.latest_step is not None and max(averages.read_notes().get("steps", []), default=0) > step
+            if averages.latest_step is None:
+                return False
+            try:
+                return max(averages.read_notes().get("steps", []), default=0) > step
+            except Exception:  # Orbax and its storage raise many kinds of errors for a damaged file
+                return True
 
     def set_average_aside(self, step: int) -> None:
         """Moves the average to `damaged/`, with a warning, because training continues from an earlier step."""
         folder = self.path / "damaged"
-        folder.mkdir(exist_ok=True)
-        (self.path / "averaged").rename(free_name(folder, "averaged"))
+        move_aside(self.path / "averaged", folder)
         warnings.warn(
-            f"the average in {self.path} includes checkpoints after step {step}, from which training continues: it was "
-            f"moved to {folder}",
+            f"the average in {self.path} includes checkpoints after step {step}, from which training continues, or is "
+            f"damaged: it was moved to {folder}",
             stacklevel=2,
         )
 

@@ -133,6 +133,22 @@ def test_checkpoints_of_signals_do_not_count_among_the_newest(workdir):
     assert steps_of(workdir) == {20, 30, 33}
 
 
+def test_checkpoints_of_earlier_intervals_count_among_the_newest(workdir):
+    write(workdir, dict.fromkeys([10, 20, 30, 40]), keep_latest=4, is_planned=lambda step: step % 10 == 0)
+    # A training goes on with a longer interval.
+    write(workdir, dict.fromkeys([100]), keep_latest=4, is_planned=lambda step: step in (40, 100))
+    assert steps_of(workdir) == {20, 30, 40, 100}
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named_where_the_mean_is_made(workdir):
+    write(workdir, dict.fromkeys([1, 2, 3]))
+    file = workdir.path / "checkpoints" / "2" / "params" / "manifest.ocdbt"
+    file.write_bytes(b"")
+    with workdir.open_checkpoints() as checkpoints:
+        with pytest.raises(ValueError, match=r"the checkpoint of step 2 cannot be read \(.*\): move .*/2 away"):
+            checkpoints.average_params([3, 2, 1])
+
+
 def test_keep_best_keeps_several_of_the_best(workdir):
     values = dict(enumerate([5.0, 1.0, 3.0, 4.0, 2.0, 6.0], 1))
     write(workdir, {step: {"loss": value} for step, value in values.items()}, keep_latest=1, keep_best=2)

@@ -25,7 +25,7 @@ LAYOUT = {
     "checking": "",
     "files": "",
     "errors": "",
-    "atomic_files": "",
+    "atomic_files": "files",
     "tokens": "",
     "masks": "tokens",
     "positions": "tokens",
@@ -83,7 +83,8 @@ LAYOUT = {
     "processes.__init__": "",
     "processes.hosts": "",
     "scores": "atomic_files processes.hosts",
-    "checkpoints": "atomic_files orbax_paths scores processes.hosts",
+    "preservation": "scores",
+    "checkpoints": "atomic_files orbax_paths preservation scores processes.hosts",
     "workdir": "config experiment moved_settings data.vocabulary checkpoints files atomic_files",
     "decoding.__init__": "",
     "decoding.shortlist": "config",
@@ -175,7 +176,7 @@ LAYOUT = {
     "training.step_statistics": "data.batch monitoring.utilization training.step",
     "training.early_checks": "experiment workdir processes.hosts",
     "training.notices": "experiment data.corpus training.optimizer",
-    "training.resuming": "experiment workdir processes.hosts monitoring.provenance",
+    "training.resuming": "experiment workdir new_languages processes.hosts monitoring.provenance",
     "training.inputs": "bleu experiment files data workdir processes.hosts training.parallel training.early_checks "
     "training.notices training.resuming",
     "training.evaluation": "bleu config experiment text data decoding trained_model processes.hosts "

@@ -111,6 +111,9 @@ def test_orbax_gets_the_path_in_the_bucket_unchanged(workdir, monkeypatch):
         def __init__(self, directory, *arguments, **options):
             paths.append(directory)
 
+        def all_steps(self):
+            return []
+
         def close(self):
             pass
 
@@ -178,3 +181,25 @@ def test_events_that_can_never_be_written_do_not_end_training(action, anywhere, 
         with Report(anywhere, first_step=0, steps=40) as report:
             report_many(report)
     assert len(anywhere.read_metrics()) == 40
+
+
+def test_lines_that_could_not_be_written_to_a_bucket_come_with_the_next_one(workdir, monkeypatch):
+    workdir.append_metrics(LINES[0])
+    with monkeypatch.context() as failing:
+        failing.setattr(type(workdir.path), "write_bytes", lambda path, content: 1 / 0)
+        with pytest.warns(UserWarning, match=r"metrics.jsonl cannot be written \(ZeroDivisionError: .*goes on"):
+            workdir.append_metrics({"step": 2})
+        workdir.append_metrics({"step": 3})  # no second warning
+    assert workdir.read_metrics() == LINES[:1]
+    workdir.append_metrics(LINES[1])
+    assert workdir.read_metrics() == [LINES[0], {"step": 2}, {"step": 3}, LINES[1]]
+
+
+def test_something_damaged_in_a_bucket_is_moved_aside(workdir):
+    for content in (b"first", b"second"):
+        (workdir.path / "averaged" / "1" / "notes").write_bytes(content)
+        with pytest.warns(UserWarning, match="it was moved to gs://bucket/runs/first/damaged"):
+            workdir.set_average_aside(3)
+        assert not (workdir.path / "averaged").exists()
+    moved = [workdir.path / "damaged" / f"averaged-{number}" / "1" / "notes" for number in (1, 2)]
+    assert [path.read_bytes() for path in moved] == [b"first", b"second"]

@@ -262,7 +262,9 @@ class PackedCorpus:
         pairs = zip(text.source, text.target, strict=True)
         blank = [number for number, sides in enumerate(pairs) if any(map(is_blank, sides))]
         if len(blank) == len(text):
-            raise ValueError(f"each of {len(text)} sentence pairs has a blank side: check that both sides hold text")
+            raise ValueError(
+                f"data.{name}: each of {len(text)} sentence pairs has a blank side: check that both sides hold text"
+            )
 
         def build() -> dict[str, np.ndarray]:
             source = TokenSide.encode(vocabularies.source, text.source)

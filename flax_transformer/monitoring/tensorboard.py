@@ -31,15 +31,16 @@ with _without_torch():
 SCHEME = "epath"
 
 
-def open_events(folder: epath.Path, *, first_step: int = 0) -> SummaryWriter:
+def open_events(folder: epath.Path, *, first_step: int | None = None) -> SummaryWriter:
     """Opens a writer of TensorBoard's events; while the folder cannot be written, it warns and keeps the events.
 
     Args:
         folder: where the files go.
-        first_step: the step with which a training continues; TensorBoard forgets the later ones of earlier files.
+        first_step: the step from which a training goes on, 0 for a new one; TensorBoard forgets the later steps of
+            earlier files. `None` forgets nothing.
     """
     record_writer.register_writer_factory(SCHEME, _EventFiles())
-    return SummaryWriter(f"{SCHEME}:{folder}", purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter(f"{SCHEME}:{folder}", purge_step=None if first_step is None else first_step + 1)
 
 
 class _EventFiles:

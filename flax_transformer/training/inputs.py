@@ -14,7 +14,7 @@ from flax_transformer.processes import hosts
 from flax_transformer.training.early_checks import check_ahead
 from flax_transformer.training.notices import notice_of_rows, notice_of_tags, warn_of_settings, warn_of_texts
 from flax_transformer.training.parallel import Parallelism
-from flax_transformer.training.resuming import as_begun, check_config, check_fingerprints
+from flax_transformer.training.resuming import as_begun, check_config, check_fingerprints, check_processes
 from flax_transformer.workdir import WorkDirectory
 
 
@@ -97,6 +97,7 @@ def prepare(
             end of the training fail.
     """
     experiment = as_begun(experiment, workdir)
+    check_processes(experiment, workdir)
     experiment = _fill_in_tokenizer(experiment, workdir, texts)
     check_ahead(experiment, workdir)
     if hosts.is_first():
@@ -106,7 +107,7 @@ def prepare(
     experiment = _fill_in_vocabulary_sizes(experiment, vocabularies)
     before = check_config(experiment, workdir)
     fingerprints = {name: text.fingerprint() for name, text in texts.items()}
-    begun, changed = check_fingerprints(experiment, workdir, fingerprints, accept_changed_corpus)
+    begun, changed = check_fingerprints(experiment, before, workdir, fingerprints, accept_changed_corpus)
     micro_batches = parallelism.micro_batches(experiment.data.rows, experiment.training.parallelism.rows_per_device)
     options: dict[str, Any] = {
         "max_length": experiment.model.max_length,
@@ -121,6 +122,9 @@ def prepare(
         for name, text in texts.items()
         if name != "train"
     }
+    for name in held_out if vocabularies.source.languages else ():
+        for sentence in texts[name].source:
+            vocabularies.source.split_language(sentence)  # reports a token of a language that the vocabulary lacks
     # Recorded last, so that after an error the same work directory can be used with corrected settings.
     if hosts.is_first():
         if "valid" in changed:

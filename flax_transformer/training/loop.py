@@ -160,10 +160,14 @@ class _Training:
             keep_best=self.config.checkpoints.keep_best,
             best_metric=self.config.evaluation.best_metric,
             found_by=scored_by(dataclasses.asdict(self.config)),
-            is_planned=lambda step: (
-                self._is_due(step, self.config.checkpoints.every) or self._is_due(step, self.config.evaluation.every)
-            ),
+            is_planned=self._is_planned,
         )
+
+    def _is_planned(self, step: int) -> bool:
+        """Whether a training that is never stopped has a checkpoint here, by its settings now or when it last began."""
+        before = self.materials.before
+        configs = [self.config] if before is None else [self.config, before.training]
+        return any(each.is_due(step, every.every) for each in configs for every in (each.checkpoints, each.evaluation))
 
     def run(self) -> None:
         """Makes the steps from the newest checkpoint to the last step, or until evaluations stop improving."""
@@ -301,8 +305,8 @@ class _Training:
                         if told := self.profile.close():
                             session.report.say(told)
                 signal = session.interruption.check(step)
-                evaluate = self._is_due(step, self.config.evaluation.every)
-                if evaluate or signal or self._is_due(step, self.config.checkpoints.every):
+                evaluate = self.config.is_due(step, self.config.evaluation.every)
+                if evaluate or signal or self.config.is_due(step, self.config.checkpoints.every):
                     record(window.settle())
                     with window.paused():
                         self._save(step, state, session)
@@ -322,9 +326,6 @@ class _Training:
                     session.report.say(told)
         record(window.close())
 
-    def _is_due(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.config.steps)
-
     def _save(self, step: int, state: TrainState, session: _Session) -> None:
         jax.block_until_ready(state)
         begin = time.monotonic()
@@ -333,7 +334,7 @@ class _Training:
 
     def _evaluate(self, step: int, state: TrainState, session: _Session) -> None:
         """Scores the validation corpus if it is due at this step and the step has no comparable scores yet."""
-        due = "valid" in self.evaluations and self._is_due(step, self.config.evaluation.every)
+        due = "valid" in self.evaluations and self.config.is_due(step, self.config.evaluation.every)
         if not due or step in session.checkpoints.scores:
             return
         params = state.ema if self.config.weights == "ema" else state.params

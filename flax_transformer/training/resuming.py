@@ -3,8 +3,11 @@
 import dataclasses
 import operator
 
+from flax.traverse_util import flatten_dict
+
 from flax_transformer.experiment import Experiment
 from flax_transformer.monitoring.provenance import OF_TEXTS, other_versions
+from flax_transformer.new_languages import MEAN
 from flax_transformer.processes import hosts
 from flax_transformer.workdir import WorkDirectory
 
@@ -36,6 +39,29 @@ def as_begun(experiment: Experiment, workdir: WorkDirectory) -> Experiment:
     begun = workdir.read_config() if workdir.exists else {}
     known = begun.get("vocabulary", OLDER)
     return experiment.changed({f"vocabulary.{name}": OLDER[name] for name in OLDER.keys() - known.keys()})
+
+
+def check_processes(experiment: Experiment, workdir: WorkDirectory) -> None:
+    """Compares the settings of all processes, and what they see of the work directory, before anything is written.
+
+    Raises:
+        ValueError: a process has other settings, or does not see the work directory that another one sees.
+    """
+    settings = flatten_dict(experiment.to_mapping(), sep=".")
+    for name in FREE:
+        settings.pop(f"model.{name}")
+    first, *others = hosts.gather({"settings": settings, "exists": workdir.exists})
+    for process, other in enumerate(others, 1):
+        if other["exists"] != first["exists"]:
+            raise ValueError(
+                f"processes 0 and {process} see different things in {workdir.path}: give a --workdir that all hosts "
+                "share, e.g. gs://BUCKET/FOLDER"
+            )
+        differs = [name for name, value in first["settings"].items() if other["settings"].get(name) != value]
+        if differs:
+            raise ValueError(
+                f"process {process} has other settings than process 0 ({', '.join(differs[:8])}): give all the same"
+            )
 
 
 def check_config(experiment: Experiment, workdir: WorkDirectory) -> Experiment | None:
@@ -78,10 +104,19 @@ def check_config(experiment: Experiment, workdir: WorkDirectory) -> Experiment |
 
 
 def _check_start(experiment: Experiment) -> None:
-    """Checks that the model to start from has the shape that the experiment describes."""
-    start = experiment.training.start_from
+    """Checks that there is the model to start from, and that it has the shape that the experiment describes."""
+    start, like = experiment.training.start_from, experiment.data.new_language_like
     if not start:
+        if like:
+            raise ValueError(
+                f"data.new_language_like is {like}, but there is no model that knows languages: name it by "
+                "training.start_from, or leave data.new_language_like empty"
+            )
         return
+    with WorkDirectory(start).open_checkpoints(read_only=True) as checkpoints:
+        checkpoints.newest_steps(1)  # reports that there is none
+    if like and like != MEAN:
+        WorkDirectory(start).read_vocabularies().target.speaking(like)  # reports an unknown language
     found, wanted = WorkDirectory(start).read_model_config(), experiment.model
     may_differ = OF_TRAINING + (SIZES if experiment.data.new_language_like else ())
     differs = [
@@ -95,12 +130,17 @@ def _check_start(experiment: Experiment) -> None:
 
 
 def check_fingerprints(
-    experiment: Experiment, workdir: WorkDirectory, fingerprints: dict[str, str], accept_changed_corpus: bool
+    experiment: Experiment,
+    before: Experiment | None,
+    workdir: WorkDirectory,
+    fingerprints: dict[str, str],
+    accept_changed_corpus: bool,
 ) -> tuple[dict[str, str], set[str]]:
     """Compares the texts with those of the last start, and those of all hosts with each other.
 
     Args:
         experiment: the experiment.
+        before: the experiment as it was when training last started; `None` if it is new.
         workdir: its work directory.
         fingerprints: of the texts that were loaded, by name.
         accept_changed_corpus: whether a text may differ from the one that the training started with.
@@ -119,8 +159,10 @@ def check_fingerprints(
                 f"process {process} has other texts than process {hosts.index()}: give all hosts the same files"
             )
     changed = {name for name, found in fingerprints.items() if name != "test" and begun.get(name, found) != found}
-    if changed and not accept_changed_corpus:
-        specs = " and ".join(f"data.{name} ({getattr(experiment.data, name)})" for name in sorted(changed))
+    # Another corpus may be named for validation; one that is named as before, or again, must have the same text.
+    edited = {name for name in changed if before and getattr(before.data, name) in ("", getattr(experiment.data, name))}
+    if edited and not accept_changed_corpus:
+        specs = " and ".join(f"data.{name} ({getattr(experiment.data, name)})" for name in sorted(edited))
         other = other_versions(workdir.read_metrics(), OF_TEXTS)
         remedy = f"{other}: install that version again" if other else "put the text back"
         raise ValueError(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from flax_transformer.commands.config import config_of, read_config
 from flax_transformer.config import TransformerConfig
@@ -24,8 +25,10 @@ from flax_transformer.experiment import (
     VocabularyConfig,
 )
 from flax_transformer.files import OWN_FILES, OWN_FOLDERS
+from flax_transformer.processes import hosts
 from flax_transformer.training.inputs import load_texts
 from flax_transformer.training.loop import train_and_evaluate
+from flax_transformer.training.resuming import check_processes
 from flax_transformer.workdir import WorkDirectory
 
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -151,6 +154,40 @@ def test_a_text_that_another_version_of_a_package_makes_is_blamed_on_the_version
 def test_both_texts_are_named_if_both_were_edited(experiment, path, edit):
     edit("train"), edit("valid")
     refused(experiment, path, r"^data\.train \(.*train\.out\) and data\.valid \(.*valid\.out\) has another text")
+
+
+def test_another_corpus_may_be_named_for_validation(experiment, path, corpus):
+    other = f"files:{corpus}/test.in,{corpus}/test.out"
+    # Step 1 is not scored again, since its turn does not come.
+    later = change(experiment, "training", steps=2, **{"evaluation.every": 2})
+    train_and_evaluate(change(later, "data", valid=other), path)
+    with WorkDirectory(path).open_checkpoints(read_only=True) as checkpoints:
+        assert checkpoints.scores.keys() == {2}  # those of the other text are forgotten
+
+
+@pytest.mark.parametrize(
+    ("changes", "exists", "message"),
+    [
+        ({"training.schedule.learning_rate": 3.0}, False, r"process 1 has other settings .*schedule\.learning_rate\)"),
+        ({"training.evaluation.every": 7, "data.seed": 2}, False, r"\(data\.seed, training\.evaluation\.every\)"),
+        ({}, True, "processes 0 and 1 see different things in .*: give a --workdir that all hosts share"),
+        ({"model.attention_implementation": "xla"}, False, None),
+    ],
+)
+def test_processes_with_other_settings_or_another_folder_are_an_error(
+    changes, exists, message, experiment, tmp_path, monkeypatch
+):
+    def gather(mine):
+        settings = flatten_dict(experiment.changed(changes).to_mapping(), sep=".")
+        theirs = {"settings": {name: settings[name] for name in mine["settings"]}, "exists": exists}
+        return json.loads(json.dumps([mine, theirs]))
+
+    monkeypatch.setattr(hosts, "gather", gather)
+    if message is None:
+        check_processes(experiment, WorkDirectory(tmp_path))
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_processes(experiment, WorkDirectory(tmp_path))
 
 
 @pytest.mark.parametrize(("split", "scored"), [pytest.param("train", {1, 2}, marks=pytest.mark.slow), ("valid", {2})])

@@ -151,6 +151,8 @@ def test_an_unknown_language_is_an_error_before_anything_is_written(finetuning, 
     unknown = finetuning.changed({"data.new_language_like": ""})
     with pytest.raises(ValueError, match="knows no language tcy_Knda: .*kan_Knda|tcy_Knda"):
         train_and_evaluate(unknown, tmp_path)
+    with pytest.raises(ValueError, match="knows no language kan: did you mean kan_Knda"):
+        train_and_evaluate(finetuning.changed({"data.new_language_like": "kan"}), tmp_path)
     # After the correction the same command works, and the languages cannot be changed later.
     train_and_evaluate(with_training(finetuning, steps=1), tmp_path)
     with pytest.raises(ValueError, match="was begun with data.source_language = 'tcy_Knda'"):
@@ -166,6 +168,11 @@ def test_frozen_parts_stay_with_a_new_language_too(finetuning, start, tmp_path, 
     after = latest(tmp_path).params
     jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
     assert not np.array_equal(after["decoder"]["norm"]["scale"], before["decoder"]["norm"]["scale"])
+
+
+def test_a_language_to_begin_like_needs_a_model_to_start_from(experiment, tmp_path):
+    with pytest.raises(ValueError, match="new_language_like is kan_Knda, but there is no model that knows languages"):
+        train_and_evaluate(experiment.changed({"data.new_language_like": "kan_Knda"}), tmp_path)
 
 
 def test_languages_without_a_model_that_knows_them_are_an_error(experiment, tmp_path):
