@@ -126,6 +126,10 @@ class TransformerConfig:
             raise ValueError(
                 f"model.position_offset is {self.position_offset}, but learned positions begin at 0: set it to 0"
             )
+        if self.eos_id in self.banned_ids:
+            raise ValueError(
+                f"model.banned_ids has model.eos_id = {self.eos_id}: no sentence could end, so leave it out"
+            )
         if self.tie_embeddings == "three_way" and self.source_vocab_size != self.target_vocab_size:
             raise ValueError(
                 f"model.source_vocab_size is {self.source_vocab_size} and model.target_vocab_size "

@@ -60,8 +60,9 @@ def _packaged_fonts(characters: set[int]) -> list[font_manager.FontEntry]:
     path = packaged_font()
     if path is None:
         return []
-    font_manager.fontManager.addfont(path)
-    return font_manager.fontManager.ttflist[-1:]
+    if all(font.fname != str(path) for font in font_manager.fontManager.ttflist):
+        font_manager.fontManager.addfont(path)
+    return [font for font in font_manager.fontManager.ttflist if font.fname == str(path)]
 
 
 @functools.cache

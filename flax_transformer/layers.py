@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -210,6 +211,9 @@ class DecoderLayer(_Layer):
         def attend(x: Array) -> tuple[Array, Any]:
             keys_values = self.self_attention.project_memory(x)
             if cache is not None:
+                if self.config.dtype == "float16":
+                    # Hypotheses of a sentence share the cache, and a mask does not hide NaN: 0 * NaN is NaN.
+                    keys_values = jax.tree.map(lambda new: jnp.where(jnp.isfinite(new), new, 0), keys_values)
                 if not isinstance(cache, KVCache) or write_at is None:
                     raise ValueError("self-attention needs a cache of keys and values, and write_at, a place in it")
                 keys_values = cache.write(write_at, keys_values)

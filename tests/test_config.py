@@ -77,6 +77,7 @@ def test_a_dropout_rate_is_at_least_zero_and_below_one(name, rate):
     ("changes", "message"),
     [
         ({"d_model": 18, "num_heads": 4}, "model.d_model is 18, which model.num_heads = 4 does not divide"),
+        ({"eos_id": 5, "banned_ids": (4, 5)}, "model.banned_ids has model.eos_id = 5: no sentence could end"),
         ({"d_model": 9, "num_heads": 3}, "model.d_model is 9: sinusoidal positions need an even one"),
         (
             {"source_vocab_size": 29, "target_vocab_size": 31},

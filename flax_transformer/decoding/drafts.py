@@ -92,7 +92,7 @@ class Draft:
 
     def broken(self, found: Sequence[Sequence[Output]]) -> int:
         """How many sentences have a translation that ended early, because logits were not finite."""
-        least = [best.log_probs.min() for best, *_ in found]
+        least = [min(output.log_probs.min() for output in outputs) for outputs in found]
         return len({number for (number, _), low in zip(self._places, least, strict=True) if low < BROKEN / 2})
 
     def by_part(self, found: Sequence[Sequence[Output]]) -> list[list[list[Output]]]:
@@ -131,7 +131,10 @@ def random_keys(
     if not isinstance(search, Sampling):
         return None
     seed = check_value("seed", seed, int, SEED_OF_SAMPLES)
-    sentences, parts = np.array(places, np.uint32).reshape(-1, 2).T
+    # Their number is a power of two, so that jax compiles the functions below only a few times.
+    padded = np.zeros((1 << max(0, len(places) - 1).bit_length(), 2), np.uint32)
+    padded[: len(places)] = np.array(places, np.uint32).reshape(-1, 2)
+    sentences, parts = padded.T
     fold_in = jax.random.fold_in
     keys = jax.vmap(lambda sentence, part: fold_in(fold_in(jax.random.key(seed), sentence), part))(sentences, parts)
-    return np.asarray(jax.random.key_data(keys))
+    return np.asarray(jax.random.key_data(keys))[: len(places)]

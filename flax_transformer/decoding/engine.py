@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt
 
@@ -86,11 +87,17 @@ class Engine:
             streams: whether the tokens of each are told one by one, which takes longer; only with one hypothesis.
 
         Raises:
-            ValueError: the engine is closed, sampling has no random keys or is to compare texts (`mbr`), or tokens of
-                several hypotheses are to be told.
+            ValueError: the engine is closed, sampling has no random keys, or no such data of them, or is to compare
+                texts (`mbr`), or tokens of several hypotheses are to be told.
         """
         if isinstance(settings, Sampling):
             check_sampling(settings, rngs)
+            shape = (len(sources), *jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape)
+            if not isinstance(rngs, np.ndarray) or (rngs.shape, rngs.dtype) != (shape, np.uint32):
+                raise ValueError(
+                    f"rngs is no NumPy array of uint32 and shape {shape}: give np.asarray(jax.random.key_data(keys)), "
+                    "with a key for each source"
+                )
         if streams:
             check_streaming(settings)
         submission = next(self._submissions)
@@ -107,19 +114,19 @@ class Engine:
             )
             for number, source in enumerate(sources)
         ]
-        accepted = []
+        accepted, compiled = [], self.compiled_for(settings)
         for request in requests:
             try:
                 self._check(request)
                 if self.shortlist is not None:
                     request.listed = self._listed(self.shortlist, request)
-                accepted.append((self.compiled_for(settings), request))
+                accepted.append((compiled, request))
             except ValueError as error:
                 request.fail(error)
         with self._changed:
             self._check_open()
-            self._inbox += accepted
             self._wake()
+            self._inbox += accepted
         return requests
 
     def search(
@@ -177,8 +184,9 @@ class Engine:
     def _wake(self) -> None:
         """Starts the thread if it does not run; the caller holds the lock."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="flax_transformer decoding", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="flax_transformer decoding", daemon=True)
+            thread.start()  # may fail where a process may have no more threads
+            self._thread = thread
         self._changed.notify()
 
     def _limit(self, settings: SearchSettings, source_length: int) -> int:
@@ -207,6 +215,12 @@ class Engine:
                     f"a {name} has the token id {wrong[0]}, the vocabulary has {size}, 0 to {size - 1}: give ids of "
                     "this model's vocabulary"
                 )
+        if {config.pad_id, config.eos_id}.intersection(request.prefix):
+            raise ValueError("a prefix has padding or an end of sentence: leave these ids out")
+        if request.given > len(request.prefix):
+            raise ValueError(
+                f"a prefix has {len(request.prefix)} tokens, of which {request.given} are given: give a smaller number"
+            )
         never = {token for each in self.ensemble.configs for token in each.banned_ids}.intersection(request.prefix)
         if never:
             raise ValueError(

@@ -80,7 +80,7 @@ def _move_state(
         by_place = sentence.reshape(*shape[:axis], room, -1, *shape[axis + 1 :])
         return whole.at[new_slot].set(jnp.take(by_place, place, axis=axis).reshape(whole.shape[1:]))
 
-    own = jnp.arange(hypotheses)[:, None]
+    own = jnp.arange(hypotheses, dtype=jnp.int32)[:, None]
     ancestors = jnp.where(age < room, jnp.take(old.ancestors[old_slot], place, axis=1), own)
     return new.replace(
         position=new.position.at[new_slot].set(step),

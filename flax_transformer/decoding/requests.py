@@ -75,7 +75,10 @@ class Request:
         return self._outputs.result(timeout)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yields all ids of its hypothesis so far after each new one, if `streams`; raises errors as `result` does."""
+        """Yields all ids of its hypothesis so far after each new one, if `streams`.
+
+        Raises errors as `result` does, but ends without one if the request was cancelled.
+        """
         while (ids := self._tokens.get()) is not None:
             yield ids
         if not self._outputs.cancelled():

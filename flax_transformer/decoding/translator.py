@@ -259,7 +259,9 @@ class Translator:
         return draft.translations(found, copies)
 
     def score(self, sources: Texts, targets: Texts, search: SearchSettings = BEAM) -> list[Translation]:
-        """Scores given translations by forced decoding; `hypotheses` gives its own the same unless it split the source.
+        """Scores given translations by forced decoding.
+
+        `hypotheses` gives its own the same scores, unless it split the source or chose among the tokens of a shortlist.
 
         Args:
             sources: sentences of the source language.
@@ -372,6 +374,8 @@ def _shortlist(models: Sequence[TrainedModel], wanted: Shortlist | bool) -> Shor
     if isinstance(wanted, Shortlist):
         wanted.check_fits(models[0].config)
         return wanted
+    if not isinstance(wanted, bool):
+        raise ValueError(f"shortlist is {wanted!r}: give one from read_shortlist, True or False")
     if not wanted:
         return None
     own = {model.shortlist and model.shortlist.fingerprint(): model.shortlist for model in models}

@@ -34,7 +34,7 @@ class Unreadable:
         # Unknown characters are counted in composed form, so the visible ones must be too.
         text = composed(vocabulary.without_symbols(sentence))
         visible = sum(not is_blank(character) for character in text)
-        return cls(characters, len(characters) / visible)
+        return cls(characters, min(1.0, len(characters) / visible))  # a vocabulary may not compose
 
 
 class UnreadableWarning(UserWarning):

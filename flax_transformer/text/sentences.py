@@ -13,9 +13,11 @@ import regex
 # "." and similar marks also occur inside numbers, addresses and names, so white space must follow them. The marks of
 # other scripts do not occur there, and often no white space follows them.
 CLOSING = r"""['"\p{Pi}\p{Pf}\p{Pe}]*+(?:\s»)?+(?=\s)"""  # French has a space before "»"
-_RUN = r"(?<![\p{Sentence_Terminal}…])[\p{Sentence_Terminal}…]++"  # as one, so that a million dots take no time
+# Unicode counts U+104A, the comma of Burmese, among the ends. As one run, so that a million dots take no time.
+_RUN = r"(?<![[\p{Sentence_Terminal}…]--\u104a])[[\p{Sentence_Terminal}…]--\u104a]++"
 SENTENCE = _RUN + CLOSING
-SENTENCE_WITHOUT_SPACE = r"[\p{Sentence_Terminal}--[.?!]]++[\p{Pf}\p{Pe}]*+"
+# The wide full stop of Chinese and Japanese may stand within a number, as in "３．１４".
+SENTENCE_WITHOUT_SPACE = r"(?:[\p{Sentence_Terminal}--[.?!．\u104a]]|．(?!\p{Nd}))++[\p{Pf}\p{Pe}]*+"
 
 _END = regex.compile(
     # The sentence continues if lower case follows, as in "e.g. this" and '"Stop!" she said', or if Hiragana
@@ -32,7 +34,9 @@ _NO_INITIALS = frozenset("है हैं हूँ हूं हो था थ
 _LAST_WORD = regex.compile(r"[^\s\p{Ps}\p{Pi}]*\Z", regex.VERSION1)
 _REACH = 24  # a longer word is no abbreviation
 _INITIAL = regex.compile(
-    r"(?:\p{Lu}\p{M}*\.?-?)*\p{Lu}\p{M}*|(?=\p{Lo})(?!\p{Hangul})\X|(?:\p{L}{1,2}\.)+\p{L}{1,2}", regex.VERSION1
+    # "J", "J.-P", "U.S"; the number of a king, and the two gentlemen of French; but not "NATO"
+    r"(?:\p{Lu}\p{M}*(?:\.-?|-))*\p{Lu}\p{M}*|[IVX]+|MM|(?=\p{Lo})(?!\p{Hangul})\X|(?:\p{L}{1,2}\.)+\p{L}{1,2}",
+    regex.VERSION1,
 )
 _BROKEN = regex.compile(r"\s(?:\p{Lu}\.|\p{Ll}\.|\p{Nd})", regex.VERSION1)  # what follows the "z." of "z. B."
 _WITH_LOWER = regex.compile(r"\p{Ll}\s+I\Z")
@@ -40,10 +44,12 @@ _WITH_LOWER = regex.compile(r"\p{Ll}\s+I\Z")
 # Titles and the like, after which a name comes, as they are written in English, German, Dutch, French, Spanish,
 # Portuguese, Italian and Russian.
 _BEFORE_NAMES = frozenset(
-    "capt cmdr col cpl dipl dr dra drs eng exmo fr gen gov hon hr hrn hs ing lt maj mag mgr mme mr mrs ms mt prof "
-    "profa pres rep rev sen sgt sig sr sra srta st ste str vgl vs cf bzw ca inkl evtl resp "
-    "проф акад им ул тов гр св".split()
+    "capt cmdr cpl dipl dr drs exmo fr gov hr hrn hs ing lt maj mgr mme mr mrs ms mt prof "
+    "profa pres sgt sig sr sra srta st ste str vgl vs cf bzw ca inkl evtl resp "
+    "проф акад ул тов гр св".split()
 )
+# Those that are words too, in one of these languages, if they do not begin with a capital.
+_BEFORE_NAMES_IF_CAPITAL = frozenset("Col Dra Eng Gen Hon Mag Rep Rev Sen".split())
 # Words before a number.
 _BEFORE_NUMBERS = frozenset(
     "abb abs art bd bl cap ch eq fig jg kap no núm nr num núms pág págs p par pp pt s sec sect ss tab tel vol vols z "
@@ -82,6 +88,7 @@ def _is_inside(text: str, match: regex.Match[str]) -> bool:
     following = text[match.end() : match.end() + _REACH].lstrip()[:1]
     return (
         word.lower() in _BEFORE_NAMES
+        or word in _BEFORE_NAMES_IF_CAPITAL
         or (word.lower() in _BEFORE_NUMBERS and following.isdigit())
         or (word.isdigit() and bool(_ORDINAL.search(before)))
     )

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
+import regex
 from jaxtyping import Bool, Float
 
 from flax_transformer.text.alignment import Span
 from flax_transformer.text.symbols import SPACE
 
+# Scripts that put no spaces between words: there each piece counts as a word.
+_WITHOUT_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 _USED = 0.1  # what is left of the weight of an unknown piece that was copied: the next copy is probably of another
 
 
@@ -34,6 +37,10 @@ def words_to_copy(
     candidates = wanted if wanted.any() else has_text
     if not candidates.any():
         return [""] * len(weights)
+
+    def begins_word(number: int) -> bool:
+        return pieces[number].startswith(SPACE) or bool(_WITHOUT_SPACES.match(source, places[number][0]))
+
     left = np.ones(len(pieces))
     copies = []
     for row in weights:
@@ -41,9 +48,9 @@ def words_to_copy(
         left[chosen] *= _USED
         first = last = chosen
         if not wanted.any():
-            while first > 0 and not pieces[first].startswith(SPACE) and has_text[first - 1]:
+            while first > 0 and not begins_word(first) and has_text[first - 1]:
                 first -= 1
-            while last + 1 < len(pieces) and not pieces[last + 1].startswith(SPACE) and has_text[last + 1]:
+            while last + 1 < len(pieces) and not begins_word(last + 1) and has_text[last + 1]:
                 last += 1
         copies.append(source[places[first][0] : places[last][1]].strip())
     return copies

@@ -287,6 +287,42 @@ def test_a_sentence_that_overflows_float16_ends_at_once_and_spoils_no_other(make
     check_same(found[::2], search(engine, good, settings, rngs=rngs[::2]))
 
 
+def test_a_hypothesis_that_overflows_float16_spoils_no_other_of_its_sentence(make_engine):
+    engine = make_engine(dtype="float16")
+    plain = search(engine, SOURCES, SAMPLING)
+    (stored,) = engine.ensemble.models
+    embedding = stored.params["target_embedding"]
+    embedding["embedding"] = embedding["embedding"].at[3].set(1e5)  # infinite in float16
+    compared = 0
+    for before, after in zip(plain, search(engine, SOURCES, SAMPLING), strict=True):
+        overflows = [3 in output.ids.tolist()[:-1] for output in before]
+        for one, other, does in zip(before, after, overflows, strict=True):
+            assert (other.log_probs.min() <= BROKEN) == does
+            assert does or one.ids.tolist() == other.ids.tolist()
+        compared += len(set(overflows)) == 2
+    assert compared > 3  # sentences of which one output overflows and another does not
+
+
+def test_a_thread_that_cannot_be_started_fails_only_that_call(make_engine, monkeypatch):
+    engine = make_engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no new thread")))
+        with pytest.raises(RuntimeError, match="no new thread"):
+            engine.submit(SOURCES[:1], GREEDY)
+    assert len(search(engine, SOURCES[:2], GREEDY)) == 2
+
+
+def test_what_a_search_cannot_follow_is_an_error_of_that_caller(make_engine):
+    engine = make_engine()
+    for rngs in (np.zeros((1, 4), np.uint32), keys(2)):
+        with pytest.raises(ValueError, match="rngs is no NumPy array of uint32"):
+            engine.submit(SOURCES[:1], SAMPLING, rngs=rngs)
+    for prefix, given, message in (([5, EOS], 0, "an end of sentence"), ([5], 2, "of which 2 are given")):
+        (request,) = engine.submit(SOURCES[:1], GREEDY, prefixes=[prefix], given=[given])
+        with pytest.raises(ValueError, match=message):
+            request.result(timeout=100)
+
+
 def test_an_error_of_the_device_reaches_every_waiting_call_and_the_next_ones_are_served(make_engine, monkeypatch):
     engine = make_engine()
     with monkeypatch.context() as patch:

@@ -100,3 +100,5 @@ def test_the_whole_word_is_copied_if_the_source_has_no_unknown_piece():
     weights = [[0.1, 0.1, 0.6, 0.1, 0.0, 0.1], [0, 0, 0, 0, 0.2, 0.8]]
     assert copy("in Belgrade.", pieces, [False] * 6, weights[:1]) == ["Belgrade."]
     assert copy("", ["</s>"], [False], [[1.0]]) == [""]
+    japanese = ["▁東京", "は", "日本の", "首都", "です", "。", "</s>"]  # which has no spaces between words
+    assert copy("東京は日本の首都です。", japanese, [False] * 7, [[0, 0, 0, 1, 0, 0, 0]]) == ["首都"]

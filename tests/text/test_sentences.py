@@ -24,6 +24,12 @@ from tests.text.hostile import plain_text
         ["राम आया।", "सीता गई॥", " हाँ।"],
         ["كيف حالك؟", " أنا بخير."],
         ["А. С. Пушкин жил здесь.", " Да!"],
+        ["He works for NATO.", " She left.", " DO NOT ENTER.", " DANGER."],
+        ["Он живёт в США.", " Я помог им.", " Они ушли."],
+        ["Ludwig II. König von Bayern kam.", " Die Gasse ist eng.", " Wir gehen."],
+        ["MM. Petit et Blanc arrivent.", " Gen. Lee left."],
+        ["円周率は３．１４です。", "はい．", "そう"],
+        ["သွားပြီး၊ ငါးဝယ်ခဲ့တယ်။", " ကောင်းတယ်"],
     ],
 )
 def test_sentences_of_many_scripts(sentences):
