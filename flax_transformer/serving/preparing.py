@@ -83,7 +83,12 @@ def _try(step: Step) -> None:
         step()
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")[:200]
-        logger.error("a program could not be compiled (%s: %s): fewer sentences at once", type(error).__name__, reason)
+        logger.error(
+            "a program could not be compiled (%s: %s), so fewer sentences are translated at once; start the server with a "
+            "smaller --batch_tokens if the device has too little memory",
+            type(error).__name__,
+            reason,
+        )
 
 
 def _rooms(longest: int) -> list[int]:
