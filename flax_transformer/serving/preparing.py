@@ -84,7 +84,7 @@ def _try(step: Step) -> None:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")[:200]
         logger.error(
-            "a program could not be compiled (%s: %s), so fewer sentences are translated at once; start the server with a "
+            "a program could not be compiled (%s: %s), so fewer sentences are translated at once; start with a "
             "smaller --batch_tokens if the device has too little memory",
             type(error).__name__,
             reason,
