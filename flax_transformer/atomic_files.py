@@ -61,6 +61,8 @@ def _move_objects(path: epath.Path, to: epath.Path) -> None:
     if path.is_dir():
         for inner in list(path.iterdir()):
             _move_objects(inner, to / inner.name)
+        with contextlib.suppress(Exception):  # some buckets have folders, too
+            path.rmdir()
     else:
         path.copy(to)
         path.unlink()

@@ -75,7 +75,8 @@ class Checkpoints:
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in TREES}
         handlers["notes"] = ocp.JsonCheckpointHandler()
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
-        newest.found = frozenset(sorted(self._manager.all_steps())[:-1])
+        if not read_only and keep_latest is not None:
+            newest.found = self._planned_steps()
         # The step whose checkpoint is being written.
         self._writing: int | None = None
         # The files that must be in that step's folder once it is written; empty after they have been checked.
@@ -153,6 +154,17 @@ class Checkpoints:
             mend = f"ask for fewer, or let training keep more with training.checkpoints.{setting}"
             raise ValueError(f"{self._path} holds {held}: {mend}")
         return steps[:count]
+
+    def _planned_steps(self) -> frozenset[int]:
+        """The steps of all checkpoints but the newest one if a signal caused it: older ones of signals are gone."""
+        steps = frozenset(self._manager.all_steps())
+        if steps:
+            try:
+                planned = self.read_notes().get("planned", True)
+            except Exception:  # it is damaged, which `restore` will report
+                planned = True
+            steps -= set() if planned else {max(steps)}
+        return steps
 
     def read_notes(self) -> dict[str, Any]:
         """The newest checkpoint's notes."""
@@ -298,19 +310,20 @@ class Checkpoints:
 
     def average_params(self, steps: Sequence[int]) -> PyTree:
         """The mean of several checkpoints' parameters, as float32 NumPy arrays; needs memory for only two of them."""
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), self._stored(steps[0], "params"))
-        mean = jax.tree.map(np.zeros_like, target)
+        mean: PyTree = None
         for step in steps:
-            restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
             try:
+                target = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), self._stored(step, "params"))
+                restore = ocp.args.Composite(params=ocp.args.StandardRestore(target))
                 params = self._manager.restore(step, args=restore).params
             except (jax.errors.JaxRuntimeError, MemoryError):
                 raise
             except Exception as error:  # Orbax and its storage raise many kinds of errors.
                 raise ValueError(
                     f"the checkpoint of step {step} cannot be read ({_reason(error)}): move {self._path / str(step)} "
-                    "away; the same command goes on without it"
+                    "away, and average fewer; a training does so by itself"
                 ) from error
+            mean = jax.tree.map(np.zeros_like, target) if mean is None else mean
             jax.tree.map(lambda total, leaf: np.add(total, leaf, out=total), mean, params)
         return jax.tree.map(lambda total: np.divide(total, len(steps), out=total), mean)
 

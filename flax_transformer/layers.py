@@ -210,14 +210,20 @@ class DecoderLayer(_Layer):
 
         def attend(x: Array) -> tuple[Array, Any]:
             keys_values = self.self_attention.project_memory(x)
+            overflows = None
             if cache is not None:
                 if self.config.dtype == "float16":
-                    # Hypotheses of a sentence share the cache, and a mask does not hide NaN: 0 * NaN is NaN.
+                    # Hypotheses of a sentence share the cache, and a mask does not hide NaN: 0 * NaN is NaN. So only
+                    # the outputs of the position that overflows become NaN.
+                    finite = jnp.isfinite(keys_values.key).all((1, 2)) & jnp.isfinite(keys_values.value).all((1, 3))
+                    overflows = ~finite[..., None]
                     keys_values = jax.tree.map(lambda new: jnp.where(jnp.isfinite(new), new, 0), keys_values)
                 if not isinstance(cache, KVCache) or write_at is None:
                     raise ValueError("self-attention needs a cache of keys and values, and write_at, a place in it")
                 keys_values = cache.write(write_at, keys_values)
             outputs, weights = self.self_attention.attend(x, keys_values, self_mask, **options)
+            if overflows is not None:
+                outputs = jnp.where(overflows, jnp.nan, outputs)
             return outputs, (keys_values, weights)
 
         def recur(x: Array) -> tuple[Array, Any]:

@@ -14,8 +14,7 @@ class Newest(checkpoint_managers.PreservationPolicy):
     So a training that was stopped now and then has at its end the same checkpoints as one that was not.
 
     Attributes:
-        found: the steps of all checkpoints but the newest when the folder was opened. They were planned, perhaps by
-            other intervals than today's, since one that a signal caused is removed when there is a newer one.
+        found: the steps of the planned checkpoints that were there at the start, perhaps by other intervals.
     """
 
     def __init__(self, count: int | None, is_planned: Callable[[int], bool]):

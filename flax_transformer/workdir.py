@@ -201,7 +201,7 @@ class WorkDirectory:
                 if len(self._unwritten) == 1:
                     warnings.warn(
                         f"{self._metrics_file} cannot be written ({type(error).__name__}: {error}): training goes on, "
-                        "and the next line brings this one along",
+                        "and tries it again with the next line",
                         stacklevel=2,
                     )
             return
@@ -209,6 +209,15 @@ class WorkDirectory:
             file.seek(max(0, file.tell() - 1))
             last = file.read()
             file.write((b"\n" if last and last != b"\n" else b"") + line)
+
+    def finish_metrics(self) -> None:
+        """Writes lines that an object store did not take before; raises OSError if it still does not."""
+        lines = self._unwritten
+        if lines:
+            last = json.loads(lines.pop())
+            self.append_metrics(last)
+        if lines:
+            raise OSError(f"the last {len(lines)} lines of {self._metrics_file} could not be written: check the access")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Reads the lines of `metrics.jsonl`, skipping any that was cut off."""
@@ -286,6 +295,13 @@ class WorkDirectory:
                     f"--workdir={shlex.quote(str(self.path))}`"
                 )
             return averages.restore_params("latest", shapes)
+
+    def check_chosen(self) -> None:
+        """Raises ValueError if there are no parameters that `restore_params("chosen", ...)` could load."""
+        weights = self.read_config().get("training", {}).get("weights", "trained")
+        if not (weights == "averaged" and self._has_average()):
+            with self._read_checkpoints() as checkpoints:
+                checkpoints.newest_steps(1)
 
     def _has_average(self) -> bool:
         with self._open_averages(read_only=True) as averages:

@@ -46,7 +46,8 @@ def write(workdir, metrics, **options):
     """Writes one checkpoint for each step of `metrics`, its parameters made from the step."""
     with workdir.open_checkpoints(**options) as checkpoints:
         for step, values in metrics.items():
-            checkpoints.save(step, trees_of(step), {"seconds": step / 2})
+            planned = options.get("is_planned", bool)(step)
+            checkpoints.save(step, trees_of(step), {"seconds": step / 2, "planned": planned})
             if values is not None:
                 checkpoints.record_scores(step, values)
 
@@ -135,18 +136,21 @@ def test_checkpoints_of_signals_do_not_count_among_the_newest(workdir):
 
 def test_checkpoints_of_earlier_intervals_count_among_the_newest(workdir):
     write(workdir, dict.fromkeys([10, 20, 30, 40]), keep_latest=4, is_planned=lambda step: step % 10 == 0)
-    # A training goes on with a longer interval.
-    write(workdir, dict.fromkeys([100]), keep_latest=4, is_planned=lambda step: step in (40, 100))
+    # A training goes on with a longer interval, and starts twice.
+    longer = {"keep_latest": 4, "is_planned": lambda step: step % 100 == 0}
+    for step in (60, 70, 100):
+        with workdir.open_checkpoints(**longer) as checkpoints:
+            checkpoints.save(step, trees_of(step), {"planned": step == 100})  # signals ended the first two starts
     assert steps_of(workdir) == {20, 30, 40, 100}
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named_where_the_mean_is_made(workdir):
     write(workdir, dict.fromkeys([1, 2, 3]))
-    file = workdir.path / "checkpoints" / "2" / "params" / "manifest.ocdbt"
-    file.write_bytes(b"")
-    with workdir.open_checkpoints() as checkpoints:
-        with pytest.raises(ValueError, match=r"the checkpoint of step 2 cannot be read \(.*\): move .*/2 away"):
-            checkpoints.average_params([3, 2, 1])
+    (workdir.path / "checkpoints" / "2" / "params" / "manifest.ocdbt").write_bytes(b"")
+    for steps in ([3, 2, 1], [2, 1]):
+        with workdir.open_checkpoints() as checkpoints:
+            with pytest.raises(ValueError, match=r"the checkpoint of step 2 cannot be read \(.*\): move .*/2 away"):
+                checkpoints.average_params(steps)
 
 
 def test_keep_best_keeps_several_of_the_best(workdir):

@@ -1,7 +1,9 @@
+import contextlib
 import math
 import threading
 import warnings
 
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
@@ -193,6 +195,29 @@ def test_lines_that_could_not_be_written_to_a_bucket_come_with_the_next_one(work
     assert workdir.read_metrics() == LINES[:1]
     workdir.append_metrics(LINES[1])
     assert workdir.read_metrics() == [LINES[0], {"step": 2}, {"step": 3}, LINES[1]]
+
+
+def test_lines_that_could_not_be_written_at_all_are_an_error_at_the_end(workdir, monkeypatch):
+    with monkeypatch.context() as failing:
+        failing.setattr(type(workdir.path), "write_bytes", lambda path, content: 1 / 0)
+        for line in LINES:
+            with contextlib.suppress(UserWarning):
+                workdir.append_metrics(line)
+        with pytest.raises(OSError, match=r"the last 2 lines of gs://.*metrics.jsonl could not be written"):
+            workdir.finish_metrics()
+    workdir.finish_metrics()
+    assert workdir.read_metrics() == LINES
+    workdir.finish_metrics()
+    assert workdir.read_metrics() == LINES
+
+
+def test_an_average_whose_notes_cannot_be_read_may_be_of_later_steps(tmp_path):
+    workdir = WorkDirectory(tmp_path)
+    with workdir._open_averages(read_only=False) as averages:
+        averages.save(1, {"params": {"kernel": np.zeros(3, np.float32)}}, {"steps": [2, 1]})
+    assert workdir.averages_after(1) and not workdir.averages_after(2)
+    (tmp_path / "averaged" / "1" / "notes" / "metadata").write_bytes(b"")
+    assert workdir.averages_after(2)
 
 
 def test_something_damaged_in_a_bucket_is_moved_aside(workdir):

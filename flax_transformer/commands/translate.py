@@ -36,7 +36,7 @@ from flax_transformer.data.lines import read_lines, read_text
 from flax_transformer.decoding.settings import SearchSettings
 from flax_transformer.files import STANDARD, check_inputs, check_output, is_remote, shown
 from flax_transformer.text.markup_tokens import read_tokens
-from flax_transformer.text.spelling import in_one_cell, in_one_line, quotable
+from flax_transformer.text.spelling import in_one_cell, in_one_line, is_blank, quotable
 
 USAGE = "--workdir=FOLDER [OPTIONS] [SENTENCE ...]"
 EXAMPLES = """\
@@ -179,7 +179,7 @@ def run(options: argparse.Namespace) -> None:
         lines = ((line, "") for line in options.sentences or read_lines(source))
     chunks = in_chunks(lines, options.buffer_lines)
     first = next(chunks, [])
-    translator.vocabularies.source.encode([sentence for sentence, _ in first])  # the same for the source
+    translator.vocabularies.source.encode([text for text, _ in first if not is_blank(text)])  # the same for the source
     write_lines = FORMATS[options.format or "text"]
     done, unreadable = 0, UnreadableSentences(translator.vocabularies.source)
     with open_output(output) as file, progress_bar(total, beside=output) as bar, unreadable.warning_once():

@@ -164,8 +164,8 @@ class Engine:
         done: Future[None] = Future()
         with self._changed:
             self._check_open()
-            self._jobs.append((run, done))
             self._wake()
+            self._jobs.append((run, done))
         done.result()
 
     def close(self) -> None:

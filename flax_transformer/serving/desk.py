@@ -96,42 +96,39 @@ class Desk:
         return [job.outputs[number] for number in range(len(draft.sources))]
 
     async def stream(self, engine: Engine, draft: Draft) -> AsyncIterator[list[list[int]]]:
-        """Yields the ids so far of each source of a draft, one source after the other; arguments as in `decode`.
+        """Yields the ids so far of each source of a draft, one source after the other.
 
-        Tokens that come while nobody asks for them are told together.
+        Tokens that come while nobody asks for them are told together. The caller has admitted the draft; arguments and
+        other errors are as in `decode`.
         """
-        self.admit(len(draft.sources))
         loop = asyncio.get_running_loop()
         found: list[list[int]] = []
-        try:
-            for number in range(len(draft.sources)):
-                told: asyncio.Queue[list[int] | None] = asyncio.Queue()
+        for number in range(len(draft.sources)):
+            told: asyncio.Queue[list[int] | None] = asyncio.Queue()
 
-                def tell(ids: list[int] | None, told: asyncio.Queue[list[int] | None] = told) -> None:
-                    if not loop.is_closed():
-                        loop.call_soon_threadsafe(told.put_nowait, ids)
+            def tell(ids: list[int] | None, told: asyncio.Queue[list[int] | None] = told) -> None:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(told.put_nowait, ids)
 
-                (request,) = draft.submit(engine, [number], streams=True)
-                request.when_told(tell)
-                request.when_done(functools.partial(_tell_end, tell))
-                try:
-                    ended, latest = False, None
-                    while not ended:
-                        events = [await told.get()]
-                        while not told.empty():
-                            events.append(told.get_nowait())
-                        ended = None in events
-                        if some := [ids for ids in events if ids is not None]:
-                            latest = some[-1]
-                            yield [*found, latest]
-                    found.append(request.result()[0].ids.tolist())
-                    if found[-1] != latest:  # it ended before it was asked to tell
-                        yield [*found]
-                finally:
-                    request.cancel()
-                self._count_tokens(len(found[-1]))
-        finally:
-            self.open -= len(draft.sources)
+            (request,) = draft.submit(engine, [number], streams=True)
+            request.when_told(tell)
+            request.when_done(functools.partial(_tell_end, tell))
+            try:
+                ended, latest = False, None
+                while not ended:
+                    events = [await told.get()]
+                    while not told.empty():
+                        events.append(told.get_nowait())
+                    ended = None in events
+                    if some := [ids for ids in events if ids is not None]:
+                        latest = some[-1]
+                        yield [*found, latest]
+                found.append(request.result()[0].ids.tolist())
+                if found[-1] != latest:  # it ended before it was asked to tell
+                    yield [*found]
+            finally:
+                request.cancel()
+            self._count_tokens(len(found[-1]))
 
     def admit(self, sentences: int) -> None:
         """Counts sentences as open; raises `Refusal` if there are too many. The caller subtracts them from `open`."""

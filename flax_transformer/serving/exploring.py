@@ -121,7 +121,8 @@ def _draft(
         if wrong:
             raise Refusal(400, f"prefix has the id {wrong[0]}, which ends or pads a sentence: leave it out")
         language = next(iter(draft.prefixes), [])  # the token of the target language, in models that are told it so
-        prefix = prefix if prefix[: len(language)] == language else [*language, *prefix]
+        own = prefix[:1] and prefix[0] in model.translator.vocabularies.target.language_ids
+        prefix = prefix if own else [*language, *prefix]
         draft.prefixes = [prefix] * copies
     return draft
 
@@ -228,13 +229,15 @@ async def stream(call: Call) -> Response:
     check_texts(call, [text])
     document = await asyncio.to_thread(divide, text)
     check_sentences(call.service, len(document.sentences))
-    events = _events(call.service, model, text, document, started)
+    # The first sentence is looked at before the answer begins, since only then can an error have a status.
+    first = await asyncio.to_thread(model.draft, document.sentences[:1], model.streaming)
+    events = _events(call.service, model, text, document, first, started)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 async def _events(
-    service: Service, model: Served, text: str, document: Document, started: float
+    service: Service, model: Served, text: str, document: Document, first: Draft, started: float
 ) -> AsyncIterator[bytes]:
     """The events of a text; its bytes and its sentences count for the server's limits until the last of them."""
     translations: list[str] = []
@@ -247,14 +250,14 @@ async def _events(
         waiting = len(document.sentences)
         async with asyncio.timeout(service.limits.deadline_s):
             for number, sentence in enumerate(document.sentences):
-                draft = await asyncio.to_thread(model.draft, [sentence], model.streaming)
-                waiting -= 1
-                service.desk.open -= 1  # `stream` admits it
-                text = ""
+                draft = await asyncio.to_thread(model.draft, [sentence], model.streaming) if number else first
+                told = ""
                 async for parts in service.desk.stream(model.translator.engine, draft):
-                    text = join_parts(model.translator.vocabularies.target.decode(parts))
-                    yield _event("token", {"sentence": number, "text": text.rstrip(INCOMPLETE)})
-                translations.append(text)
+                    told = join_parts(model.translator.vocabularies.target.decode(parts))
+                    yield _event("token", {"sentence": number, "text": told.rstrip(INCOMPLETE)})
+                translations.append(told)
+                waiting -= 1
+                service.desk.open -= 1
                 service.metrics.sentences.labels(model.name).inc()
         yield _event("done", {"translatedText": document.join(translations)})
     except TimeoutError:

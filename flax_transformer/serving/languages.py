@@ -76,7 +76,7 @@ def token_of(code: str, tokens: Sequence[str]) -> str:
         ValueError: no token names it, or several do.
     """
     named = {token: token.removeprefix(">>").removesuffix("<<") for token in tokens}
-    exact = [token for token, name in named.items() if name == code]
+    exact = [token for token, name in named.items() if name == code.replace("-", "_")]
     found = exact or [token for token, name in named.items() if short(name) == short(code)]
     if len(found) == 1:
         return found[0]

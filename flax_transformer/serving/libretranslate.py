@@ -46,6 +46,7 @@ async def translate(call: Call) -> Response:
             service,
             models[code],
             Documents.of([divided.documents[number] for number in numbers]),
+            characters=sum(len(texts[number]) for number in numbers),
             alternatives=0 if markup else alternatives,
         )
         results |= dict(zip(numbers, found, strict=True))

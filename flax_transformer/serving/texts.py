@@ -2,13 +2,16 @@
 
 import asyncio
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from flax_transformer.decoding.documents import Documents
 from flax_transformer.decoding.drafts import Draft
-from flax_transformer.decoding.requests import Output
+from flax_transformer.decoding.requests import Ids, Output
 from flax_transformer.decoding.results import Translation
 from flax_transformer.serving.models import Served
 from flax_transformer.serving.refusals import Refusal
@@ -36,7 +39,7 @@ class Translated:
 
 
 async def translate_texts(
-    service: Service, model: Served, documents: Documents, *, alternatives: int
+    service: Service, model: Served, documents: Documents, *, characters: int, alternatives: int
 ) -> list[Translated]:
     """Translates texts of one language.
 
@@ -44,12 +47,12 @@ async def translate_texts(
         service: whose queue is used.
         model: the model.
         documents: the texts, divided into sentences.
+        characters: how long the texts are, with their tags.
         alternatives: how many alternatives of each are wanted.
 
     Raises:
         Refusal: the queue is full.
     """
-    characters = sum(map(len, documents.sentences))
     search = model.search.replace(num_return=alternatives + 1)
     draft = await beside(characters, model.draft, documents.sentences, search)
     found = await service.desk.decode(model.translator.engine, draft)
@@ -72,7 +75,7 @@ async def write(
     copied = service.replace_unknown and any((output.ids == unknown).any() for outputs in found for output in outputs)
     # Copying needs the device, and so a thread, however short the text is.
     characters = math.inf if copied else sum(map(len, draft.sentences))
-    align = model.translator.inspector.align
+    align = functools.partial(_align_ids, model)
     return await beside(characters, model.translator.write, draft, found, replace_unknown=copied, align=align)
 
 
@@ -91,6 +94,18 @@ def check_sentences(service: Service, count: int) -> None:
             f"the request has {count} sentences, this server allows {service.limits.sentences}: divide it",
             reason="too_large",
         )
+
+
+def _align_ids(model: Served, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[np.ndarray]:
+    """The alignment [T, S] of each pair; by position where looking at the attention would take too much memory."""
+    aligned = []
+    for source, target in zip(sources, targets, strict=True):
+        if max(len(source), len(target)) <= LOOKED_INTO:
+            aligned += model.translator.inspector.align([source], [target])
+        else:
+            places = np.arange(len(target)) * len(source) // len(target)
+            aligned.append((places[:, None] == np.arange(len(source))).astype(np.float32))
+    return aligned
 
 
 def _align(

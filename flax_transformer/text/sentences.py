@@ -17,7 +17,10 @@ CLOSING = r"""['"\p{Pi}\p{Pf}\p{Pe}]*+(?:\s»)?+(?=\s)"""  # French has a space 
 _RUN = r"(?<![[\p{Sentence_Terminal}…]--\u104a])[[\p{Sentence_Terminal}…]--\u104a]++"
 SENTENCE = _RUN + CLOSING
 # The wide full stop of Chinese and Japanese may stand within a number, as in "３．１４".
-SENTENCE_WITHOUT_SPACE = r"(?:[\p{Sentence_Terminal}--[.?!．\u104a]]|．(?!\p{Nd}))++[\p{Pf}\p{Pe}]*+"
+SENTENCE_WITHOUT_SPACE = (
+    r"(?<![\p{Sentence_Terminal}--[.?!\u104a]])"
+    r"(?:[\p{Sentence_Terminal}--[.?!．\u104a]]++|．(?!\p{Nd}))++[\p{Pf}\p{Pe}]*+"
+)
 
 _END = regex.compile(
     # The sentence continues if lower case follows, as in "e.g. this" and '"Stop!" she said', or if Hiragana
@@ -88,7 +91,7 @@ def _is_inside(text: str, match: regex.Match[str]) -> bool:
     following = text[match.end() : match.end() + _REACH].lstrip()[:1]
     return (
         word.lower() in _BEFORE_NAMES
-        or word in _BEFORE_NAMES_IF_CAPITAL
+        or (word[:1].isupper() and word.title() in _BEFORE_NAMES_IF_CAPITAL)
         or (word.lower() in _BEFORE_NUMBERS and following.isdigit())
         or (word.isdigit() and bool(_ORDINAL.search(before)))
     )

@@ -111,9 +111,10 @@ class Spelling:
     def spell(self, text: str) -> str:
         """The text in the vocabulary's own spelling.
 
-        Canonically equivalent texts become the same text, unless texts are not composed. White space around the text is
-        removed. Other white space becomes a space if it has no piece, and invisible characters without a piece are
-        removed; those with a piece stay, such as the joiners that some languages need.
+        Canonically equivalent texts become the same text, unless texts are not composed or have more than 30 marks on
+        one character. White space around the text is removed. Other white space becomes a space if it has no piece, and
+        invisible characters without a piece are removed; those with a piece stay, such as the joiners that some
+        languages need.
         """
         text = (composed(text) if self._compose else text).strip()
         for replaced, character in self._restored.items():

@@ -39,7 +39,8 @@ def words_to_copy(
         return [""] * len(weights)
 
     def begins_word(number: int) -> bool:
-        return pieces[number].startswith(SPACE) or bool(_WITHOUT_SPACES.match(source, places[number][0]))
+        start = places[number][0]  # a word begins with a character of these scripts, and behind one
+        return pieces[number].startswith(SPACE) or bool(_WITHOUT_SPACES.search(source, max(0, start - 1), start + 1))
 
     left = np.ones(len(pieces))
     copies = []

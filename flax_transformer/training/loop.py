@@ -83,7 +83,9 @@ def train_and_evaluate(
         materials = prepare(experiment, texts, workdir, parallelism, accept_changed_corpus=accept_changed_corpus)
         training = _Training(materials, workdir, parallelism, began, watched, interruption)
         training.run()
-        return training.test()
+        scores = training.test()
+        workdir.finish_metrics()
+        return scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +166,9 @@ class _Training:
         )
 
     def _is_planned(self, step: int) -> bool:
-        """Whether a training that is never stopped has a checkpoint here, by its settings now or when it last began."""
-        before = self.materials.before
-        configs = [self.config] if before is None else [self.config, before.training]
-        return any(each.is_due(step, every.every) for each in configs for every in (each.checkpoints, each.evaluation))
+        """Whether a training that is never stopped has a checkpoint at this step."""
+        config = self.config
+        return any(config.is_due(step, each.every) for each in (config.checkpoints, config.evaluation))
 
     def run(self) -> None:
         """Makes the steps from the newest checkpoint to the last step, or until evaluations stop improving."""
@@ -220,8 +221,7 @@ class _Training:
     def _forget_later(self, checkpoints: Checkpoints, step: int) -> None:
         """Discards scores and averages of later steps than the one from which training continues."""
         checkpoints.forget_scores_after(step)
-        if self.workdir.averages_after(step):
-            hosts.wait("all processes have seen the average")
+        if any(hosts.gather(self.workdir.averages_after(step))):
             if hosts.is_first():
                 self.workdir.set_average_aside(step)
             hosts.wait("the average is set aside")
@@ -329,7 +329,8 @@ class _Training:
     def _save(self, step: int, state: TrainState, session: _Session) -> None:
         jax.block_until_ready(state)
         begin = time.monotonic()
-        session.checkpoints.save(step, self._trees(state), {"seconds": session.clock.seconds})
+        notes = {"seconds": session.clock.seconds, "planned": self._is_planned(step)}
+        session.checkpoints.save(step, self._trees(state), notes)
         session.report.checkpoint(step, time.monotonic() - begin)
 
     def _evaluate(self, step: int, state: TrainState, session: _Session) -> None:

@@ -113,8 +113,7 @@ def _check_start(experiment: Experiment) -> None:
                 "training.start_from, or leave data.new_language_like empty"
             )
         return
-    with WorkDirectory(start).open_checkpoints(read_only=True) as checkpoints:
-        checkpoints.newest_steps(1)  # reports that there is none
+    WorkDirectory(start).check_chosen()
     if like and like != MEAN:
         WorkDirectory(start).read_vocabularies().target.speaking(like)  # reports an unknown language
     found, wanted = WorkDirectory(start).read_model_config(), experiment.model

@@ -45,7 +45,9 @@ def test_options_name_the_languages_of_a_translation(run, many, model, source):
     ours = Translator(model, source_language="kan_Knda", target_language="eng_Latn")
     made = run("translate", "--workdir", many, *PAIR, "--input", source).splitlines()
     assert made == ours.translate(lines_of_source())
-    (line,) = run("translate", "--workdir", many, PAIR[1], "--format=jsonl", given="kan_Knda a cat\n").splitlines()
+    (line,) = run("translate", "--workdir", many, PAIR[1], "--format=jsonl", given="kan_Knda a cat\n\n").splitlines()[
+        :1
+    ]
     found = json.loads(line)["hypotheses"][0]
     assert found["tokens"][0] == "eng_Latn" and found["token_log_probs"][0] == 0
     assert found["text"] == ours.translate(["a cat"])[0]

@@ -28,7 +28,7 @@ def test_a_model_computes_the_same_from_transposed_kernels(make_model, changes):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_turning_changes_the_shape_of_each_kernel_alone_and_can_be_undone(make_model):
+def test_transposing_changes_the_shape_of_each_kernel_alone_and_can_be_undone(make_model):
     config, params = make_model(V, 3, tie_embeddings="none")
     stored = transpose_kernels(params)
     for (path, ours), theirs in zip(

@@ -102,3 +102,5 @@ def test_the_whole_word_is_copied_if_the_source_has_no_unknown_piece():
     assert copy("", ["</s>"], [False], [[1.0]]) == [""]
     japanese = ["▁東京", "は", "日本の", "首都", "です", "。", "</s>"]  # which has no spaces between words
     assert copy("東京は日本の首都です。", japanese, [False] * 7, [[0, 0, 0, 1, 0, 0, 0]]) == ["首都"]
+    mixed = ["▁私は", "i", "Phone", "を買った", "。", "</s>"]
+    assert copy("私はiPhoneを買った。", mixed, [False] * 6, [[0, 0, 1, 0, 0, 0]]) == ["iPhone"]

@@ -27,7 +27,7 @@ from tests.text.hostile import plain_text
         ["He works for NATO.", " She left.", " DO NOT ENTER.", " DANGER."],
         ["Он живёт в США.", " Я помог им.", " Они ушли."],
         ["Ludwig II. König von Bayern kam.", " Die Gasse ist eng.", " Wir gehen."],
-        ["MM. Petit et Blanc arrivent.", " Gen. Lee left."],
+        ["MM. Petit et Blanc arrivent.", " Gen. Lee left.", " GEN. LEE LEFT."],
         ["円周率は３．１４です。", "はい．", "そう"],
         ["သွားပြီး၊ ငါးဝယ်ခဲ့တယ်။", " ကောင်းတယ်"],
     ],
@@ -49,8 +49,11 @@ def test_cutting_loses_nothing(seed):
     assert "".join(cut_sentences(text)) == text
 
 
-@pytest.mark.parametrize("piece", [".", "!?", "a.", ". ", '."', "'", "»", "? »", " ", "。", "。”", "A. ", "1. "])
+@pytest.mark.parametrize(
+    "piece", [".", "!?", "a.", ". ", '."', "'", "»", "? »", " ", "。", "。”", "．", "！", "A. ", "1. "]
+)
 def test_the_time_grows_with_the_length_only(piece):
     start = time.process_time()
     sentence_ends(f" {piece * 5_000} x{piece * 5_000}x")
+    sentence_ends(f"{piece * 50_000}」と")
     assert time.process_time() - start < 5  # a quadratic pattern takes minutes
