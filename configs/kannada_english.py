@@ -22,12 +22,12 @@ alpha 1 12.2 and 32.4, and with greedy search 11.3 and 32.5. docs/results.md has
 this one (3,000 steps on the Bible and the stories alone, a vocabulary of 4,000 without bytes; seed 0, one run) had BLEU
 5.5 and chrF 24.6 on the Bible, and 2.0 and 16.5 on the stories.
 
-The result of `small_to_kannada` (seed 0, one run, 1.7 hours on two cores of an Intel Xeon): BLEU 1.9 and chrF 25.7 on the
-Bible's test set, 1.8 and 22.1 on that of the stories, and 14.7 and 51.7 on that of the interfaces. A word of Kannada
-carries what English says in several, and BLEU counts whole words only, so chrF says more. The search, a beam of 5 and
-length^1.2, was chosen by chrF on the three validation sets together: there BLEU and chrF are 7.3 and 34.1, with length^0.8
-7.5 and 30.2, with length^1 7.9 and 33.1, with length^1.4 5.3 and 34.2 (no better by chrF and much worse by BLEU), with
-the paper's penalty and alpha 1 7.1 and 28.3, and with greedy search 7.1 and 31.8. `five_layer`: not run.
+The result of `small_to_kannada` (seed 0, one run, 1.7 hours on two cores of an Intel Xeon): BLEU 1.9 and chrF 25.7 on
+the Bible's test set, 1.8 and 22.1 on that of the stories, and 14.7 and 51.7 on that of the interfaces. A word of
+Kannada carries what English says in several, and BLEU counts whole words only, so chrF says more. The search, a beam of
+5 and length^1.2, was chosen by chrF on the three validation sets together: there BLEU and chrF are 7.3 and 34.1, with
+length^0.8 7.5 and 30.2, with length^1 7.9 and 33.1, with length^1.4 5.3 and 34.2 (no better by chrF and much worse by
+BLEU), with the paper's penalty and alpha 1 7.1 and 28.3, and with greedy search 7.1 and 31.8. `five_layer`: not run.
 """
 
 import dataclasses
