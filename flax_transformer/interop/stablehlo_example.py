@@ -12,8 +12,6 @@ import numpy as np
 import sentencepiece
 
 folder = Path(__file__).parent
-if len(sys.argv) < 2:
-    sys.exit(__doc__)
 ids = json.loads((folder / "ids.json").read_text("utf-8"))
 encode, decode_step = (
     jax.jit(jax.export.deserialize(bytearray((folder / name).read_bytes())).call)
