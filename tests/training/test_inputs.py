@@ -28,7 +28,7 @@ from flax_transformer.files import OWN_FILES, OWN_FOLDERS
 from flax_transformer.processes import hosts
 from flax_transformer.training.inputs import load_texts
 from flax_transformer.training.loop import train_and_evaluate
-from flax_transformer.training.resuming import check_processes
+from flax_transformer.training.resuming import check_fingerprints, check_processes
 from flax_transformer.workdir import WorkDirectory
 
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -188,6 +188,12 @@ def test_processes_with_other_settings_or_another_folder_are_an_error(
     else:
         with pytest.raises(ValueError, match=message):
             check_processes(experiment, WorkDirectory(tmp_path))
+
+
+def test_other_texts_in_another_process_are_an_error(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "gather", lambda mine: [mine, mine | {"train": "2"}])
+    with pytest.raises(ValueError, match="process 1 has other texts than process 0: give all hosts the same files"):
+        check_fingerprints(experiment, None, WorkDirectory(tmp_path), {"train": "1"}, False)
 
 
 @pytest.mark.parametrize(("split", "scored"), [pytest.param("train", {1, 2}, marks=pytest.mark.slow), ("valid", {2})])
