@@ -44,8 +44,8 @@ MODELS = """\
 
 Small models that translate Multi30k from English to German, trained for 1,500 steps: d_model 128, four heads, five
 encoder and five decoder layers. Each row differs from the first in one thing ("one layer" is one layer on each side).
-The numbers are the mean of the seeds, and in brackets the lowest and the highest; greedy search, test set of 2016. Seven
-runs were made on an AMD EPYC and eight on an Intel Xeon
+The numbers are the mean of the seeds, and in brackets the lowest and the highest; greedy search, test set of 2016.
+Seven runs were made on an AMD EPYC and eight on an Intel Xeon
 (`python -m benchmarks.ablations models --multi30k=data/multi30k/raw --workdirs=runs/ablations`).
 [Learning](learning.md) compares similar models, with two layers and the norm after each sub-layer, on the built-in
 Kannada phrases.

@@ -107,7 +107,8 @@ def draw_tokens(
     """
     logits = logits / settings.temperature
     if settings.top_k and settings.top_k < logits.shape[-1]:
-        logits = jnp.where(logits >= jax.lax.top_k(logits, settings.top_k)[0][..., -1:], logits, -jnp.inf)
+        least = best_tokens(logits[:, :, None], settings.top_k)[0][..., -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
     if settings.top_p < 1:
         falling = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(falling)
