@@ -99,14 +99,9 @@ class Evaluation:
             eval_step: the compiled function from parameters and a batch to summed losses.
             as_whole: gathers the parameters that `eval_step` takes on one device of this process.
             sentences: how many sentences to translate; 0 means all.
-
-        Raises:
-            ValueError: a source begins with the token of a language that the vocabulary does not know.
         """
         count = sentences or len(text)
         self.source, self.references = text.source[:count], text.target[:count]
-        for sentence in self.source:
-            vocabularies.source.split_language(sentence)  # raises the error now and not at the first evaluation
         self._packed, self._vocabularies = packed, vocabularies
         if hosts.is_first():
             unreadable = UnreadableSentences(vocabularies.source)

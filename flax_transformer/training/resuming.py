@@ -42,7 +42,7 @@ def as_begun(experiment: Experiment, workdir: WorkDirectory) -> Experiment:
 
 
 def check_processes(experiment: Experiment, workdir: WorkDirectory) -> None:
-    """Compares the settings of all processes, and what they see of the work directory, before anything is written.
+    """Compares the settings of all processes, and what they see of the work directory, before they change it.
 
     Raises:
         ValueError: a process has other settings, or does not see the work directory that another one sees.

@@ -137,15 +137,6 @@ def test_a_source_that_is_longer_than_the_learned_positions_is_translated_in_par
     assert scores.sentences == len(translations) == 9 and np.isfinite(scores.loss)
 
 
-def test_an_unknown_language_is_found_before_the_first_step(config):
-    settings = VocabularyConfig(size=24, byte_fallback=False, model_type="char", user_symbols=(">>eng<<",))
-    vocabularies = VocabularyPair.train(TEXT.source, TEXT.target, settings)
-    text = ParallelText([">>eng<< a", ">>en<< b"], ["u", "q"], [1, 1])
-    corpus = PackedCorpus.from_text(text, vocabularies, DATA, max_length=config.max_length)
-    with pytest.raises(ValueError, match="knows no language >>en<< .*begin with one of >>eng<<"):
-        Evaluation(text, corpus, vocabularies, config, SETTINGS, lambda params, batch: None)
-
-
 def test_evaluate_sentences_limits_the_translations_also_under_pmap(vocabularies, config, params, expected_loss):
     eight = Parallelism("pmap")
     evaluate = eight.compile(

@@ -190,6 +190,17 @@ def test_processes_with_other_settings_or_another_folder_are_an_error(
             check_processes(experiment, WorkDirectory(tmp_path))
 
 
+def test_an_unknown_language_of_a_held_out_text_is_found_before_the_settings_are_recorded(experiment, tmp_path):
+    for name, lines in (("train", [">>eng<< one\tuno"] * 40), ("valid", [">>eng<< one\tuno", ">>en<< two\tdue"])):
+        (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    texts = {"train": f"tsv:{tmp_path / 'train.tsv'}", "valid": f"tsv:{tmp_path / 'valid.tsv'}", "test": ""}
+    settings = {"size": 24, "model_type": "char", "user_symbols": (">>eng<<",)}
+    tagged = change(change(experiment, "data", **texts), "vocabulary", **settings)
+    with pytest.raises(ValueError, match="knows no language >>en<< .*begin with one of >>eng<<"):
+        train_and_evaluate(tagged, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_other_texts_in_another_process_are_an_error(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "gather", lambda mine: [mine, mine | {"train": "2"}])
     with pytest.raises(ValueError, match="process 1 has other texts than process 0: give all hosts the same files"):
