@@ -158,7 +158,8 @@ def _describe(model: Any, options: argparse.Namespace) -> str:
     ]
     if options.way in IMPORTS:
         vocabulary = model.vocabularies.source
-        by_code = " --source_language=CODE --target_language=CODE" if vocabulary.language_ids else ""
+        sides = ("source", "target") if vocabulary.language_ids else ("target",) if vocabulary.languages else ()
+        by_code = "".join(f" --{side}_language=CODE" for side in sides)
         lines += [
             f"  flax-transformer translate --workdir={target}{by_code} --input=FILE",
             f"  flax-transformer train --config=finetune:{target} --workdir=runs/finetuned  # on your text",
@@ -167,7 +168,10 @@ def _describe(model: Any, options: argparse.Namespace) -> str:
             few = ", ".join(code.strip("_") for code in vocabulary.languages[:4])
             lines.append(f"it knows {len(vocabulary.languages)} languages: {few}, …")
         elif vocabulary.languages:
-            lines.append(f"each source sentence must begin with the target language: {', '.join(vocabulary.languages)}")
+            lines.append(
+                f"it writes {len(vocabulary.languages)} languages: give --target_language, or begin each source "
+                f"sentence with one of {', '.join(vocabulary.languages)}"
+            )
     else:
         lines.append("  " + EXPORTS[options.way].format(folder=options.target, quoted=target))
     return "\n".join(lines)

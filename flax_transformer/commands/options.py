@@ -115,7 +115,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             type=filled,
             metavar="CODE",
             help=f"the language of {side}s that do not begin with the token of one, e.g. kan_Knda for NLLB, kn for "
-            "M2M100; only for models that know languages by code (default: that of the work directory)",
+            "M2M100; only for models with tokens of languages (default: that of the work directory, if it has one)",
         )
 
 
@@ -283,13 +283,13 @@ def load_translator(models: Sequence[Model], options: argparse.Namespace) -> Any
 
 
 def in_languages(translators: Sequence[Any], options: argparse.Namespace) -> list[Any]:
-    """Lets translators that know languages by code translate between those that the options name.
+    """Lets translators whose models have tokens of languages translate between those that the options name.
 
     Raises:
         ValueError: the options name languages and no translator knows any, or one does not know these.
     """
     languages = options.source_language or "", options.target_language or ""
-    knowing = [bool(translator.vocabularies.target.language_ids) for translator in translators]
+    knowing = [translator.vocabularies.names_languages for translator in translators]
     return [
         translator.speaking(*languages) if knows or not any(knowing) else translator
         for translator, knows in zip(translators, knowing, strict=True)

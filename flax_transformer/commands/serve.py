@@ -281,7 +281,7 @@ def _named(options: argparse.Namespace) -> list[Named]:
 def _load(named: list[Named], search: BeamSearch, options: argparse.Namespace) -> list[Any]:
     """Loads each folder once; models of many languages serve several pairs from one copy."""
     from flax_transformer.decoding.translator import Translator
-    from flax_transformer.serving.languages import languages_of, token_of
+    from flax_transformer.serving.languages import languages_of
     from flax_transformer.serving.models import Served
     from flax_transformer.workdir import WorkDirectory
 
@@ -299,10 +299,7 @@ def _load(named: list[Named], search: BeamSearch, options: argparse.Namespace) -
                     each.folder, step=options.checkpoint, batch_tokens=options.batch_tokens
                 )
             translator = translators[each.folder]
-            source, token = translator.vocabularies.source, ""
-            if translator.vocabularies.target.language_ids:
+            if translator.vocabularies.names_languages:
                 translator = translator.speaking(*pair)
-            elif source.languages:
-                token = token_of(pair[1], source.languages)
-        served.append(Served(*pair, translator, search, token))
+        served.append(Served(*pair, translator, search))
     return served

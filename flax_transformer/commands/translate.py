@@ -51,7 +51,9 @@ formats:
 
 With a model for many languages, a line that begins with the token of a language, such
 as "kan_Knda ", is in that language, and so is the translation that a line of --prefixes
-with such a token begins; other lines are in the languages of the two options.
+with such a token begins; other lines are in the languages of the two options. Where the
+tokens look like ">>kan<<", one before the source names the language of the translation:
+--target_language=kan puts it before each line that has none.
 
 With --markup the whole input is one page of HTML or XML, and so is the output.
 

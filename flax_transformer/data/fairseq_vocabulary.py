@@ -97,11 +97,6 @@ class FairseqVocabulary(MarianVocabulary):
         """The same vocabulary for targets, in which the language always comes first."""
         return self._changed(language_last=False) if self.language_last else self
 
-    def _changed(self, **fields: Any) -> "FairseqVocabulary":
-        other = object.__new__(FairseqVocabulary)  # all else is shared, not copied
-        other.__dict__ |= self.__dict__ | fields
-        return other
-
     def _spelled(self, language: str) -> str:
         """The token of a language, which in M2M100 may be named without its underscores."""
         short = self.tokenizer == "M2M100Tokenizer" and re.fullmatch("[a-z]{2,3}", language)

@@ -62,7 +62,7 @@ class MarianVocabulary(Vocabulary):
 
     def __reduce__(self):
         """Pickles as the model's bytes and the list of ids."""
-        return MarianVocabulary, (self._model, self._ids)
+        return MarianVocabulary, (self._model, self._ids), {"language": self.language}
 
     @property
     def size(self) -> int:
@@ -95,9 +95,10 @@ class MarianVocabulary(Vocabulary):
 
     def _encode(self, sentence: str) -> list[int]:
         text = self._spelling.spell(sentence)
-        language = self._known_language(text)
+        own = self._known_language(text)
+        language = own or self.language
         begin = [self._ids[language]] if language else []
-        return [*begin, *self._split(text.removeprefix(language)), self.eos_id]
+        return [*begin, *self._split(text.removeprefix(own)), self.eos_id]
 
     def _split(self, text: str) -> list[int]:
         """The ids of the pieces into which SentencePiece splits a text."""
@@ -130,7 +131,7 @@ class MarianVocabulary(Vocabulary):
         sentence = self._spelling.spell(sentence) if self.languages else sentence
         begin = MARIAN_LANGUAGE.match(sentence) if self.languages else None
         if begin is None:
-            return "", sentence
+            return self.language, sentence
         if begin[0] not in self._ids:
             few = ", ".join(self.languages[:8]) + (", …" if len(self.languages) > 8 else "")
             raise ValueError(f'the model knows no language {begin[0]} ("{sentence[:40]}"): begin with one of {few}')

@@ -11,11 +11,12 @@ and decomposed accents, a tab and a space, or a word with and without a byte ord
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from flax_transformer.data.sentencepiece_model import byte_ids, is_composed, parse, read_processor
 from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.text.languages import token_of
 from flax_transformer.text.spelling import Spelling
 from flax_transformer.text.symbols import MARIAN_LANGUAGE, SPACE
 
@@ -37,7 +38,8 @@ class Vocabulary:
         bos_id: 1, the beginning of a sentence.
         eos_id: 2, the end of a sentence.
         unk_id: 3, stands for a character that has no piece.
-        language: the token of the language of texts that do not name theirs, where texts begin with such a token.
+        language: the token of the language of texts that do not name theirs, where texts begin with such a token; in
+            vocabularies with tokens such as ">>kan<<", of the language into which such texts are to be translated.
         languages: the tokens that name the language to translate into; empty if the vocabulary has none.
         language_ids: the ids of tokens with which a target begins and which name its language; they are given, not
             predicted. Empty if targets begin with their text.
@@ -76,7 +78,7 @@ class Vocabulary:
 
     def __reduce__(self):
         """Pickles as the model's bytes."""
-        return Vocabulary, (self._model,)
+        return Vocabulary, (self._model,), {"language": self.language}
 
     @property
     def size(self) -> int:
@@ -111,13 +113,19 @@ class Vocabulary:
         equal ids, unless `vocabulary.normalize` was false. A lone surrogate, which is not a character, becomes a
         question mark.
         """
-        spelled = [self._spelling.spell(sentence) for sentence in sentences]
+        spelled = [self._spelling.spell(sentence) for sentence in self._named(sentences)]
         texts = [text.encode(errors="replace") for text in spelled]
         if len(texts) <= FEW:
             rows = [self._processor.encode(text, add_eos=True) for text in texts]
         else:
             rows = self._processor.encode(texts, add_eos=True)
         return self._mend_marks(rows, spelled)
+
+    def _named(self, sentences: Sequence[str]) -> Sequence[str]:
+        """The sentences, each with the token of the language into which it is to be translated, if one is chosen."""
+        if not self.language:
+            return sentences
+        return [language + text for language, text in map(self.split_language, sentences)]
 
     def check_sampling(self) -> None:
         """Raises ValueError if this vocabulary has only one segmentation of each sentence into pieces."""
@@ -184,6 +192,25 @@ class Vocabulary:
         known = f"begin each sentence with one of {', '.join(self.languages[:8])}" if self.languages else "leave it out"
         raise ValueError(f"the language {language} is named, but this model does not know languages by code: {known}")
 
+    def translating_into(self, language: str) -> "Vocabulary":
+        """The same vocabulary for sources that are to be translated into a language, which their token names.
+
+        A sentence that begins with the token of another language is still translated into that one.
+
+        Args:
+            language: its code, e.g. "kn" or "kan" for the token ">>kan<<"; "" changes nothing.
+
+        Raises:
+            ValueError: no token names the language, or several do.
+        """
+        return self._changed(language=token_of(language, self.languages)) if language else self
+
+    def _changed(self, **fields: Any) -> Any:
+        """This vocabulary with other attributes; all else is shared, not copied."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__ | fields
+        return other
+
     def with_language(self, language: str) -> "Vocabulary":
         """The same vocabulary with a token for one more language; raises ValueError if it cannot have one."""
         return self.speaking(language)
@@ -191,7 +218,8 @@ class Vocabulary:
     def split_language(self, sentence: str) -> tuple[str, str]:
         """Splits a source sentence into the token that names the wanted language ("" if there is none) and the text.
 
-        The token, together with a part of the text, is a sentence again.
+        A sentence without a token has that of `translating_into`. The token, together with a part of the text, is a
+        sentence again.
 
         Raises:
             ValueError: the sentence begins with the token of a language that the vocabulary does not know, and it knows
@@ -200,7 +228,7 @@ class Vocabulary:
         text = self._spelling.spell(sentence) if self.languages else ""
         begin = MARIAN_LANGUAGE.match(text)
         if begin is None:
-            return "", sentence
+            return self.language and f"{self.language} ", sentence
         if begin[0] not in self.languages:
             few = ", ".join(self.languages[:8]) + (", …" if len(self.languages) > 8 else "")
             raise ValueError(f'the model knows no language {begin[0]} ("{sentence[:40]}"): begin with one of {few}')

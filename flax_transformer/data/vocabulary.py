@@ -74,6 +74,24 @@ class VocabularyPair:
             source, target = source.with_language(language), target.with_language(language)
         return VocabularyPair(source.speaking(source_language), target.speaking(target_language))
 
+    @property
+    def names_languages(self) -> bool:
+        """Whether translating needs the languages: NLLB's models name both, others that of the target (">>kan<<")."""
+        return bool(self.target.language_ids or self.source.languages)
+
+    def translating(self, source_language: str, target_language: str) -> "VocabularyPair":
+        """The same vocabularies to translate between these languages; "" leaves a side as it is.
+
+        Where a token such as ">>kan<<" before the source names the target's language, the source's language may be
+        given, too, although nothing depends on it.
+
+        Raises:
+            ValueError: they do not know a language, or no languages by codes.
+        """
+        if self.source.languages and not self.target.language_ids:
+            return VocabularyPair(self.source.translating_into(target_language), self.target)
+        return self.speaking(source_language, target_language)
+
     @classmethod
     def load(cls, directory: epath.PathLike) -> "VocabularyPair":
         """Reads what `save` wrote; raises FileNotFoundError if the folder has no vocabulary."""

@@ -31,8 +31,8 @@ def split_sources(
         split[number] = [ids]
     if vocabulary.languages and not vocabulary.language_ids and not all(languages[number] for number in shown):
         warnings.warn(
-            f"the model writes several languages, and a sentence does not name the one that is wanted: begin each with "
-            f"one of {', '.join(vocabulary.languages[:8])}",
+            f"the model writes several languages, and a sentence does not name the one that is wanted: give "
+            f"target_language, or begin each with one of {', '.join(vocabulary.languages[:8])}",
             stacklevel=stacklevel,
         )
     unreadable = UnreadableSentences(vocabulary)

@@ -38,6 +38,9 @@ class Translator:
     `speaking` names, or in that of the work directory. This is so of sources, of targets, and of `prefixes`, in which
     a language alone may stand. The target's language counts as a token of the translation with log-probability 0.
 
+    Models with tokens such as ">>kan<<" need one before each source, which names the language of the translation. A
+    source that begins with none gets that of the target language that the constructor or `speaking` names.
+
     Attributes:
         vocabularies: the vocabularies of both sides.
         engine: decodes, for callers that have token ids and want to submit sentences one by one.
@@ -63,7 +66,7 @@ class Translator:
             shortlist: the target tokens among which translations are searched: true for the models' own shortlist if
                 they have one, false for all tokens, or another shortlist. Scores and alignments of given translations
                 do not depend on it.
-            source_language: the language of sources, e.g. "kan_Knda"; only for models that know languages by code.
+            source_language: the language of sources, e.g. "kan_Knda"; only for models with tokens of languages.
             target_language: the language of translations.
 
         Raises:
@@ -73,9 +76,9 @@ class Translator:
         models = [models] if isinstance(models, TrainedModel) else list(models)
         if not models:
             raise ValueError("a translator needs at least one model, and the list of models is empty: add one")
-        self.vocabularies = models[0].vocabularies.speaking(source_language, target_language)
+        self.vocabularies = models[0].vocabularies.translating(source_language, target_language)
         for number, model in enumerate(models[1:], 2):
-            others = model.vocabularies.speaking(source_language, target_language)
+            others = model.vocabularies.translating(source_language, target_language)
             if others.fingerprint() != self.vocabularies.fingerprint():
                 raise ValueError(
                     f"model {number} has a different vocabulary from model 1: an ensemble averages the probabilities "
@@ -142,10 +145,10 @@ class Translator:
         """A translator for texts of these languages, which shares all else with this one; "" changes nothing.
 
         Raises:
-            ValueError: the model does not know a language, or no languages by codes.
+            ValueError: the model does not know a language, or has no tokens of languages.
         """
         other = copy.copy(self)
-        other.vocabularies = self.vocabularies.speaking(source_language, target_language)
+        other.vocabularies = self.vocabularies.translating(source_language, target_language)
         return other
 
     def translate(

@@ -111,7 +111,7 @@ def _draft(
     prefix: list[int] | None,
 ) -> Draft:
     """What the engine is to decode: one source for each sentence, or as many equal ones as there are samples."""
-    draft = model.draft([each for each in sentences for _ in range(copies)], search, seed=seed)
+    draft = model.translator.draft([each for each in sentences for _ in range(copies)], search, seed=seed)
     longest = model.translator.config.max_length
     if any(len(parts) != 1 for parts in draft.parts):
         raise Refusal(400, f"a sentence has more than {longest} tokens, which are too many to explain: shorten it")
@@ -206,7 +206,7 @@ def _attention(model: Served, text: str, ids: list[int], kind: str, layer: int) 
     vocabularies, config = model.translator.vocabularies, model.translator.config
     if max(ids) >= config.target_vocab_size:
         raise Refusal(400, f"ids has {max(ids)}, the vocabulary has {config.target_vocab_size} tokens: give its ids")
-    draft = model.draft([text], model.search)
+    draft = model.translator.draft([text], model.search)
     if len(draft.sources) != 1:
         what = f"has more than {config.max_length} tokens: shorten it" if draft.sources else "is blank: give a sentence"
         raise Refusal(400, f"q {what}")
@@ -230,7 +230,7 @@ async def stream(call: Call) -> Response:
     document = await asyncio.to_thread(divide, text)
     check_sentences(call.service, len(document.sentences))
     # The first sentence is looked at before the answer begins, since only then can an error have a status.
-    first = await asyncio.to_thread(model.draft, document.sentences[:1], model.streaming)
+    first = await asyncio.to_thread(model.translator.draft, document.sentences[:1], model.streaming)
     events = _events(call.service, model, text, document, first, started)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter lets nginx pass each event on
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
@@ -250,7 +250,9 @@ async def _events(
         waiting = len(document.sentences)
         async with asyncio.timeout(service.limits.deadline_s):
             for number, sentence in enumerate(document.sentences):
-                draft = await asyncio.to_thread(model.draft, [sentence], model.streaming) if number else first
+                draft = (
+                    await asyncio.to_thread(model.translator.draft, [sentence], model.streaming) if number else first
+                )
                 told = ""
                 async for parts in service.desk.stream(model.translator.engine, draft):
                     told = join_parts(model.translator.vocabularies.target.decode(parts))

@@ -1,10 +1,12 @@
 """Names languages, and tells in which of the served languages a text is."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import babel
+
+from flax_transformer.text.languages import short
 
 ENOUGH = 2000  # characters tell the language of a text
 _ENGLISH = babel.Locale("en")
@@ -54,35 +56,6 @@ def as_pair(text: str) -> tuple[str, str]:
             f'{text!r} does not name two languages: write their codes as in "kn-en", "en-pt-BR" or "kan_Knda-eng_Latn"'
         )
     return found[1], found[2]
-
-
-def short(code: str) -> str:
-    """The code of two letters, where there is one, of a language: "kn" for "kan_Knda" and "kn"."""
-    language = re.split("[_-]", code)[0]
-    try:
-        return babel.Locale.parse(language).language
-    except (ValueError, babel.UnknownLocaleError):
-        return language
-
-
-def token_of(code: str, tokens: Sequence[str]) -> str:
-    """Which of the tokens that name languages, such as ">>kan<<", a model must be told to write a language.
-
-    Args:
-        code: the language, e.g. "kn".
-        tokens: the tokens of its vocabulary.
-
-    Raises:
-        ValueError: no token names it, or several do.
-    """
-    named = {token: token.removeprefix(">>").removesuffix("<<") for token in tokens}
-    exact = [token for token, name in named.items() if name == code.replace("-", "_")]
-    found = exact or [token for token, name in named.items() if short(name) == short(code)]
-    if len(found) == 1:
-        return found[0]
-    few = ", ".join((found or list(tokens))[:8])
-    what = f"{len(found)} tokens name the language {code!r}" if found else f"no token names the language {code!r}"
-    raise ValueError(f"the model is told what to write by a token, and {what}: write one of {few}, without the marks")
 
 
 class Detector:

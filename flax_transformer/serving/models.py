@@ -4,8 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from flax_transformer.decoding.drafts import Draft
-from flax_transformer.decoding.settings import BeamSearch, Sampling
+from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.serving.languages import Detector, language_name
 from flax_transformer.serving.refusals import Refusal
@@ -23,14 +22,12 @@ class Served:
         target: the language that it writes.
         translator: translates with it.
         search: how it searches, unless a request wants another way.
-        token: what stands before each sentence, in models that must be told the target language so, e.g. ">>kan<<".
     """
 
     source: str
     target: str
     translator: Translator
     search: BeamSearch
-    token: str = ""
 
     @property
     def name(self) -> str:
@@ -41,13 +38,6 @@ class Served:
     def streaming(self) -> BeamSearch:
         """How it searches where each token is told as it comes: greedily."""
         return self.search.replace(beam_size=1, num_return=1)
-
-    def draft(self, sentences: Sequence[str], search: BeamSearch | Sampling, *, seed: int = 0) -> Draft:
-        """What the engine is to decode; a sentence that names no language itself is given the model's `token`."""
-        if self.token:
-            split = self.translator.vocabularies.source.split_language
-            sentences = [each if split(each)[0] else f"{self.token} {each}" for each in sentences]
-        return self.translator.draft(sentences, search, seed=seed)
 
     @functools.cached_property
     def position_vectors(self) -> list[list[float]]:

@@ -54,7 +54,7 @@ async def translate_texts(
         Refusal: the queue is full.
     """
     search = model.search.replace(num_return=alternatives + 1)
-    draft = await beside(characters, model.draft, documents.sentences, search)
+    draft = await beside(characters, model.translator.draft, documents.sentences, search)
     found = await service.desk.decode(model.translator.engine, draft)
     service.metrics.sentences.labels(model.name).inc(len(documents.sentences))
     translations = await write(service, model, draft, found)

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from flax_transformer.commands.serve import LIMITS, _named
-from flax_transformer.serving.languages import Detector, as_pair, language_name, languages_of, token_of
+from flax_transformer.serving.languages import Detector, as_pair, language_name, languages_of
 from flax_transformer.serving.limits import Limits
 
 
@@ -81,16 +81,6 @@ def test_a_name_of_a_model_is_two_codes_of_languages():
     for wrong in ("kn", "kn-", "kn_en", "en-pt-br", "kn-en-de-fr-x", "../../etc-en"):
         with pytest.raises(ValueError, match="does not name two languages"):
             as_pair(wrong)
-
-
-def test_a_language_is_named_by_the_token_that_a_model_has_for_it():
-    tokens = (">>kan<<", ">>tel<<", ">>zho_Hans<<", ">>zho_Hant<<", ">>en<<")
-    named = {code: token_of(code, tokens) for code in ("kn", "kan_Knda", "te", "zho_Hant", "en", "eng_Latn")}
-    assert list(named.values()) == [">>kan<<", ">>kan<<", ">>tel<<", ">>zho_Hant<<", ">>en<<", ">>en<<"]
-    with pytest.raises(ValueError, match="2 tokens name the language 'zh': write one of >>zho_Hans<<, >>zho_Hant<<"):
-        token_of("zh", tokens)
-    with pytest.raises(ValueError, match="no token names the language 'de': write one of >>kan<<, >>tel<<"):
-        token_of("de", tokens)
 
 
 def test_languages_have_english_names():

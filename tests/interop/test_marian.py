@@ -206,7 +206,7 @@ def test_each_part_of_a_long_sentence_keeps_its_language(make_model, vocabularie
         )
     assert whole.split() == " ".join(parts).split()
     with pytest.warns(
-        UserWarning, match="a sentence does not name the one that is wanted: begin each with one of >>fra<<"
+        UserWarning, match="a sentence does not name the one that is wanted: give target_language, or begin each with "
     ):
         translator.translate([">>fra<< the cat", "the cat", ""], search)
     with pytest.raises(ValueError, match="knows no language >>deu<<"):
