@@ -5,9 +5,13 @@ import socket
 
 import pytest
 
-from flax_transformer.commands.serve import LIMITS, _named
+from flax_transformer.commands.serve import LIMITS, _load, _named
+from flax_transformer.data.vocabulary import VocabularyPair
+from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.serving.languages import Detector, as_pair, language_name, languages_of
 from flax_transformer.serving.limits import Limits
+from tests.small_models import say, small_model
 
 
 def test_each_limit_of_the_server_is_an_option_of_the_command():
@@ -54,6 +58,22 @@ def test_a_work_directory_that_does_not_tell_its_languages_is_an_error_that_name
 def test_the_languages_of_a_work_directory_may_have_any_codes():
     given = argparse.Namespace(workdir="a", source_language="en", target_language="pt-br", model=[("kn-en", "b")])
     assert [(each.languages, each.folder) for each in _named(given)] == [(("en", "pt-br"), "a"), (("kn", "en"), "b")]
+
+
+def test_one_folder_serves_each_language_that_its_tokens_name(tmp_path):
+    lines = [say(number, 4) for number in range(40)]
+    config = VocabularyConfig(size=60, byte_fallback=False, user_symbols=(">>kan<<", ">>tel<<"))
+    small_model(VocabularyPair.train(lines, lines, config), 3).save(tmp_path / "work")
+    folder = str(tmp_path / "work")
+    given = argparse.Namespace(workdir="", source_language=None, target_language=None, checkpoint="chosen")
+    given.batch_tokens, given.model = 4096, [("en-kn", folder), ("en-te", folder)]
+    kannada, telugu = _load(_named(given), BeamSearch(), given)
+    source = kannada.translator.vocabularies.source
+    assert source.encode(["the cat"]) == telugu.translator.vocabularies.source.encode([">>kan<< the cat"])
+    assert telugu.translator.engine is kannada.translator.engine  # the model is loaded once
+    given.model = [("en-de", folder)]
+    with pytest.raises(ValueError, match="no token names the language 'de'"):
+        _load(_named(given), BeamSearch(), given)
 
 
 @pytest.mark.parametrize(
