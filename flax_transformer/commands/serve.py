@@ -115,8 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1024,
         metavar="N",
-        help="source tokens of the sentences that one model translates at once; more translate more in the same time "
-        "where there is a GPU, and each takes longer (default 1024)",
+        help="source tokens of the sentences that one model translates at once; more may translate more in the same "
+        "time where there is a GPU, and each takes longer (default 1024)",
     )
     models.add_argument(
         "--replace_unknown",

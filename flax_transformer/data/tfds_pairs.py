@@ -91,9 +91,12 @@ def _prepare(name: str, builder: Any) -> None:
             builder.download_and_prepare(file_format="array_record")
         except Exception as error:  # Preparing runs each set's own code; whatever fails in it, the remedy is the same.
             reason = " ".join(str(error).split())
+            remedy = "load it once on a machine with a network"
+            if "No module named 'tensorflow'" in reason:  # TFDS unpacks archives with it
+                remedy = "run pip install tensorflow, which only preparing needs, here or on another machine"
             raise ValueError(
-                f"tfds:{name} is not in {builder.data_dir} and cannot be prepared here ({reason}): load it once on a "
-                "machine with a network, then set TFDS_DATA_DIR or data_dir= to the folder that has it"
+                f"tfds:{name} is not in {builder.data_dir} and cannot be prepared here ({reason}): {remedy}, then set "
+                "TFDS_DATA_DIR or data_dir= to the folder that has it"
             ) from error
     if builder.info.file_format.value != "array_record":
         raise ValueError(

@@ -5,10 +5,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from pathlib import Path
 
 # The parameters of mallopt(3), from malloc.h of the GNU C library.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _LARGEST = 2**31 - 1
+_PCI = Path("/sys/bus/pci/devices")
+_MAKERS = {"0x1002", "0x10de", "0x1ae0"}  # AMD, NVIDIA and Google, as the PCI bus numbers who made a device
 
 
 def keep_freed_memory() -> None:
@@ -34,4 +37,13 @@ def _jax_will_use_cpu() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms:
         return platforms.split(",")[0] == "cpu"
-    return not importlib.metadata.entry_points(group="jax_plugins") and importlib.util.find_spec("libtpu") is None
+    installed = importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu")
+    return not (installed and _may_have_accelerator())
+
+
+def _may_have_accelerator() -> bool:
+    """Whether this machine may have a GPU or TPU; libtpu and the packages for GPUs can be installed without one."""
+    if not _PCI.exists():
+        return True
+    makers = {path.read_text().strip() for path in _PCI.glob("*/vendor")}
+    return bool(makers & _MAKERS) or Path("/dev/dxg").exists()  # the GPU of Windows under its Linux

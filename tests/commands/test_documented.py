@@ -36,7 +36,7 @@ EXAMPLES = [(page.name, words) for page in PAGES for words in commands_of(page)]
 
 
 def test_the_pages_show_nearly_every_verb_and_many_commands():
-    assert set(VERBS) - {words[0] for _, words in EXAMPLES} <= {"average"} and len(EXAMPLES) > 45
+    assert set(VERBS) - {words[0] for _, words in EXAMPLES} == set() and len(EXAMPLES) > 45
 
 
 @pytest.mark.parametrize(("page", "words"), EXAMPLES, ids=lambda value: value if isinstance(value, str) else value[0])

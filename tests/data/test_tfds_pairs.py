@@ -1,3 +1,5 @@
+import importlib.util
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +32,14 @@ def tfds():
     class BrokenPairs(SmallPairs):
         def _split_generators(self, dl_manager):
             raise ConnectionError("the cable is\n cut")
+
+    class PackedPairs(SmallPairs):
+        def _split_generators(self, dl_manager):
+            folder = Path(dl_manager.download_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.make_archive(str(folder / "pairs"), "gztar", Path(__file__).parent, Path(__file__).name)
+            dl_manager.extract(folder / "pairs.tar.gz")
+            return super()._split_generators(dl_manager)
 
     return tfds
 
@@ -110,6 +120,13 @@ def test_a_connection_lost_while_preparing_is_an_error_of_one_line(tfds, tmp_pat
     with pytest.raises(ValueError, match="broken_pairs.*the cable is cut.*TFDS_DATA_DIR") as caught:
         load_corpus(f"tfds:broken_pairs:train?data_dir={tmp_path}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_set_that_comes_in_an_archive_says_that_tensorflow_unpacks_it(tfds, tmp_path):
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("TensorFlow is installed")
+    with pytest.raises(ValueError, match="No module named 'tensorflow'.*: run pip install tensorflow, which only prep"):
+        load_corpus(f"tfds:packed_pairs:train?data_dir={tmp_path}")
 
 
 def test_a_set_in_a_bucket_says_to_copy_it(tfds, monkeypatch):

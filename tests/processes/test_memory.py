@@ -72,10 +72,23 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("plugins", "has_libtpu", "keeps"), [([], False, True), (["cuda"], False, False), ([], True, False)]
+    ("plugins", "has_libtpu", "vendor", "keeps"),
+    [
+        ([], False, "0x10de", True),
+        (["cuda"], False, "0x10de", False),
+        ([], True, "0x1ae0", False),
+        (["cuda"], True, "0x8086", True),  # of Intel, so no device for them
+        ([], True, None, False),  # nobody knows
+    ],
 )
-def test_a_gpu_or_tpu_is_expected_where_its_package_is_installed(plugins, has_libtpu, keeps, monkeypatch):
+def test_a_gpu_or_tpu_is_expected_where_it_is_and_has_its_package(
+    plugins, has_libtpu, vendor, keeps, monkeypatch, tmp_path
+):
     changed = []
+    monkeypatch.setattr(memory, "_PCI", tmp_path / "devices")
+    if vendor:
+        (tmp_path / "devices/0000:00:04.0").mkdir(parents=True)
+        (tmp_path / "devices/0000:00:04.0/vendor").write_text(f"{vendor}\n")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(memory.importlib.metadata, "entry_points", lambda group: plugins)
     monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: has_libtpu or None)
