@@ -19,6 +19,7 @@ all of them, and `python -m benchmarks.quality table` shows them.
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -79,7 +80,9 @@ class Comparison:
                 spread = f" ({min(found):.{digits}f} to {max(found):.{digits}f})" if len(found) > 1 else ""
                 cells.append(f"{statistics.mean(found):.{digits}f}{spread}" if found else "not run")
             lines.append(f"| {variant} | {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
+        processors = collections.Counter(run["machine"]["processor"] for run in runs if "machine" in run)
+        counted = [f"{count} runs on {processor}" for processor, count in processors.items()]
+        return "\n".join([*lines, *(["", f"Machines: {', '.join(counted)}."] if counted else [])]) + "\n"
 
 
 MODELS = Comparison(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.report import RESULTS
 from flax_transformer.commands.process import prepare_libraries
+from flax_transformer.data.lines import read_lines
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.decoding.translator import Translator
@@ -102,9 +103,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "exports.json")
     options = parser.parse_args()
     prepare_libraries()
-    sources, references = (
-        (options.data / f"{options.test}.{side}").read_text(encoding="utf-8").split("\n")[:-1] for side in ("en", "de")
-    )
+    sources, references = (list(read_lines(str(options.data / f"{options.test}.{side}"))) for side in ("en", "de"))
     model = TrainedModel.load(options.workdir)
     translator = Translator(model)
     ours = translator.translate(sources, SEARCH)

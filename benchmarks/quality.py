@@ -45,7 +45,6 @@ MODELS = """\
 Small models that translate Multi30k from English to German, trained for 1,500 steps: d_model 128, four heads, five
 encoder and five decoder layers. Each row differs from the first in one thing ("one layer" is one layer on each side).
 The numbers are the mean of the seeds, and in brackets the lowest and the highest; greedy search, test set of 2016.
-Seven runs were made on an AMD EPYC and eight on an Intel Xeon
 (`python -m benchmarks.ablations models --multi30k=data/multi30k/raw --workdirs=runs/ablations`).
 [Learning](learning.md) compares similar models, with two layers and the norm after each sub-layer, on the built-in
 Kannada phrases.
@@ -68,7 +67,8 @@ def course(workdir: WorkDirectory) -> dict[str, Any]:
     """How a training went: its commands, machine, time and learning curve, from `metrics.jsonl`."""
     lines = workdir.read_metrics()
     starts = [line for line in lines if line["kind"] == "start"]
-    evaluations = [line for line in lines if line["kind"] == "valid"]
+    # Of a step that was scored twice, because the training was killed, the later line counts.
+    evaluations = list({line["step"]: line for line in lines if line["kind"] == "valid"}.values())
     curve = [{name: line[name] for name in ("step", "loss", "bleu", "chrf")} for line in evaluations]
     first = {name: starts[0][name] for name in ("command", "versions", "revision", "devices")}
     return first | {"starts": len(starts), "hours": evaluations[-1]["seconds"] / 3600, "curve": curve}

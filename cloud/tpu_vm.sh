@@ -63,6 +63,7 @@ need_machines() {
 
 need_bucket() {
   need WORKDIR
+  WORKDIR=${WORKDIR%"${WORKDIR##*[!/]}"} # without slashes at its end
   [[ $WORKDIR == gs://?* ]] || die "--workdir is $WORKDIR: all workers must share it, so give gs://BUCKET/FOLDER"
 }
 
@@ -70,6 +71,7 @@ need_training() {
   need CONFIG
   need_bucket
   git ls-files --error-unmatch -- "${CONFIG%%:*}" >/dev/null 2>&1 ||
+    git ls-files --error-unmatch -- "configs/${CONFIG%%:*}.py" >/dev/null 2>&1 ||
     die "--config is $CONFIG, a file that git does not track, so it is not copied: give one of configs/, or git add it"
 }
 
@@ -124,7 +126,7 @@ pack() { # the files that git tracks, as they are now, their revision, which a t
   [[ ! $dry_run ]] || return 0
   mkdir -p build && { git describe --always --dirty --abbrev=12 '--exclude=*' 2>/dev/null || :; } >$revision &&
     { git ls-files -z && for path in $revision ${data[@]+"${data[@]}"}; do printf '%s\0' "$path"; done; } |
-    tar --null -T - -czf "$archive"
+    tar --null -T - -czf "$archive.part" && mv "$archive.part" "$archive"
 }
 
 send() { # what was packed last, so that later edits do not slip into a training that is continued

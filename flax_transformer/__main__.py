@@ -127,6 +127,10 @@ def _run(arguments: list[str], program: str | None, output_is_open: bool) -> Non
         sys.exit(130)  # as a program that Ctrl-C stops
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        sys.exit(f"{program}: a name with gs:// needs the packages for buckets: pip install 'flax_transformer[gcs]'")
     except (RuntimeError, MemoryError) as error:
         if not is_device_error(error):
             raise

@@ -6,8 +6,11 @@ could not be completed is removed; one whose process was killed stays and is ign
 
 import contextlib
 import itertools
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 from etils import epath
 
@@ -31,9 +34,17 @@ def write_file(path: epath.Path, content: bytes) -> None:
 def write_folder(path: epath.Path) -> Iterator[epath.Path]:
     """Gives an empty folder to write to, which moves to `path` when the `with` block ends without an error.
 
+    In a bucket folders cannot be moved: there the folder is made in this machine's temporary folder and then copied,
+    config.json last, since it marks a complete work directory.
+
     Args:
         path: where the folder will be; nothing, or an empty folder, may be there now.
     """
+    if is_remote(str(path)):
+        with tempfile.TemporaryDirectory() as local:
+            yield epath.Path(local)
+            _copy_folder(Path(local), path)
+        return
     draft = _draft_of(path)
     draft.mkdir(parents=True)
     try:
@@ -43,6 +54,21 @@ def write_folder(path: epath.Path) -> Iterator[epath.Path]:
         draft.rename(path)
     except BaseException:
         draft.rmtree(missing_ok=True)
+        raise
+
+
+def _copy_folder(folder: Path, to: epath.Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    copied: list[epath.Path] = []
+    try:
+        for path in sorted(files, key=lambda path: path.name == "config.json"):
+            copied.append(to.joinpath(*path.relative_to(folder).parts))
+            with path.open("rb") as file, copied[-1].open("wb") as made:  # etils cannot copy to another kind of place
+                shutil.copyfileobj(file, made)
+    except BaseException:
+        for path in copied:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                path.unlink(missing_ok=True)
         raise
 
 

@@ -1,13 +1,16 @@
 import contextlib
 import math
+import shutil
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+from flax_transformer.atomic_files import write_folder
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.monitoring.report import Report
@@ -60,6 +63,31 @@ def test_vocabularies_in_a_bucket_can_be_read_back(joint, workdir):
     workdir.write_vocabularies(vocabularies)
     assert workdir.has_vocabularies()
     assert workdir.read_vocabularies().fingerprint() == vocabularies.fingerprint()
+
+
+def test_a_folder_comes_to_a_bucket_as_a_whole_and_its_config_last(workdir, monkeypatch):
+    copied, copy = [], shutil.copyfileobj
+
+    def note(file, made):
+        copied.append(Path(file.name).name)
+        copy(file, made)
+
+    def fail(file, made):
+        raise OSError("the bucket is full")
+
+    monkeypatch.setattr(shutil, "copyfileobj", note)
+    with write_folder(workdir.path) as draft:
+        for name in ("a", "config.json", "inner/z"):
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_text(name)
+        assert not workdir.path.exists()
+    assert (workdir.path / "inner" / "z").read_text() == "inner/z"
+    assert len(copied) == 3 and copied[-1] == "config.json"
+    second = workdir.path.parent / "second"
+    with pytest.raises(OSError, match="full"), write_folder(second) as draft:
+        (draft / "a").write_text("a")
+        monkeypatch.setattr(shutil, "copyfileobj", fail)
+    assert not second.exists()
 
 
 def test_metrics_are_appended_in_a_bucket(workdir):

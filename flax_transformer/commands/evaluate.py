@@ -4,6 +4,7 @@ second system is significant.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU
 
 from flax_transformer.commands.corpus_scores import METRICS, Judge, System, report
-from flax_transformer.commands.lines import count_lines, in_chunks, open_output, progress_bar, read_all
+from flax_transformer.commands.lines import count_lines, open_output, progress_bar, read_all
 from flax_transformer.commands.options import (
     Model,
     add_model_options,
@@ -158,20 +159,22 @@ def run(options: argparse.Namespace) -> None:
         also_read = [("--shortlist", options.shortlist)] if options.shortlist else []
         check_output("--translations", options.translations, inputs + also_read, workdirs)
     sources, references, others = _read(options)
-    judge = Judge(
+    judge_by = functools.partial(
+        Judge,
         sources,
-        references,
-        metrics,
+        metrics=metrics,
         tokenize=options.tokenize or _tokenizer_of_training(workdirs),
         chrf_word_order=options.chrf_word_order,
     )
+    judge = judge_by(references)  # reports a metric that cannot be computed before the models are loaded
     # All models are loaded before any translates, so that a wrong path is found now and not after hours.
     translators = in_languages([load_translator(each, options) for each in models], options)
-    for translator in translators:
-        translator.vocabularies.target.encode([""])  # reports a language that lacks before a file is written
+    languages, texts = _split_languages(translators, references)
+    if texts != references:
+        judge = judge_by(texts)
     systems: list[System] = []
     for each, translator in zip(models, translators, strict=True):
-        translations, seconds = _translate(translator, sources, search, options.seed)
+        translations, seconds = _translate(translator, sources, languages, search, options.seed)
         if options.translations and not systems:
             with open_output(options.translations) as file:
                 file.writelines(f"{in_one_line(translation)}\n".encode() for translation in translations)
@@ -233,13 +236,32 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[list[str]], list
     return sources, columns, translations
 
 
-def _translate(translator: Any, sources: list[str], search: SearchSettings, seed: int) -> tuple[list[str], float]:
-    """The translations, and the seconds that they took."""
+def _split_languages(
+    translators: Sequence[Any], references: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """The tokens with which the first references name their language, and all references without such tokens."""
+    targets = [translator.vocabularies.target for translator in translators]
+    target = next((each for each in targets if each.language_ids), targets[0])
+    split = [target.split_languages(column) for column in references]
+    languages = split[0][0]
+    for each in targets:  # reports a language that lacks before a file is written
+        each.encode(list(dict.fromkeys(languages)) if each.language_ids else [])
+    return languages, [texts for _, texts in split]
+
+
+def _translate(
+    translator: Any, sources: list[str], languages: list[str], search: SearchSettings, seed: int
+) -> tuple[list[str], float]:
+    """The translations, into those languages where the model is told them, and the seconds that they took."""
+    if not translator.vocabularies.target.language_ids:
+        languages = [""] * len(sources)
     translations: list[str] = []
     begun, unreadable = time.perf_counter(), UnreadableSentences(translator.vocabularies.source)
     with progress_bar(len(sources)) as bar, unreadable.warning_once():
-        for chunk in in_chunks(sources, CHUNK):
+        for start in range(0, len(sources), CHUNK):
+            chunk = sources[start : start + CHUNK]
             unreadable.add(chunk)
-            translations += translator.translate(chunk, search, seed=(seed + len(translations)) % 2**32)
+            named = languages[start : start + CHUNK]
+            translations += translator.translate(chunk, search, prefixes=named, seed=(seed + start) % 2**32)
             bar.update(len(chunk))
     return translations, time.perf_counter() - begun

@@ -304,7 +304,7 @@ def explain_damage(workdir: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError:
+    except (OSError, ImportError):
         raise
     except Exception as error:  # Orbax and what it reads with raise many kinds; the remedy is the same.
         if is_device_error(error):

@@ -85,13 +85,15 @@ def run(options: argparse.Namespace) -> None:
     from flax_transformer.decoding.scoring import TooLong  # loads jax, so not for --help
 
     chunks = in_chunks(pairs, CHUNK)
+    # An empty input and a language that lacks are reported before the output is opened, which empties it.
     first = next(chunks, [])
-    if first:  # reports a language that lacks before the output is opened
-        translator.vocabularies.source.encode([source for source, _ in first])
-        translator.vocabularies.target.encode([target for _, target in first])
+    if not first:
+        raise ValueError("there are no pairs: the input is empty")
+    translator.vocabularies.source.encode([source for source, _ in first])
+    translator.vocabularies.target.encode([target for _, target in first])
     done, tokens, log_prob = 0, 0, 0.0
     with open_output(output) as file, progress_bar(total, beside=output) as bar:
-        for chunk in itertools.chain([first] if first else [], chunks):
+        for chunk in itertools.chain([first], chunks):
             try:
                 scored = translator.score([source for source, _ in chunk], [target for _, target in chunk], search)
             except TooLong as error:
@@ -103,8 +105,6 @@ def run(options: argparse.Namespace) -> None:
             file.flush()
             bar.update(len(chunk))
             done += len(chunk)
-    if not tokens:
-        raise ValueError("there are no pairs: the input is empty")
     print(
         f"{done} pairs, {tokens} tokens, log-probability {log_prob:.4f}, "
         f"perplexity {math.exp(-log_prob / tokens):.4f} per token",

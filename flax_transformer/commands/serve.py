@@ -243,15 +243,16 @@ def run(options: argparse.Namespace) -> None:
     )
     sys.setswitchinterval(SWITCH_S)
     server.listen()
-    _end(models, preparation)
+    _end(models, preparation, server.threads)
 
 
-def _end(models: Any, preparation: Any) -> None:
+def _end(models: Any, preparation: Any, threads: Any) -> None:
     """Ends all threads; the process ends even if one of them is in the middle of a long compilation."""
     closing = threading.Thread(target=models.close, daemon=True)
     closing.start()
     closing.join(ENDING_S)
-    if not preparation.end(ENDING_S) or closing.is_alive():
+    ended = [threads.end(ENDING_S), preparation.end(ENDING_S), not closing.is_alive()]
+    if not all(ended):
         sys.stdout.flush()
         os._exit(0)
 

@@ -274,7 +274,7 @@ def _describe(
 
     pairs = [(sentence, one) for sentence, several in zip(sentences, found, strict=True) for one in several]
     end = translator.vocabularies.target.eos_id
-    whole = [not in_parts(one, end) for _, one in pairs]
+    whole = [bool(one.ids) and not in_parts(one, end) for _, one in pairs]
     chosen = [pair for pair, is_whole in zip(pairs, whole, strict=True) if is_whole]
     alignments = iter(translator.align([sentence for sentence, _ in chosen], [one for _, one in chosen], layer=layer))
     for one, is_whole in zip(itertools.chain.from_iterable(described), whole, strict=True):

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -56,12 +56,13 @@ class TokenSide:
         return cls(tokens, _boundaries(lengths))
 
     @classmethod
-    def encode(cls, vocabulary: Vocabulary, sentences: Sequence[str]) -> "TokenSide":
-        """Tokenises and concatenates sentences."""
-        parts = [
-            cls.join(vocabulary.encode(sentences[start : start + TOKENISED_AT_ONCE]))
-            for start in range(0, max(len(sentences), 1), TOKENISED_AT_ONCE)
-        ]
+    def encode(cls, vocabulary: Vocabulary, sentences: Sequence[str], left_out: Collection[int] = ()) -> "TokenSide":
+        """Tokenises and concatenates sentences; those with the numbers in `left_out` have the end of sentence alone."""
+        parts = []
+        for start in range(0, max(len(sentences), 1), TOKENISED_AT_ONCE):
+            numbers = range(start, min(start + TOKENISED_AT_ONCE, len(sentences)))
+            encoded = iter(vocabulary.encode([sentences[number] for number in numbers if number not in left_out]))
+            parts.append(cls.join([[vocabulary.eos_id] if each in left_out else next(encoded) for each in numbers]))
         return cls.concatenate(parts)
 
     @classmethod
@@ -257,7 +258,8 @@ class PackedCorpus:
             name: the name of this corpus within that folder.
 
         Raises:
-            ValueError: no pair fits, or every pair has a blank side.
+            ValueError: no pair fits, every pair has a blank side, or a source begins with the token of a language that
+                the vocabulary does not know.
         """
         pairs = zip(text.source, text.target, strict=True)
         blank = [number for number, sides in enumerate(pairs) if any(map(is_blank, sides))]
@@ -267,9 +269,11 @@ class PackedCorpus:
             )
 
         def build() -> dict[str, np.ndarray]:
-            source = TokenSide.encode(vocabularies.source, text.source)
-            target = TokenSide.encode(vocabularies.target, text.target)
             left_out = set(blank)
+            for sentence in text.source if vocabularies.source.languages else ():
+                vocabularies.source.split_language(sentence)  # reports the token of an unknown language
+            source = TokenSide.encode(vocabularies.source, text.source, left_out)
+            target = TokenSide.encode(vocabularies.target, text.target, left_out)
             repeats = [0 if number in left_out else math.ceil(times) for number, times in enumerate(text.repeats)]
             parts = {
                 "source": source,

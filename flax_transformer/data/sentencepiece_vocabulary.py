@@ -234,6 +234,16 @@ class Vocabulary:
             raise ValueError(f'the model knows no language {begin[0]} ("{sentence[:40]}"): begin with one of {few}')
         return f"{begin[0]} ", text[begin.end() :]
 
+    def split_languages(self, targets: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Splits targets into the tokens with which they name their language ("" for those with none) and the texts.
+
+        Only where targets begin with a language (`language_ids`); elsewhere all of a target is text.
+        """
+        if not self.language_ids:
+            return [""] * len(targets), list(targets)
+        split = [self.split_language(target) for target in targets]
+        return [language for language, _ in split], [text for _, text in split]
+
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """Returns the sentence of each row, up to its first `eos_id`, skipping `pad_id` and `bos_id`.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import numpy as np
 from starlette.responses import Response, StreamingResponse
 
 from flax_transformer.data.sentencepiece_vocabulary import INCOMPLETE
@@ -47,6 +48,7 @@ def _describe(model: Served) -> dict[str, Any]:
         "heads": config.num_heads,
         "positions": config.positions,
         "position_waves": model.position_vectors,
+        "beam_size": model.search.beam_size,
         "decoder_self_attention": config.decoder_autoregression == "self_attention",
     }
 
@@ -115,6 +117,7 @@ def _draft(
     longest = model.translator.config.max_length
     if any(len(parts) != 1 for parts in draft.parts):
         raise Refusal(400, f"a sentence has more than {longest} tokens, which are too many to explain: shorten it")
+    _check_looked_into(*draft.sources)
     if prefix is not None:
         config = model.translator.config
         wrong = [token for token in prefix if token in (config.pad_id, config.eos_id)]
@@ -135,7 +138,7 @@ def _explain(
     pieces = vocabularies.source.pieces(source)
     hypotheses = [_hypothesis(translation) for translation in translations]
     first = translations[0]
-    _check_looked_into(source, first.ids)
+    _check_looked_into(first.ids)
     inspection = model.translator.inspector.inspect(source, first.ids)
     best, log_probs = inspection.candidates()
     for token, ids, row in zip(hypotheses[0]["tokens"], best, log_probs, strict=True):
@@ -146,7 +149,7 @@ def _explain(
                 likely, vocabularies.target.pieces(each for each, _ in likely), strict=True
             )
         ]
-    hypotheses[0]["alignment"] = inspection.alignment().astype(float).round(4).tolist()
+    hypotheses[0]["alignment"] = _numbers(inspection.alignment())
     return {
         "source": sentence,
         "source_tokens": [
@@ -157,9 +160,14 @@ def _explain(
     }
 
 
-def _check_looked_into(source: Sequence[int], target: Sequence[int]) -> None:
-    """Raises `Refusal` for a pair whose attention would take too much memory."""
-    longest = max(len(source), len(target))
+def _numbers(weights: np.ndarray) -> list[Any]:
+    """Weights as JSON can hold them: where float16 overflowed there are none, and 0 stands for them."""
+    return np.nan_to_num(weights.astype(float)).round(4).tolist()
+
+
+def _check_looked_into(*sides: Sequence[int]) -> None:
+    """Raises `Refusal` for a source or target whose attention would take too much memory."""
+    longest = max(map(len, sides), default=0)
     if longest > LOOKED_INTO:
         raise Refusal(400, f"a sentence has {longest} tokens, {LOOKED_INTO} can be looked into: shorten it")
 
@@ -217,7 +225,7 @@ def _attention(model: Served, text: str, ids: list[int], kind: str, layer: int) 
     return {
         "rows": read if kind == "encoder" else written,
         "columns": [START, *written[:-1]] if kind == "decoder" else read,  # the decoder sees what comes before
-        "heads": heads.astype(float).round(4).tolist(),
+        "heads": _numbers(heads),
     }
 
 

@@ -10,8 +10,9 @@ from flax_transformer.text.languages import short
 
 ENOUGH = 2000  # characters tell the language of a text
 _ENGLISH = babel.Locale("en")
-_BUILT_IN = re.compile(r"locale_phrases:([a-z]{2,3}):([a-z]{2,3}):")
-_FILES = re.compile(r"files:[^,+]*\.([a-z]{2,3}),[^,+]*\.([a-z]{2,3})\s*$")
+# Parts of a corpus, such as "3*files:letters.kn,letters.en?swap", that tell their languages.
+_BUILT_IN = re.compile(r"(?:[\d.]+\*)?locale_phrases:([a-z]{2,3}):([a-z]{2,3}):")
+_FILES = re.compile(r"(?:[\d.]+\*)?files:[^,?]*\.([a-z]{2,3})\"?,[^,?]*\.([a-z]{2,3})\"?(?=\?|$)")
 # After a hyphen a region or script begins with a capital letter: "en-pt-br" might be two pairs.
 _CODE = r"([a-z]{2,3}(?:_[A-Za-z]{2,8}|-[A-Z][A-Za-z]{1,7})?)"
 NAME = re.compile(f"{_CODE}-{_CODE}")
@@ -31,17 +32,24 @@ def languages_of(config: dict[str, Any]) -> tuple[str, str] | None:
     """The source and the target language that a work directory's config tells; `None` if it does not.
 
     It tells them by `data.source_language` and `data.target_language`, by the built-in corpus, or by the names of the
-    two files of its training corpus, as in "files:letters.kn,letters.en".
+    two files of its training corpus, as in "files:letters.kn,letters.en". All parts of the corpus that tell languages
+    must tell the same.
     """
     data = config.get("data") or {}
     source, target = data.get("source_language") or "", data.get("target_language") or ""
     if source and target:
         return source, target
-    corpus = data.get("train") or ""
-    found = _BUILT_IN.search(corpus) or _FILES.match(corpus)
-    if found and {found[1], found[2]} <= _ENGLISH.languages.keys():  # ".txt" is no language
-        return found[1], found[2]
-    return None
+    parts = [part.strip() for part in (data.get("train") or "").split(" + ")]
+    told = {pair for pair in map(_languages_of_part, parts) if pair}
+    return told.pop() if len(told) == 1 else None
+
+
+def _languages_of_part(part: str) -> tuple[str, str] | None:
+    found = _BUILT_IN.match(part) or _FILES.match(part)
+    if found is None or not {found[1], found[2]} <= _ENGLISH.languages.keys():  # ".txt" is no language
+        return None
+    swapped = "swap" in part.partition("?")[2].split("&")
+    return (found[2], found[1]) if swapped else (found[1], found[2])
 
 
 def as_pair(text: str) -> tuple[str, str]:
@@ -64,19 +72,24 @@ class Detector:
     def __init__(self, languages: Iterable[str]):
         """Takes the languages that come into question, as the server calls them, and reads what tells them apart."""
         self.languages = tuple(languages)
-        self._names: dict[str, str] = {}
+        self._names: dict[str, list[str]] = {}  # by the names that the library has, which tell no regions apart
         if len(self.languages) > 1:
             from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
             self._identifier: Any = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
             labels = set(self._identifier.labels)
-            self._names = {short(code): code for code in self.languages if short(code) in labels}
+            for code in self.languages:
+                if short(code) in labels:
+                    self._names.setdefault(short(code), []).append(code)
             self._identifier.set_languages(list(self._names) or None)
 
     def detect(self, text: str) -> list[tuple[str, float]]:
-        """The languages and their probabilities, the most probable one first; those that the library lacks have 0."""
+        """The languages and their probabilities, the most probable one first; those that the library lacks have 0.
+
+        Languages that it does not tell apart, such as "pt" and "pt-BR", all have the probability of theirs.
+        """
         if len(self.languages) == 1:
             return [(self.languages[0], 1.0)]
         ranked = self._identifier.rank(text[:ENOUGH]) if self._names else []
-        found = [(self._names[code], float(share)) for code, share in ranked]
+        found = [(code, float(share)) for name, share in ranked for code in self._names[name]]
         return found + [(code, 0.0) for code in self.languages if code not in dict(found)]

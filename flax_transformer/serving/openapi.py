@@ -80,6 +80,7 @@ MODEL = _object(
     heads=WHOLE,
     positions=TEXT,
     position_waves=_array(_array(NUMBER)),
+    beam_size=WHOLE,
     decoder_self_attention=FLAG,
 )
 SIDE = _object("code name", code=TEXT, name=TEXT)

@@ -6,6 +6,8 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
@@ -87,11 +89,36 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Threads(ThreadPoolExecutor):
+    """Threads of requests' work, for which the event loop does not wait when it ends: some of it cannot be stopped."""
+
+    def __init__(self) -> None:
+        """Makes as many as asyncio would."""
+        super().__init__(thread_name_prefix="request")
+        self._open: set[Future[Any]] = set()
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        """Runs a function on a thread."""
+        future = super().submit(function, *arguments, **options)
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Takes no more work, and gives up what has not begun."""
+        super().shutdown(wait=False, cancel_futures=True)
+
+    def end(self, seconds: float) -> bool:
+        """Waits for what is being done; returns whether that ended in time."""
+        return not futures.wait(list(self._open), seconds).not_done
+
+
 class Server(uvicorn.Server):
     """A server that, when it is told to end, first answers what it has.
 
     Attributes:
         address: where it listens, e.g. "http://127.0.0.1:8000"; empty before it does.
+        threads: the threads of its requests.
     """
 
     def __init__(
@@ -135,7 +162,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._listener = listener
         self._service, self._shutdown_s, self._when_ready = service, shutdown_s, when_ready
-        self.address = ""
+        self.address, self.threads = "", Threads()
 
     def listen(self) -> None:
         """Serves until it is told to end."""
@@ -143,6 +170,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, and says so."""
+        asyncio.get_running_loop().set_default_executor(self.threads)
         await super().startup(sockets)
         name, port, *_ = self._listener.getsockname()
         self.address = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

@@ -110,7 +110,7 @@ class Service:
         self.metrics, self.stopping = Metrics(), False
         self.desk = Desk(queue=limits.queue_sentences, inside=inside, count_tokens=self.metrics.tokens.inc)
         self.meter = Meter(limits.requests_a_minute)
-        self.streams = self.bytes = 0
+        self.streams = self.bytes = self._open = 0
         self._searches: dict[str, set[BeamSearch | Sampling]] = {}
         self._running: set[asyncio.Task[Response]] = set()
         self.metrics.gauge("sentences_open", "Sentences waiting or being translated.").set_function(
@@ -155,6 +155,7 @@ class Service:
 
     async def _answer(self, request: Request, work: Work, public: bool) -> Response:
         held = 0
+        self._open += 1
 
         def hold(size: int) -> None:
             nonlocal held
@@ -165,9 +166,9 @@ class Service:
             self.bytes += size
 
         try:
-            if self.stopping:
-                raise Refusal(503, "the server is stopping: try again later", reason="stopping", retry_after=5)
+            self._refuse_when_stopping()
             parameters = await read_parameters(request, self.limits, hold)
+            self._refuse_when_stopping()  # which may have begun while the request was read
             call = Call(self, parameters, self._client(request, parameters, public))
             return await self._within_deadline(request, work(call))
         except ClientDisconnect:
@@ -177,6 +178,11 @@ class Service:
             return error_answer(self.refuse(error))
         finally:
             self.bytes -= held
+            self._open -= 1
+
+    def _refuse_when_stopping(self) -> None:
+        if self.stopping:
+            raise Refusal(503, "the server is stopping: try again later", reason="stopping", retry_after=5)
 
     def refuse(self, error: Exception) -> Refusal:
         """What a client is told of an error, which is counted, and logged if it is the server's."""
@@ -235,7 +241,7 @@ class Service:
         """
         self.stopping = True
         end = time.monotonic() + seconds
-        while (self._running or self.streams) and time.monotonic() < end and not hurry():
+        while (self._open or self.streams) and time.monotonic() < end and not hurry():
             await asyncio.sleep(0.05)
         for task in self._running:
             task.cancel()

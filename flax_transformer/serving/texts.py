@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -75,8 +76,12 @@ async def write(
     copied = service.replace_unknown and any((output.ids == unknown).any() for outputs in found for output in outputs)
     # Copying needs the device, and so a thread, however short the text is.
     characters = math.inf if copied else sum(map(len, draft.sentences))
-    align = functools.partial(_align_ids, model)
-    return await beside(characters, model.translator.write, draft, found, replace_unknown=copied, align=align)
+    given_up = threading.Event()
+    align = functools.partial(_align_ids, model, given_up)
+    try:
+        return await beside(characters, model.translator.write, draft, found, replace_unknown=copied, align=align)
+    finally:
+        given_up.set()  # nobody waits any more, but a thread goes on until it is told
 
 
 async def beside(characters: float, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
@@ -96,10 +101,14 @@ def check_sentences(service: Service, count: int) -> None:
         )
 
 
-def _align_ids(model: Served, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[np.ndarray]:
+def _align_ids(
+    model: Served, given_up: threading.Event, sources: Sequence[Ids], targets: Sequence[Ids]
+) -> list[np.ndarray]:
     """The alignment [T, S] of each pair; by position where looking at the attention would take too much memory."""
     aligned = []
     for source, target in zip(sources, targets, strict=True):
+        if given_up.is_set():
+            raise asyncio.CancelledError
         if max(len(source), len(target)) <= LOOKED_INTO:
             aligned += model.translator.inspector.align([source], [target])
         else:

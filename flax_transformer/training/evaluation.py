@@ -101,7 +101,8 @@ class Evaluation:
             sentences: how many sentences to translate; 0 means all.
         """
         count = sentences or len(text)
-        self.source, self.references = text.source[:count], text.target[:count]
+        self.source = text.source[:count]
+        self._languages, self.references = vocabularies.target.split_languages(text.target[:count])
         self._packed, self._vocabularies = packed, vocabularies
         if hosts.is_first():
             unreadable = UnreadableSentences(vocabularies.source)
@@ -132,11 +133,11 @@ class Evaluation:
     def _translate(self, params: PyTree, after_each: Callable[[], None]) -> list[str]:
         """Translates the source sentences; each process translates its share."""
         translator = Translator(TrainedModel(self._model_config, params, self._vocabularies))
-        mine = self.source[hosts.index() :: hosts.count()]
+        mine, languages = (each[hosts.index() :: hosts.count()] for each in (self.source, self._languages))
         # Closed at once, it gives the memory of its slots back to training.
         with contextlib.closing(translator), warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreadableWarning)  # __init__ has warned once
-            share = translator.translate(mine, self.search, after_each=after_each)
+            share = translator.translate(mine, self.search, prefixes=languages, after_each=after_each)
         translations = [""] * len(self.source)
         for number, made in enumerate(hosts.gather(share)):
             translations[number :: hosts.count()] = made

@@ -122,9 +122,6 @@ def prepare(
         for name, text in texts.items()
         if name != "train"
     }
-    for name in held_out if vocabularies.source.languages else ():
-        for sentence in texts[name].source:
-            vocabularies.source.split_language(sentence)  # reports a token of a language that the vocabulary lacks
     # Recorded last, so that after an error the same work directory can be used with corrected settings.
     if hosts.is_first():
         if "valid" in changed:

@@ -143,6 +143,22 @@ def test_copy_includes_tracked_files_and_the_given_data(cloud):
     assert "data/text.en" in copied() and "notes" not in copied()
 
 
+def test_an_archive_that_was_cut_off_is_not_sent(cloud):
+    cloud("copy")
+    (cloud.repository / "train.py").unlink()  # git tracks it still, so tar fails
+    (cloud.repository / "build/my-tpu.tar.gz").unlink()
+    for _ in range(2):
+        assert "train.py" in cloud("resume", status=2)
+    assert not (cloud.repository / "build/my-tpu.tar.gz").exists()
+
+
+def test_a_config_may_be_named_as_for_train_and_a_work_directory_may_end_with_slashes(cloud):
+    (command,) = cloud.dry("run", "--config=some:tiny", "--workdir=gs://bucket/runs/first//")
+    remote = next(word for word in command if word.startswith("--command="))
+    assert "--config=some:tiny --workdir=gs://bucket/runs/first" in remote and "first/" not in remote
+    assert "a file that git does not track" in cloud("run", "--config=other", status=2)
+
+
 def test_a_training_on_the_workers_records_the_copied_revision(cloud, monkeypatch):
     there = cloud.home / "machines/1/my-tpu/flax_transformer/monitoring/provenance.py"
     monkeypatch.setattr(provenance, "__file__", str(there))

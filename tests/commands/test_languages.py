@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import sacrebleu
 
 from flax_transformer.decoding.translator import Translator
 from flax_transformer.interop.nllb import to_nllb
@@ -45,9 +46,9 @@ def test_options_name_the_languages_of_a_translation(run, many, model, source):
     ours = Translator(model, source_language="kan_Knda", target_language="eng_Latn")
     made = run("translate", "--workdir", many, *PAIR, "--input", source).splitlines()
     assert made == ours.translate(lines_of_source())
-    (line,) = run("translate", "--workdir", many, PAIR[1], "--format=jsonl", given="kan_Knda a cat\n\n").splitlines()[
-        :1
-    ]
+    options = ("--workdir", many, PAIR[1], "--format=jsonl", "--alignment")
+    line, blank = run("translate", *options, given="kan_Knda a cat\n\n").splitlines()
+    assert json.loads(blank)["hypotheses"][0]["alignment"] is None
     found = json.loads(line)["hypotheses"][0]
     assert found["tokens"][0] == "eng_Latn" and found["token_log_probs"][0] == 0
     assert found["text"] == ours.translate(["a cat"])[0]
@@ -63,6 +64,23 @@ def test_scores_and_evaluations_are_of_the_same_languages(run, many, model, sour
     inputs = ("--source", source, "--reference", target, "--translations", tmp_path / "translations")
     run("evaluate", "--workdir", many, *PAIR, *inputs)
     assert (tmp_path / "translations").read_text().splitlines() == ours.translate(lines_of_source())
+
+
+def test_each_reference_may_name_the_language_into_which_its_source_is_translated(run, many, model, source, tmp_path):
+    lines = lines_of_source()
+    codes = [("eng_Latn", "fra_Latn")[number % 2] for number in range(len(lines))]
+    (tmp_path / "named").write_text("".join(f"{code} a cat\n" for code in codes))
+    inputs = ("--source", source, "--reference", tmp_path / "named", "--translations", tmp_path / "translations")
+    report = json.loads(run("evaluate", "--workdir", many, PAIR[0], *inputs, "--output=json"))
+    both = {
+        code: Translator(model, source_language="kan_Knda", target_language=code).translate(lines)
+        for code in ("eng_Latn", "fra_Latn")
+    }
+    expected = [both[code][number] for number, code in enumerate(codes)]
+    assert (tmp_path / "translations").read_text().splitlines() == expected
+    assert expected not in both.values()
+    chrf = sacrebleu.corpus_chrf(expected, [["a cat"] * len(lines)]).score
+    assert report["chrf"] == pytest.approx(chrf, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils.epath import gpath
 
 import flax_transformer.__main__ as program
 
@@ -78,6 +79,21 @@ def test_ctrl_c_stops_silently(monkeypatch, run, capsys):
 
 
 PLAN = ["--config=quickstart", "--topology=cpu:1"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("translate", "--workdir=gs://bucket/run", "a dog"),
+        ("train", "--config=gs://bucket/config.json", "--workdir=work"),
+        ("clean", "--source=gs://bucket/a.kn", "--target=gs://bucket/a.en", "--dry_run"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_in_a_bucket_says_what_to_install(arguments, fail, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)  # etils would prefer it
+    assert "needs the packages for buckets: pip install 'flax_transformer[gcs]'" in fail(*arguments)
 
 
 def test_too_little_memory_is_an_error_with_a_remedy(monkeypatch, fail):

@@ -103,6 +103,12 @@ def test_a_line_without_a_tab_and_an_empty_input_are_errors(fail, workdir):
     assert "there are no pairs" in fail("score", "--workdir", workdir)
 
 
+def test_an_empty_input_leaves_the_output_as_it_was(fail, workdir, tmp_path):
+    (tmp_path / "scores").write_text("kept")
+    assert "the input is empty" in fail("score", "--workdir", workdir, "--output", tmp_path / "scores", given="")
+    assert (tmp_path / "scores").read_text() == "kept"
+
+
 def test_a_line_with_more_tokens_than_learned_positions_is_named(fail, workdir, monkeypatch):
     def score(self, sources, targets, search):
         raise TooLong(sources.index("long"), 300, 256)

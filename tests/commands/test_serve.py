@@ -82,6 +82,10 @@ def test_one_folder_serves_each_language_that_its_tokens_name(tmp_path):
         ({"train": "locale_phrases:kn:en:train?pairs=60000&parts=2"}, ("kn", "en")),
         ({"train": "3*locale_phrases:kn:en:train + tsv:more.tsv"}, ("kn", "en")),
         ({"train": "files:data/letters.kn,data/letters.en"}, ("kn", "en")),
+        ({"train": "locale_phrases:kn:en:train?pairs=60000&swap"}, ("en", "kn")),
+        ({"train": "files:a/train.kn,a/train.en?swap + 3*files:b/train.kn,b/train.en?tag=<bt>&swap"}, ("en", "kn")),
+        ({"train": 'files:"a, b.kn","a, b.en" + 0.5*tsv:more.tsv'}, None),
+        ({"train": "files:a.kn,a.en?tag=>>eng<< + files:a.kn,a.en?swap&tag=>>kan<<"}, None),
         ({"train": "files:a.txt,b.txt"}, None),
         ({"train": "tsv:pairs.tsv"}, None),
         ({"source_language": "kan_Knda", "target_language": "eng_Latn"}, ("kan_Knda", "eng_Latn")),
@@ -122,5 +126,8 @@ def test_the_language_of_a_text_is_one_of_those_that_come_into_question(code, te
     found = Detector(languages).detect(text)
     assert found[0][0] == code and {each for each, _ in found} == {*languages}
     assert sum(share for _, share in found) == pytest.approx(1, abs=1e-3)
+    regions = Detector(("pt", "pt-BR", "en", "de")).detect(text)
+    shares = dict(regions)
+    assert shares["pt"] == shares["pt-BR"] and (regions[0][0] == code) == (code != "kan_Knda")
     assert Detector(("fr",)).detect(text) == [("fr", 1.0)]
     assert len(Detector(("xx", "yy")).detect(text)) == 2

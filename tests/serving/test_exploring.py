@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from flax_transformer.decoding.settings import BeamSearch
+from flax_transformer.serving.exploring import _numbers
 from tests.serving.conftest import sentence
 
 PAIR = {"source": "en", "target": "de"}
@@ -199,6 +200,11 @@ def test_pairs_whose_attention_needs_too_much_memory_are_refused(client, monkeyp
     for path, body in (("/attention", fields | {"q": "a cat"}), ("/explain", PAIR | {"q": "the cat saw the dog"})):
         answer = client.post(path, json=body)
         assert answer.status_code == 400 and "4 can be looked into: shorten it" in answer.json()["error"]
+
+
+def test_weights_that_float16_could_not_hold_are_zero():
+    assert _numbers(np.float16([[np.nan, 1], [0.5, 0.25]]))[1] == [0.5, 0.25]
+    assert json.loads(json.dumps(_numbers(np.float16([np.nan])), allow_nan=False)) == [0]
 
 
 def test_an_error_after_the_beginning_of_a_stream_is_an_event(client, monkeypatch):

@@ -290,6 +290,40 @@ def test_what_takes_longer_than_the_end_may_last_is_given_up(make_server, held):
     assert status == 503 and "stopping" in answer["error"]
 
 
+def test_the_end_does_not_wait_for_work_that_cannot_be_stopped(make_server, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def divide(text):
+        begun.set()
+        go_on.wait(20)
+
+    monkeypatch.setattr("flax_transformer.serving.exploring.divide", divide)
+    server = make_server(shutdown_s=1.5)
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(post, server.address, "/explain")
+        assert begun.wait(20)
+        since = time.monotonic()
+        server.should_exit = True
+        server.thread.join(20)
+        took, ended = time.monotonic() - since, server.threads.end(0.1)
+        go_on.set()
+        assert asked.result()[0] == 503
+    assert took < 6 and not ended and server.threads.end(20)
+
+
+def test_a_request_that_is_still_being_sent_when_the_server_ends_is_told_so(make_server):
+    server = make_server()
+    body = json.dumps(FIELDS).encode()
+    client = connect(server)
+    client.sendall(head(len(body)) + body[:5])
+    wait_until(lambda: server.service.bytes)
+    server.should_exit = True
+    wait_until(lambda: server.service.stopping)
+    client.sendall(body[5:])
+    answer = read_all(client)
+    assert b" 503 " in answer.split(b"\r\n")[0] and b"stopping" in answer
+
+
 @pytest.fixture
 def workdir(tmp_path, trained):
     trained.save(tmp_path / "run")

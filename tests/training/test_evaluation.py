@@ -20,6 +20,8 @@ from flax_transformer.trained_model import TrainedModel
 from flax_transformer.training.evaluation import Evaluation, Scores, score_translations, show_samples, show_test
 from flax_transformer.training.parallel import Parallelism
 from flax_transformer.training.step import Objective, eval_step
+from tests.languages import CONFIG, language_pair
+from tests.small_models import random_params
 
 REFERENCES = ["The cat sat on the mat.", "A dog ran over the green hill today.", "Three birds sang a short song."]
 
@@ -147,6 +149,29 @@ def test_evaluate_sentences_limits_the_translations_also_under_pmap(vocabularies
     scores, translations = evaluation.score(eight.place(params))
     assert scores.sentences == len(translations) == 5
     assert scores.loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+def test_each_target_is_translated_into_the_language_that_it_names(vocabularies, config):
+    pair = language_pair(vocabularies.source).speaking("kan_Knda", "")
+    sizes = {"source_vocab_size": pair.source.size, "target_vocab_size": pair.target.size}
+    config = dataclasses.replace(config, tie_embeddings="none", **sizes, **CONFIG)
+    params = random_params(config, 3)
+    targets = [f"{('eng_Latn', 'fra_Latn')[number % 2]} {text}" for number, text in enumerate(TEXT.target)]
+    text = ParallelText([*TEXT.source, ""], [*targets, ""], [1] * 9)  # a blank target names none
+    corpus = PackedCorpus.from_text(text, pair, DATA, max_length=config.max_length)
+    assert corpus.blank == (8,)
+    text = ParallelText(TEXT.source, targets, [1] * 8)
+    evaluate = jax.jit(functools.partial(eval_step, objective=Objective(model=Transformer(config))))
+    evaluation = Evaluation(text, corpus, pair, config, SETTINGS, evaluate)
+    assert list(evaluation.references) == TEXT.target
+    _, translations = evaluation.score(params)
+    translator = Translator(TrainedModel(config, params, pair))
+    english, french = (
+        translator.speaking(target_language=code).translate(TEXT.source, evaluation.search)
+        for code in ("eng_Latn", "fra_Latn")
+    )
+    assert english != french
+    assert translations == [(english, french)[number % 2][number] for number in range(8)]
 
 
 SCORES = Scores(loss=1.23456, bleu=31.44, chrf=55.06, exact_match=97.2, sentences=500, signature="case:mixed")

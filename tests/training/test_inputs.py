@@ -190,8 +190,10 @@ def test_processes_with_other_settings_or_another_folder_are_an_error(
             check_processes(experiment, WorkDirectory(tmp_path))
 
 
-def test_an_unknown_language_of_a_held_out_text_is_found_before_the_settings_are_recorded(experiment, tmp_path):
-    for name, lines in (("train", [">>eng<< one\tuno"] * 40), ("valid", [">>eng<< one\tuno", ">>en<< two\tdue"])):
+@pytest.mark.parametrize("wrong", ["train", "valid"])
+def test_a_language_that_the_vocabulary_lacks_is_found_before_the_settings_are_recorded(wrong, experiment, tmp_path):
+    for name in ("train", "valid"):
+        lines = [">>eng<< one\tuno"] * 40 + [">>en<< two\tdue"] * (name == wrong)
         (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     texts = {"train": f"tsv:{tmp_path / 'train.tsv'}", "valid": f"tsv:{tmp_path / 'valid.tsv'}", "test": ""}
     settings = {"size": 24, "model_type": "char", "user_symbols": (">>eng<<",)}

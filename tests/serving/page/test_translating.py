@@ -96,6 +96,22 @@ def test_the_request_before_is_dropped(open_page):
     assert dropped == ["the old"]
 
 
+def test_nothing_is_sent_between_two_letters(open_page):
+    page, asked = open_page(), []
+
+    def answer_late(route):
+        asked.append(route.request.post_data_json["q"])
+        if len(asked) > 1:
+            route.continue_()
+
+    page.route(EXPLAIN, answer_late)
+    page.fill("#source", "the")
+    page.wait_for_timeout(600)  # so that a request is under way
+    page.type("#source", " old dog", delay=30)
+    settle(page)
+    assert asked == ["the", "the old dog"]
+
+
 def test_the_caret_points_too(open_page):
     page = open_page()
     type_text(page)
