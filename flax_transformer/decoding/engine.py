@@ -118,8 +118,8 @@ class Engine:
         for request in requests:
             try:
                 self._check(request)
-                if self.shortlist is not None:
-                    request.listed = self._listed(self.shortlist, request)
+                if (listed := self.listed(request.source, request.prefix)) is not None:
+                    request.listed = listed
                 accepted.append((compiled, request))
             except ValueError as error:
                 request.fail(error)
@@ -228,10 +228,17 @@ class Engine:
                 "with a text that has no such token"
             )
 
-    def _listed(self, shortlist: Shortlist, request: Request) -> Int[np.ndarray, "C"]:
-        """The tokens among which the outputs of a sentence are chosen, in rising order."""
+    def listed(self, source: Ids, also: Ids) -> Int[np.ndarray, "C"] | None:
+        """The tokens among which the outputs of a source are chosen, in rising order; `None` without a shortlist.
+
+        Args:
+            source: the ids of the source.
+            also: ids that are allowed in any case, like the end of sentence.
+        """
+        if self.shortlist is None:
+            return None
         config = self.ensemble.configs[0]
-        return shortlist.allowed(request.source, config.target_vocab_size, also=[*request.prefix, config.eos_id])
+        return self.shortlist.allowed(source, config.target_vocab_size, also=[*also, config.eos_id])
 
     def compiled_for(self, settings: BeamSearch | Sampling) -> BeamSearch | Sampling:
         """The settings of the program: what each request says for itself is left out, and ids that no output contains

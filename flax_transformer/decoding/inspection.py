@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding.batching import bucket, pad
@@ -48,13 +48,22 @@ def see(
     params: PyTree | TransposedParams,
     source: Int[Array, "1 S"],
     target: Int[Array, "1 T"],
+    listed: Bool[Array, "V"],
     *,
     config: TransformerConfig,
 ) -> Seen:
-    """What a model sees in a pair of sentences; arguments are its parameters, padded token ids and its config."""
+    """What a model sees in a pair of sentences.
+
+    Args:
+        params: its parameters.
+        source: padded token ids.
+        target: padded token ids.
+        listed: among which tokens the target is chosen.
+        config: its config.
+    """
     with opened(config, params) as (model, variables):
         logits, weights = model.apply(variables, source, target, deterministic=True, return_weights=True)
-    log_probs = jax.nn.log_softmax(without_banned(config, logits))
+    log_probs = jax.nn.log_softmax(jnp.where(listed, without_banned(config, logits), -jnp.inf))
     best, ids = jax.lax.top_k(log_probs, min(CANDIDATES, config.target_vocab_size))
     words = (source != config.pad_id) & (source != config.eos_id)
     alignment = best_aligned(jnp.stack(weights.cross), words, target != config.pad_id)
@@ -102,15 +111,23 @@ class Inspector:
         """Takes the ensemble."""
         self._ensemble, self._config, self._params = ensemble, ensemble.configs[0], ensemble.models[0]
 
-    def inspect(self, source: Ids, target: Ids) -> Inspection:
-        """Reads a pair of sentences, given as token ids with their ends; any thread may call it.
+    def inspect(self, source: Ids, target: Ids, listed: Ids | np.ndarray | None = None) -> Inspection:
+        """Reads a pair of sentences; any thread may call it.
+
+        Args:
+            source: the ids of the source, with the end of sentence.
+            target: the ids of the target, with the end of sentence.
+            listed: the ids among which each token was chosen, as with a shortlist; all if not given.
 
         Raises:
             ValueError: one of them has more tokens than there are learned positions.
         """
         width = self._width(max(len(source), len(target)))
         pair = (self._padded(ids, width) for ids in (source, target))
-        return Inspection(len(source), len(target), see(self._params, *pair, config=self._config))
+        chosen = np.full(self._config.target_vocab_size, listed is None)
+        if listed is not None:
+            chosen[np.asarray(listed)] = True
+        return Inspection(len(source), len(target), see(self._params, *pair, chosen, config=self._config))
 
     def align(self, sources: Sequence[Ids], targets: Sequence[Ids]) -> list[np.ndarray]:
         """The alignment [T, S] of each pair, one after the other."""

@@ -139,7 +139,8 @@ def _explain(
     hypotheses = [_hypothesis(translation) for translation in translations]
     first = translations[0]
     _check_looked_into(first.ids)
-    inspection = model.translator.inspector.inspect(source, first.ids)
+    listed = model.translator.engine.listed(source, first.ids)
+    inspection = model.translator.inspector.inspect(source, first.ids, listed)
     best, log_probs = inspection.candidates()
     for token, ids, row in zip(hypotheses[0]["tokens"], best, log_probs, strict=True):
         likely = list(zip(ids[:candidates].tolist(), row[:candidates].tolist(), strict=True))

@@ -11,6 +11,7 @@ from flax_transformer.config import TransformerConfig
 from flax_transformer.decoding import ensemble
 from flax_transformer.decoding.engine import Engine
 from flax_transformer.decoding.ensemble import Ensemble, step_function
+from flax_transformer.decoding.inspection import Inspector
 from flax_transformer.decoding.settings import BeamSearch, Sampling
 from flax_transformer.decoding.shortlist import Shortlist
 from flax_transformer.decoding.sizes import slot_size
@@ -104,6 +105,21 @@ def test_a_search_among_listed_tokens_equals_one_in_which_all_others_are_banned(
     assert found[0][0][0] != find(None, settings, source)[0][0][0]
     banned = tuple(sorted(set(range(V)) - set(RANDOM.allowed(source[0], V).tolist())))
     check_same(found, find(None, settings, source, banned=banned))
+
+
+def test_inspected_tokens_have_the_probabilities_of_the_search(model):
+    several = Ensemble.on_devices([model[0]], [model[1]], jax.local_devices()[:1])
+    engine, source = Engine(several, batch_tokens=64, shortlist=RANDOM), SOURCES[3]
+    ((output,),) = engine.search([source], GREEDY)
+    engine.close()
+    inspector, ids = Inspector(several), output.ids.tolist()
+    free, listed = inspector.inspect(source, ids), inspector.inspect(source, ids, engine.listed(source, ids))
+    best, log_probs = listed.candidates()
+    # All but the last, which may be the end because there is no room for more.
+    assert best[:-1, 0].tolist() == ids[:-1] and len(ids) > 3
+    np.testing.assert_allclose(log_probs[:-1, 0], output.log_probs[:-1], atol=1e-4)
+    assert free.candidates()[0][:-1, 0].tolist() != ids[:-1]
+    np.testing.assert_array_equal(free.alignment(), listed.alignment())
 
 
 @pytest.mark.parametrize("settings", [BEAM, pytest.param(GREEDY, marks=SLOW), pytest.param(FIRST, marks=SLOW)])
