@@ -1,7 +1,8 @@
 """Writes files and folders as a whole: a reader finds the old content or the new, never half of it.
 
 The content goes to a draft beside its destination, and the draft then takes the destination's place. A draft that
-could not be completed is removed; one whose process was killed stays and is ignored.
+could not be completed is removed; one whose process was killed stays and is ignored. In a bucket this is so of files
+alone: a folder there appears file by file, and its config.json last.
 """
 
 import contextlib

@@ -178,8 +178,8 @@ LAYOUT = {
     "training.early_checks": "experiment workdir processes.hosts",
     "training.notices": "experiment data.corpus training.optimizer",
     "training.resuming": "experiment workdir new_languages processes.hosts monitoring.provenance",
-    "training.inputs": "bleu experiment files data workdir processes.hosts training.parallel training.early_checks "
-    "training.notices training.resuming",
+    "training.inputs": "bleu experiment files text data workdir processes.hosts training.parallel "
+    "training.early_checks training.notices training.resuming",
     "training.evaluation": "bleu config experiment text data decoding trained_model processes.hosts "
     "monitoring.report training.loss",
     "training.loop": "experiment text model checkpoints workdir trained_model new_languages processes monitoring "
@@ -188,7 +188,7 @@ LAYOUT = {
     "serving.refusals": "",
     "serving.limits": "serving.refusals",
     "serving.metrics": "",
-    "serving.languages": "text.languages",
+    "serving.languages": "data.corpus text.languages",
     "serving.models": "decoding serving.languages serving.refusals",
     "serving.preparing": "decoding serving.models",
     "serving.desk": "decoding serving.refusals",

@@ -4,7 +4,6 @@ second system is significant.
 """
 
 import argparse
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -159,19 +158,18 @@ def run(options: argparse.Namespace) -> None:
         also_read = [("--shortlist", options.shortlist)] if options.shortlist else []
         check_output("--translations", options.translations, inputs + also_read, workdirs)
     sources, references, others = _read(options)
-    judge_by = functools.partial(
-        Judge,
+    languages, references = _split_languages([several[0][0] for several in models], references)
+    judge = Judge(
         sources,
-        metrics=metrics,
+        references,
+        metrics,
         tokenize=options.tokenize or _tokenizer_of_training(workdirs),
         chrf_word_order=options.chrf_word_order,
     )
-    judge = judge_by(references)  # reports a metric that cannot be computed before the models are loaded
     # All models are loaded before any translates, so that a wrong path is found now and not after hours.
     translators = in_languages([load_translator(each, options) for each in models], options)
-    languages, texts = _split_languages(translators, references)
-    if texts != references:
-        judge = judge_by(texts)
+    for each, translator in zip(models, translators, strict=True):
+        _check_languages(translator, languages, each[0][0])
     systems: list[System] = []
     for each, translator in zip(models, translators, strict=True):
         translations, seconds = _translate(translator, sources, languages, search, options.seed)
@@ -236,17 +234,32 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[list[str]], list
     return sources, columns, translations
 
 
-def _split_languages(
-    translators: Sequence[Any], references: Sequence[Sequence[str]]
-) -> tuple[list[str], list[list[str]]]:
-    """The tokens with which the first references name their language, and all references without such tokens."""
-    targets = [translator.vocabularies.target for translator in translators]
+def _split_languages(workdirs: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The tokens with which references name the language of their sentence, and all references without such tokens."""
+    # jax loads here, so that a mistake in the options is reported at once.
+    from flax_transformer.workdir import WorkDirectory
+
+    targets = []
+    for workdir in workdirs:
+        with explain_damage(workdir):
+            WorkDirectory(workdir).read_config()  # says so if it is no work directory
+            targets.append(WorkDirectory(workdir).read_vocabularies().target)
     target = next((each for each in targets if each.language_ids), targets[0])
     split = [target.split_languages(column) for column in references]
-    languages = split[0][0]
-    for each in targets:  # reports a language that lacks before a file is written
-        each.encode(list(dict.fromkeys(languages)) if each.language_ids else [])
-    return languages, [texts for _, texts in split]
+    named = zip(*(languages for languages, _ in split), strict=True)
+    return [next(filter(None, row), "") for row in named], [texts for _, texts in split]
+
+
+def _check_languages(translator: Any, languages: Sequence[str], workdir: str) -> None:
+    """Raises ValueError if a model needs a language that is not named, or does not know one that references name."""
+    target = translator.vocabularies.target
+    for language in dict.fromkeys(languages) if target.language_ids else ():
+        target.encode([language])
+        if language and not target.split_language(language)[0]:
+            raise ValueError(
+                f"references name the language {language.strip()}, and {workdir} names its languages in another way: "
+                "leave the names out of the references, and give --target_language"
+            )
 
 
 def _translate(

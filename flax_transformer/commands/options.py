@@ -30,6 +30,11 @@ Model = tuple[str, str | int]
 CHECKPOINTS = ("chosen", "best", "latest", "averaged")
 BEAM, SAMPLING = BeamSearch(), Sampling()
 BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+# Of models that a token before the source, such as ">>kan<<", tells what to write.
+LANGUAGE_NOTES = {
+    "source": "Models with tokens such as >>kan<< do without it",
+    "target": "With tokens such as >>kan<<, which stand before sources, it is put before those that have none",
+}
 
 
 def checkpoint(text: str) -> str | int:
@@ -115,7 +120,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             type=filled,
             metavar="CODE",
             help=f"the language of {side}s that do not begin with the token of one, e.g. kan_Knda for NLLB, kn for "
-            "M2M100; only for models with tokens of languages (default: that of the work directory, if it has one)",
+            "M2M100; only for models with tokens of languages (default: that of the work directory, if it has one). "
+            + LANGUAGE_NOTES[side],
         )
 
 

@@ -33,7 +33,8 @@ EXAMPLES = """\
 The languages of --workdir are those that its config.json tells, as after training on
 the built-in corpus, or those of --source_language and --target_language. The name in
 --model tells them: kn-en, or kan_Knda-eng_Latn for a model that knows languages by
-such codes; one folder of such a model may be named several times, for several pairs.
+such codes. A folder of a model for several languages, which are named so or by tokens
+such as >>kan<<, may be given several times, once for each pair.
 
 See docs/serving.md for the routes, for running it behind nginx, and for each error.
 

@@ -138,6 +138,24 @@ def corpus_tags(spec: str) -> list[str]:
     return list(dict.fromkeys(options.tag for _, _, options in _sources(spec) if options.tag))
 
 
+def corpus_languages(spec: str) -> list[tuple[str, str]]:
+    """What may name the two languages of each source: the endings of two files, or the locales of the built-in corpus.
+
+    Sources of other kinds are left out.
+    """
+    found = []
+    for _, name, options in _sources(spec):
+        kind, _, rest = name.partition(":")
+        if kind == "files":
+            names = [re.sub(r"\.(gz|bz2|xz|zst)$", "", path).rpartition(".")[2] for path in _split_paths(rest)]
+        else:
+            names = rest.split(":")[:2] if kind == "locale_phrases" else []
+        if len(names) == 2:
+            source, target = reversed(names) if options.swap else names
+            found.append((source, target))
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Options:
     """What is done with the pairs of a source: whether the sides change places, and the tag before each source."""

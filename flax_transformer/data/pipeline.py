@@ -33,7 +33,7 @@ from flax_transformer.tokens import Tokens
 ORDER_OF_CORPUS, ORDER_OF_ROWS, ORDER_OF_PAIRS, RANKS, PIECES = range(5)
 OPEN_ROWS = 256
 TOKENISED_AT_ONCE = 100_000  # sentences; lists of ids take about ten times as much memory as the final arrays
-CACHE_VERSION = 2  # raise it whenever the cached arrays, or the way they are made, change
+CACHE_VERSION = 3  # raise it whenever the cached arrays, or the way they are made, change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,8 +270,10 @@ class PackedCorpus:
 
         def build() -> dict[str, np.ndarray]:
             left_out = set(blank)
-            for sentence in text.source if vocabularies.source.languages else ():
-                vocabularies.source.split_language(sentence)  # reports the token of an unknown language
+            # Vocabularies with languages on both sides report the token of an unknown language in `encode`.
+            named = vocabularies.source.languages and not vocabularies.source.language_ids
+            for sentence in text.source if named else ():
+                vocabularies.source.split_language(sentence)
             source = TokenSide.encode(vocabularies.source, text.source, left_out)
             target = TokenSide.encode(vocabularies.target, text.target, left_out)
             repeats = [0 if number in left_out else math.ceil(times) for number, times in enumerate(text.repeats)]

@@ -17,7 +17,7 @@ from flax_transformer.data.sentencepiece_model import byte_ids, is_composed, par
 from flax_transformer.data.vocabulary_training import train_pieces
 from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.text.languages import token_of
-from flax_transformer.text.spelling import Spelling
+from flax_transformer.text.spelling import Spelling, is_blank
 from flax_transformer.text.symbols import MARIAN_LANGUAGE, SPACE
 
 JOINT_FILE, SOURCE_FILE, TARGET_FILE = "joint.model", "source.model", "target.model"
@@ -237,12 +237,20 @@ class Vocabulary:
     def split_languages(self, targets: Sequence[str]) -> tuple[list[str], list[str]]:
         """Splits targets into the tokens with which they name their language ("" for those with none) and the texts.
 
-        Only where targets begin with a language (`language_ids`); elsewhere all of a target is text.
+        Only where targets begin with a language (`language_ids`); elsewhere all of a target is text. A blank target
+        gets the first language that is named, if texts have no other one: it has to be translated into something.
         """
         if not self.language_ids:
             return [""] * len(targets), list(targets)
-        split = [self.split_language(target) for target in targets]
-        return [language for language, _ in split], [text for _, text in split]
+        languages = [self.split_language(target)[0] for target in targets]
+        texts = [
+            target if not language else "".join(target.split(maxsplit=1)[1:])
+            for language, target in zip(languages, targets, strict=True)
+        ]
+        first = "" if self.language else next(filter(None, languages), "")
+        return [
+            language or (first if is_blank(text) else "") for language, text in zip(languages, texts, strict=True)
+        ], texts
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """Returns the sentence of each row, up to its first `eos_id`, skipping `pad_id` and `bos_id`.

@@ -142,7 +142,9 @@ class Translator:
         )
 
     def speaking(self, source_language: str = "", target_language: str = "") -> "Translator":
-        """A translator for texts of these languages, which shares all else with this one; "" changes nothing.
+        """A translator between these languages, which shares all else with this one; "" changes nothing.
+
+        Where a token before the source, such as ">>kan<<", tells what to write, the source's language is not needed.
 
         Raises:
             ValueError: the model does not know a language, or has no tokens of languages.

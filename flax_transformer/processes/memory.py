@@ -5,13 +5,14 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 from pathlib import Path
 
 # The parameters of mallopt(3), from malloc.h of the GNU C library.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _LARGEST = 2**31 - 1
 _PCI = Path("/sys/bus/pci/devices")
-_MAKERS = {"0x1002", "0x10de", "0x1ae0"}  # AMD, NVIDIA and Google, as the PCI bus numbers who made a device
+_VENDORS = {"0x1002", "0x10de", "0x1ae0"}  # AMD, NVIDIA and Google, who make the devices of jax's own packages
 
 
 def keep_freed_memory() -> None:
@@ -37,7 +38,10 @@ def _jax_will_use_cpu() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms:
         return platforms.split(",")[0] == "cpu"
-    installed = importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu")
+    plugins = [plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")]
+    if any(not re.search("cuda|rocm", name) for name in plugins):
+        return False  # for devices of other vendors
+    installed = plugins or importlib.util.find_spec("libtpu")
     return not (installed and _may_have_accelerator())
 
 
@@ -45,5 +49,5 @@ def _may_have_accelerator() -> bool:
     """Whether this machine may have a GPU or TPU; libtpu and the packages for GPUs can be installed without one."""
     if not _PCI.exists():
         return True
-    makers = {path.read_text().strip() for path in _PCI.glob("*/vendor")}
-    return bool(makers & _MAKERS) or Path("/dev/dxg").exists()  # the GPU of Windows under its Linux
+    vendors = {path.read_text().strip() for path in _PCI.glob("*/vendor")}
+    return bool(vendors & _VENDORS) or Path("/dev/dxg").exists()  # the GPU of Windows under its Linux

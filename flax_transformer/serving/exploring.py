@@ -89,7 +89,7 @@ async def explain(call: Call) -> Response:
 
 
 def _search(parameters: Parameters, model: Served, wanted: int) -> BeamSearch | Sampling:
-    beam = parameters.whole("beam_size", model.search.beam_size, 1, MAX_BEAM)
+    beam = parameters.whole("beam_size", model.search.beam_size, 1, max(MAX_BEAM, model.search.beam_size))
     sampling = parameters.section("sampling")
     if sampling is not None:
         return Sampling(

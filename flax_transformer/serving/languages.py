@@ -6,13 +6,11 @@ from typing import Any
 
 import babel
 
+from flax_transformer.data.corpus import corpus_languages
 from flax_transformer.text.languages import short
 
 ENOUGH = 2000  # characters tell the language of a text
 _ENGLISH = babel.Locale("en")
-# Parts of a corpus, such as "3*files:letters.kn,letters.en?swap", that tell their languages.
-_BUILT_IN = re.compile(r"(?:[\d.]+\*)?locale_phrases:([a-z]{2,3}):([a-z]{2,3}):")
-_FILES = re.compile(r"(?:[\d.]+\*)?files:[^,?]*\.([a-z]{2,3})\"?,[^,?]*\.([a-z]{2,3})\"?(?=\?|$)")
 # After a hyphen a region or script begins with a capital letter: "en-pt-br" might be two pairs.
 _CODE = r"([a-z]{2,3}(?:_[A-Za-z]{2,8}|-[A-Z][A-Za-z]{1,7})?)"
 NAME = re.compile(f"{_CODE}-{_CODE}")
@@ -39,17 +37,8 @@ def languages_of(config: dict[str, Any]) -> tuple[str, str] | None:
     source, target = data.get("source_language") or "", data.get("target_language") or ""
     if source and target:
         return source, target
-    parts = [part.strip() for part in (data.get("train") or "").split(" + ")]
-    told = {pair for pair in map(_languages_of_part, parts) if pair}
+    told = {pair for pair in corpus_languages(data.get("train") or "") if {*pair} <= _ENGLISH.languages.keys()}
     return told.pop() if len(told) == 1 else None
-
-
-def _languages_of_part(part: str) -> tuple[str, str] | None:
-    found = _BUILT_IN.match(part) or _FILES.match(part)
-    if found is None or not {found[1], found[2]} <= _ENGLISH.languages.keys():  # ".txt" is no language
-        return None
-    swapped = "swap" in part.partition("?")[2].split("&")
-    return (found[2], found[1]) if swapped else (found[1], found[2])
 
 
 def as_pair(text: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from flax_transformer.serving.refusals import Refusal
 
 SEARCHES = 32  # kinds of searches that each model is compiled for
 CLIENT_GONE = 499  # what the metrics call a request whose client did not wait for the answer
+READING_S = 2.0  # how long the end waits for requests that are still being sent, to tell their clients
 SLOTS = (
     ("slots_in_use", "Slots that hold a sentence, by model."),
     ("slots", "Slots, by model."),
@@ -241,7 +242,10 @@ class Service:
         """
         self.stopping = True
         end = time.monotonic() + seconds
-        while (self._open or self.streams) and time.monotonic() < end and not hurry():
+        reading = min(end, time.monotonic() + READING_S)
+        while time.monotonic() < end and not hurry():
+            if not (self._running or self.streams or (self._open and time.monotonic() < reading)):
+                break
             await asyncio.sleep(0.05)
         for task in self._running:
             task.cancel()

@@ -27,7 +27,7 @@ def token_of(code: str, tokens: Sequence[str]) -> str:
     """
     code = _name(code)
     named = {token: _name(token) for token in tokens}
-    exact = [token for token, name in named.items() if name == code.replace("-", "_")]
+    exact = [token for token, name in named.items() if name == code]
     found = exact or [token for token, name in named.items() if short(name) == short(code)]
     if len(found) == 1:
         return found[0]
@@ -37,4 +37,5 @@ def token_of(code: str, tokens: Sequence[str]) -> str:
 
 
 def _name(token: str) -> str:
-    return token.removeprefix(">>").removesuffix("<<")
+    """A language's code, in small letters and with "_", since people write "pt-BR" and models have ">>pt_br<<"."""
+    return token.removeprefix(">>").removesuffix("<<").replace("-", "_").casefold()

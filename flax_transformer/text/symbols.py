@@ -21,6 +21,12 @@ def is_language(piece: str) -> bool:
     return any(form.fullmatch(piece) for form in (MARIAN_LANGUAGE, NLLB_LANGUAGE, M2M100_LANGUAGE))
 
 
+def without_language(text: str) -> str:
+    """A text without the token of a language with which it begins, if it does."""
+    first, _, rest = text.partition(" ")
+    return rest if is_language(first) else text
+
+
 def is_free_symbol(text: str) -> bool:
     """Whether a text has no white space or byte order mark and means nothing else to SentencePiece."""
     return bool(

@@ -11,6 +11,7 @@ from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.experiment import Experiment
 from flax_transformer.files import Named, check_inputs, same_file, work_directory_of
 from flax_transformer.processes import hosts
+from flax_transformer.text.symbols import without_language
 from flax_transformer.training.early_checks import check_ahead
 from flax_transformer.training.notices import notice_of_rows, notice_of_tags, warn_of_settings, warn_of_texts
 from flax_transformer.training.parallel import Parallelism
@@ -186,18 +187,19 @@ def _fill_in_tokenizer(experiment: Experiment, workdir: WorkDirectory, texts: di
     if not scored:
         return experiment
     setting = "training.evaluation.tokenize"
+    references = [without_language(target) for target in scored[0].target]
     tokenize = experiment.training.evaluation.tokenize
     if tokenize == "auto":
         begun = (workdir.read_config() if workdir.exists else {}).get("training", {})
         tokenize = begun.get("evaluation", {}).get("tokenize", tokenize)
-        tokenize = choose_tokenizer(scored[0].target) if tokenize == "auto" else tokenize
+        tokenize = choose_tokenizer(references) if tokenize == "auto" else tokenize
         # The choice depends on installed packages, which may differ between hosts.
         tokenize = hosts.gather(tokenize)[0]
         if tokenize != DEFAULT:
             hosts.say(f"BLEU with sacrebleu's tokeniser {tokenize}, by the script of the references ({setting})")
     make_bleu(tokenize, setting)
     if hosts.is_first():
-        warn_of_missing_spaces(tokenize, scored[0].target, setting)
+        warn_of_missing_spaces(tokenize, references, setting)
     return experiment.changed({setting: tokenize})
 
 

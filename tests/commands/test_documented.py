@@ -35,8 +35,8 @@ def commands_of(page):
 EXAMPLES = [(page.name, words) for page in PAGES for words in commands_of(page)]
 
 
-def test_the_pages_show_nearly_every_verb_and_many_commands():
-    assert set(VERBS) - {words[0] for _, words in EXAMPLES} == set() and len(EXAMPLES) > 45
+def test_the_pages_show_every_verb_and_many_commands():
+    assert set(VERBS) == {words[0] for _, words in EXAMPLES} and len(EXAMPLES) > 45
 
 
 @pytest.mark.parametrize(("page", "words"), EXAMPLES, ids=lambda value: value if isinstance(value, str) else value[0])

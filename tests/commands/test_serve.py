@@ -84,7 +84,7 @@ def test_one_folder_serves_each_language_that_its_tokens_name(tmp_path):
         ({"train": "files:data/letters.kn,data/letters.en"}, ("kn", "en")),
         ({"train": "locale_phrases:kn:en:train?pairs=60000&swap"}, ("en", "kn")),
         ({"train": "files:a/train.kn,a/train.en?swap + 3*files:b/train.kn,b/train.en?tag=<bt>&swap"}, ("en", "kn")),
-        ({"train": 'files:"a, b.kn","a, b.en" + 0.5*tsv:more.tsv'}, None),
+        ({"train": 'files:"a, b.kn.gz", "a, b.en.gz" + 0.5*tsv:more.tsv'}, ("kn", "en")),
         ({"train": "files:a.kn,a.en?tag=>>eng<< + files:a.kn,a.en?swap&tag=>>kan<<"}, None),
         ({"train": "files:a.txt,b.txt"}, None),
         ({"train": "tsv:pairs.tsv"}, None),

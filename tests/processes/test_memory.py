@@ -77,7 +77,8 @@ def test_another_c_library_is_left_alone(monkeypatch):
         ([], False, "0x10de", True),
         (["cuda"], False, "0x10de", False),
         ([], True, "0x1ae0", False),
-        (["cuda"], True, "0x8086", True),  # of Intel, so no device for them
+        (["xla_cuda12"], True, "0x8086", True),  # of Intel, so no device for them
+        (["intel_extension"], False, "0x8086", False),
         ([], True, None, False),  # nobody knows
     ],
 )
@@ -90,7 +91,9 @@ def test_a_gpu_or_tpu_is_expected_where_it_is_and_has_its_package(
         (tmp_path / "devices/0000:00:04.0").mkdir(parents=True)
         (tmp_path / "devices/0000:00:04.0/vendor").write_text(f"{vendor}\n")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(memory.importlib.metadata, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(
+        memory.importlib.metadata, "entry_points", lambda group: [SimpleNamespace(name=name) for name in plugins]
+    )
     monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: has_libtpu or None)
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *set: changed.append(set)))

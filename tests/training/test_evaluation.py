@@ -160,10 +160,9 @@ def test_each_target_is_translated_into_the_language_that_it_names(vocabularies,
     text = ParallelText([*TEXT.source, ""], [*targets, ""], [1] * 9)  # a blank target names none
     corpus = PackedCorpus.from_text(text, pair, DATA, max_length=config.max_length)
     assert corpus.blank == (8,)
-    text = ParallelText(TEXT.source, targets, [1] * 8)
     evaluate = jax.jit(functools.partial(eval_step, objective=Objective(model=Transformer(config))))
     evaluation = Evaluation(text, corpus, pair, config, SETTINGS, evaluate)
-    assert list(evaluation.references) == TEXT.target
+    assert list(evaluation.references) == [*TEXT.target, ""]
     _, translations = evaluation.score(params)
     translator = Translator(TrainedModel(config, params, pair))
     english, french = (
@@ -171,7 +170,16 @@ def test_each_target_is_translated_into_the_language_that_it_names(vocabularies,
         for code in ("eng_Latn", "fra_Latn")
     )
     assert english != french
-    assert translations == [(english, french)[number % 2][number] for number in range(8)]
+    assert translations == [*((english, french)[number % 2][number] for number in range(8)), ""]
+
+
+def test_references_stay_as_they_were_written(vocabularies):
+    target = language_pair(vocabularies.source).target
+    written = ["eng_Latn  a\u200bb\tc ", "a\u00a0☃", "", " "]
+    languages, texts = target.split_languages(written)
+    assert texts == ["a\u200bb\tc ", "a\u00a0☃", "", " "]
+    assert languages == ["eng_Latn ", "", "eng_Latn ", "eng_Latn "]  # a blank one is given some language
+    assert vocabularies.target.split_languages(written) == ([""] * 4, written)
 
 
 SCORES = Scores(loss=1.23456, bleu=31.44, chrf=55.06, exact_match=97.2, sentences=500, signature="case:mixed")
