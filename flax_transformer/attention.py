@@ -227,7 +227,7 @@ class MultiHeadAttention(nn.Module):
         deterministic: bool,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q M"] | None]:
-        """Attends to projected keys and values; other arguments as in `__call__`."""
+        """Attends to projected keys and values; other arguments, results and errors as in `__call__`."""
         if inputs.shape[-1] != self.d_model:
             raise ValueError(f"inputs have shape {inputs.shape}, and d_model is {self.d_model}: give [B, Q, d_model]")
         dropout_rng = None if deterministic or self.dropout_rate == 0 else self.make_rng("dropout")
@@ -262,7 +262,13 @@ class MultiHeadAttention(nn.Module):
             memory: the vectors that keys and values are made of.
             mask: 0 and -inf, broadcasts to [B, H, Q, M].
             deterministic: true switches dropout off.
-            return_weights: whether to return the attention weights as the second result, which is `None` otherwise.
+            return_weights: whether to return the attention weights, too.
+
+        Returns:
+            The gathered vectors [B, Q, D], and the weights [B, H, Q, M], float32, or `None`.
+
+        Raises:
+            ValueError: inputs or memory have another shape, or the mask is wrong (see `dot_product_attention`).
         """
         keys_values = self.project_memory(memory)
         return self.attend(inputs, keys_values, mask, deterministic=deterministic, return_weights=return_weights)

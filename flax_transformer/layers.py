@@ -135,7 +135,13 @@ class EncoderLayer(_Layer):
             inputs: one vector for each source position.
             mask: which source positions see each other; broadcasts to [B, H, S, S].
             deterministic: true switches dropout off.
-            return_weights: whether to return the attention weights as the second result, which is `None` otherwise.
+            return_weights: whether to return the attention weights, too.
+
+        Returns:
+            The outputs [B, S, D], and the weights of the self-attention [B, H, S, S], float32, or `None`.
+
+        Raises:
+            ValueError: the inputs or the mask are wrong (see `MultiHeadAttention`).
         """
         hidden, weights = self._connect(
             lambda x: self.self_attention(x, x, mask, deterministic=deterministic, return_weights=return_weights),

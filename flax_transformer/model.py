@@ -247,7 +247,8 @@ class Transformer(nn.Module):
             hypotheses: number of translations of each sentence that are decoded side by side.
 
         Raises:
-            ValueError: positions are learned, and there are fewer than `max_length`.
+            ValueError: positions are learned, and there are fewer than `max_length`; or the source is not integers
+                [B, S], or has an id outside the vocabulary.
         """
         config = self.config
         if config.positions == "learned":
@@ -280,6 +281,10 @@ class Transformer(nn.Module):
         Returns:
             The next state and the logits, which are NaN once a sentence has more tokens than `max_length`, and where
             several tokens at once go round the end of the ring (see `DecodingState`).
+
+        Raises:
+            ValueError: tokens are not integers [R, Q] with a row for each hypothesis, have an id outside the
+                vocabulary, or are more at once than `start_decoding` made room for.
         """
         check_tokens("tokens", tokens, self.config.target_vocab_size)
         batch, hypotheses, room = state.ancestors.shape

@@ -182,9 +182,9 @@ def plot_attention(
         _separate_cells(axes, head.shape, HIDDEN)
         _label_positions(axes.yaxis, target_tokens, targets, "target_tokens", "rows of weights")
         _label_positions(axes.xaxis, source_tokens, sources, "source_tokens", "columns of weights")
-        axes.set_xlabel("memory position: source")
+        axes.set_xlabel("memory position")
     for axes in grid[:, 0]:
-        axes.set_ylabel("query: target")
+        axes.set_ylabel("query")
     figure.suptitle(title, fontfamily=font_families(title), parse_math=False)
     tidy_bar(figure.colorbar(image, ax=grid.ravel().tolist(), label="weight", aspect=28, pad=0.02))
     return figure

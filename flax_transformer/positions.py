@@ -24,7 +24,12 @@ def sinusoidal_positions(
             first half and cosines in the second.
         endpoint: whether the longest wave is exactly 10000 times as long as the shortest, so that wavelengths are
             2 pi * 10000^(i / (D/2 - 1)), as in tensor2tensor, fairseq and Marian; the paper has 10000^(i / (D/2)).
+
+    Raises:
+        ValueError: `d_model` is odd.
     """
+    if d_model % 2:
+        raise ValueError(f"d_model is {d_model}: sines and cosines come in pairs, so give an even number")
     # In another order, these operations would give other last bits, and stored models were trained with these.
     last = max(d_model - 2, 1) if endpoint else d_model
     frequencies = jnp.exp(jnp.arange(0, d_model, 2) * (-jnp.log(10000.0) / last))

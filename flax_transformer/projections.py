@@ -1,6 +1,6 @@
 """The matrix product of every projection, with a choice of how it is differentiated and how its matrix is stored.
 
-Glossary: D inner width, F outer width.
+Glossary: D features of each input vector, F features of each output vector.
 """
 
 import functools

@@ -143,9 +143,9 @@ def test_each_head_is_a_panel_with_tokens_on_both_axes_and_weights_from_zero_to_
     for axes in drawn:
         assert axes.images[0].get_clim() == (0, 1)
         assert labels(axes.xaxis) == SOURCE
-        assert axes.get_xlabel() == "memory position: source"
+        assert axes.get_xlabel() == "memory position"
     assert labels(drawn[0].yaxis) == TARGET
-    assert drawn[0].get_ylabel() == "query: target"
+    assert drawn[0].get_ylabel() == "query"
     draw(figure)
 
 

@@ -44,6 +44,11 @@ def test_with_an_endpoint_wavelengths_end_at_ten_thousand_times_the_shortest(d_m
     assert (error <= 2e-7 * (1 + positions[:, None])).all()
 
 
+def test_an_odd_number_of_features_is_an_error():
+    with pytest.raises(ValueError, match="d_model is 7: sines and cosines come in pairs"):
+        sinusoidal_positions(jnp.arange(3), 7)
+
+
 def test_a_vector_depends_on_the_position_and_not_on_its_index_in_the_row():
     packed = sinusoidal_positions(jnp.array([[0, 1, 2, 0, 1]]), D_MODEL)
     assert jnp.array_equal(packed[0, :2], packed[0, 3:])
