@@ -32,7 +32,9 @@ help:
 # Stamps: each is made again only when what it was made from has changed.
 $(VENV)/library.stamp: pyproject.toml
 	@echo "Installing flax_transformer and what it needs into $(VENV): some 80 packages, a few minutes the first time ..."
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11: name a newer one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $$([ -e $@ ] || echo --clear) $(VENV)
 	@$(PIP) --editable ".[plots]"
 	@touch $@
 

@@ -25,9 +25,17 @@ def test_the_programs_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         exec(compile(program, page, "exec"), names)
 
 
+def test_the_six_lines_of_the_readme_give_logits():
+    first = PROGRAM.findall((DOCS.parent / "README.md").read_text())[0]
+    assert ".base(" in first and "37_000" in first and "# [2, 5, 37000]" in first
+    names = {"__name__": "README.md"}
+    exec(first.replace(".base(", ".tiny(").replace("37_000", "37"), names)
+    assert names["logits"].shape == (2, 5, 37)
+
+
 def test_a_model_of_other_layers_takes_less_than_forty_lines():
     classes = re.findall(r"^class .*?(?=^\S)", (DOCS / "assemble.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(classes) == 2
+    assert len(classes) == 3
     assert all(len(text.splitlines()) < 40 for text in classes)
 
 

@@ -133,9 +133,12 @@ def test_chapter_3_trains_and_translates_held_out_phrases_and_one_of_one_s_own(t
 def test_chapter_4_opens_the_model_of_chapter_3(workdir):
     outputs = execute("4_inside.ipynb", QUICKSTART_WORKDIR=str(workdir))
     assert_each_plot_is_drawn(outputs)
-    for line in text(outputs["next-words"]).splitlines():
+    lines = text(outputs["next-words"]).splitlines()
+    assert lines
+    for line in lines:
         probabilities = [float(number) for number in re.findall(r" (0\.\d\d|1\.00)", line)]
-        assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) < 1.03
+        assert len(probabilities) == 5 and probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) < 1.03
 
 
 def test_the_glosses_of_the_quick_start_are_what_the_locale_data_says():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,10 @@ def merge_none(monkeypatch):
 
 
 def check(checkpoints):
+    deadline = time.monotonic() + 60
     while checkpoints.is_writing:
-        pass
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     checkpoints.check()
 
 

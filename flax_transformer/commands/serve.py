@@ -3,12 +3,17 @@ that translates while you type and shows how. Ends, in order, with Ctrl-C or SIG
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
+import signal
+import socket
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from flax_transformer.commands.options import (
@@ -206,12 +211,8 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(f"{error.name} is missing: pip install 'flax_transformer[serve]'") from error
     from flax_transformer.data.lines import read_text
-    from flax_transformer.serving.application import make_application
     from flax_transformer.serving.limits import read_keys
-    from flax_transformer.serving.models import Models
-    from flax_transformer.serving.preparing import Preparation
-    from flax_transformer.serving.server import Server, bind
-    from flax_transformer.serving.service import Service
+    from flax_transformer.serving.server import bind
 
     named = _named(options)
     limits = Limits(**{name: getattr(options, name) for name, *_ in LIMITS})
@@ -222,6 +223,41 @@ def run(options: argparse.Namespace) -> None:
         keys = read_keys(read_text(options.api_keys), options.api_keys)
     search = BeamSearch(beam_size=options.beam_size)
     listener = bind(options.host, options.port)
+    with _ended_at_once():
+        _serve(options, named, search, limits, keys, listener)
+
+
+@contextlib.contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Lets SIGTERM end the process at once; the server, while it listens, has a handler of its own.
+
+    Without a handler, the first process of a container ignores the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _serve(
+    options: argparse.Namespace,
+    named: list[Named],
+    search: BeamSearch,
+    limits: Limits,
+    keys: Any,
+    listener: socket.socket,
+) -> None:
+    """Loads the models, and serves until it is told to end."""
+    from flax_transformer.serving.application import make_application
+    from flax_transformer.serving.models import Models
+    from flax_transformer.serving.preparing import Preparation
+    from flax_transformer.serving.server import Server
+    from flax_transformer.serving.service import Service
+
     start_devices()
     models = Models(_load(named, search, options))
     warnings.simplefilter("ignore")  # they are about single texts, which are not to be logged
@@ -251,9 +287,10 @@ def _end(models: Any, preparation: Any, threads: Any) -> None:
     """Ends all threads; the process ends even if one of them is in the middle of a long compilation."""
     closing = threading.Thread(target=models.close, daemon=True)
     closing.start()
+    deadline = time.monotonic() + ENDING_S
     closing.join(ENDING_S)
-    ended = [threads.end(ENDING_S), preparation.end(ENDING_S), not closing.is_alive()]
-    if not all(ended):
+    ended = [each.end(max(0.0, deadline - time.monotonic())) for each in (threads, preparation)]
+    if not all(ended) or closing.is_alive():
         sys.stdout.flush()
         os._exit(0)
 

@@ -87,6 +87,7 @@ class Evaluation:
         as_whole: Callable[[PyTree], PyTree] = lambda params: params,
         *,
         sentences: int = 0,
+        devices: Sequence[jax.Device] | None = None,
     ):
         """Prepares the corpus.
 
@@ -99,6 +100,7 @@ class Evaluation:
             eval_step: the compiled function from parameters and a batch to summed losses.
             as_whole: gathers the parameters that `eval_step` takes on one device of this process.
             sentences: how many sentences to translate; 0 means all.
+            devices: which of this process's devices translate; all if not given.
         """
         count = sentences or len(text)
         self.source = text.source[:count]
@@ -109,7 +111,7 @@ class Evaluation:
             unreadable.add(self.source)
             unreadable.warn()
         self._model_config, self._config = model_config, config
-        self._eval_step, self._as_whole = eval_step, as_whole
+        self._eval_step, self._as_whole, self._devices = eval_step, as_whole, devices
         self.search = BeamSearch(beam_size=config.beam_size, alpha=config.alpha)
 
     def score(self, params: PyTree, *, after_each: Callable[[], None] = lambda: None) -> tuple[Scores, list[str]]:
@@ -132,7 +134,7 @@ class Evaluation:
 
     def _translate(self, params: PyTree, after_each: Callable[[], None]) -> list[str]:
         """Translates the source sentences; each process translates its share."""
-        translator = Translator(TrainedModel(self._model_config, params, self._vocabularies))
+        translator = Translator(TrainedModel(self._model_config, params, self._vocabularies), devices=self._devices)
         mine, languages = (each[hosts.index() :: hosts.count()] for each in (self.source, self._languages))
         # Closed at once, it gives the memory of its slots back to training.
         with contextlib.closing(translator), warnings.catch_warnings():

@@ -151,6 +151,7 @@ class _Training:
                 compiled,
                 self.parallelism.as_whole,
                 sentences=self.config.evaluation.sentences if name == "valid" else 0,
+                devices=self.parallelism.local_devices,
             )
             for name, text in self.materials.texts.items()
             if name != "train"

@@ -77,6 +77,11 @@ class Parallelism:
             self._mesh = _mesh(self.devices, {AXIS: self.num_devices})
             self._local_mesh = _mesh(local, {AXIS: len(local)})
 
+    @property
+    def local_devices(self) -> list[jax.Device]:
+        """Those of the devices that belong to this process."""
+        return [device for device in self.devices if device.process_index == jax.process_index()]
+
     def __str__(self) -> str:
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         device = f"{self.devices[0].device_kind} device{'s'[: self.num_devices > 1]}"

@@ -1,16 +1,23 @@
 import argparse
 import dataclasses
 import json
+import signal
 import socket
+import sys
 
 import pytest
+from starlette.testclient import TestClient
 
+from flax_transformer.commands import serve
 from flax_transformer.commands.serve import LIMITS, _load, _named
 from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.settings import BeamSearch
 from flax_transformer.experiment import VocabularyConfig
+from flax_transformer.serving import server
 from flax_transformer.serving.languages import Detector, as_pair, language_name, languages_of
 from flax_transformer.serving.limits import Limits
+from flax_transformer.serving.preparing import Preparation
+from flax_transformer.serving.server import Threads
 from tests.small_models import say, small_model
 
 
@@ -38,15 +45,53 @@ def test_mistakes_are_told_before_a_model_is_loaded(fail, unloaded, arguments, n
     assert named in fail("serve", *arguments)
 
 
+def test_keys_limits_origins_and_proxies_reach_the_server(run, workdir, tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("a-secret-key\n")
+    made = []
+
+    class Recorded:
+        def __init__(self, application, service, **options):
+            self.threads = Threads()
+            made.append((application, service, options))
+
+        def listen(self):
+            made[0][2]["listener"].close()
+
+    monkeypatch.setattr(server, "Server", Recorded)
+    monkeypatch.setattr(Preparation, "begin", lambda preparation, everything: None)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    options = ("--requests_a_minute=7", "--proxies=10.0.0.1", "--cors_origin=https://a.org")
+    run("serve", f"--model=kn-en={workdir}", "--port=0", f"--api_keys={tmp_path / 'keys'}", *options)
+    ((application, service, given),) = made
+    assert "a-secret-key" in service.keys and service.limits.requests_a_minute == 7
+    assert given["proxies"] == "10.0.0.1"
+    client = TestClient(application)
+    assert client.post("/translate", json={"q": "a", "source": "kn", "target": "en"}).status_code == 403
+    assert client.get("/health", headers={"Origin": "https://a.org"}).headers["Access-Control-Allow-Origin"]
+
+
+def test_sigterm_ends_a_server_that_does_not_listen_yet(run, monkeypatch):
+    before, ended = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(serve.os, "_exit", ended.append)
+    monkeypatch.setattr(
+        serve, "_serve", lambda *arguments: signal.raise_signal(signal.SIGTERM) or arguments[-1].close()
+    )
+    run("serve", "--workdir=a", "--source_language=kn", "--target_language=en", "--port=0")
+    assert ended == [0] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_without_its_packages_serve_names_its_extra(fail, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "uvicorn is missing: pip install 'flax_transformer[serve]'" in fail("serve", "--workdir=a")
+
+
 def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(fail, unloaded):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port} cannot be listened at" in fail("serve", "--workdir=a", f"--port={port}")
-    assert "no.such.host.invalid:8000 cannot be listened at" in fail(
-        "serve", "--workdir=a", "--host=no.such.host.invalid"
-    )
+    assert "192.0.2.1:8000 cannot be listened at" in fail("serve", "--workdir=a", "--host=192.0.2.1")
 
 
 def test_a_work_directory_that_does_not_tell_its_languages_is_an_error_that_names_the_options(fail, workdir):

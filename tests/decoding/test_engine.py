@@ -366,7 +366,9 @@ def test_the_thread_ends_when_idle_and_starts_again(make_engine, monkeypatch):
     engine = make_engine()
     for _ in range(2):
         found = search(engine, SOURCES[:2], GREEDY)
+        deadline = time.monotonic() + 60
         while engine._thread is not None:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
     assert len(found) == 2
 

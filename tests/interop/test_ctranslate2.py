@@ -1,4 +1,5 @@
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -137,3 +138,10 @@ def test_an_unknown_quantization_is_an_error_and_writes_nothing(make_model, tmp_
     with pytest.raises(ValueError, match="'int4': choose one of none, int8"):
         to_ctranslate2(make_model(), tmp_path / "exported", quantization="int4")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_its_package_the_export_names_its_extra(make_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctranslate2.converters.converter", None)
+    with pytest.raises(ValueError, match=r"pip install 'flax_transformer\[interop\]'"):
+        to_ctranslate2(make_model(), tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()

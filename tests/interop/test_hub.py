@@ -199,3 +199,11 @@ def test_without_a_network_there_is_one_line_at_once(fetch):
     assert said.startswith(f"error: there is no folder {NAME} here, and the hub cannot be reached (ConnectError")
     assert said.endswith("or download all files of the model elsewhere and give their folder")
     assert time.monotonic() - begun < 20
+
+
+def test_without_its_package_a_download_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    from flax_transformer.interop.hub import download
+
+    with pytest.raises(ValueError, match=r"pip install 'flax_transformer\[hub\]'"):
+        download("someone/model", "")

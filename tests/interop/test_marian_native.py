@@ -236,7 +236,7 @@ REFUSED = [
     ({"dim-vocabs": [60, 60, 60]}, r"dim-vocabs is \[60, 60, 60\]"),
     ({"transformer-alibi": True}, "transformer-alibi is True, an unknown field"),
     ({"enc-depth": "many"}, "enc-depth is 'many'"),
-    ({"enc-depth": 10**6}, "enc-depth|num_encoder_layers is 1000000"),
+    ({"enc-depth": 10**6}, "(enc-depth|num_encoder_layers) is 1000000"),
     ({"transformer-dim-ffn": 10**17}, "d_ff is"),
     ({"transformer-heads": 3}, "num_heads = 3"),
     ({"dim-emb": 18}, "does not fit the options in model.npz"),

@@ -20,7 +20,8 @@ def test_versions_command_and_devices_are_recorded(monkeypatch):
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
 def test_the_revision_is_that_of_git():
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert head.startswith(provenance()["revision"].removesuffix("-dirty"))
+    revision = provenance()["revision"].removesuffix("-dirty")
+    assert len(revision) == 12 and head.startswith(revision)
 
 
 def test_code_copied_without_git_has_the_revision_that_was_copied(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_first_signal_is_handled_and_the_second_has_its_default_effect(monkeypatch):
-    monkeypatch.setattr("flax_transformer.processes.interruption.SAME_REQUEST", 0.05)
+    now = [100.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("flax_transformer.processes.interruption.time", clock)
     told = []
     # Not Python's default handler, because shells make background jobs ignore SIGINT.
     ours = signal.signal(signal.SIGINT, lambda number, frame: told.append(number))
@@ -29,7 +32,7 @@ def test_the_first_signal_is_handled_and_the_second_has_its_default_effect(monke
             assert interruption.check(2) is signal.SIGINT and not told
             signal.raise_signal(signal.SIGINT)
             assert not told  # so soon, it is the same request
-            time.sleep(0.1)
+            now[0] += 1.5
             signal.raise_signal(signal.SIGINT)
             assert told == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is before
@@ -91,17 +94,19 @@ def busy():
 with Interruption("program") as interruption:
     where = sys.argv[1]
     interruption.expect_peers(where == "connecting")
-    print("ready", flush=True)
     if where in ("before", "connecting"):
+        print("ready", flush=True)
         busy()
     interruption.check(7)
+    if where == "after":
+        interruption.training_is_over()
+    print("ready", flush=True)
     if where == "between":
         busy()
     if where == "step":
         while not (number := interruption.check(8)):
             time.sleep(0.01)
         sys.exit(Interrupted(8, number).exit_status)
-    interruption.training_is_over()
     busy()
 """
 

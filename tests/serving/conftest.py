@@ -74,7 +74,7 @@ def client(make_client):
 
 
 @contextlib.contextmanager
-def serving(service, *, page, connections=50, shutdown_s=5.0):
+def serving(service, *, page, connections=50, shutdown_s=5.0, proxies=""):
     """A server in a thread."""
     ready = threading.Event()
     server = Server(
@@ -84,6 +84,7 @@ def serving(service, *, page, connections=50, shutdown_s=5.0):
         shutdown_s=shutdown_s,
         connections=connections,
         when_ready=lambda address: ready.set(),
+        proxies=proxies,
     )
     thread = threading.Thread(target=server.listen)
     thread.start()
@@ -102,9 +103,9 @@ def make_server(make_service):
     """Starts a server in a thread, and returns it with its service; arguments as in `make_service` and `serving`."""
     with contextlib.ExitStack() as running:
 
-        def make(*more, connections=50, shutdown_s=5.0, **options):
+        def make(*more, connections=50, shutdown_s=5.0, proxies="", **options):
             service = make_service(*more, **options)
-            started = serving(service, page=PAGE, connections=connections, shutdown_s=shutdown_s)
+            started = serving(service, page=PAGE, connections=connections, shutdown_s=shutdown_s, proxies=proxies)
             return running.enter_context(started)
 
         yield make

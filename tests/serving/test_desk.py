@@ -51,7 +51,7 @@ def run():
     """Runs a test as a coroutine with a desk of 32 places and an engine."""
 
     def run(test, queue=10_000):
-        return asyncio.run(test(Desk(queue=queue, inside=32), SlowEngine()))
+        return asyncio.run(asyncio.wait_for(test(Desk(queue=queue, inside=32), SlowEngine()), 60))
 
     return run
 

@@ -170,6 +170,7 @@ def test_a_stream_grows_to_the_greedy_translation(client, served, method):
     fields = PAIR | {"q": f"{one}\n{two}"}
     answer = client.request(method, "/stream", **({"params": fields} if method == "GET" else {"json": fields}))
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["X-Accel-Buffering"] == "no"  # or nginx would hold the tokens back
     *tokens, (last, done) = read_events(answer.text)
     greedy = served.translator.translate([one, two], BeamSearch(beam_size=1, extra_length=6))
     assert last == "done" and done == {"translatedText": "\n".join(greedy)}

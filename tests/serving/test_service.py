@@ -79,6 +79,12 @@ def test_a_client_has_so_many_requests_a_minute_and_gets_new_ones_as_time_goes_o
     Meter(0).count("a", 10**6)
 
 
+def test_a_minute_is_counted_for_each_key(make_client):
+    client = make_client(keys=Keys(["secret-one", "secret-two"]), requests_a_minute=1)
+    for key, status in (("secret-one", 200), ("secret-one", 429), ("secret-two", 200)):
+        assert client.post("/translate", json=FIELDS | {"api_key": key}).status_code == status
+
+
 def test_a_list_costs_its_length_and_the_answer_says_when_to_try_again(make_client):
     client = make_client(requests_a_minute=5)
     assert client.post("/translate", json=FIELDS | {"q": ["a dog"] * 4}).status_code == 200
@@ -98,10 +104,9 @@ def test_each_answer_has_security_headers_and_the_page_a_policy_that_allows_its_
     page = client.get("/")
     assert page.text == PAGE and page.headers["content-type"].startswith("text/html")
     policy = page.headers["Content-Security-Policy"]
-    # printf 'let a=1' | openssl dgst -sha256 -binary | base64
-    assert (
-        "script-src 'sha256-FlI/rKX5cwxL7TgMmqlNaAi/4/sBPrw/J4d+CDjm6hI='" in policy or "script-src 'sha256-" in policy
-    )
+    # printf 'let a=1' | openssl dgst -sha256 -binary | base64, and the same of p{color:red}
+    assert "script-src 'sha256-+Q3dsIT3kYyYXlBldxY4Baal1kEoF6cDrlPvZn4iLYs='" in policy
+    assert "style-src 'sha256-p0bF+un5yUb9MBO6xRb8kPHlY2BdpHVtLiFkDrZPF64='" in policy
     assert "connect-src 'self'" in policy and "unsafe" not in policy and "http" not in policy
     assert "script-src 'none'" in page_policy("<p>no script</p>")
 

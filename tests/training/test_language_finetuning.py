@@ -149,7 +149,7 @@ def test_the_same_of_200_steps_which_learn_the_task(finetuning, tmp_path, monkey
 
 def test_an_unknown_language_is_an_error_before_anything_is_written(finetuning, tmp_path):
     unknown = finetuning.changed({"data.new_language_like": ""})
-    with pytest.raises(ValueError, match="knows no language tcy_Knda: .*kan_Knda|tcy_Knda"):
+    with pytest.raises(ValueError, match="knows no language tcy_Knda: did you mean kan_Knda"):
         train_and_evaluate(unknown, tmp_path)
     with pytest.raises(ValueError, match="knows no language kan: did you mean kan_Knda"):
         train_and_evaluate(finetuning.changed({"data.new_language_like": "kan"}), tmp_path)

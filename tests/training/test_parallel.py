@@ -143,6 +143,17 @@ def test_over_fsdp_each_device_keeps_a_part_of_parameters_and_optimizer_from_ste
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(V, CONFIG.d_model // share)}
 
 
+@pytest.mark.parametrize(("kind", "count"), [("jit", 1), ("pmap", DEVICES), ("fsdp", DEVICES)])
+def test_only_the_devices_of_the_training_translate(kind, count):
+    assert Parallelism(kind).local_devices == jax.local_devices()[:count]
+
+
+def test_jit_on_several_processes_is_an_error(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match='layout is "jit", .* there are 2 processes: set it to "pmap" or "auto"'):
+        Parallelism("jit")
+
+
 def test_what_fsdp_divides_neither_way_stays_whole():
     kernel = Parallelism("fsdp").sharding("params/inner/kernel", (20, 12))
     assert kernel.is_fully_replicated

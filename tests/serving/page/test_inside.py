@@ -30,13 +30,16 @@ def test_choosing_another_word_translates_on_from_there(open_page):
     before = translation(page)
     page.on("request", lambda request: asked.append(request.post_data) if EXPLAIN.search(request.url) else None)
     page.locator(".target .word").nth(1).click()
+    own = page.evaluate("state.current.data.hypotheses[0].tokens.map(({id}) => id)")
     other = page.locator("#choices li button:not([aria-current]):not([disabled])").first
     other.click()
     page.wait_for_selector("#undo:not([hidden])")
     settle(page)
     prefixes = [json.loads(body)["prefix"] for body in asked]
     first_ids = page.evaluate("state.current.data.hypotheses[0].tokens.map(({id}) => id)")
-    assert first_ids[: len(prefixes[0])] == prefixes[0]
+    place = len(prefixes[0]) - 1  # of the word that was chosen
+    assert place >= 1 and prefixes[0][:-1] == own[:place] and prefixes[0][-1] != own[place]
+    assert first_ids[: place + 1] == prefixes[0] and translation(page) != before
     page.click("#undo")
     assert translation(page) == before
 

@@ -89,8 +89,8 @@ def test_the_request_before_is_dropped(open_page):
             route.continue_()  # the first one never gets an answer
 
     page.route(EXPLAIN, answer_late)
-    page.fill("#source", "the old")
-    page.wait_for_timeout(600)
+    with page.expect_request(EXPLAIN):
+        page.fill("#source", "the old")
     type_text(page)
     assert asked == ["the old", SENTENCE]
     assert dropped == ["the old"]
@@ -105,8 +105,8 @@ def test_nothing_is_sent_between_two_letters(open_page):
             route.continue_()
 
     page.route(EXPLAIN, answer_late)
-    page.fill("#source", "the")
-    page.wait_for_timeout(600)  # so that a request is under way
+    with page.expect_request(EXPLAIN):
+        page.fill("#source", "the")
     page.type("#source", " old dog", delay=30)
     settle(page)
     assert asked == ["the", "the old dog"]
