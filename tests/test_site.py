@@ -77,3 +77,8 @@ def test_the_site_loads_nothing_from_another_host(site):
     for page in site.rglob("*.html"):
         found = [address for address in loads.findall(page.read_text("utf-8")) if "colab-badge" not in address]
         assert not found, f"{page.name}: {found}"
+
+
+def test_the_reference_shows_how_modules_are_called(site):
+    for page, module in (("model", "Transformer"), ("attention", "MultiHeadAttention")):
+        assert f"{module}.__call__" in (site / "api" / f"{page}.html").read_text("utf-8")
