@@ -1,5 +1,6 @@
 """Runs commands on a work directory whose model knows languages by code."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from flax_transformer.commands.convert import _describe
+from flax_transformer.data.vocabulary import VocabularyPair
 from flax_transformer.decoding.translator import Translator
+from flax_transformer.experiment import VocabularyConfig
 from flax_transformer.interop.nllb import to_nllb
 from flax_transformer.trained_model import TrainedModel
 from tests.commands.conftest import lines_of_source
 from tests.languages import CONFIG, language_pair
-from tests.small_models import random_params
+from tests.small_models import random_params, say, small_model
 
 PAIR = ("--source_language=kan_Knda", "--target_language=eng_Latn")
 
@@ -138,3 +142,33 @@ def test_a_model_is_converted_by_the_command(run, fail, model, many, tmp_path):
     for arguments, match in mistakes:
         assert match in fail("convert", *arguments)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def told(tmp_path):
+    """The work directory of a model that a token before the source tells what to write."""
+    lines = [say(number, 4) for number in range(40)]
+    config = VocabularyConfig(size=60, byte_fallback=False, user_symbols=(">>kan<<", ">>tel<<"))
+    small_model(VocabularyPair.train(lines, lines, config), 3).save(tmp_path / "told")
+    return str(tmp_path / "told")
+
+
+def test_an_option_names_what_a_token_before_the_source_tells(run, told, many, tmp_path):
+    source = tmp_path / "source"
+    source.write_text("the cat\n>>tel<< the cat\n")
+    own = run("translate", "--workdir", told, given=">>kan<< the cat\n>>tel<< the cat\n")
+    assert run("translate", "--workdir", told, "--target_language=kn", "--input", source) == own
+    first, second = own.splitlines()
+    assert first != second
+    # Beside a model that names both languages, each takes what it needs.
+    (tmp_path / "plain").write_text("the cat\n")
+    pair = ("--source_language=eng_Latn", "--target_language=kan_Knda", "--output=json")
+    inputs = ("--source", tmp_path / "plain", "--reference", tmp_path / "plain")
+    report = json.loads(run("evaluate", "--workdir", many, "--compare", told, *pair, *inputs))
+    chrf = sacrebleu.corpus_chrf([first], [["the cat"]]).score
+    assert report["compare"]["chrf"] == pytest.approx(chrf, abs=0.01)
+
+
+def test_the_report_of_a_conversion_says_how_to_name_the_language(told):
+    said = _describe(TrainedModel.load(told), argparse.Namespace(way="from-marian", target="runs/told"))
+    assert "--target_language=CODE --input=FILE" in said and "it writes 2 languages: give --target_language" in said

@@ -197,6 +197,7 @@ def test_all_sentences_and_bytes_of_a_stream_count_for_the_limits_of_the_queue(m
 
 def test_pairs_whose_attention_needs_too_much_memory_are_refused(client, monkeypatch):
     monkeypatch.setattr("flax_transformer.serving.exploring.LOOKED_INTO", 4)
+    monkeypatch.setattr(type(client.service.desk), "decode", None)  # nothing is searched before
     fields = PAIR | {"ids": [5, 5, 5, 5, 2], "kind": "cross", "layer": 0}
     for path, body in (("/attention", fields | {"q": "a cat"}), ("/explain", PAIR | {"q": "the cat saw the dog"})):
         answer = client.post(path, json=body)
