@@ -34,7 +34,8 @@ $(VENV)/library.stamp: pyproject.toml
 	@echo "Installing flax_transformer and what it needs into $(VENV): some 80 packages, a few minutes the first time ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11: name a newer one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@$(PYTHON) -m venv $$([ -e $@ ] || echo --clear) $(VENV)
+	@# An environment of an older Python, which an earlier attempt left, is made anew.
+	@$(PYTHON) -m venv $$($(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || echo --clear) $(VENV)
 	@$(PIP) --editable ".[plots]"
 	@touch $@
 

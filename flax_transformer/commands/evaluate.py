@@ -169,10 +169,11 @@ def run(options: argparse.Namespace) -> None:
     # All models are loaded before any translates, so that a wrong path is found now and not after hours.
     translators = in_languages([load_translator(each, options) for each in models], options)
     for each, translator in zip(models, translators, strict=True):
-        _check_languages(translator, languages, each[0][0])
+        _check_languages(translator, languages, references, each[0][0])
     systems: list[System] = []
     for each, translator in zip(models, translators, strict=True):
-        translations, seconds = _translate(translator, sources, languages, search, options.seed)
+        named = _languages_for(translator, languages, references)
+        translations, seconds = _translate(translator, sources, named, search, options.seed)
         if options.translations and not systems:
             with open_output(options.translations) as file:
                 file.writelines(f"{in_one_line(translation)}\n".encode() for translation in translations)
@@ -250,10 +251,22 @@ def _split_languages(workdirs: Sequence[str], references: Sequence[Sequence[str]
     return [next(filter(None, row), "") for row in named], [texts for _, texts in split]
 
 
-def _check_languages(translator: Any, languages: Sequence[str], workdir: str) -> None:
+def _languages_for(translator: Any, languages: Sequence[str], references: Sequence[Sequence[str]]) -> list[str]:
+    """The tokens with which the translations of a model are to begin."""
+    target = translator.vocabularies.target
+    if not target.language_ids:
+        return [""] * len(languages)
+    # A sentence whose references are all blank names no language.
+    texts = ["".join(column) for column in zip(*references, strict=True)]
+    return target.fill_languages(languages, texts)
+
+
+def _check_languages(
+    translator: Any, languages: Sequence[str], references: Sequence[Sequence[str]], workdir: str
+) -> None:
     """Raises ValueError if a model needs a language that is not named, or does not know one that references name."""
     target = translator.vocabularies.target
-    for language in dict.fromkeys(languages) if target.language_ids else ():
+    for language in dict.fromkeys(_languages_for(translator, languages, references) if target.language_ids else ()):
         target.encode([language])
         if language and not target.split_language(language)[0]:
             raise ValueError(
@@ -265,9 +278,7 @@ def _check_languages(translator: Any, languages: Sequence[str], workdir: str) ->
 def _translate(
     translator: Any, sources: list[str], languages: list[str], search: SearchSettings, seed: int
 ) -> tuple[list[str], float]:
-    """The translations, into those languages where the model is told them, and the seconds that they took."""
-    if not translator.vocabularies.target.language_ids:
-        languages = [""] * len(sources)
+    """The translations, which begin with these tokens, and the seconds that they took."""
     translations: list[str] = []
     begun, unreadable = time.perf_counter(), UnreadableSentences(translator.vocabularies.source)
     with progress_bar(len(sources)) as bar, unreadable.warning_once():

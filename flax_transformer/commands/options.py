@@ -33,7 +33,7 @@ BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 # Of models that a token before the source, such as ">>kan<<", tells what to write.
 LANGUAGE_NOTES = {
     "source": "Models with tokens such as >>kan<< do without it",
-    "target": "With tokens such as >>kan<<, which stand before sources, it is put before those that have none",
+    "target": "With tokens such as >>kan<<, that of this language is put before sources that have none",
 }
 
 

@@ -273,7 +273,7 @@ def _serve(
         make_application(service, origins=options.cors_origin),
         service,
         listener=listener,
-        shutdown_s=options.shutdown_seconds,
+        shutdown_s=max(0.0, options.shutdown_seconds - ENDING_S),
         connections=options.connections,
         when_ready=lambda address: print(f"ready: {address}", flush=True),
         proxies=options.proxies or "",

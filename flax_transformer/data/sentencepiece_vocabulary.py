@@ -237,8 +237,7 @@ class Vocabulary:
     def split_languages(self, targets: Sequence[str]) -> tuple[list[str], list[str]]:
         """Splits targets into the tokens with which they name their language ("" for those with none) and the texts.
 
-        Only where targets begin with a language (`language_ids`); elsewhere all of a target is text. A blank target
-        gets the first language that is named, if texts have no other one: it has to be translated into something.
+        Only where targets begin with a language (`language_ids`); elsewhere all of a target is text.
         """
         if not self.language_ids:
             return [""] * len(targets), list(targets)
@@ -247,10 +246,15 @@ class Vocabulary:
             target if not language else "".join(target.split(maxsplit=1)[1:])
             for language, target in zip(languages, targets, strict=True)
         ]
+        return languages, texts
+
+    def fill_languages(self, languages: Sequence[str], texts: Sequence[str]) -> list[str]:
+        """Gives blank texts that name no language the first one that is named, where texts have no other language.
+
+        A blank reference names none, and its source has to be translated into something.
+        """
         first = "" if self.language else next(filter(None, languages), "")
-        return [
-            language or (first if is_blank(text) else "") for language, text in zip(languages, texts, strict=True)
-        ], texts
+        return [each or (first if is_blank(text) else "") for each, text in zip(languages, texts, strict=True)]
 
     def decode(self, ids: Iterable[Iterable[SupportsIndex]]) -> list[str]:
         """Returns the sentence of each row, up to its first `eos_id`, skipping `pad_id` and `bos_id`.

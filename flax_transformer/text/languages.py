@@ -25,10 +25,9 @@ def token_of(code: str, tokens: Sequence[str]) -> str:
     Raises:
         ValueError: no token names it, or several do.
     """
-    code = _name(code)
     named = {token: _name(token) for token in tokens}
-    exact = [token for token, name in named.items() if name == code]
-    found = exact or [token for token, name in named.items() if short(name) == short(code)]
+    exact = [token for token, name in named.items() if name == _name(code)]
+    found = exact or [token for token, name in named.items() if short(name) == short(_name(code))]
     if len(found) == 1:
         return found[0]
     few = ", ".join((found or list(tokens))[:8])

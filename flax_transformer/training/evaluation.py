@@ -104,7 +104,8 @@ class Evaluation:
         """
         count = sentences or len(text)
         self.source = text.source[:count]
-        self._languages, self.references = vocabularies.target.split_languages(text.target[:count])
+        languages, self.references = vocabularies.target.split_languages(text.target[:count])
+        self._languages = vocabularies.target.fill_languages(languages, self.references)
         self._packed, self._vocabularies = packed, vocabularies
         if hosts.is_first():
             unreadable = UnreadableSentences(vocabularies.source)

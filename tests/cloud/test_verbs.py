@@ -183,7 +183,7 @@ def test_follow_shows_the_log_without_what_gloo_says(cloud):
     for verb in ("copy", "install", "run"):
         cloud(verb)
     cloud("stop")
-    command = ["bash", cloud.home / "machines/0/my-tpu/cloud/worker.sh", "follow"]
+    command = ["timeout", "60", "bash", cloud.home / "machines/0/my-tpu/cloud/worker.sh", "follow"]
     assert cloud.log(0).index("[Gloo]") < cloud.log(0).index("a checkpoint")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:

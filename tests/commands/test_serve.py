@@ -60,6 +60,7 @@ def test_keys_limits_origins_and_proxies_reach_the_server(run, workdir, tmp_path
     monkeypatch.setattr(server, "Server", Recorded)
     monkeypatch.setattr(Preparation, "begin", lambda preparation, everything: None)
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    monkeypatch.setattr(serve.os, "_exit", lambda status: pytest.fail("the threads did not end in time"))
     options = ("--requests_a_minute=7", "--proxies=10.0.0.1", "--cors_origin=https://a.org")
     run("serve", f"--model=kn-en={workdir}", "--port=0", f"--api_keys={tmp_path / 'keys'}", *options)
     ((application, service, given),) = made

@@ -173,12 +173,29 @@ def test_each_target_is_translated_into_the_language_that_it_names(vocabularies,
     assert translations == [*((english, french)[number % 2][number] for number in range(8)), ""]
 
 
+def test_only_the_given_devices_translate(vocabularies, config, params, eval_on_one, monkeypatch):
+    given = []
+
+    def translator(model, *, devices):
+        given.append(devices)
+        return Translator(model, devices=devices)
+
+    monkeypatch.setattr("flax_transformer.training.evaluation.Translator", translator)
+    one = jax.local_devices()[:1]
+    Evaluation(TEXT, packed(vocabularies, config), vocabularies, config, SETTINGS, eval_on_one, devices=one).score(
+        params
+    )
+    assert given == [one]
+
+
 def test_references_stay_as_they_were_written(vocabularies):
     target = language_pair(vocabularies.source).target
     written = ["eng_Latn  a\u200bb\tc ", "a\u00a0☃", "", " "]
     languages, texts = target.split_languages(written)
     assert texts == ["a\u200bb\tc ", "a\u00a0☃", "", " "]
-    assert languages == ["eng_Latn ", "", "eng_Latn ", "eng_Latn "]  # a blank one is given some language
+    assert languages == ["eng_Latn ", "", "", ""]
+    assert target.fill_languages(languages, texts) == ["eng_Latn ", "", "eng_Latn ", "eng_Latn "]
+    assert target.speaking("kan_Knda").fill_languages(languages, texts) == languages  # which have that one
     assert vocabularies.target.split_languages(written) == ([""] * 4, written)
 
 
