@@ -278,6 +278,9 @@ def _describe(
     chosen = [pair for pair, is_whole in zip(pairs, whole, strict=True) if is_whole]
     alignments = iter(translator.align([sentence for sentence, _ in chosen], [one for _, one in chosen], layer=layer))
     for one, is_whole in zip(itertools.chain.from_iterable(described), whole, strict=True):
+        if not one["ids"]:  # of a blank line, which has no tokens and may name no language
+            one["alignment"] = {"source_tokens": [], "target_tokens": [], "weights": []}
+            continue
         alignment = next(alignments) if is_whole else None
         one["alignment"] = alignment and {
             "source_tokens": alignment.source_tokens,
